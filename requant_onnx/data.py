@@ -1,0 +1,122 @@
+"""Labelled images for validation: CIFAR in its official binary layout, or an .npz file.
+
+CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a record is the label bytes
+(CIFAR-10: 1; CIFAR-100: coarse, fine), then 3072 bytes, channel by channel, row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.errors import DataError
+
+PIXELS = 3 * 32 * 32
+CIFAR_MEAN_STD = {
+    "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+    "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+}
+"""Per-channel mean and standard deviation of each train split, for pixels in 0..1."""
+
+_FILES = {
+    ("cifar10", "train"): ("cifar-10-batches-bin", [f"data_batch_{k}.bin" for k in range(1, 6)]),
+    ("cifar10", "test"): ("cifar-10-batches-bin", ["test_batch.bin"]),
+    ("cifar100", "train"): ("cifar-100-binary", ["train.bin"]),
+    ("cifar100", "test"): ("cifar-100-binary", ["test.bin"]),
+}
+_LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and, where known, their labels.
+
+    x: (n, c, h, w), uint8 pixels 0..255 or float32 values that are already normalised; n >= 1.
+    y: (n,) int64 class indices, or None.
+    """
+
+    x: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def first(self, count: int | None) -> ImageSet:
+        """The first `count` images (all of them when None)."""
+        return self if count is None else ImageSet(self.x[:count], None if self.y is None else self.y[:count])
+
+
+def load_images(spec: str) -> ImageSet:
+    """Load `cifar10:DIR`, `cifar100:DIR` (the test split) or `FILE.npz` (arrays `x` and optionally `y`).
+
+    Raises DataError when the files are missing, damaged, empty or of another shape.
+    """
+    dataset, colon, folder = spec.partition(":")
+    if colon and dataset in _LABEL_BYTES:
+        return load_cifar(dataset, Path(folder), "test")
+    if spec.endswith(".npz"):
+        return _load_npz(Path(spec))
+    raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR or FILE.npz")
+
+
+def load_cifar(dataset: str, folder: Path, split: str) -> ImageSet:
+    """Load one split of CIFAR.  folder: the folder of the .bin files, or its parent.  x: (n, 3, 32, 32) uint8.
+
+    Raises DataError when a file is missing or its size is not a whole number of records.
+    """
+    subfolder, names = _FILES[dataset, split]
+    base = folder / subfolder if (folder / subfolder).is_dir() else folder
+    records = np.concatenate([_read_records(base / name, dataset) for name in names])
+    labels = records[:, _LABEL_BYTES[dataset] - 1].astype(np.int64)
+    return ImageSet(records[:, _LABEL_BYTES[dataset] :].reshape(-1, 3, 32, 32), labels)
+
+
+def _read_records(path: Path, dataset: str) -> npt.NDArray[np.uint8]:
+    record = _LABEL_BYTES[dataset] + PIXELS
+    try:
+        raw = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(
+            f"cannot read '{path}' ({error.strerror or error}); the {dataset} folder must hold the official binary files"
+        ) from None
+    if raw.size == 0 or raw.size % record:
+        raise DataError(f"'{path}' has {raw.size} bytes, not a multiple of {record}; it is not a {dataset} binary file")
+    return raw.reshape(-1, record)
+
+
+def _load_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "x" not in arrays:
+                raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
+            x, y = arrays["x"], arrays["y"] if "y" in arrays else None
+    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read '{path}' as .npz ({error}); write it with numpy.savez(x=..., y=...)") from None
+    return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))
+
+
+def _nchw(x: npt.NDArray[np.generic], path: Path) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    wanted = "x must be (n, h, w, c) uint8 or (n, c, h, w) float32"
+    if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
+        raise DataError(f"'{path}' holds x of shape {x.shape} and type {x.dtype}; {wanted}")
+    if x.size == 0:
+        raise DataError(f"'{path}' holds no image (x has shape {x.shape}); give at least one")
+    if x.dtype == np.uint8:
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)).astype(np.uint8, copy=False)
+    if not np.isfinite(x).all():
+        raise DataError(f"'{path}' holds NaN or infinite pixels in x; clean the images first")
+    return x.astype(np.float32, copy=False)
+
+
+def _labels(y: npt.NDArray[np.generic] | None, count: int, path: Path) -> npt.NDArray[np.int64] | None:
+    if y is None:
+        return None
+    if y.shape != (count,) or y.dtype.kind not in "iu":
+        raise DataError(f"'{path}' holds y of shape {y.shape} and type {y.dtype}; y must be {count} integer class indices")
+    return y.astype(np.int64)

@@ -1,0 +1,205 @@
+"""Train a CIFAR model on this machine's CPU or GPU and export it to ONNX.  Needs the extra: pip install '.[train]'
+
+    python tools/train.py --data DIR                                  # ResNet-20 on CIFAR-10, about 140 s an epoch on 2 cores
+    python tools/train.py --data DIR --checkpoint run.pt              # the same again continues where it stopped
+
+The recipe is fixed before the run: SGD with Nesterov momentum, one learning-rate cycle (linear warm-up over a tenth of the
+run, then linear to zero), random crops of the reflect-padded image, and flips that alternate between epochs.  The test
+split is read once, after the last epoch, through ONNX Runtime; nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as functional
+from cifar import find_or_fetch
+from torch import Tensor, nn
+
+from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, load_cifar
+
+CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+class BasicBlock(nn.Module):
+    """He et al. 2015 (arXiv 1512.03385), figure 2 left, with the parameter-free shortcut (option A)."""
+
+    def __init__(self, ic: int, oc: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ic, oc, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(oc)
+        self.conv2 = nn.Conv2d(oc, oc, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(oc)
+        self.stride, self.pad = stride, (oc - ic) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.pad:
+            x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return functional.relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of arXiv 1512.03385 section 4.2: 6n+2 layers, 16/32/64 channels; n=3 has 269,722 parameters."""
+
+    def __init__(self, blocks: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        stages, ic = [], 16
+        for oc in (16, 32, 64):
+            for block in range(blocks):
+                stages.append(BasicBlock(ic, oc, 2 if oc > 16 and block == 0 else 1))
+                ic = oc
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stages(functional.relu(self.bn(self.conv(x))))
+        logits: Tensor = self.fc(y.mean((2, 3)))
+        return logits
+
+
+MODELS = {"resnet20": lambda classes: CifarResNet(3, classes), "resnet56": lambda classes: CifarResNet(9, classes)}
+
+
+def normalise(x: np.ndarray, dataset: str) -> Tensor:
+    """(n, 3, 32, 32) uint8 -> float32, zero mean and unit variance over the train split."""
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in CIFAR_MEAN_STD[dataset])
+    return (torch.from_numpy(x).float() / 255.0 - mean) / std
+
+
+def augment(x: Tensor, epoch: int, order: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop a random 32x32 window of the image padded by 4 (reflect); flip every image in every second epoch."""
+    padded = functional.pad(x, (4, 4, 4, 4), mode="reflect")
+    top, left = torch.randint(0, 9, (2, len(x)), generator=generator)
+    rows = (top[:, None] + torch.arange(32))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(32))[:, None, None, :]
+    crops = padded[torch.arange(len(x))[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns]
+    flip = ((order * 2654435761 >> 7) + epoch) % 2 == 0  # a fixed half of the images, the other half next epoch
+    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """One cycle: 0 -> peak over the first tenth, peak -> 0 over the rest.  progress in 0..1."""
+    return peak * min(progress / 0.1, (1.0 - progress) / 0.9)
+
+
+def train_epoch(
+    model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor, epoch: int, args: argparse.Namespace
+) -> tuple[float, float]:
+    """One pass over the images.  Returns the mean loss and the accuracy, both on the augmented train images."""
+    generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+    order = torch.randperm(len(images), generator=generator)
+    steps = len(images) // args.batch_size
+    loss_sum, hits, started = 0.0, 0, time.time()
+    model.train()
+    for step in range(steps):
+        chosen = order[step * args.batch_size : (step + 1) * args.batch_size]
+        x = augment(images[chosen], epoch, chosen, generator).to(args.device)
+        y = labels[chosen].to(args.device)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
+        optimiser.zero_grad()
+        logits = model(x)
+        loss = functional.cross_entropy(logits, y)
+        loss.backward()
+        optimiser.step()
+        loss_sum, hits = loss_sum + loss.item(), hits + int((logits.argmax(1) == y).sum())
+        if step % 50 == 49:
+            rate = (time.time() - started) / (step + 1)
+            print(f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{steps} loss {loss_sum / (step + 1):.4f} "
+                  f"{rate * 1000:.0f} ms a step", flush=True)
+    return loss_sum / steps, hits / (steps * args.batch_size)
+
+
+def save_atomically(state: dict[str, object], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def fit(model: nn.Module, data: ImageSet, args: argparse.Namespace) -> None:
+    """Train `model` in place; continue from args.checkpoint when it is there, save it after every epoch."""
+    assert data.y is not None
+    images, labels = normalise(data.x, args.dataset), torch.from_numpy(data.y)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimiser = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+    first = 0
+    if args.checkpoint.is_file():
+        state = torch.load(args.checkpoint, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["epoch"]
+    runner = torch.compile(model) if args.compile else model
+    for epoch in range(first, args.epochs):
+        started = time.time()
+        loss, accuracy = train_epoch(runner, optimiser, images, labels, epoch, args)
+        print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, accuracy on augmented train images {accuracy:.4f}, "
+              f"{time.time() - started:.0f} s", flush=True)
+        save_atomically({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch + 1}, args.checkpoint)
+
+
+def export(model: nn.Module, dataset: str, path: Path) -> None:
+    """Write the model with a free batch size: input (n, 3, 32, 32) float32, output logits (n, classes)."""
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(
+        model.cpu().eval(), (torch.zeros(2, 3, 32, 32),), str(path), dynamo=True, external_data=False, opset_version=18,
+        input_names=["input"], output_names=["logits"], dynamic_shapes=({0: batch},), verbose=False,
+    )  # fmt: skip
+
+
+def onnx_accuracy(path: Path, data: ImageSet, dataset: str) -> float:
+    """Top-1 of the exported file in ONNX Runtime."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    x = normalise(data.x, dataset).numpy()
+    scores = np.concatenate([session.run(None, {name: x[k : k + 500]})[0] for k in range(0, len(x), 500)])
+    return float((scores.argmax(1) == data.y).mean())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="resnet20")
+    parser.add_argument("--dataset", choices=sorted(CLASSES), default="cifar10")
+    parser.add_argument("--data", type=Path, help="folder that holds the dataset (default: the cache, else a download)")
+    parser.add_argument("--out", type=Path, help="ONNX file to write (default: models/MODEL_DATASET.onnx)")
+    parser.add_argument("--checkpoint", type=Path, help="state after each epoch (default: MODEL_DATASET.pt)")
+    parser.add_argument("--epochs", type=int, default=36)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler; about 8 %% faster)")
+    args = parser.parse_args()
+    args.checkpoint = args.checkpoint or Path(f"{args.model}_{args.dataset}.pt")
+    args.out = args.out or Path("models") / f"{args.model}_{args.dataset}.onnx"
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    folder = find_or_fetch(args.dataset, args.data)
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model](CLASSES[args.dataset]).to(args.device, memory_format=torch.channels_last)
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on {args.device}")
+    fit(model, load_cifar(args.dataset, folder, "train"), args)
+    export(model, args.dataset, args.out)
+    print(f"{args.out}: top-1 {onnx_accuracy(args.out, load_cifar(args.dataset, folder, 'test'), args.dataset):.2%} on test")
+
+
+if __name__ == "__main__":
+    main()
