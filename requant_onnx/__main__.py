@@ -1,0 +1,7 @@
+"""python -m requant_onnx"""
+
+import sys
+
+from requant_onnx.cli import main
+
+sys.exit(main())

@@ -1,0 +1,142 @@
+"""The settings of a conversion.  A QuantConfig that exists is valid: a wrong value raises ConfigError when it is built.
+
+    >>> QuantConfig(bits=4, transform=Transform.parse("power:0.6")).transform
+    Transform(exponent=0.6)
+    >>> QuantConfig.paper(bits=4).granularity.value
+    'per-tensor'
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import TypeVar
+
+from requant_onnx.errors import ConfigError
+
+MIN_BITS, MAX_BITS = 2, 8
+MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
+
+
+class Granularity(Enum):
+    """Which weights share one range: all of a tensor, or those of one output channel."""
+
+    PER_TENSOR = "per-tensor"
+    PER_CHANNEL = "per-channel"
+
+
+class RangeMode(Enum):
+    """How alpha is chosen: `search` minimises the error over (0, 1], `max` takes alpha = 1."""
+
+    SEARCH = "search"
+    MAX = "max"
+
+
+class EdgeLayers(Enum):
+    """What the first and last layers get: quantization without the transform, none at all, or 8 bits."""
+
+    PLAIN = "plain"
+    FLOAT = "float"
+    EIGHT_BIT = "8bit"
+
+
+class Space(Enum):
+    """Where distances are measured: between weights `w`, or between transformed weights `v = sign(w) * |w|**a`."""
+
+    WEIGHT = "weight"
+    TRANSFORMED = "transformed"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The power transform `v = sign(w) * |w|**exponent`; 1/2 is the paper's square root, 1 leaves weights as they are."""
+
+    exponent: float
+
+    def __post_init__(self) -> None:
+        if not MIN_EXPONENT <= self.exponent <= MAX_EXPONENT:
+            raise ConfigError(f"the exponent {self.exponent} is outside 1/3 .. 1; 0.5 is the square root, 1 no transform")
+
+    @classmethod
+    def parse(cls, text: str) -> Transform:
+        """`sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
+        named = {"sqrt": 0.5, "none": 1.0}
+        if text in named:
+            return cls(named[text])
+        kind, _, value = text.partition(":")
+        try:
+            exponent = float(value) if kind == "power" else math.nan
+        except ValueError:
+            exponent = math.nan
+        if math.isnan(exponent):
+            raise ConfigError(f"the transform '{text}' is not understood; give sqrt, none or power:A with A in 1/3 .. 1")
+        return cls(exponent)
+
+    def __str__(self) -> str:
+        return {0.5: "sqrt", 1.0: "none"}.get(self.exponent, f"power:{self.exponent:g}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (README, "Defaults").
+
+    objective: the space whose mean squared error alpha minimises.
+    rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
+    """
+
+    bits: int = 8
+    granularity: Granularity = Granularity.PER_CHANNEL
+    transform: Transform = Transform(1.0)
+    range_mode: RangeMode = RangeMode.SEARCH
+    edge_layers: EdgeLayers = EdgeLayers.EIGHT_BIT
+    objective: Space = Space.WEIGHT
+    rounding: Space = Space.WEIGHT
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
+        for name, kind in _ENUMS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
+
+    @classmethod
+    def paper(cls, bits: int) -> QuantConfig:
+        """REQuant as published (arXiv 2510.04044): per tensor, square root, searched alpha, rounding in transformed
+        space, first and last layer without the transform."""
+        return cls(
+            bits=bits,
+            granularity=Granularity.PER_TENSOR,
+            transform=Transform(0.5),
+            edge_layers=EdgeLayers.PLAIN,
+            rounding=Space.TRANSFORMED,
+        )
+
+    def to_dict(self) -> dict[str, int | str]:
+        """The settings in the words of the command line."""
+        fields = {name: getattr(self, name) for name in asdict(self)}
+        return {name: value.value if isinstance(value, Enum) else _plain(value) for name, value in fields.items()}
+
+
+_ENUMS: dict[str, type] = {
+    "granularity": Granularity,
+    "transform": Transform,
+    "range_mode": RangeMode,
+    "edge_layers": EdgeLayers,
+    "objective": Space,
+    "rounding": Space,
+}
+E = TypeVar("E", bound=Enum)
+
+
+def parse_choice(kind: type[E], text: str, option: str) -> E:
+    """The member of `kind` whose value is `text`.  Raises ConfigError that names the option and the choices."""
+    try:
+        return kind(text)
+    except ValueError:
+        choices = ", ".join(str(member.value) for member in kind)
+        raise ConfigError(f"{option} '{text}' is not one of {choices}") from None
+
+
+def _plain(value: object) -> int | str:
+    return value if isinstance(value, int) else str(value)

@@ -1,0 +1,1 @@
+"""Reading and rewriting ONNX graphs: onnx to write, onnx_graphsurgeon to navigate.  No ONNX Runtime here."""

@@ -1,0 +1,60 @@
+"""Small edits that several rewrites share: store a tensor, drop what nothing reads any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from requant_onnx.graph.constants import PASS_THROUGH
+from requant_onnx.graph.names import reads_in
+
+
+def tensor_proto(values: npt.NDArray[np.generic], name: str) -> onnx.TensorProto:
+    """A TensorProto with raw data (integers in typed fields are varints, larger than floats)."""
+    return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+
+
+def set_initializer(graph: onnx.GraphProto, values: npt.NDArray[np.generic], name: str) -> None:
+    """Replace the initializer of that name in its place, or append one."""
+    for initializer in graph.initializer:
+        if initializer.name == name:
+            initializer.CopyFrom(tensor_proto(values, name))
+            return
+    graph.initializer.append(tensor_proto(values, name))
+
+
+def delete_where(items: object, doomed: Iterable[int]) -> None:
+    """Delete the given indices of a repeated field."""
+    for index in sorted(doomed, reverse=True):
+        del items[index]  # type: ignore[attr-defined]
+
+
+def drop_unread(graph: onnx.GraphProto, candidates: Iterable[str]) -> None:
+    """Delete the initializers and Constant, Identity, Cast nodes that make a candidate tensor nobody reads.
+
+    A node's own inputs become candidates when it goes.
+    """
+    candidates = set(candidates)
+    while True:
+        read = set(reads_in(graph))
+        doomed = [
+            index
+            for index, node in enumerate(graph.node)
+            if node.op_type in ("Constant", *PASS_THROUGH) and candidates.issuperset(node.output) and read.isdisjoint(node.output)
+        ]
+        candidates.update(name for index in doomed for name in graph.node[index].input)
+        unread = [k for k, item in enumerate(graph.initializer) if item.name in candidates and item.name not in read]
+        delete_where(graph.initializer, unread)
+        delete_where(graph.node, doomed)
+        if not doomed:
+            break
+
+
+def drop_stale_types(graph: onnx.GraphProto, names: Iterable[str]) -> None:
+    """Delete the value_info of tensors that no longer exist."""
+    gone = set(names)
+    delete_where(graph.value_info, [k for k, item in enumerate(graph.value_info) if item.name in gone])

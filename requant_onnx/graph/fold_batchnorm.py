@@ -1,0 +1,114 @@
+"""Fold an inference BatchNormalization into the Conv or ConvTranspose before it.
+
+    y = gamma * (conv(x, W) + b - mean) / sqrt(var + epsilon) + beta
+      = conv(x, f * W) + f * (b - mean) + beta,   f = gamma / sqrt(var + epsilon)
+
+https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from requant_onnx.graph.constants import Root, find_root, import_graph
+from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, set_initializer
+from requant_onnx.graph.names import FreshNames, reads_in
+
+FOLDABLE = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One BatchNormalization that can go.  conv, norm: indices of the nodes.  values: what the Conv gets."""
+
+    conv: int
+    norm: int
+    weight: Root
+    bias: Root | None
+    new_weight: npt.NDArray[np.generic]
+    new_bias: npt.NDArray[np.generic]
+
+
+def fold_batchnorm(model: onnx.ModelProto) -> int:
+    """Fold every BatchNormalization that follows a Conv with constant parameters; returns how many.  Changes `model`."""
+    graph = import_graph(model)
+    index = {id(node): k for k, node in enumerate(graph.nodes)}
+    names = FreshNames(model)
+    folds = [_plan(graph, node, index) for node in graph.nodes if node.op == "BatchNormalization"]
+    stale: list[str] = []
+    norms = []
+    for fold in folds:
+        if fold is not None:
+            stale += _apply(model.graph, fold, names)
+            norms.append(fold.norm)
+    delete_where(model.graph.node, norms)
+    drop_unread(model.graph, stale)
+    return len(norms)
+
+
+def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int]) -> _Fold | None:
+    """How to fold this BatchNormalization, or None when it has to stay."""
+    producers = norm.inputs[0].inputs
+    if not producers or producers[0].op not in ("Conv", "ConvTranspose") or id(producers[0]) not in index:
+        return None
+    conv, between = producers[0], norm.inputs[0]
+    trains = norm.attrs.get("training_mode", 0) or not norm.attrs.get("spatial", 1)
+    used_elsewhere = len(between.outputs) != 1 or any(between is output for output in graph.outputs)
+    if trains or used_elsewhere or len([output for output in norm.outputs if output.name]) != 1:
+        return None
+    roots = [find_root(tensor) for tensor in (*norm.inputs[1:5], *conv.inputs[1:3])]
+    if any(root is None or root.edge_dtype not in FOLDABLE for root in roots):
+        return None
+    parameters = [root.load().astype(np.float64) for root in roots if root is not None]
+    weight, bias = roots[4], (roots[5] if len(roots) > 5 else None)
+    assert weight is not None
+    new_weight, new_bias = _folded(conv, parameters, norm.attrs.get("epsilon", 1e-5))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.edge_dtype)
+    return _Fold(index[id(conv)], index[id(norm)], weight, bias, new_weight.astype(dtype), new_bias.astype(dtype))
+
+
+def _folded(conv: gs.Node, parameters: list[FloatArray], epsilon: float) -> tuple[FloatArray, FloatArray]:
+    gamma, beta, mean, var, weight = parameters[:5]
+    bias = parameters[5] if len(parameters) > 5 else np.zeros_like(mean)
+    factor = gamma / np.sqrt(var + epsilon)
+    return scale_output_channels(weight, factor, conv), factor * (bias - mean) + beta
+
+
+def scale_output_channels(weight: FloatArray, factor: FloatArray, conv: gs.Node) -> FloatArray:
+    """Multiply each output channel.  Conv: (oc, ic/group, ...); ConvTranspose: (ic, oc/group, ...).  factor: (oc,)."""
+    ones = (1,) * (weight.ndim - 2)
+    if conv.op == "Conv":
+        return weight * factor.reshape(-1, 1, *ones)
+    group = conv.attrs.get("group", 1)
+    blocks = weight.reshape(group, -1, *weight.shape[1:])
+    return np.asarray((blocks * factor.reshape(group, 1, -1, *ones)).reshape(weight.shape))
+
+
+def _apply(graph: onnx.GraphProto, fold: _Fold, names: FreshNames) -> list[str]:
+    """Store the new weight and bias, point the Conv at them and at the output of the BatchNormalization.
+
+    Returns the tensors that may be unread now.
+    """
+    conv, norm = graph.node[fold.conv], graph.node[fold.norm]
+    reads = list(reads_in(graph))
+    overridable = {item.name for item in graph.input}
+
+    def in_place(root: Root | None, edge: str) -> bool:
+        return root is not None and not root.in_node and root.name == edge and reads.count(edge) == 1 and edge not in overridable
+
+    old = [conv.input[1], conv.input[2] if len(conv.input) > 2 else ""]
+    weight = old[0] if in_place(fold.weight, old[0]) else names.take(f"{old[0]}_folded")
+    bias = old[1] if in_place(fold.bias, old[1]) else names.take(f"{old[0]}_bias")
+    set_initializer(graph, fold.new_weight, weight)
+    set_initializer(graph, fold.new_bias, bias)
+    del conv.input[1:]
+    conv.input.extend([weight, bias])
+    drop_stale_types(graph, [conv.output[0]])
+    conv.output[0] = norm.output[0]
+    return [name for name in (*old, *norm.input[1:]) if name]

@@ -1,0 +1,74 @@
+"""Load a model from a path or a ModelProto, or say in one sentence why not."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from requant_onnx.errors import ModelError
+
+ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
+MIN_OPSET = 7
+MAX_OPSET = onnx.defs.onnx_opset_version()
+MAX_BYTES = 2**31 - 1  # of one protobuf message
+
+
+def load_model(source: ModelLike) -> onnx.ModelProto:
+    """A valid model that the caller may change: read from a path, or copied from a ModelProto.
+
+    Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
+    """
+    if isinstance(source, onnx.ModelProto):
+        name, model = "the model", onnx.ModelProto()
+        model.CopyFrom(source)
+    else:
+        name, model = f"'{source}'", _parse(Path(source))
+    _check(model, name)
+    return model
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operator set, 0 when the model imports none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if path.is_dir():
+        raise ModelError(f"'{path}' is a folder; give the .onnx file in it")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
+        return onnx.load(path)
+    except FileNotFoundError as error:
+        missing = error.filename or path
+        raise ModelError(f"'{missing}' does not exist; give the path of an .onnx file") from None
+    except OSError as error:
+        raise ModelError(f"cannot read '{path}' ({error.strerror or error}); check the path and its permissions") from None
+    except DecodeError:
+        raise ModelError(f"'{path}' is not an ONNX file or is cut short; export or download it again") from None
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); export it again") from None
+
+
+def _check(model: onnx.ModelProto, name: str) -> None:
+    if not model.graph.node and not model.graph.initializer:
+        raise ModelError(f"{name} holds no ONNX graph; give a file exported as .onnx")
+    opset = opset_of(model)
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ModelError(
+            f"{name} uses opset {opset}, and opsets {MIN_OPSET} to {MAX_OPSET} are supported; export it with another opset"
+        )
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(f"{name} is not valid ONNX ({first_line(error)}); export it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, without its full stop, to quote inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,91 @@
+"""Raise a model's opset, changing as little as possible.
+
+Where no operator in use changed between the two versions but for wider types and optional attributes whose absence means
+the old behaviour, only the version number changes.  Otherwise onnx.version_converter does it, and what it drops is put back.
+https://onnx.ai/onnx/api/version_converter.html
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import version_converter
+
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.load import first_line, opset_of
+from requant_onnx.graph.names import all_graphs
+
+HARMLESS = {
+    "AveragePool": {"dilations"},
+    "BatchNormalization": {"training_mode"},
+    "Cast": {"saturate"},
+    "CastLike": {"saturate"},
+    "Constant": {"sparse_value", "value_float", "value_floats", "value_int", "value_ints", "value_string", "value_strings"},
+    "DequantizeLinear": {"axis", "block_size", "output_dtype"},
+    "MaxPool": {"ceil_mode", "dilations", "storage_order"},
+    "QuantizeLinear": {"axis", "block_size", "output_dtype", "precision", "saturate"},
+    "Reshape": {"allowzero"},
+    "Shape": {"end", "start"},
+}
+"""Attributes added by a newer version that keep the old behaviour when absent."""
+
+
+def raise_opset(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
+    """The model at opset `target` or above.  May change and return the model given.
+
+    Raises ModelError when the converter cannot do it.
+    """
+    current = opset_of(model)
+    if current >= target:
+        return model
+    if all(_unchanged(node, current, target) for graph in all_graphs(model.graph) for node in graph.node):
+        for entry in model.opset_import:
+            entry.version = target if entry.domain in ("", "ai.onnx") else entry.version
+    else:
+        model = _convert(model, current, target)
+    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import))
+    return model
+
+
+def _unchanged(node: onnx.NodeProto, current: int, target: int) -> bool:
+    if node.domain not in ("", "ai.onnx"):
+        return True
+    try:
+        old = onnx.defs.get_schema(node.op_type, current)
+        new = onnx.defs.get_schema(node.op_type, target)
+    except onnx.defs.SchemaError:  # a model-local function, or an operator that was removed
+        return False
+    return not new.deprecated and (old.since_version == new.since_version or _compatible(old, new))
+
+
+def _compatible(old: onnx.defs.OpSchema, new: onnx.defs.OpSchema) -> bool:
+    before, after = _attributes(old), _attributes(new)
+    added = after.keys() - before.keys()
+    same_attributes = all(after.get(name) == value for name, value in before.items())
+    same_tensors = _tensors(old.inputs) == _tensors(new.inputs) and _tensors(old.outputs) == _tensors(new.outputs)
+    return same_attributes and same_tensors and added <= HARMLESS.get(old.name, set())
+
+
+def _attributes(schema: onnx.defs.OpSchema) -> dict[str, tuple[object, bool, bytes]]:
+    return {
+        name: (attribute.type, attribute.required, attribute.default_value.SerializeToString())
+        for name, attribute in schema.attributes.items()
+    }
+
+
+def _tensors(parameters: object) -> list[tuple[str, object]]:
+    return [(parameter.name, parameter.option) for parameter in parameters]  # type: ignore[attr-defined]
+
+
+def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelProto:
+    try:
+        converted = version_converter.convert_version(model, target)
+    except Exception as error:  # the converter raises RuntimeError, ConvertError and others
+        raise ModelError(
+            f"the model's opset {current} cannot be raised to {target} ({first_line(error)}); export it with opset {target} or above"
+        ) from None
+    kept = {entry.key for entry in converted.metadata_props}
+    converted.metadata_props.extend(entry for entry in model.metadata_props if entry.key not in kept)
+    for field in ("doc_string", "domain", "model_version", "producer_name", "producer_version"):
+        setattr(converted, field, getattr(model, field))
+    converted.graph.doc_string = model.graph.doc_string
+    return converted

@@ -1,0 +1,31 @@
+"""Put decodes in the place of weights.  No decisions here: it does what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.forms import Decode
+
+
+def replace_weights(model: onnx.ModelProto, decodes: Mapping[str, Decode]) -> None:
+    """Replace each named initializer or Constant node by its decode.  Changes `model`; readers keep the name they read."""
+    graph = model.graph
+    delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in decodes])
+    delete_where(graph.input, [k for k, item in enumerate(graph.input) if item.name in decodes])  # IR 3 lists weights here
+    for decode in decodes.values():
+        graph.initializer.extend(decode.initializers)
+    kept = [node for node in graph.node if not (node.op_type == "Constant" and node.output[0] in decodes)]
+    decoders = [node for decode in decodes.values() for node in decode.nodes]
+    del graph.node[:]
+    graph.node.extend(decoders + kept)
+
+
+def set_metadata(model: onnx.ModelProto, key: str, value: str) -> None:
+    """Set one entry of metadata_props; the others stay."""
+    entry = next((entry for entry in model.metadata_props if entry.key == key), None)
+    if entry is None:
+        entry = model.metadata_props.add(key=key)
+    entry.value = value

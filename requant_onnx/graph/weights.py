@@ -1,0 +1,251 @@
+"""Find the weights of a graph: which can be converted, and for the others the reason why not.
+
+The channel axis is that of the output channel in the stored layout (https://onnx.ai/onnx/operators/):
+
+    Conv          (oc, ic/group, kh, kw)   0        Gemm transB=1  (oc, ic)    0        MatMul  x @ w  (..., ic, oc)  last
+    ConvTranspose (ic, oc/group, kh, kw)   1        Gemm transB=0  (ic, oc)    1                w @ x  (..., oc, ic)  last but one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.constants import Root, find_root, import_graph
+
+CONVERTIBLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+RECURRENT = ("LSTM", "GRU", "RNN")
+QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that can be converted.
+
+    name: the tensor that holds the values, whose name the decoded weight takes over.  op: the operator that reads it.
+    in_node: the values sit in a Constant node.  channel_axis: see above.  emit: ONNX type that its readers expect.
+    is_edge: no other weight lies before it, or none behind it (the first and last layers).
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    in_node: bool
+    channel_axis: int
+    emit: int
+    is_edge: bool
+    stored_bytes: int
+    tensor: gs.Constant = field(repr=False, compare=False)
+
+    def load(self) -> npt.NDArray[np.float32]:
+        """The values as float32.  Raises ModelError when one is NaN or infinite."""
+        w = np.asarray(self.tensor.values).astype(np.float32, copy=False)
+        bad = w.size - np.count_nonzero(np.isfinite(w))
+        if bad:
+            raise ModelError(f"the weight '{self.name}' holds {bad} NaN or infinite values; repair or export the model again")
+        return w
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A weight that stays as it is, and why (a sentence without its subject)."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class View:
+    """All weights of a model in graph order."""
+
+    weights: tuple[Weight, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+
+def find_weights(model: onnx.ModelProto) -> View:
+    """Look at every node that has a weight.  Raises ModelError when the graph cannot be followed."""
+    graph = import_graph(model)
+    edges = _edge_nodes(graph)
+    interface = _Interface.of(model)
+    weights: dict[str, Weight] = {}
+    left: dict[tuple[str, str], LeftAlone] = {}
+    for node in graph.nodes:
+        for found in _look_at(node, interface, id(node) in edges):
+            if isinstance(found, LeftAlone):
+                left.setdefault((found.name, found.op), found)
+            elif found.name not in weights or found.is_edge:  # shared: the first reader decides, any edge makes an edge
+                weights[found.name] = replace(weights.get(found.name, found), is_edge=found.is_edge)
+    return View(tuple(weights.values()), tuple(item for item in left.values() if item.name not in weights))
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """Names that callers of the model know.  overridable: initializers that a caller may replace (IR 4 and later)."""
+
+    outputs: frozenset[str]
+    overridable: frozenset[str]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> _Interface:
+        inputs = frozenset(item.name for item in model.graph.input) if model.ir_version >= 4 else frozenset()
+        return cls(frozenset(item.name for item in model.graph.output), inputs)
+
+
+def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
+    if node.domain in (None, "", "ai.onnx") and node.op in CONVERTIBLE:
+        yield from _weight_of(node, interface, is_edge)
+    elif node.op in RECURRENT:
+        yield from (LeftAlone(t.name, node.op, _shape(t), f"{node.op} weights are not converted") for t in node.inputs[1:3])
+    elif node.op in QUANTIZED:
+        operand = node.inputs[3] if node.op.startswith("QLinear") else node.inputs[1]
+        yield LeftAlone(operand.name, node.op, _shape(operand), f"is already quantized ({node.op})")
+    for name, body in node.subgraphs(recursive=True) if _has_body(node) else ():
+        for inner in body.nodes:
+            if inner.op in CONVERTIBLE and find_root(inner.inputs[1]) is not None:
+                root = find_root(inner.inputs[1])
+                assert root is not None
+                yield LeftAlone(root.name, inner.op, tuple(root.tensor.shape), f"is inside the {name} body of {node.op} '{node.name}'")
+
+
+def _has_body(node: gs.Node) -> bool:
+    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
+
+
+def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
+    operand = _weight_operand(node)
+    if operand is None:
+        return
+    tensor = node.inputs[operand]
+    root = find_root(tensor)
+    if root is None:
+        reason = _why_computed(tensor)
+        if reason is not None:
+            yield LeftAlone(tensor.name, node.op, _shape(tensor), reason)
+        return
+    shape = tuple(int(n) for n in root.tensor.shape)
+    reason = _refusal(node, root, shape, interface)
+    if reason is not None:
+        yield LeftAlone(root.name, node.op, shape, reason)
+        return
+    yield Weight(
+        name=root.name,
+        op=node.op,
+        shape=shape,
+        in_node=root.in_node,
+        channel_axis=_channel_axis(node, operand, len(shape)),
+        emit=_emitted_type(root, node.inputs[operand]),
+        is_edge=is_edge,
+        stored_bytes=int(np.prod(shape)) * np.dtype(root.tensor.dtype).itemsize,
+        tensor=root.tensor,
+    )
+
+
+def _weight_operand(node: gs.Node) -> int | None:
+    """The index of the input that is the weight; None for a product of two computed tensors."""
+    if node.op != "MatMul":
+        return 1
+    return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or _is_decoded(node.inputs[k])), None)
+
+
+def _is_decoded(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is a DequantizeLinear of constants, possibly behind integer operators."""
+    if not tensor.inputs or tensor.inputs[0].op != "DequantizeLinear":
+        return False
+    behind, seen = [tensor.inputs[0].inputs[0]], set()
+    while behind:
+        each = behind.pop()
+        if isinstance(each, gs.Constant) or id(each) in seen:
+            continue
+        if not each.inputs:
+            return False
+        seen.add(id(each))
+        behind.extend(each.inputs[0].inputs)
+    return True
+
+
+def _why_computed(tensor: gs.Tensor) -> str | None:
+    """Why a weight that is no constant stays; None when it is plainly an activation (an input of the model)."""
+    if not tensor.inputs:
+        return "is an input of the model, not a constant"
+    producer = tensor.inputs[0]
+    if producer.op == "DequantizeLinear":
+        return "is already quantized (DequantizeLinear)"
+    return f"is computed by {producer.op} '{producer.name}', not a constant"
+
+
+def _refusal(node: gs.Node, root: Root, shape: tuple[int, ...], interface: _Interface) -> str | None:
+    if root.dtype not in FLOATS or root.edge_dtype not in FLOATS:
+        return f"has type {onnx.TensorProto.DataType.Name(root.dtype)}, and only FLOAT and FLOAT16 are converted"
+    if root.name in interface.outputs:
+        return "is an output of the model, so its values are part of the interface"
+    if root.name in interface.overridable:
+        return "is also an input of the model, so a caller may replace it"
+    if 0 in shape:
+        return "has no elements"
+    if len(shape) < 2:
+        return f"has {len(shape)} dimensions, and a weight has at least 2"
+    if node.op == "MatMul" and len(shape) > 2 and any(n != 1 for n in shape[:-2]):
+        return "is a batch of matrices"
+    return None
+
+
+def _channel_axis(node: gs.Node, operand: int, rank: int) -> int:
+    if node.op == "Conv":
+        return 0
+    if node.op == "ConvTranspose":
+        return 1
+    if node.op == "Gemm":
+        return 0 if node.attrs.get("transB", 0) else 1
+    return rank - 1 if operand == 1 else rank - 2
+
+
+def _emitted_type(root: Root, edge: gs.Tensor) -> int:
+    """FLOAT where all direct readers cast to it anyway, else the stored type."""
+    if root.dtype == root.edge_dtype or root.casts == 0:
+        return root.dtype
+    source = edge
+    while source.name != root.name:
+        source = source.inputs[0].inputs[0]
+    to_float = [node.op == "Cast" and _casts_to_float(node) for node in source.outputs]
+    return int(onnx.TensorProto.FLOAT) if all(to_float) else root.dtype
+
+
+def _casts_to_float(node: gs.Node) -> bool:
+    return node.attrs["to"] in (onnx.TensorProto.FLOAT, np.float32)
+
+
+def _shape(tensor: gs.Tensor) -> tuple[int, ...]:
+    root = find_root(tensor)
+    shape = tensor.shape if root is None else root.tensor.shape
+    return tuple(n if isinstance(n, int) else -1 for n in shape or ())
+
+
+def _edge_nodes(graph: gs.Graph) -> set[int]:
+    """ids of the nodes with a weight that have no other one before them, or none behind them."""
+    weighted = {id(node) for node in graph.nodes if node.op in CONVERTIBLE and _weight_operand(node) is not None}
+    behind: set[int] = set()  # tensors computed from the output of a weighted node
+    first = set()
+    for node in graph.nodes:
+        reached = any(id(tensor) in behind for tensor in node.inputs)
+        if id(node) in weighted and not reached:
+            first.add(id(node))
+        if reached or id(node) in weighted:
+            behind.update(id(tensor) for tensor in node.outputs)
+    ahead: set[int] = set()  # tensors that a weighted node is computed from
+    last = set()
+    for node in reversed(graph.nodes):
+        needed = any(id(tensor) in ahead for tensor in node.outputs)
+        if id(node) in weighted and not needed:
+            last.add(id(node))
+        if needed or id(node) in weighted:
+            ahead.update(id(tensor) for tensor in node.inputs)
+    return first | last

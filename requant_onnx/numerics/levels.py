@@ -1,0 +1,84 @@
+"""The integer levels behind the codes (REQuant, arXiv 2510.04044, with the inverse transform written as a table).
+
+    v_hat = scale_v * k,   w_hat = sign(v_hat) * |v_hat|**(1/a) = scale * L[k],   k = q - zero_point
+
+    a = 1    L[k] = k                       a = 1/2  L[k] = k * |k|            (exact, unit = 1)
+    other    L[k] = rint(unit * sign(k) * |k|**(1/a)), the largest unit for which L fits 24 bits (exact in float32)
+
+`k` runs over -K .. K with K = 2**bits - 1, so that one table serves every zero point 0 .. K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """All levels of one grid.  Compare and hash by identity of (bits, exponent): tables come from `level_table`.
+
+    integers: (2K+1,) int64, odd-symmetric, strictly increasing, index k + K.
+    unit: the integer level of k = 1; level k is worth `integers[k + K] / unit` times the transformed step ** (1/a).
+    """
+
+    bits: int
+    exponent: float
+    unit: int
+    integers: npt.NDArray[np.int64]
+
+    @property
+    def max_code(self) -> int:
+        """K = 2**bits - 1."""
+        return int(2**self.bits - 1)
+
+    @property
+    def weight_levels(self) -> FloatArray:
+        """(2K+1,) levels in weight space in units of step ** (1/a)."""
+        return self.integers / self.unit
+
+    @property
+    def transformed_levels(self) -> FloatArray:
+        """(2K+1,) levels in transformed space in units of the step: -K .. K."""
+        return np.arange(-self.max_code, self.max_code + 1, dtype=np.float64)
+
+    def thresholds(self, in_weight_space: bool) -> FloatArray:
+        """(2K,) decision thresholds between neighbouring levels, in units of step ** (1/a).
+
+        In weight space the midpoint of two levels, else the image of `k + 1/2` (rint in transformed space).
+        """
+        if in_weight_space:
+            return np.asarray((self.weight_levels[1:] + self.weight_levels[:-1]) / 2)
+        halves = self.transformed_levels[:-1] + 0.5
+        return np.asarray(np.sign(halves) * np.abs(halves) ** (1 / self.exponent))
+
+    def __hash__(self) -> int:
+        return hash((self.bits, self.exponent))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LevelTable) and (self.bits, self.exponent) == (other.bits, other.exponent)
+
+
+@lru_cache(maxsize=64)
+def level_table(bits: int, exponent: float) -> LevelTable:
+    """The table of one grid.
+
+    >>> level_table(2, 0.5).integers.tolist()
+    [-9, -4, -1, 0, 1, 4, 9]
+    >>> level_table(4, 0.75).unit
+    453521
+    """
+    power = 1 / exponent
+    max_code = 2**bits - 1
+    whole = abs(power - round(power)) < 1e-9
+    unit = 1 if whole else int(MAX_LEVEL / max_code**power)
+    k = np.arange(-max_code, max_code + 1)
+    integers = np.rint(unit * np.sign(k) * np.abs(k, dtype=np.float64) ** power).astype(np.int64)
+    integers.setflags(write=False)
+    return LevelTable(bits, exponent, unit, integers)

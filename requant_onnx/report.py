@@ -1,0 +1,125 @@
+"""What a conversion, a validation and an inspection found, as values that turn into JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from requant_onnx.graph.weights import LeftAlone
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One converted weight.
+
+    alpha, scale: (smallest, largest) over the channels.  mse: mean squared error of the decoded weights.
+    sqnr_db: 10 * log10(sum w**2 / sum (w_hat - w)**2); infinite when exact.
+    bytes_before: of the stored values; bytes_after: of codes, scales, zero points and decode nodes, as they are in the file.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    bits: int
+    exponent: float
+    axis: int | None
+    alpha: tuple[float, float]
+    scale: tuple[float, float]
+    mse: float
+    sqnr_db: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """One conversion.  opset: (before, after).  config: in the words of the command line."""
+
+    config: dict[str, int | str]
+    opset: tuple[int, int]
+    folded_batchnorms: int
+    converted: tuple[WeightReport, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the converted weights in the input."""
+        return sum(weight.bytes_before for weight in self.converted)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the converted weights in the output."""
+        return sum(weight.bytes_after for weight in self.converted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the totals, for JSON."""
+        return as_json({**asdict(self), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after})
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Two models on the same images.
+
+    top1: (reference, candidate) accuracy in 0..1, None without labels.  agreement: share of images with the same top-1.
+    sqnr_db: of the outputs.  bytes: file sizes.  latency_ms: medians of one run at `latency_batch` images.
+    """
+
+    images: int
+    top1: tuple[float, float] | None
+    agreement: float
+    sqnr_db: float
+    bytes: tuple[int, int]
+    latency_ms: tuple[float, float]
+    latency_batch: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return as_json(asdict(self))
+
+
+@dataclass(frozen=True)
+class InspectedWeight:
+    """A weight that `convert` would take."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    edge: bool
+    bytes: int
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """One model.  ops: operator -> count, bodies of If, Loop and Scan included.  bytes: of the stored weights."""
+
+    opset: int
+    ir_version: int
+    producer: str
+    ops: dict[str, int]
+    weights: tuple[InspectedWeight, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return as_json(asdict(self))
+
+
+def as_json(value: Any) -> Any:
+    """Tuples as lists; infinity and NaN, which JSON lacks, as null."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio of two energies.
+
+    >>> sqnr_db(100.0, 1.0)
+    20.0
+    """
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf

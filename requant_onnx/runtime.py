@@ -1,0 +1,105 @@
+"""One ONNX Runtime session for an image classifier: what it takes, what it gives, and clear refusals of anything else."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+
+from requant_onnx.errors import DataError, ModelError
+from requant_onnx.graph.load import first_line
+
+FloatArray = npt.NDArray[np.float32]
+INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with one image input, ready to run.  shape: of the input, None where it is free.  bytes: size of the file."""
+
+    name: str
+    session: onnxruntime.InferenceSession
+    input: str
+    dtype: type[np.floating]
+    shape: Shape
+    bytes: int
+
+    @property
+    def batch(self) -> int | None:
+        """The fixed batch size, None when it is free."""
+        return self.shape[0]
+
+    def scores(self, x: FloatArray) -> FloatArray:
+        """Run the first output.  x: (n, c, h, w), n the fixed batch size if there is one.  Returns (n, classes) float32.
+
+        Raises ModelError when the model fails or its first output is not one row of scores an image.
+        """
+        try:
+            first = self.session.run(self.session.get_outputs()[:1] and [self.session.get_outputs()[0].name], {self.input: self._fit(x)})[0]
+        except Exception as error:  # onnxruntime raises many types of its own
+            raise ModelError(f"{self.name} fails in ONNX Runtime ({first_line(error)})") from None
+        if not isinstance(first, np.ndarray) or first.size == 0 or first.shape[:1] != x.shape[:1] or first.size != first[..., 0].size * first.shape[-1]:
+            raise ModelError(f"the first output of {self.name} is not one row of scores an image; it is no classifier")
+        return first.reshape(len(x), -1).astype(np.float32)
+
+    def latency(self, x: FloatArray) -> float:
+        """Milliseconds of one run."""
+        feed = {self.input: self._fit(x)}
+        started = time.perf_counter()
+        self.session.run(None, feed)
+        return (time.perf_counter() - started) * 1000
+
+    def accepts(self, image: tuple[int, ...]) -> bool:
+        """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""
+        return _fits(image, self.shape[1:]) or self._wants_channels_last(image)
+
+    def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
+        return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
+
+    def _fit(self, x: FloatArray) -> npt.NDArray[np.floating]:
+        x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
+        return np.ascontiguousarray(x, self.dtype)
+
+
+def open_classifier(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> Classifier:
+    """Load a model in ONNX Runtime's CPU provider with default options.
+
+    Raises ModelError when it does not load, or has another number of inputs than one, or an input that is no image.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: warnings of the optimiser are not for users
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types of its own
+        raise ModelError(f"{name} does not load in ONNX Runtime {onnxruntime.__version__} ({first_line(error)})") from None
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        listed = ", ".join(f"'{item.name}'" for item in inputs)
+        raise ModelError(f"{name} has {len(inputs)} inputs ({listed}), and validation takes models with one image input")
+    shape = tuple(n if isinstance(n, int) and n > 0 else None for n in inputs[0].shape)
+    if len(shape) != 4 or inputs[0].type not in INPUT_TYPES:
+        raise ModelError(
+            f"the input '{inputs[0].name}' of {name} is a {inputs[0].type} of shape {inputs[0].shape}, "
+            "and validation takes float images of 4 dimensions"
+        )
+    return Classifier(name, session, inputs[0].name, INPUT_TYPES[inputs[0].type], shape, size)
+
+
+def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:
+    """Raise DataError unless images of shape (c, h, w) fit the model."""
+    if not classifier.accepts(image):
+        wanted = "x".join("?" if n is None else str(n) for n in classifier.shape[1:])
+        given = "x".join(map(str, image))
+        raise DataError(f"the images are {given} and {classifier.name} takes {wanted}; give images of that size")
+
+
+def _fits(image: tuple[int, ...], shape: Shape) -> bool:
+    return len(image) == len(shape) and all(wanted in (None, n) for n, wanted in zip(image, shape, strict=True))

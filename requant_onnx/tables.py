@@ -1,0 +1,101 @@
+"""Reports as tables for the terminal (rich); plain text when the output is no terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from requant_onnx.config import Transform
+from requant_onnx.graph.weights import LeftAlone
+from requant_onnx.report import InspectReport, QuantReport, ValidationReport, WeightReport
+
+
+def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int]) -> None:
+    """One row a weight, the weights left alone with their reasons, totals.  sizes: bytes of the two files."""
+    if report.converted:
+        table = _table("weight", "op", "shape", "bits", "transform", "alpha", "scale", "MSE", "SQNR dB", "bytes before", "after")
+        for weight in report.converted:
+            table.add_row(*_weight_row(weight))
+        console.print(table)
+    print_left_alone(console, report.left_alone)
+    if report.folded_batchnorms:
+        console.print(f"BatchNormalization folded into the layer before it: {report.folded_batchnorms}")
+    if report.opset[0] != report.opset[1]:
+        console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which the decode needs")
+    before, after = report.bytes_before, report.bytes_after
+    console.print(f"weights: {len(report.converted)} converted, {before:,} -> {after:,} bytes{_ratio(before, after)}")
+    console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
+
+
+def print_left_alone(console: Console, items: tuple[LeftAlone, ...]) -> None:
+    """One line a weight that stays as it is."""
+    for item in items:
+        console.print(escape(f"left alone: {item.name} ({item.op}, {_shape(item.shape)}) {item.reason}"))
+
+
+def print_validation(console: Console, report: ValidationReport) -> None:
+    """Reference beside candidate."""
+    table = _table(f"{report.images:,} images", "reference", "candidate", "")
+    if report.top1 is not None:
+        table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), f"{(report.top1[1] - report.top1[0]) * 100:+.2f} points")
+    table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
+    ratio = report.latency_ms[1] / report.latency_ms[0]
+    latency = f"latency, batch {report.latency_batch}"
+    table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{ratio:.2f} x the time")
+    console.print(table)
+    console.print(f"top-1 agreement {report.agreement:.2%}, output SQNR {report.sqnr_db:.1f} dB")
+    if report.top1 is None:
+        console.print("the images have no labels: this says how alike the models answer, not how well")
+
+
+def print_inspection(console: Console, report: InspectReport) -> None:
+    """Opset, operators, weights."""
+    console.print(escape(f"opset {report.opset}, IR version {report.ir_version}, made by {report.producer or 'unknown'}"))
+    console.print("operators: " + ", ".join(f"{op} {count}" for op, count in report.ops.items()))
+    if report.weights:
+        table = _table("would be converted", "op", "shape", "layer", "bytes")
+        for weight in report.weights:
+            edge = "first or last" if weight.edge else ""
+            table.add_row(escape(weight.name), weight.op, _shape(weight.shape), edge, f"{weight.bytes:,}")
+        console.print(table)
+    print_left_alone(console, report.left_alone)
+    console.print(f"weights: {len(report.weights)} to convert, {sum(w.bytes for w in report.weights):,} bytes")
+
+
+def _weight_row(weight: WeightReport) -> tuple[str, ...]:
+    return (
+        escape(weight.name),
+        weight.op,
+        _shape(weight.shape),
+        str(weight.bits),
+        str(Transform(weight.exponent)),
+        _span(weight.alpha, ".3f"),
+        _span(weight.scale, ".3g"),
+        f"{weight.mse:.2e}",
+        f"{weight.sqnr_db:.1f}",
+        f"{weight.bytes_before:,}",
+        f"{weight.bytes_after:,}",
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join("?" if n < 0 else str(n) for n in shape)
+
+
+def _span(bounds: tuple[float, float], form: str) -> str:
+    low, high = (format(value, form) for value in bounds)
+    return low if low == high else f"{low}..{high}"
+
+
+def _ratio(before: int, after: int) -> str:
+    return f" ({before / after:.2f} x smaller)" if after else ""

@@ -1,0 +1,139 @@
+"""Compare a candidate model with its reference on images: accuracy, agreement, output SQNR, size, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.convert import Progress
+from requant_onnx.data import ImageSet
+from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.graph.load import ModelLike, load_model
+from requant_onnx.report import ValidationReport, sqnr_db
+from requant_onnx.runtime import Classifier, open_classifier, require_image
+
+BATCH = 100
+LATENCY_RUNS = 30
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """x = (pixel / 255 - mean) / std, channel by channel.
+
+    mean, std: one value a channel, or one for all; in units of pixel / 255.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
+            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
+
+    def apply(self, x: npt.NDArray[np.uint8]) -> FloatArray:
+        """(n, c, h, w) pixels 0..255 -> float32.  Raises DataError when c is another number than that of the channels given."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, x.shape[1]):
+                raise DataError(f"{name} has {len(values)} values and the images have {x.shape[1]} channels; give one value a channel")
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
+
+
+def validate(
+    reference: ModelLike,
+    candidate: ModelLike,
+    images: ImageSet,
+    normalisation: Normalisation | None = None,
+    *,
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Run both models on all images in ONNX Runtime's CPU provider with default options.
+
+    normalisation: for uint8 images (default: pixel / 255); float images are taken as they are.
+    Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
+    """
+    models = (_open(reference, "the reference"), _open(candidate, "the candidate"))
+    for model in models:
+        require_image(model, images.x.shape[1:])
+    if images.x.dtype != np.uint8 and normalisation is not None:
+        raise DataError("the images are float32, taken as normalised already; drop mean and std, or give uint8 pixels")
+    normalisation = normalisation or Normalisation()
+    tally = _Tally()
+    for start, x in _batches(images, normalisation, _common_batch(models)):
+        count = min(len(x), len(images) - start)
+        labels = None if images.y is None else images.y[start : start + count]
+        tally.add(*(model.scores(x)[:count] for model in models), labels)
+        if progress is not None:
+            progress("validating", start + count, len(images))
+    return tally.report(models, images, _latencies(models, images, normalisation))
+
+
+class _Tally:
+    """Running sums over the batches."""
+
+    def __init__(self) -> None:
+        self.hits = np.zeros(2, np.int64)
+        self.agree, self.signal, self.noise = 0, 0.0, 0.0
+
+    def add(self, reference: FloatArray, candidate: FloatArray, labels: npt.NDArray[np.int64] | None) -> None:
+        if reference.shape != candidate.shape:
+            raise DataError(f"the reference gives {reference.shape[1]} scores an image and the candidate {candidate.shape[1]}; compare like models")
+        tops = [scores.argmax(1) for scores in (reference, candidate)]
+        if labels is not None:
+            if labels.min() < 0 or labels.max() >= reference.shape[1]:
+                raise DataError(f"the labels run to {labels.max()} and the models give {reference.shape[1]} scores; give matching data")
+            self.hits += [int((top == labels).sum()) for top in tops]
+        self.agree += int((tops[0] == tops[1]).sum())
+        self.signal += float(np.square(reference, dtype=np.float64).sum())
+        self.noise += float(np.square(reference.astype(np.float64) - candidate).sum())
+
+    def report(self, models: tuple[Classifier, Classifier], images: ImageSet, latency: tuple[float, float]) -> ValidationReport:
+        count = len(images)
+        return ValidationReport(
+            images=count,
+            top1=None if images.y is None else (self.hits[0] / count, self.hits[1] / count),
+            agreement=self.agree / count,
+            sqnr_db=sqnr_db(self.signal, self.noise),
+            bytes=(models[0].bytes, models[1].bytes),
+            latency_ms=latency,
+            latency_batch=_common_batch(models, free=1),
+        )
+
+
+def _open(model: ModelLike, role: str) -> Classifier:
+    name = role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
+    load_model(model)  # its errors say more than ONNX Runtime's
+    return open_classifier(model, name)
+
+
+def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> int:
+    fixed = {model.batch for model in models if model.batch is not None}
+    if len(fixed) > 1:
+        raise DataError(f"the models have fixed batch sizes {models[0].batch} and {models[1].batch}; compare models of one batch size")
+    return fixed.pop() if fixed else free
+
+
+def _batches(images: ImageSet, normalisation: Normalisation, size: int) -> Iterator[tuple[int, FloatArray]]:
+    """(start, x) with every x of `size` images, the last one padded with its own last image."""
+    size = min(size, len(images)) if size == BATCH else size
+    for start in range(0, len(images), size):
+        x = images.x[start : start + size]
+        if len(x) < size:
+            x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
+        yield start, normalisation.apply(x) if x.dtype == np.uint8 else x
+
+
+def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalisation: Normalisation) -> tuple[float, float]:
+    """Median milliseconds of each model, the runs interleaved so that other load hits both alike."""
+    _, x = next(_batches(images.first(1), normalisation, _common_batch(models, free=1)))
+    times = np.array([[model.latency(x) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]  # two to warm up
+    reference, candidate = np.median(times, axis=0)
+    return float(reference), float(candidate)
+
+
