@@ -26,17 +26,21 @@ from requant_onnx.validate import Normalisation, validate
 
 DEFAULT = QuantConfig()
 EPILOGS = {
-    None: "examples:\n  requant convert net.onnx net8.onnx\n  requant validate net.onnx net8.onnx --data cifar10:DIR\n  requant inspect net.onnx",
-    "convert": "examples:\n"
-    "  requant convert net.onnx net8.onnx\n"
-    "  requant convert net.onnx net4.onnx --bits 4 --json report.json\n"
-    "  requant convert net.onnx paper.onnx --bits 4 --recipe paper\n"
-    "  requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max",
-    "validate": "examples:\n"
-    "  requant validate net.onnx net8.onnx --data cifar10:cifar-10-batches-bin\n"
-    "  requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225\n"
-    "Pixels become (pixel / 255 - mean) / std.  For a model that takes raw 0..255: --mean 0 --std 0.00392156862745098",
-    "inspect": "example:\n  requant inspect net.onnx --json net.json",
+    None: """examples:
+  requant convert net.onnx net8.onnx
+  requant validate net.onnx net8.onnx --data cifar10:DIR
+  requant inspect net.onnx""",
+    "convert": """examples:
+  requant convert net.onnx net8.onnx
+  requant convert net.onnx net4.onnx --bits 4 --json report.json
+  requant convert net.onnx paper.onnx --bits 4 --recipe paper
+  requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max""",
+    "validate": """examples:
+  requant validate net.onnx net8.onnx --data cifar10:cifar-10-batches-bin
+  requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
+    "inspect": """example:
+  requant inspect net.onnx --json net.json""",
 }
 
 
@@ -58,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _command(argparse.ArgumentParser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining.")
+    parser = _command(
+        argparse.ArgumentParser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining."
+    )
     parser.add_argument("--version", action="version", version=f"requant {version('requant_onnx')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(_command(commands.add_parser, "convert", help="write a model with quantized weights"))
@@ -83,7 +89,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--range", metavar="R", dest="range_mode", help=_choices(RangeMode, DEFAULT.range_mode))
     parser.add_argument("--edge-layers", metavar="E", help="first and last layers: " + _choices(EdgeLayers, DEFAULT.edge_layers))
     parser.add_argument("--objective", metavar="S", help="space whose error alpha minimises: " + _choices(Space, DEFAULT.objective))
-    parser.add_argument("--rounding", metavar="S", help="space in which the nearest level is taken: " + _choices(Space, DEFAULT.rounding))
+    parser.add_argument(
+        "--rounding", metavar="S", help="space in which the nearest level is taken: " + _choices(Space, DEFAULT.rounding)
+    )
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
@@ -93,7 +101,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REF.onnx", type=Path)
     parser.add_argument("candidate", metavar="CANDIDATE.onnx", type=Path)
-    parser.add_argument("--data", metavar="SPEC", required=True, help="cifar10:DIR, cifar100:DIR (test split) or FILE.npz (x, and y for accuracy)")
+    parser.add_argument(
+        "--data", metavar="SPEC", required=True, help="cifar10:DIR, cifar100:DIR (test split) or FILE.npz (x, and y for accuracy)"
+    )
     parser.add_argument("--mean", metavar="R,G,B", help="default: that of the CIFAR train split, 0 for FILE.npz")
     parser.add_argument("--std", metavar="R,G,B", help="default: that of the CIFAR train split, 1 for FILE.npz")
     parser.add_argument("--limit", metavar="N", help="only the first N images")
@@ -126,7 +136,9 @@ def _convert(args: argparse.Namespace) -> None:
         write_atomically(args.output, args.input.read_bytes())
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
     tables.print_conversion(_console(), report, (before, after))
-    _write_json(args.json, {**report.to_dict(), "input": str(args.input), "output": str(args.output), "file_bytes": [before, after]})
+    _write_json(
+        args.json, {**report.to_dict(), "input": str(args.input), "output": str(args.output), "file_bytes": [before, after]}
+    )
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -139,7 +151,9 @@ def _validate(args: argparse.Namespace) -> None:
     if normalisation is not None:
         console.print(f"pixels normalised with mean {_listed(normalisation.mean)} and std {_listed(normalisation.std)}")
     tables.print_validation(console, report)
-    _write_json(args.json, {**report.to_dict(), "reference": str(args.reference), "candidate": str(args.candidate), "data": args.data})
+    _write_json(
+        args.json, {**report.to_dict(), "reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
+    )
 
 
 def _inspect(args: argparse.Namespace) -> None:

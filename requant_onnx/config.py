@@ -1,9 +1,9 @@
 """The settings of a conversion.  A QuantConfig that exists is valid: a wrong value raises ConfigError when it is built.
 
-    >>> QuantConfig(bits=4, transform=Transform.parse("power:0.6")).transform
-    Transform(exponent=0.6)
-    >>> QuantConfig.paper(bits=4).granularity.value
-    'per-tensor'
+>>> QuantConfig(bits=4, transform=Transform.parse("power:0.6")).transform
+Transform(exponent=0.6)
+>>> QuantConfig.paper(bits=4).granularity.value
+'per-tensor'
 """
 
 from __future__ import annotations

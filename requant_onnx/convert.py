@@ -15,11 +15,10 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import QuantConfig
-from requant_onnx.graph.fold_batchnorm import fold_batchnorm
-from requant_onnx.graph.forms import Decode, decode_of, required_opset
+from requant_onnx.graph.forms import Decode, DecodeWriter, decode_of, required_opset
 from requant_onnx.graph.load import ModelLike, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
-from requant_onnx.graph.opset import raise_opset
+from requant_onnx.graph.normalise import normalise
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
 from requant_onnx.graph.weights import LeftAlone, find_weights
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
@@ -45,22 +44,21 @@ def quantize_model(
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone)
-    folded = fold_batchnorm(loaded)
-    raised = raise_opset(loaded, required_opset(config.bits))
+    raised, folded = normalise(loaded, required_opset(config.bits))
     plan = plan_conversion(find_weights(raised), config)
-    opset, names = opset_of(raised), FreshNames(raised)
+    writer = DecodeWriter(opset_of(raised), FreshNames(raised))
     decodes: dict[str, Decode] = {}
     converted: list[WeightReport] = []
     left = list(plan.left_alone)
     for planned, result in zip(plan.planned, _quantize_all(plan.planned, progress, threads), strict=True):
-        decode = decode_of(planned.weight.name, result.quantized, opset, planned.weight.emit, names)
+        decode = decode_of(planned.weight.name, result.quantized, planned.weight.emit, writer)
         reason = _why_not(planned, result, decode)
         if reason is None:
             decodes[planned.weight.name] = decode
             converted.append(_report(planned, result, decode))
         else:
             left.append(LeftAlone(planned.weight.name, planned.weight.op, planned.weight.shape, reason))
-    report = QuantReport(config.to_dict(), (before, opset), folded, tuple(converted), tuple(left))
+    report = QuantReport(config.to_dict(), (before, writer.opset), folded, tuple(converted), tuple(left))
     if not decodes:
         return load_model(model), report
     replace_weights(raised, decodes)

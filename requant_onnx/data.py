@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 from zipfile import BadZipFile
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from requant_onnx.errors import DataError
 
+Images: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
 PIXELS = 3 * 32 * 32
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
@@ -39,7 +41,7 @@ class ImageSet:
     y: (n,) int64 class indices, or None.
     """
 
-    x: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    x: Images
     y: npt.NDArray[np.int64] | None
 
     def __len__(self) -> int:
@@ -93,7 +95,7 @@ def _load_npz(path: Path) -> ImageSet:
         with np.load(path, allow_pickle=False) as arrays:
             if "x" not in arrays:
                 raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
-            x, y = arrays["x"], arrays["y"] if "y" in arrays else None
+            x, y = arrays["x"], arrays.get("y")
     except (OSError, ValueError, BadZipFile, EOFError) as error:
         if isinstance(error, DataError):
             raise
@@ -101,7 +103,7 @@ def _load_npz(path: Path) -> ImageSet:
     return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))
 
 
-def _nchw(x: npt.NDArray[np.generic], path: Path) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+def _nchw(x: npt.NDArray[np.generic], path: Path) -> Images:
     wanted = "x must be (n, h, w, c) uint8 or (n, c, h, w) float32"
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
         raise DataError(f"'{path}' holds x of shape {x.shape} and type {x.dtype}; {wanted}")

@@ -54,7 +54,7 @@ class QuantReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the totals, for JSON."""
-        return as_json({**asdict(self), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after})
+        return {**_fields(self), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ValidationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        return as_json(asdict(self))
+        return _fields(self)
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,19 @@ class InspectReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        return as_json(asdict(self))
+        return _fields(self)
 
 
-def as_json(value: Any) -> Any:
+def _fields(report: Any) -> dict[str, Any]:
+    return {key: _as_json(value) for key, value in asdict(report).items()}
+
+
+def _as_json(value: Any) -> Any:
     """Tuples as lists; infinity and NaN, which JSON lacks, as null."""
     if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [as_json(item) for item in value]
+        return [_as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -41,12 +41,16 @@ class Classifier:
         Raises ModelError when the model fails or its first output is not one row of scores an image.
         """
         try:
-            first = self.session.run(self.session.get_outputs()[:1] and [self.session.get_outputs()[0].name], {self.input: self._fit(x)})[0]
+            first = self.session.run([self.session.get_outputs()[0].name], {self.input: self._fit(x)})[0]
         except Exception as error:  # onnxruntime raises many types of its own
             raise ModelError(f"{self.name} fails in ONNX Runtime ({first_line(error)})") from None
-        if not isinstance(first, np.ndarray) or first.size == 0 or first.shape[:1] != x.shape[:1] or first.size != first[..., 0].size * first.shape[-1]:
-            raise ModelError(f"the first output of {self.name} is not one row of scores an image; it is no classifier")
-        return first.reshape(len(x), -1).astype(np.float32)
+        scores = np.asarray(first)
+        classes = max(scores.shape[1:], default=0)
+        if scores.shape[:1] != x.shape[:1] or scores.size != len(x) * classes or classes < 2:
+            raise ModelError(
+                f"the first output of {self.name} has shape {scores.shape}, not one row of scores for each of {len(x)} images"
+            )
+        return scores.reshape(len(x), -1).astype(np.float32)
 
     def latency(self, x: FloatArray) -> float:
         """Milliseconds of one run."""

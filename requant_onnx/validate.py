@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.convert import Progress
-from requant_onnx.data import ImageSet
+from requant_onnx.data import Images, ImageSet
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.graph.load import ModelLike, load_model
 from requant_onnx.report import ValidationReport, sqnr_db
@@ -36,11 +36,15 @@ class Normalisation:
         if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
             raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
 
-    def apply(self, x: npt.NDArray[np.uint8]) -> FloatArray:
-        """(n, c, h, w) pixels 0..255 -> float32.  Raises DataError when c is another number than that of the channels given."""
+    def apply(self, x: Images) -> FloatArray:
+        """(n, c, h, w) uint8 pixels -> float32; float32 images stay as they are.  Raises DataError when c does not fit."""
+        if x.dtype != np.uint8:
+            return x.astype(np.float32, copy=False)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, x.shape[1]):
-                raise DataError(f"{name} has {len(values)} values and the images have {x.shape[1]} channels; give one value a channel")
+                raise DataError(
+                    f"{name} has {len(values)} values and the images have {x.shape[1]} channels; give one value a channel"
+                )
         mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
         return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
 
@@ -68,7 +72,7 @@ def validate(
     for start, x in _batches(images, normalisation, _common_batch(models)):
         count = min(len(x), len(images) - start)
         labels = None if images.y is None else images.y[start : start + count]
-        tally.add(*(model.scores(x)[:count] for model in models), labels)
+        tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
         if progress is not None:
             progress("validating", start + count, len(images))
     return tally.report(models, images, _latencies(models, images, normalisation))
@@ -83,11 +87,16 @@ class _Tally:
 
     def add(self, reference: FloatArray, candidate: FloatArray, labels: npt.NDArray[np.int64] | None) -> None:
         if reference.shape != candidate.shape:
-            raise DataError(f"the reference gives {reference.shape[1]} scores an image and the candidate {candidate.shape[1]}; compare like models")
+            raise DataError(
+                f"the reference gives {reference.shape[1]} scores an image and the candidate {candidate.shape[1]}; "
+                "compare models of the same classes"
+            )
         tops = [scores.argmax(1) for scores in (reference, candidate)]
         if labels is not None:
             if labels.min() < 0 or labels.max() >= reference.shape[1]:
-                raise DataError(f"the labels run to {labels.max()} and the models give {reference.shape[1]} scores; give matching data")
+                raise DataError(
+                    f"the labels run to {labels.max()} and the models give {reference.shape[1]} scores; give matching data"
+                )
             self.hits += [int((top == labels).sum()) for top in tops]
         self.agree += int((tops[0] == tops[1]).sum())
         self.signal += float(np.square(reference, dtype=np.float64).sum())
@@ -115,7 +124,9 @@ def _open(model: ModelLike, role: str) -> Classifier:
 def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> int:
     fixed = {model.batch for model in models if model.batch is not None}
     if len(fixed) > 1:
-        raise DataError(f"the models have fixed batch sizes {models[0].batch} and {models[1].batch}; compare models of one batch size")
+        raise DataError(
+            f"the models have fixed batch sizes {models[0].batch} and {models[1].batch}; compare models of one batch size"
+        )
     return fixed.pop() if fixed else free
 
 
@@ -126,7 +137,7 @@ def _batches(images: ImageSet, normalisation: Normalisation, size: int) -> Itera
         x = images.x[start : start + size]
         if len(x) < size:
             x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-        yield start, normalisation.apply(x) if x.dtype == np.uint8 else x
+        yield start, normalisation.apply(x)
 
 
 def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalisation: Normalisation) -> tuple[float, float]:
@@ -135,5 +146,3 @@ def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalis
     times = np.array([[model.latency(x) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]  # two to warm up
     reference, candidate = np.median(times, axis=0)
     return float(reference), float(candidate)
-
-

@@ -16,18 +16,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
-import torch.nn.functional as functional
 from cifar import find_or_fetch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, load_cifar
+from requant_onnx.graph.save import save_model
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(nn.Module):  # type: ignore[misc,unused-ignore]  # torch is typed only where it is installed
     """He et al. 2015 (arXiv 1512.03385), figure 2 left, with the parameter-free shortcut (option A)."""
 
     def __init__(self, ic: int, oc: int, stride: int) -> None:
@@ -46,7 +48,7 @@ class BasicBlock(nn.Module):
         return functional.relu(x + y)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(nn.Module):  # type: ignore[misc,unused-ignore]
     """The CIFAR ResNet of arXiv 1512.03385 section 4.2: 6n+2 layers, 16/32/64 channels; n=3 has 269,722 parameters."""
 
     def __init__(self, blocks: int, classes: int) -> None:
@@ -118,8 +120,11 @@ def train_epoch(
         loss_sum, hits = loss_sum + loss.item(), hits + int((logits.argmax(1) == y).sum())
         if step % 50 == 49:
             rate = (time.time() - started) / (step + 1)
-            print(f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{steps} loss {loss_sum / (step + 1):.4f} "
-                  f"{rate * 1000:.0f} ms a step", flush=True)
+            print(
+                f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{steps} loss {loss_sum / (step + 1):.4f} "
+                f"{rate * 1000:.0f} ms a step",
+                flush=True,
+            )
     return loss_sum / steps, hits / (steps * args.batch_size)
 
 
@@ -147,18 +152,32 @@ def fit(model: nn.Module, data: ImageSet, args: argparse.Namespace) -> None:
     for epoch in range(first, args.epochs):
         started = time.time()
         loss, accuracy = train_epoch(runner, optimiser, images, labels, epoch, args)
-        print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, accuracy on augmented train images {accuracy:.4f}, "
-              f"{time.time() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, accuracy on augmented train images {accuracy:.4f}, "
+            f"{time.time() - started:.0f} s",
+            flush=True,
+        )
         save_atomically({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch + 1}, args.checkpoint)
 
 
-def export(model: nn.Module, dataset: str, path: Path) -> None:
+def export(model: nn.Module, path: Path) -> None:
     """Write the model with a free batch size: input (n, 3, 32, 32) float32, output logits (n, classes)."""
     batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(
-        model.cpu().eval(), (torch.zeros(2, 3, 32, 32),), str(path), dynamo=True, external_data=False, opset_version=18,
+    exported = torch.onnx.export(
+        model.cpu().eval(), (torch.zeros(2, 3, 32, 32),), dynamo=True, opset_version=18,
         input_names=["input"], output_names=["logits"], dynamic_shapes=({0: batch},), verbose=False,
     )  # fmt: skip
+    assert exported is not None
+    save_model(without_traces(exported.model_proto), path)
+
+
+def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop what the exporter notes about the source code of this machine (stack traces with paths)."""
+    items = [proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output]
+    for item in items:
+        del item.metadata_props[:]
+        item.doc_string = ""
+    return proto
 
 
 def onnx_accuracy(path: Path, data: ImageSet, dataset: str) -> float:
@@ -197,7 +216,7 @@ def main() -> None:
     model = MODELS[args.model](CLASSES[args.dataset]).to(args.device, memory_format=torch.channels_last)
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on {args.device}")
     fit(model, load_cifar(args.dataset, folder, "train"), args)
-    export(model, args.dataset, args.out)
+    export(model, args.out)
     print(f"{args.out}: top-1 {onnx_accuracy(args.out, load_cifar(args.dataset, folder, 'test'), args.dataset):.2%} on test")
 
 

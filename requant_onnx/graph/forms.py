@@ -20,6 +20,7 @@ from onnx import helper
 
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
@@ -28,15 +29,20 @@ AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
 
 @dataclass(frozen=True)
 class Decode:
-    """Nodes in order, the last of which outputs the weight's own name, and the initializers they read."""
+    """Nodes in order, the last of which outputs the weight's own name, and the initializers they read.
+
+    shared: a level table that other decodes read too; it is stored once.
+    """
 
     nodes: tuple[onnx.NodeProto, ...]
     initializers: tuple[onnx.TensorProto, ...]
+    shared: onnx.TensorProto | None = None
 
     @property
     def bytes(self) -> int:
-        """Size in the file."""
-        return sum(item.ByteSize() for item in (*self.nodes, *self.initializers))
+        """Size in the file, without what is shared."""
+        total: int = sum(node.ByteSize() for node in self.nodes) + sum(item.ByteSize() for item in self.initializers)
+        return total
 
 
 def required_opset(bits: int) -> int:
@@ -44,22 +50,38 @@ def required_opset(bits: int) -> int:
     return INT4_OPSET if bits <= 4 else AXIS_OPSET
 
 
-def decode_of(name: str, q: QuantizedWeight, opset: int, emit: int, names: FreshNames) -> Decode:
+class DecodeWriter:
+    """Writes the decodes of one model: fresh names, and one level table for all weights on the same grid."""
+
+    def __init__(self, opset: int, names: FreshNames) -> None:
+        self.opset, self.names = opset, names
+        self._tables: dict[LevelTable, onnx.TensorProto] = {}
+
+    def table(self, table: LevelTable) -> onnx.TensorProto:
+        """The initializer that holds the integer levels of a grid."""
+        if table not in self._tables:
+            name = self.names.take(f"levels_{table.bits}bit_power_{table.exponent:.3g}")
+            self._tables[table] = tensor_proto(table.integers.astype(np.int32), name)
+        return self._tables[table]
+
+
+def decode_of(name: str, q: QuantizedWeight, emit: int, writer: DecodeWriter) -> Decode:
     """The decode of one weight.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
-    builder = _Builder(name, names)
+    builder = _Builder(name, writer.names)
+    shared = None if q.table.exponent in (0.5, 1.0) else writer.table(q.table)
     codes = builder.constant("codes", stored_codes(q.codes, q.table.bits))
     target = name if emit == onnx.TensorProto.FLOAT else builder.fresh("float")
     if q.table.exponent == 1.0:
         zero_point = builder.constant("zero_point", stored_codes(q.zero_point, q.table.bits))
         levels, inputs = codes, [builder.constant("scale", q.scale), zero_point]
     else:
-        levels = _sqrt_levels(builder, codes, q, opset) if q.table.exponent == 0.5 else _table_levels(builder, codes, q)
+        levels = _table_levels(builder, codes, q, shared.name) if shared else _sqrt_levels(builder, codes, q, writer.opset)
         inputs = [builder.constant("scale", q.scale)]
     axis = {} if q.axis is None else {"axis": q.axis}
     builder.node("DequantizeLinear", [levels, *inputs], output=target, **axis)
     if target != name:
         builder.node("Cast", [target], output=name, to=emit)
-    return Decode(tuple(builder.nodes), tuple(builder.initializers))
+    return Decode(tuple(builder.nodes), tuple(builder.initializers), shared)
 
 
 def stored_codes(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.generic]:
@@ -84,11 +106,10 @@ def _sqrt_levels(builder: _Builder, codes: str, q: QuantizedWeight, opset: int) 
     return builder.node("Mul", [k, builder.node("Abs", [k])])
 
 
-def _table_levels(builder: _Builder, codes: str, q: QuantizedWeight) -> str:
-    offset = q.broadcast(q.zero_point.astype(np.int32) - np.int32(q.table.max_code))
-    table = builder.constant("levels", q.table.integers.astype(np.int32))
+def _table_levels(builder: _Builder, codes: str, q: QuantizedWeight, table: str) -> str:
+    offset = q.broadcast(np.asarray(q.zero_point.astype(np.int32) - np.int32(q.table.max_code)))
     wide = builder.node("Cast", [codes], to=onnx.TensorProto.INT32)
-    index = builder.node("Sub", [wide, builder.constant("offset", np.asarray(offset))])
+    index = builder.node("Sub", [wide, builder.constant("offset", offset)])
     return builder.node("Gather", [table, index])
 
 

@@ -81,7 +81,8 @@ def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelPro
         converted = version_converter.convert_version(model, target)
     except Exception as error:  # the converter raises RuntimeError, ConvertError and others
         raise ModelError(
-            f"the model's opset {current} cannot be raised to {target} ({first_line(error)}); export it with opset {target} or above"
+            f"the model's opset {current} cannot be raised to {target} ({first_line(error)}); "
+            f"export it with opset {target} or above"
         ) from None
     kept = {entry.key for entry in converted.metadata_props}
     converted.metadata_props.extend(entry for entry in model.metadata_props if entry.key not in kept)

@@ -14,9 +14,10 @@ def replace_weights(model: onnx.ModelProto, decodes: Mapping[str, Decode]) -> No
     """Replace each named initializer or Constant node by its decode.  Changes `model`; readers keep the name they read."""
     graph = model.graph
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in decodes])
-    delete_where(graph.input, [k for k, item in enumerate(graph.input) if item.name in decodes])  # IR 3 lists weights here
     for decode in decodes.values():
         graph.initializer.extend(decode.initializers)
+    shared = {decode.shared.name: decode.shared for decode in decodes.values() if decode.shared is not None}
+    graph.initializer.extend(shared.values())
     kept = [node for node in graph.node if not (node.op_type == "Constant" and node.output[0] in decodes)]
     decoders = [node for decode in decodes.values() for node in decode.nodes]
     del graph.node[:]

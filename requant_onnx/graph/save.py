@@ -37,7 +37,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         with _replacing(path) as file:
             file.write(data)
     except OSError as error:
-        raise OutputError(f"cannot write '{path}' ({error.strerror or error}); check the folder, its permissions and space") from None
+        raise OutputError(
+            f"cannot write '{path}' ({error.strerror or error}); check the folder, its permissions and space"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -108,16 +108,17 @@ def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[We
     elif node.op in QUANTIZED:
         operand = node.inputs[3] if node.op.startswith("QLinear") else node.inputs[1]
         yield LeftAlone(operand.name, node.op, _shape(operand), f"is already quantized ({node.op})")
-    for name, body in node.subgraphs(recursive=True) if _has_body(node) else ():
+    for body in node.subgraphs(recursive=True):
         for inner in body.nodes:
-            if inner.op in CONVERTIBLE and find_root(inner.inputs[1]) is not None:
-                root = find_root(inner.inputs[1])
-                assert root is not None
-                yield LeftAlone(root.name, inner.op, tuple(root.tensor.shape), f"is inside the {name} body of {node.op} '{node.name}'")
+            yield from _nested(inner, node)
 
 
-def _has_body(node: gs.Node) -> bool:
-    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
+def _nested(inner: gs.Node, node: gs.Node) -> Iterator[LeftAlone]:
+    """The weight of a node in a body of If, Loop or Scan."""
+    operand = _weight_operand(inner) if inner.op in CONVERTIBLE else None
+    root = None if operand is None else find_root(inner.inputs[operand])
+    if root is not None:
+        yield LeftAlone(root.name, inner.op, tuple(root.tensor.shape), f"is used inside a body of {node.op} '{node.name}'")
 
 
 def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
@@ -189,11 +190,15 @@ def _refusal(node: gs.Node, root: Root, shape: tuple[int, ...], interface: _Inte
         return "is an output of the model, so its values are part of the interface"
     if root.name in interface.overridable:
         return "is also an input of the model, so a caller may replace it"
+    return _unfit_shape(shape, node.op)
+
+
+def _unfit_shape(shape: tuple[int, ...], op: str) -> str | None:
     if 0 in shape:
         return "has no elements"
     if len(shape) < 2:
         return f"has {len(shape)} dimensions, and a weight has at least 2"
-    if node.op == "MatMul" and len(shape) > 2 and any(n != 1 for n in shape[:-2]):
+    if op == "MatMul" and any(n != 1 for n in shape[:-2]):
         return "is a batch of matrices"
     return None
 

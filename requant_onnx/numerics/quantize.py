@@ -8,9 +8,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.numerics.kernels import decode_rows, encode_rows
 from requant_onnx.numerics.levels import LevelTable, level_table
 from requant_onnx.numerics.ranges import RowRanges, row_ranges
-from requant_onnx.numerics.search import compiled, search_alpha
+from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
 FloatArray = npt.NDArray[np.float64]
@@ -60,13 +61,13 @@ class QuantizedWeight:
         start = self.table.max_code - self.zero_point.astype(np.int64).reshape(-1, 1)
         windows = self.table.integers[start + np.arange(self.table.max_code + 1)].astype(np.float32)
         values = windows * self.scale.reshape(-1, 1)
-        return from_rows(_decode_rows(to_rows(self.codes, self.axis), values), self.codes.shape, self.axis)
+        return from_rows(decode_rows(to_rows(self.codes, self.axis), values), self.codes.shape, self.axis)
 
 
 def quantize_weight(w: npt.NDArray[np.float32], grid: Grid) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
 
-    >>> q = quantize_weight(np.array([-1.0, 0.0, 0.5, 4.0], np.float32), Grid(4, 0.5, axis=None, search=False))
+    >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, 0.5, axis=None, search=False))
     >>> q.codes.tolist(), int(q.zero_point), q.dequantize().tolist()
     ([0, 5, 8, 15], 5, [-1.0, 0.0, 0.35999998450279236, 4.0])
     """
@@ -77,7 +78,7 @@ def quantize_weight(w: npt.NDArray[np.float32], grid: Grid) -> QuantizedWeight:
     scale = ((alpha * ranges.step) ** (1 / grid.exponent) / table.unit).astype(np.float32)
     scale = np.where(scale > 0.0, scale, np.float32(1.0))  # a row of zeros (or below float32) stays at its zero point
     thresholds = table.thresholds(grid.round_in_weights)
-    codes = _encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds)
+    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds)
     shape = () if grid.axis is None else (len(rows),)
     return QuantizedWeight(
         codes=from_rows(codes, w.shape, grid.axis),
@@ -112,36 +113,3 @@ def _search(rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable,
         objective_in_weights=grid.objective_in_weights,
         round_in_weights=grid.round_in_weights,
     )
-
-
-@compiled
-def _encode_rows(rows, scales, zero_points, thresholds):  # type: ignore[no-untyped-def]
-    """The code of each weight: how many of its row's thresholds are not above it.  Returns (rows, n) uint8."""
-    count, n = rows.shape
-    max_code = thresholds.size // 2
-    codes = np.empty((count, n), np.uint8)
-    row_thresholds = np.empty(max_code)
-    for r in range(count):
-        start = max_code - zero_points[r]
-        for j in range(max_code):
-            row_thresholds[j] = scales[r] * thresholds[start + j]
-        for i in range(n):
-            w = rows[r, i]
-            code = 0
-            width = (max_code + 1) >> 1
-            while width > 0:
-                code += width if row_thresholds[code + width - 1] <= w else 0
-                width >>= 1
-            codes[r, i] = code
-    return codes
-
-
-@compiled
-def _decode_rows(codes, values):  # type: ignore[no-untyped-def]
-    """The value of each code.  codes: (rows, n) uint8.  values: (rows, 2**bits) float32.  Returns (rows, n) float32."""
-    count, n = codes.shape
-    decoded = np.empty((count, n), np.float32)
-    for r in range(count):
-        for i in range(n):
-            decoded[r, i] = values[r, codes[r, i]]
-    return decoded

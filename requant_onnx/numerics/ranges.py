@@ -31,7 +31,7 @@ def transform(w: npt.NDArray[np.floating], exponent: float) -> FloatArray:
     [-2.0, 3.0]
     """
     w = w.astype(np.float64)
-    return w if exponent == 1.0 else np.sign(w) * np.abs(w) ** exponent
+    return np.asarray(w if exponent == 1.0 else np.sign(w) * np.abs(w) ** exponent, np.float64)
 
 
 def row_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, exponent: float) -> RowRanges:

@@ -1,0 +1,135 @@
+"""The conversion as a whole: what changes, what must not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from conftest import laplace, parse, small_cnn
+
+from requant_onnx import EdgeLayers, Granularity, QuantConfig, RangeMode, Transform, quantize_model
+from requant_onnx.convert import METADATA_KEY
+from requant_onnx.graph.opset import raise_opset
+
+
+def nodes_of(model: onnx.ModelProto) -> list[bytes]:
+    return [node.SerializeToString() for node in model.graph.node]
+
+
+@pytest.mark.parametrize("transform", ["sqrt", "none", "power:0.75"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_only_weights_change(bits: int, transform: str) -> None:
+    model = small_cnn(opset=21, ir=10)
+    converted, report = quantize_model(model, QuantConfig(bits=bits, transform=Transform.parse(transform)))
+    onnx.checker.check_model(converted, full_check=True)
+    assert [weight.name for weight in report.converted] == ["w1", "w2", "w3", "w4"]
+    assert nodes_of(converted)[-len(model.graph.node) :] == nodes_of(model)  # in their order, behind the decodes
+    assert converted.graph.input == model.graph.input
+    assert converted.graph.output == model.graph.output
+    assert "b2" in [item.name for item in converted.graph.initializer]
+
+
+def test_the_model_given_never_changes() -> None:
+    model = small_cnn(opset=13)
+    before = model.SerializeToString()
+    quantize_model(model, QuantConfig(bits=4))
+    assert model.SerializeToString() == before
+
+
+def test_metadata_survives_and_gains_one_entry() -> None:
+    model = small_cnn(opset=13)
+    model.metadata_props.add(key="author", value="someone")
+    model.doc_string, model.graph.doc_string, model.producer_name = "a", "b", "c"
+    converted, _ = quantize_model(model, QuantConfig(bits=4))
+    entries = {entry.key: entry.value for entry in converted.metadata_props}
+    assert entries.keys() == {"author", METADATA_KEY}
+    assert json.loads(entries[METADATA_KEY])["bits"] == 4
+    assert (converted.doc_string, converted.graph.doc_string, converted.producer_name) == ("a", "b", "c")
+
+
+def test_same_input_same_bytes_whatever_the_threads() -> None:
+    results = [quantize_model(small_cnn(), QuantConfig(bits=4), threads=threads)[0] for threads in (1, 3, 3)]
+    assert len({model.SerializeToString(deterministic=True) for model in results}) == 1
+
+
+def test_names_that_the_model_uses_already_are_avoided() -> None:
+    text = """net (float[n, 4, 6, 6] x) => (float[n, 50, h, v] y) {
+        w_codes = Relu(x) w_scale = Conv(w_codes, w) y = Relu(w_scale) }"""
+    converted, report = quantize_model(parse(text, w=laplace(50, 4, 3, 3)))
+    onnx.checker.check_model(converted, full_check=True)
+    assert len(report.converted) == 1
+
+
+def bits_and_exponents(edge_layers: EdgeLayers) -> list[tuple[str, int, float]]:
+    config = QuantConfig(bits=4, transform=Transform(0.5), edge_layers=edge_layers)
+    return [(weight.name, weight.bits, weight.exponent) for weight in quantize_model(small_cnn(), config)[1].converted]
+
+
+def test_edge_layers() -> None:
+    middle = [("w2", 4, 0.5), ("w3", 4, 0.5)]
+    assert bits_and_exponents(EdgeLayers.PLAIN) == [("w1", 4, 1.0), *middle, ("w4", 4, 1.0)]
+    assert bits_and_exponents(EdgeLayers.EIGHT_BIT) == [("w1", 8, 1.0), *middle, ("w4", 8, 1.0)]
+    assert bits_and_exponents(EdgeLayers.FLOAT) == middle
+
+
+def test_the_paper_recipe_is_the_paper() -> None:
+    config = QuantConfig.paper(6).to_dict()
+    assert config == {
+        "bits": 6,
+        "granularity": "per-tensor",
+        "transform": "sqrt",
+        "range_mode": "search",
+        "edge_layers": "plain",
+        "objective": "weight",
+        "rounding": "transformed",
+    }
+
+
+def test_max_range_takes_alpha_1_and_search_is_never_worse() -> None:
+    reports = [quantize_model(small_cnn(), QuantConfig(bits=3, range_mode=mode))[1].converted for mode in RangeMode]
+    for searched, largest in zip(*reports, strict=True):
+        assert largest.alpha == (1.0, 1.0)
+        assert searched.mse <= largest.mse
+
+
+def test_per_channel_scales_lie_on_the_channel_axis() -> None:
+    _, report = quantize_model(small_cnn(), QuantConfig(granularity=Granularity.PER_CHANNEL))
+    assert [weight.axis for weight in report.converted] == [0, 0, 0, 0]
+
+
+def test_a_weight_that_would_not_shrink_is_left_alone() -> None:
+    converted, report = quantize_model(parse("net (float[n, 1] x) => (float[n, 1] y) { y = MatMul(x, w) }", w=laplace(1, 1)))
+    assert "would not get smaller" in report.left_alone[0].reason
+    assert [node.op_type for node in converted.graph.node] == ["MatMul"]
+
+
+def test_levels_beyond_float_are_left_alone() -> None:
+    w = np.full((40, 40), 3.4e38, np.float32)
+    w[0] = -3.3e38
+    config = QuantConfig(range_mode=RangeMode.MAX, bits=2, edge_layers=EdgeLayers.PLAIN)
+    _, report = quantize_model(parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }", w=w), config)
+    assert [item.reason for item in report.left_alone] == ["has levels beyond the largest float"]
+
+
+@pytest.mark.parametrize("opset", [8, 9, 11, 13, 17])
+def test_the_opset_is_raised_when_needed(opset: int) -> None:
+    converted, report = quantize_model(small_cnn(opset=opset, ir=4), QuantConfig(bits=4))
+    assert report.opset == (opset, 21)
+    assert converted.ir_version >= 10
+    onnx.checker.check_model(converted, full_check=True)
+
+
+def test_opset_conversion_keeps_nodes_where_nothing_changed() -> None:
+    model = small_cnn(opset=17)
+    before = nodes_of(model)
+    assert nodes_of(raise_opset(model, 21)) == before
+
+
+def test_opset_conversion_adapts_nodes_where_something_changed() -> None:
+    model = parse("net (float[n, 2, 3] x) => (float[n, 2, 3] y) { y = Softmax(x) }", opset=11)
+    model.metadata_props.add(key="k", value="v")
+    raised = raise_opset(model, 21)
+    assert len(raised.graph.node) > 1  # Softmax flattened to 2-D before opset 13
+    assert [entry.key for entry in raised.metadata_props] == ["k"]

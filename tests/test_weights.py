@@ -1,0 +1,130 @@
+"""Which weights are found, with which axis, and why the others stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from conftest import laplace, parse, small_cnn
+from onnx import helper
+
+from requant_onnx.convert import quantize_model
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.weights import find_weights
+
+IO = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
+MATRIX_IO = "net (float[n, 6] x) => (float[n, c] y)"
+W_OUT = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y, float[5, 4, 3, 3] w)"
+W_IN = "net (float[n, 4, 6, 6] x, float[5, 4, 3, 3] w) => (float[n, c, h, w] y)"
+LSTM = "net (float[s, n, 4] x) => (float[s, d, n, 2] y) { y = LSTM<hidden_size = 2>(x, w, w) }"
+W = laplace(5, 4, 3, 3)
+
+
+def only(model: onnx.ModelProto) -> tuple[str, int]:
+    view = find_weights(model)
+    assert not view.left_alone
+    (weight,) = view.weights
+    return weight.name, weight.channel_axis
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "axis"),
+    [
+        (IO + "{ y = Conv(x, w) }", (5, 4, 3, 3), 0),
+        (IO + "{ y = Conv<group = 4>(x, w) }", (4, 1, 3, 3), 0),
+        (IO + "{ y = ConvTranspose(x, w) }", (4, 5, 3, 3), 1),
+        (MATRIX_IO + "{ y = Gemm(x, w) }", (6, 5), 1),
+        (MATRIX_IO + "{ y = Gemm<transB = 1>(x, w) }", (5, 6), 0),
+        (MATRIX_IO + "{ y = MatMul(x, w) }", (6, 5), 1),
+        ("net (float[6, n] x) => (float[c, n] y) { y = MatMul(w, x) }", (5, 6), 0),
+        (IO + "{ i = Identity(w) y = Conv(x, i) }", (5, 4, 3, 3), 0),
+    ],
+)
+def test_weight_and_axis_of_each_operator(text: str, shape: tuple[int, ...], axis: int) -> None:
+    assert only(parse(text, w=laplace(*shape))) == ("w", axis)
+
+
+def test_a_constant_node_is_a_weight() -> None:
+    model = parse(IO + "{ y = Conv(x, w) }")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=onnx.numpy_helper.from_array(laplace(5, 4, 3, 3))))
+    assert only(model) == ("w", 0)
+    converted, report = quantize_model(model)
+    assert len(report.converted) == 1
+    assert "Constant" not in [node.op_type for node in converted.graph.node]
+
+
+def test_float16_behind_a_cast_is_emitted_as_float32() -> None:
+    view = find_weights(parse(IO + "{ f = Cast<to = 1>(w) y = Conv(x, f) }", w=laplace(5, 4, 3, 3).astype(np.float16)))
+    assert [weight.emit for weight in view.weights] == [onnx.TensorProto.FLOAT]
+
+
+def test_first_and_last_layers() -> None:
+    assert [(weight.name, weight.is_edge) for weight in find_weights(small_cnn()).weights] == [
+        ("w1", True),
+        ("w2", False),
+        ("w3", False),
+        ("w4", True),
+    ]
+
+
+def test_a_product_of_two_activations_is_no_weight() -> None:
+    view = find_weights(parse("net (float[n, n] x) => (float[n, n] y) { y = MatMul(x, x) }"))
+    assert not view.weights
+    assert not view.left_alone
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "reason"),
+    [
+        (IO + "{ a = Mul(w, w) y = Conv(x, a) }", laplace(5, 4, 3, 3), "is computed by Mul"),
+        (IO + "{ y = Conv(x, w) }", laplace(5, 4, 3, 3).astype(np.float64), "has type DOUBLE"),
+        (W_OUT + "{ y = Conv(x, w) }", W, "is an output"),
+        (W_IN + "{ y = Conv(x, w) }", W, "a caller may replace"),
+        (W_IN + "{ y = Conv(x, w) }", None, "is an input of the model"),
+        ("net (float[n, 2, 3] x) => (float[n, 2, 4] y) { y = MatMul(x, w) }", laplace(2, 3, 4), "is a batch of matrices"),
+        ("net (float[n, 6] x) => (float[n] y) { y = MatMul(x, w) }", laplace(6), "has 1 dimensions"),
+        (IO + "{ y = Conv(x, w) }", np.zeros((0, 4, 3, 3), np.float32), "has no elements"),
+        (LSTM, laplace(1, 8, 4), "LSTM weights are not"),
+        (MATRIX_IO + "{ y = MatMulInteger(x, w) }", laplace(6, 5), "is already quantized (MatMulInteger)"),
+    ],
+)  # fmt: skip
+def test_left_alone_with_a_reason(text: str, weight: np.ndarray | None, reason: str) -> None:
+    view = find_weights(parse(text, **({} if weight is None else {"w": weight})))
+    assert not view.weights
+    assert reason in view.left_alone[0].reason
+
+
+def test_weights_of_a_converted_model_are_left_alone() -> None:
+    for transform_bits in (4, 8):
+        converted, _ = quantize_model(small_cnn())
+        again, report = quantize_model(converted)
+        assert {item.reason for item in report.left_alone} == {"is already quantized (DequantizeLinear)"}, transform_bits
+        assert again.SerializeToString() == converted.SerializeToString()
+
+
+def test_a_weight_in_a_body_is_left_alone() -> None:
+    body = parse("body () => (float[n, c, h, w] z) { z = Conv(x, w) }", w=laplace(5, 4, 3, 3)).graph
+    model = parse("net (float[n, 4, 6, 6] x, bool c) => (float[n, c, h, w] y) { }")
+    model.graph.node.append(helper.make_node("If", ["c"], ["y"], name="branch", then_branch=body, else_branch=body))
+    view = find_weights(model)
+    assert [item.reason for item in view.left_alone] == ["is used inside a body of If 'branch'"]
+
+
+def test_weights_listed_as_inputs_by_ir_3_are_converted_and_delisted() -> None:
+    model = parse(
+        "net (float[n, 4, 6, 6] x, float[50, 4, 3, 3] w) => (float[n, c, h, w] y) { y = Conv(x, w) }",
+        ir=3,
+        opset=8,
+        w=laplace(50, 4, 3, 3),
+    )
+    converted, report = quantize_model(model)
+    assert [weight.name for weight in report.converted] == ["w"]
+    assert [item.name for item in converted.graph.input] == ["x"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
+    w = laplace(50, 4, 3, 3)
+    w[1, 2, 0, 0] = value
+    with pytest.raises(ModelError, match="the weight 'w' holds 1 NaN or infinite"):
+        quantize_model(parse(IO + "{ y = Conv(x, w) }", w=w))
