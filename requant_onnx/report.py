@@ -63,6 +63,7 @@ class ValidationReport:
 
     top1: (reference, candidate) accuracy in 0..1, None without labels.  agreement: share of images with the same top-1.
     sqnr_db: of the outputs.  bytes: file sizes.  latency_ms: medians of one run at `latency_batch` images.
+    notes: sentences on what the figures include.
     """
 
     images: int
@@ -72,6 +73,7 @@ class ValidationReport:
     bytes: tuple[int, int]
     latency_ms: tuple[float, float]
     latency_batch: int
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

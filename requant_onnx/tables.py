@@ -45,6 +45,8 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{ratio:.2f} x the time")
     console.print(table)
     console.print(f"top-1 agreement {report.agreement:.2%}, output SQNR {report.sqnr_db:.1f} dB")
+    for note in report.notes:
+        console.print(escape(f"note: {note}"))
     if report.top1 is None:
         console.print("the images have no labels: this says how alike the models answer, not how well")
 

@@ -13,6 +13,7 @@ from requant_onnx.convert import Progress
 from requant_onnx.data import Images, ImageSet
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.graph.load import ModelLike, load_model
+from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.report import ValidationReport, sqnr_db
 from requant_onnx.runtime import Classifier, open_classifier, require_image
 
@@ -63,6 +64,7 @@ def validate(
     Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
     """
     models = (_open(reference, "the reference"), _open(candidate, "the candidate"))
+    notes = _notes(load_model(candidate))
     for model in models:
         require_image(model, images.x.shape[1:])
     if images.x.dtype != np.uint8 and normalisation is not None:
@@ -75,7 +77,7 @@ def validate(
         tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
         if progress is not None:
             progress("validating", start + count, len(images))
-    return tally.report(models, images, _latencies(models, images, normalisation))
+    return tally.report(models, images, _latencies(models, images, normalisation), notes)
 
 
 class _Tally:
@@ -102,7 +104,9 @@ class _Tally:
         self.signal += float(np.square(reference, dtype=np.float64).sum())
         self.noise += float(np.square(reference.astype(np.float64) - candidate).sum())
 
-    def report(self, models: tuple[Classifier, Classifier], images: ImageSet, latency: tuple[float, float]) -> ValidationReport:
+    def report(
+        self, models: tuple[Classifier, Classifier], images: ImageSet, latency: tuple[float, float], notes: tuple[str, ...]
+    ) -> ValidationReport:
         count = len(images)
         return ValidationReport(
             images=count,
@@ -112,6 +116,7 @@ class _Tally:
             bytes=(models[0].bytes, models[1].bytes),
             latency_ms=latency,
             latency_batch=_common_batch(models, free=1),
+            notes=notes,
         )
 
 
@@ -119,6 +124,15 @@ def _open(model: ModelLike, role: str) -> Classifier:
     name = role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
     load_model(model)  # its errors say more than ONNX Runtime's
     return open_classifier(model, name)
+
+
+def _notes(candidate: onnx.ModelProto) -> tuple[str, ...]:
+    rounded = matmuls_with_int8_activations(candidate)
+    sentence = (
+        f"ONNX Runtime rounds the activations of {', '.join(rounded)} to int8 by default, and the figures include that; "
+        "the session option session.qdq_matmulnbits_accuracy_level=1 turns it off"
+    )
+    return (sentence,) if rounded else ()
 
 
 def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> int:

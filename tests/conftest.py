@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -29,9 +29,9 @@ MODEL_NAMES = (
 )
 
 
-def parse(text: str, *, opset: int = 18, ir: int = 8, **weights: np.ndarray) -> onnx.ModelProto:
+def parse(text: str, *, opset: Any = 18, ir: Any = 8, **weights: Any) -> onnx.ModelProto:
     """A model from the text of its graph (onnx.parser) and its initializers by name."""
-    model = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> {text}')
+    model: onnx.ModelProto = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> {text}')
     model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in weights.items())
     return model
 
@@ -62,7 +62,7 @@ def small_cnn(**options: int) -> onnx.ModelProto:
         "w4": laplace(10, 32, seed=4),
         "b4": laplace(10, seed=5),
     }
-    return parse(text, **weights, **options)  # type: ignore[arg-type]
+    return parse(text, **weights, **options)
 
 
 def missing(what: str) -> NoReturn:

@@ -18,8 +18,8 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import Root, find_root, import_graph
+from requant_onnx.graph.operands import CONVERTIBLE, edge_nodes, weight_operand
 
-CONVERTIBLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 RECURRENT = ("LSTM", "GRU", "RNN")
 QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
@@ -74,7 +74,7 @@ class View:
 def find_weights(model: onnx.ModelProto) -> View:
     """Look at every node that has a weight.  Raises ModelError when the graph cannot be followed."""
     graph = import_graph(model)
-    edges = _edge_nodes(graph)
+    edges = edge_nodes(graph)
     interface = _Interface.of(model)
     weights: dict[str, Weight] = {}
     left: dict[tuple[str, str], LeftAlone] = {}
@@ -115,14 +115,14 @@ def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[We
 
 def _nested(inner: gs.Node, node: gs.Node) -> Iterator[LeftAlone]:
     """The weight of a node in a body of If, Loop or Scan."""
-    operand = _weight_operand(inner) if inner.op in CONVERTIBLE else None
+    operand = weight_operand(inner) if inner.op in CONVERTIBLE else None
     root = None if operand is None else find_root(inner.inputs[operand])
     if root is not None:
         yield LeftAlone(root.name, inner.op, tuple(root.tensor.shape), f"is used inside a body of {node.op} '{node.name}'")
 
 
 def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
-    operand = _weight_operand(node)
+    operand = weight_operand(node)
     if operand is None:
         return
     tensor = node.inputs[operand]
@@ -148,29 +148,6 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
         stored_bytes=int(np.prod(shape)) * np.dtype(root.tensor.dtype).itemsize,
         tensor=root.tensor,
     )
-
-
-def _weight_operand(node: gs.Node) -> int | None:
-    """The index of the input that is the weight; None for a product of two computed tensors."""
-    if node.op != "MatMul":
-        return 1
-    return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or _is_decoded(node.inputs[k])), None)
-
-
-def _is_decoded(tensor: gs.Tensor) -> bool:
-    """Whether the tensor is a DequantizeLinear of constants, possibly behind integer operators."""
-    if not tensor.inputs or tensor.inputs[0].op != "DequantizeLinear":
-        return False
-    behind, seen = [tensor.inputs[0].inputs[0]], set()
-    while behind:
-        each = behind.pop()
-        if isinstance(each, gs.Constant) or id(each) in seen:
-            continue
-        if not each.inputs:
-            return False
-        seen.add(id(each))
-        behind.extend(each.inputs[0].inputs)
-    return True
 
 
 def _why_computed(tensor: gs.Tensor) -> str | None:
@@ -232,25 +209,3 @@ def _shape(tensor: gs.Tensor) -> tuple[int, ...]:
     root = find_root(tensor)
     shape = tensor.shape if root is None else root.tensor.shape
     return tuple(n if isinstance(n, int) else -1 for n in shape or ())
-
-
-def _edge_nodes(graph: gs.Graph) -> set[int]:
-    """ids of the nodes with a weight that have no other one before them, or none behind them."""
-    weighted = {id(node) for node in graph.nodes if node.op in CONVERTIBLE and _weight_operand(node) is not None}
-    behind: set[int] = set()  # tensors computed from the output of a weighted node
-    first = set()
-    for node in graph.nodes:
-        reached = any(id(tensor) in behind for tensor in node.inputs)
-        if id(node) in weighted and not reached:
-            first.add(id(node))
-        if reached or id(node) in weighted:
-            behind.update(id(tensor) for tensor in node.outputs)
-    ahead: set[int] = set()  # tensors that a weighted node is computed from
-    last = set()
-    for node in reversed(graph.nodes):
-        needed = any(id(tensor) in ahead for tensor in node.outputs)
-        if id(node) in weighted and not needed:
-            last.add(id(node))
-        if needed or id(node) in weighted:
-            ahead.update(id(tensor) for tensor in node.inputs)
-    return first | last

@@ -8,9 +8,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.kernels import decode_rows, encode_rows
 from requant_onnx.numerics.levels import LevelTable, level_table
 from requant_onnx.numerics.ranges import RowRanges, row_ranges
+from requant_onnx.numerics.rounding import decode_rows, encode_rows
 from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)

@@ -1,17 +1,13 @@
-"""The exact error curve over alpha and its minimum (REQuant, arXiv 2510.04044, section on range search).
+"""The alpha of least error (REQuant, arXiv 2510.04044, range search), on the exact curve of curve.py.
 
-With the weights of a row sorted and the prefix sums P of `u` (the weight, or the transformed weight), a quantizer with the
-thresholds t_j and the levels m_0 .. m_K has the squared error
+1. Scan alpha = 256/256, 255/256, ... and stop where the clipping error alone, which only grows as alpha falls, exceeds the best
+   error seen: no skipped point of the 256 can win.
+2. Scan 16 times finer around the best point: every weight that changes its level puts a kink in the curve, and so near its
+   flat bottom there are many minima.
+3. Golden-section search between the neighbours of the best point, as in the paper.
+4. Exact finish: between two kinks the error is a parabola in the scale; try the vertices of the pieces next to the best point.
 
-    sum (u - m_q)**2  =  sum u**2  -  2 A  +  B,
-    A = m_K P(n) + sum_j (m_j - m_j+1) P(t_j),     B = m_K**2 n + sum_j (m_j**2 - m_j+1**2) N(t_j),
-
-where P(t) sums and N(t) counts the elements below t: O(2**bits) for each alpha once the positions of the thresholds are
-known, and these move little from one alpha to the next, so they are walked, not searched.
-
-The minimum: evaluate alpha = 256/256, 255/256, ... and stop where the clipping error alone (it only grows as alpha falls)
-exceeds the best error seen, so no skipped point of the 256 can win; then golden-section search between the neighbours of
-the best point.  The result is the best of all points evaluated, hence never worse than the dense scan or than alpha = 1.
+The result is the best of all points evaluated, hence never worse than the dense scan or than alpha = 1.
 """
 
 from __future__ import annotations
@@ -19,9 +15,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.kernels import FloatArray, Values, curve_rows, search_rows
+from requant_onnx.numerics.compiled import FloatArray, IntArray, compiled
+from requant_onnx.numerics.curve import Curves, Row, curves_of, error_at, prepare, scales
 from requant_onnx.numerics.levels import LevelTable
-from requant_onnx.numerics.ranges import RowRanges, transform
+from requant_onnx.numerics.ranges import RowRanges
+
+SCAN_POINTS = 256
+FINE_STEP = 1 / 4096  # of the second scan
+FINE_REACH = 32  # its points to either side at 15 thresholds; fewer at more, where an evaluation costs more
+TOLERANCE = 1e-5  # of alpha, in the golden-section search
+PIECES = 4096  # most pieces of the curve that the exact finish looks at, to either side
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def search_alpha(
@@ -31,31 +35,144 @@ def search_alpha(
 
     rows: (rows, n) float32, each row sorted ascending.  Returns (rows,) float64; 1.0 for a row of zeros.
     """
-    u, levels, thresholds = _curve_terms(rows, table, objective_in_weights, round_in_weights)
-    power = 1 / table.exponent
-    return search_rows(rows, u, levels, thresholds, ranges.step, ranges.zero_point, power, objective_in_weights)
+    return _search(curves_of(rows, ranges, table, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights))
 
 
-def error_curve(
-    rows: npt.NDArray[np.float32],
-    ranges: RowRanges,
-    table: LevelTable,
-    alphas: FloatArray,
-    *,
-    objective_in_weights: bool = True,
-    round_in_weights: bool = True,
-) -> FloatArray:
-    """The exact mean squared error at each alpha.  rows: (rows, n), sorted.  alphas: (points,).  Returns (rows, points)."""
-    u, levels, thresholds = _curve_terms(rows, table, objective_in_weights, round_in_weights)
-    power = 1 / table.exponent
-    return curve_rows(rows, u, levels, thresholds, ranges.step, ranges.zero_point, power, objective_in_weights, alphas)
+@compiled
+def _search(curves: Curves) -> FloatArray:
+    count, n = curves.w.shape
+    max_code = curves.thresholds.size // 2
+    alphas = np.ones(count)
+    prefix = np.empty(n + 1)
+    positions = np.empty(max_code, np.int64)
+    reach = min(FINE_REACH, FINE_REACH * 15 // max_code)
+    bracket = FINE_STEP if reach * FINE_STEP * SCAN_POINTS >= 1.0 else 1 / SCAN_POINTS
+    for r in range(count):
+        if curves.steps[r] > 0.0:
+            row = prepare(curves, r, prefix, positions)
+            alpha, best = _scan(row)
+            alpha, best = _scan_finely(row, alpha, best, reach)
+            alpha, best = _golden(row, max(0.0, alpha - bracket), min(1.0, alpha + bracket), alpha, best)
+            for direction in (1, -1):
+                alpha, best = _finish(row, alpha, best, direction)
+            alphas[r] = alpha
+    return alphas
 
 
-def _curve_terms(
-    rows: npt.NDArray[np.float32], table: LevelTable, objective_in_weights: bool, round_in_weights: bool
-) -> tuple[Values, FloatArray, FloatArray]:
-    """u (rows, n), its levels (2K+1,), the thresholds (2K,), the latter two in units of their step."""
-    thresholds = table.thresholds(round_in_weights)
-    if objective_in_weights:
-        return rows, table.weight_levels, thresholds
-    return transform(rows, table.exponent), table.transformed_levels, thresholds
+@compiled
+def _scan(row: Row) -> tuple[float, float]:
+    """Best of the points i/256, from alpha = 1 down to where clipping alone costs more.  Returns (alpha, error)."""
+    u, prefix, n = row.u, row.prefix, row.w.size
+    low, high, low_squares, high_squares = 0, n, 0.0, 0.0
+    best, best_alpha = np.inf, 1.0
+    for i in range(SCAN_POINTS, 0, -1):
+        m_scale = scales(row, i / SCAN_POINTS)[1]
+        bottom, top = m_scale * row.levels[0], m_scale * row.levels[-1]
+        while low < n and u[low] < bottom:
+            low_squares += np.float64(u[low]) * u[low]
+            low += 1
+        while high > 0 and u[high - 1] > top:
+            high -= 1
+            high_squares += np.float64(u[high]) * u[high]
+        clipping = low_squares - 2 * bottom * prefix[low] + bottom * bottom * low
+        clipping += high_squares - 2 * top * (prefix[n] - prefix[high]) + top * top * (n - high)
+        if clipping - row.squares > best:
+            break
+        error = error_at(row, i / SCAN_POINTS)
+        if error < best:
+            best, best_alpha = error, i / SCAN_POINTS
+    return best_alpha, best
+
+
+@compiled
+def _scan_finely(row: Row, alpha: float, best: float, reach: int) -> tuple[float, float]:
+    """Best of alpha and the points FINE_STEP apart, `reach` of them to either side.  Returns (alpha, error)."""
+    centre = alpha
+    for i in range(-reach, reach + 1):
+        x = centre + i * FINE_STEP
+        if 0.0 < x <= 1.0:
+            error = error_at(row, x)
+            if error < best:
+                alpha, best = x, error
+    return alpha, best
+
+
+@compiled
+def _golden(row: Row, lo: float, hi: float, alpha: float, best: float) -> tuple[float, float]:
+    """Golden-section search on lo .. hi (Kiefer 1953), one new evaluation a step.  Returns the best (alpha, error) seen."""
+    x1, x2 = hi - GOLDEN * (hi - lo), lo + GOLDEN * (hi - lo)
+    f1, f2 = error_at(row, x1), error_at(row, x2)
+    while True:
+        if f1 < best:
+            alpha, best = x1, f1
+        if f2 < best:
+            alpha, best = x2, f2
+        if hi - lo <= TOLERANCE:
+            return alpha, best
+        if f1 < f2:
+            hi, x2, f2 = x2, x1, f1
+            x1 = hi - GOLDEN * (hi - lo)
+            f1 = error_at(row, x1)
+        else:
+            lo, x1, f1 = x1, x2, f2
+            x2 = lo + GOLDEN * (hi - lo)
+            f2 = error_at(row, x2)
+
+
+@compiled
+def _finish(row: Row, alpha: float, best: float, direction: int) -> tuple[float, float]:
+    """Try the vertex of one piece after another, away from alpha, up (direction 1) or down (-1).
+
+    A vertex counts when the error evaluated there is lower, so no rounding here can make the result worse.
+    """
+    start, largest = scales(row, alpha)[1], scales(row, 1.0)[1]
+    error_at(row, alpha)  # walks the positions to alpha
+    here = row.positions.copy()
+    a, b = _sums(row, here)
+    for _ in range(min(PIECES, max(4, row.w.size // 8 // here.size))):
+        j, at = _next_kink(row, here, direction)
+        if j < 0 or b <= 0.0 or start > largest:
+            break
+        end = at if row.in_weights else at ** (1 / row.power)
+        vertex = min(largest, max(min(start, end), min(max(start, end), a / b)))
+        if vertex > 0.0 and vertex * (vertex * b - 2.0 * a) < best:
+            x = min(1.0, (vertex ** (1 / row.power) if row.in_weights else vertex) / row.step)
+            error = error_at(row, x)
+            if error < best:
+                alpha, best = x, error
+        start = end
+        moved = 1 if (row.thresholds[j] > 0.0) == (direction > 0) else -1
+        difference = row.levels[j] - row.levels[j + 1]
+        a += difference * (row.prefix[here[j] + moved] - row.prefix[here[j]])
+        b += difference * (row.levels[j] + row.levels[j + 1]) * moved
+        here[j] += moved
+    return alpha, best
+
+
+@compiled
+def _sums(row: Row, positions: IntArray) -> tuple[float, float]:
+    """A and B of curve.py in units of the scale."""
+    levels, last = row.levels, row.levels.size - 1
+    a, b = levels[last] * row.prefix[row.w.size], levels[last] * levels[last] * row.w.size
+    for j in range(last):
+        a += (levels[j] - levels[j + 1]) * row.prefix[positions[j]]
+        b += (levels[j] - levels[j + 1]) * (levels[j] + levels[j + 1]) * positions[j]
+    return a, b
+
+
+@compiled
+def _next_kink(row: Row, positions: IntArray, direction: int) -> tuple[int, float]:
+    """The threshold that meets a weight next as the scale grows (direction 1) or shrinks (-1), and the scale where it does.
+
+    Returns (-1, 0.0) when none does.
+    """
+    w, c = row.w, row.thresholds
+    found, at = -1, 0.0
+    for j in range(c.size):
+        moves_up = (c[j] > 0.0) == (direction > 0)
+        p = positions[j] if moves_up else positions[j] - 1
+        if 0 <= p < w.size and w[p] != 0.0 and (w[p] > 0.0) == (c[j] > 0.0):
+            scale = w[p] / c[j]
+            if found < 0 or (scale < at) == (direction > 0):
+                found, at = j, scale
+    return found, at

@@ -1,0 +1,65 @@
+"""Which operand of an operator is its weight, and where the operator lies in the network."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from requant_onnx.graph.constants import find_root, import_graph
+
+CONVERTIBLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def weight_operand(node: gs.Node) -> int | None:
+    """The index of the input that is the weight; None for a product of two computed tensors."""
+    if node.op != "MatMul":
+        return 1
+    return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or is_decoded(node.inputs[k])), None)
+
+
+def is_decoded(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is a DequantizeLinear of constants, possibly behind integer operators."""
+    if not tensor.inputs or tensor.inputs[0].op != "DequantizeLinear":
+        return False
+    behind, seen = [tensor.inputs[0].inputs[0]], set()
+    while behind:
+        each = behind.pop()
+        if isinstance(each, gs.Constant) or id(each) in seen:
+            continue
+        if not each.inputs:
+            return False
+        seen.add(id(each))
+        behind.extend(each.inputs[0].inputs)
+    return True
+
+
+def edge_nodes(graph: gs.Graph) -> set[int]:
+    """ids of the nodes with a weight that have no other one before them, or none behind them."""
+    weighted = {id(node) for node in graph.nodes if node.op in CONVERTIBLE and weight_operand(node) is not None}
+    behind: set[int] = set()  # tensors computed from the output of a weighted node
+    first = set()
+    for node in graph.nodes:
+        reached = any(id(tensor) in behind for tensor in node.inputs)
+        if id(node) in weighted and not reached:
+            first.add(id(node))
+        if reached or id(node) in weighted:
+            behind.update(id(tensor) for tensor in node.outputs)
+    ahead: set[int] = set()  # tensors that a weighted node is computed from
+    last = set()
+    for node in reversed(graph.nodes):
+        needed = any(id(tensor) in ahead for tensor in node.outputs)
+        if id(node) in weighted and not needed:
+            last.add(id(node))
+        if needed or id(node) in weighted:
+            ahead.update(id(tensor) for tensor in node.inputs)
+    return first | last
+
+
+def matmuls_with_int8_activations(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Weights that ONNX Runtime 1.26 and later multiplies with activations rounded to int8 (MatMulNBits, accuracy level 4).
+
+    These are codes straight behind DequantizeLinear in the layout of MatMul: (ic, oc).
+    """
+    matmuls = (n for n in import_graph(model).nodes if n.op == "MatMul" or (n.op == "Gemm" and not n.attrs.get("transB", 0)))
+    decoded = (node.inputs[1] for node in matmuls if is_decoded(node.inputs[1]))
+    return tuple(tensor.name for tensor in decoded if find_root(tensor.inputs[0].inputs[0]) is not None)

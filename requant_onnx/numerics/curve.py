@@ -1,0 +1,144 @@
+"""The exact error of a quantizer as a function of alpha, from sorted weights and prefix sums.
+
+With the weights of a row sorted and the prefix sums P of `u` (the weight, or the transformed weight), a quantizer with the
+thresholds t_j and the levels m_0 .. m_K has the squared error
+
+    sum (u - m_q)**2  =  sum u**2  -  2 A  +  B,
+    A = m_K P(n) + sum_j (m_j - m_j+1) P(t_j),     B = m_K**2 n + sum_j (m_j**2 - m_j+1**2) N(t_j),
+
+where P(t) sums and N(t) counts the elements below t: O(2**bits) for each alpha once the positions of the thresholds are
+known, and these move little from one alpha to the next, so they are walked, not searched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.numerics.compiled import FloatArray, IntArray, Values, compiled
+from requant_onnx.numerics.levels import LevelTable
+from requant_onnx.numerics.ranges import RowRanges, transform
+
+
+class Row(NamedTuple):
+    """One row of weights with what its curve needs.
+
+    w: (n,) sorted weights; u: (n,) values whose error counts; prefix: (n+1,) running sums of u; squares: sum u**2.
+    thresholds: (K,) and levels: (K+1,) in units of their step, K = 2**bits - 1.  positions: (K,) first element not below each
+    threshold, of the last evaluation.  step: at alpha = 1.  power: 1/a.  in_weights: u is w.
+    """
+
+    w: Values
+    u: Values
+    prefix: FloatArray
+    squares: float
+    thresholds: FloatArray
+    levels: FloatArray
+    positions: IntArray
+    step: float
+    power: float
+    in_weights: bool
+
+
+class Curves(NamedTuple):
+    """All rows of a weight: w, u (rows, n); steps, zero_points (rows,); the whole tables thresholds (2K,), levels (2K+1,)."""
+
+    w: Values
+    u: Values
+    thresholds: FloatArray
+    levels: FloatArray
+    steps: FloatArray
+    zero_points: IntArray
+    power: float
+    in_weights: bool
+
+
+def curves_of(
+    rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable, *, objective_in_weights: bool, round_in_weights: bool
+) -> Curves:
+    """rows: (rows, n) float32, each row sorted ascending."""
+    u = rows if objective_in_weights else transform(rows, table.exponent)
+    levels = table.weight_levels if objective_in_weights else table.transformed_levels
+    thresholds = table.thresholds(round_in_weights)
+    return Curves(rows, u, thresholds, levels, ranges.step, ranges.zero_point, 1 / table.exponent, objective_in_weights)
+
+
+def error_curve(
+    rows: npt.NDArray[np.float32],
+    ranges: RowRanges,
+    table: LevelTable,
+    alphas: FloatArray,
+    *,
+    objective_in_weights: bool = True,
+    round_in_weights: bool = True,
+) -> FloatArray:
+    """The exact mean squared error at each alpha.  rows: (rows, n), sorted.  alphas: (points,).  Returns (rows, points)."""
+    curves = curves_of(rows, ranges, table, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights)
+    return _evaluate(curves, alphas)
+
+
+@compiled
+def prepare(curves: Curves, r: int, prefix: FloatArray, positions: IntArray) -> Row:
+    """Row r, its thresholds placed for alpha = 1.  prefix (n+1,) and positions (K,) are filled."""
+    w, u = curves.w[r], curves.u[r]
+    total, squares = 0.0, 0.0
+    prefix[0] = 0.0
+    for i in range(u.size):
+        value = np.float64(u[i])
+        total += value
+        squares += value * value
+        prefix[i + 1] = total
+    max_code = curves.thresholds.size // 2
+    start = max_code - curves.zero_points[r]
+    thresholds = curves.thresholds[start : start + max_code]
+    levels = curves.levels[start : start + max_code + 1]
+    scale = curves.steps[r] ** curves.power
+    for j in range(max_code):
+        positions[j] = np.searchsorted(w, scale * thresholds[j])
+    return Row(w, u, prefix, squares, thresholds, levels, positions, curves.steps[r], curves.power, curves.in_weights)
+
+
+@compiled
+def scales(row: Row, alpha: float) -> tuple[float, float]:
+    """Scale of the thresholds (weight space) and scale of the levels (space of u)."""
+    v_scale = alpha * row.step
+    w_scale = v_scale if row.power == 1.0 else v_scale**row.power
+    return w_scale, (w_scale if row.in_weights else v_scale)
+
+
+@compiled
+def error_at(row: Row, alpha: float) -> float:
+    """Squared error less sum u**2.  Moves row.positions."""
+    t_scale, m_scale = scales(row, alpha)
+    w, levels, n = row.w, row.levels, row.w.size
+    last = levels.size - 1
+    a = levels[last] * row.prefix[n]
+    b = levels[last] * levels[last] * n
+    for j in range(last):
+        t = t_scale * row.thresholds[j]
+        p = row.positions[j]
+        while p < n and w[p] < t:
+            p += 1
+        while p > 0 and w[p - 1] >= t:
+            p -= 1
+        row.positions[j] = p
+        difference = levels[j] - levels[j + 1]
+        a += difference * row.prefix[p]
+        b += difference * (levels[j] + levels[j + 1]) * p
+    error: float = m_scale * (m_scale * b - 2.0 * a)
+    return error
+
+
+@compiled
+def _evaluate(curves: Curves, alphas: FloatArray) -> FloatArray:
+    count, n = curves.w.shape
+    found = np.zeros((count, alphas.size))
+    prefix = np.empty(n + 1)
+    positions = np.empty(curves.thresholds.size // 2, np.int64)
+    for r in range(count):
+        row = prepare(curves, r, prefix, positions)
+        for i in range(alphas.size):
+            found[r, i] = (row.squares + error_at(row, alphas[i])) / n
+    return found

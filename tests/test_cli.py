@@ -1,0 +1,195 @@
+"""The command line: what it writes, what it prints, and one sentence with exit code 2 for every bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import OWN_MODEL, ROOT, laplace, parse, small_cnn
+
+from requant_onnx.cli import main
+from requant_onnx.convert import METADATA_KEY
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    return tmp_path / "in.onnx"
+
+
+def test_convert_writes_a_model_and_a_report(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = model.read_bytes()
+    output, report = model.with_name("out.onnx"), model.with_name("report.json")
+    assert main(["convert", str(model), str(output), "--bits", "4", "--json", str(report)]) == 0
+    assert model.read_bytes() == before
+    onnx.checker.check_model(onnx.load(output), full_check=True)
+    found = json.loads(report.read_text())
+    assert [weight["bits"] for weight in found["converted"]] == [8, 4, 4, 8]
+    assert found["file_bytes"] == [model.stat().st_size, output.stat().st_size]
+    printed = capsys.readouterr().out
+    assert "16x16x3x3" in printed
+    assert "4 converted" in printed
+
+
+def test_options_on_top_of_the_recipe(model: Path) -> None:
+    output = model.with_name("out.onnx")
+    assert main(["convert", str(model), str(output), "--recipe", "paper", "--bits", "6", "--edge-layers", "float"]) == 0
+    entry = {item.key: item.value for item in onnx.load(output).metadata_props}[METADATA_KEY]
+    made = json.loads(entry)
+    assert (made["bits"], made["transform"], made["edge_layers"], made["rounding"]) == (6, "sqrt", "float", "transformed")
+
+
+def test_nothing_to_convert_is_a_warning_and_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(parse("net (float[n, 3] x) => (float[n, 3] y) { y = Relu(x) }"), source)
+    assert main(["convert", str(source), str(output)]) == 0
+    assert output.read_bytes() == source.read_bytes()
+    assert "warning: nothing to convert" in capsys.readouterr().err
+
+
+def test_the_readme_job_on_what_comes_with_the_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    assert main(["convert", str(OWN_MODEL), str(output)]) == 0
+    sample = ROOT / "models" / "sample_images.npz"
+    arguments = ["validate", str(OWN_MODEL), str(output), "--data", str(sample), "--json", str(report), "--limit", "100"]
+    assert main([*arguments, "--mean", "0.49,0.48,0.45", "--std", "0.25,0.24,0.26"]) == 0
+    found = json.loads(report.read_text())
+    assert found["agreement"] >= 0.95
+    assert found["sqnr_db"] > 25
+    assert found["top1"] is None
+    assert "no labels" in capsys.readouterr().out
+
+
+def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = model.with_name("report.json")
+    assert main(["inspect", str(model), "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert found["ops"] == {"Conv": 3, "Relu": 3, "GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1}
+    assert [weight["edge"] for weight in found["weights"]] == [True, False, False, True]
+    assert "first or last" in capsys.readouterr().out
+
+
+def broken_inputs(folder: Path) -> dict[str, Path]:
+    """Files that are no usable model."""
+    files = {name: folder / f"{name}.onnx" for name in ("empty", "text", "short", "nan", "old", "future", "invalid", "external")}
+    files["empty"].write_bytes(b"")
+    files["text"].write_text("this is no model")
+    files["short"].write_bytes(small_cnn().SerializeToString()[:-2000])
+    holed = laplace(5, 4, 3, 3)
+    holed[0, 0, 0, 0] = np.nan
+    onnx.save(parse("net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y) { y = Conv(x, w) }", w=holed), files["nan"])
+    onnx.save(small_cnn(opset=6, ir=3), files["old"])
+    future = small_cnn()
+    future.opset_import[0].version = 999
+    onnx.save(future, files["future"])
+    onnx.save(parse("net (float[n] x) => (float[n] y) { y = Relu(z) }"), files["invalid"])
+    onnx.save(small_cnn(), files["external"], save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (folder / "weights.bin").unlink()
+    return {**files, "missing": folder / "none.onnx", "folder": folder}
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("empty", "holds no ONNX graph"),
+        ("text", "not an ONNX file or is cut short"),
+        ("short", "not an ONNX file or is cut short"),
+        ("nan", "the weight 'w' holds 1 NaN or infinite"),
+        ("old", "uses opset 6, and opsets 7 to"),
+        ("future", "uses opset 999"),
+        ("invalid", "is not valid ONNX"),
+        ("external", "weights.bin"),
+        ("missing", "does not exist"),
+        ("folder", "is a folder"),
+    ],
+)
+def test_bad_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str, message: str) -> None:
+    path = broken_inputs(tmp_path)[which]
+    before = sorted(tmp_path.iterdir())
+    assert main(["convert", str(path), str(tmp_path / "out.onnx")]) == 2
+    expect_one_sentence(capsys, message)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def expect_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "1"], "bits must be a whole number from 2 to 8, not 1"),
+        (["--bits", "four"], "--bits 'four' is not a whole number"),
+        (["--granularity", "per-row"], "--granularity 'per-row' is not one of per-tensor, per-channel"),
+        (["--transform", "log"], "the transform 'log' is not understood"),
+        (["--transform", "power:x"], "the transform 'power:x' is not understood"),
+        (["--transform", "power:7"], "the exponent 7.0 is outside 1/3 .. 1"),
+        (["--range", "min"], "--range 'min' is not one of search, max"),
+        (["--edge-layers", "4bit"], "--edge-layers '4bit' is not one of plain, float, 8bit"),
+        (["--recipe", "best"], "--recipe 'best' is not known"),
+        (["--json", "no/such/folder/r.json"], "cannot write the report"),
+        (["--json", "IN"], "would replace a model"),
+    ],
+)
+def test_bad_options(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    options = [str(model) if option == "IN" else option for option in options]
+    assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 2
+    expect_one_sentence(capsys, message)
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_bad_outputs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    existing = model.with_name("there.onnx")
+    existing.write_bytes(b"precious")
+    link = model.with_name("link.onnx")
+    link.symlink_to(model)
+    cases = {
+        existing: "exists; give another path, or --force",
+        model: "is the input",
+        link: "is the input",
+        model.parent: "is a folder",
+    }
+    cases[model.parent / "none" / "out.onnx"] = "does not exist; create it first"
+    for output, message in cases.items():
+        options = ["--force"] if "is the input" in message else []
+        assert main(["convert", str(model), str(output), *options]) == 2
+        expect_one_sentence(capsys, message)
+    assert existing.read_bytes() == b"precious"
+    assert main(["convert", str(model), str(existing), "--force"]) == 0
+    assert existing.read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "cifar10:none"], "cannot read"),
+        (["--data", "IMAGES", "--limit", "0"], "--limit 0 leaves no image"),
+        (["--data", "IMAGES", "--mean", "a,b,c"], "--mean 'a,b,c' is not a list of numbers"),
+        (["--data", "IMAGES", "--std", "0"], "std above 0"),
+        (["--data", "IMAGES"], "the images are 3x9x9 and the reference"),
+    ],
+)
+def test_bad_data(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    images = model.with_name("images.npz")
+    np.savez(images, x=np.zeros((2, 9, 9, 3), np.uint8))
+    options = [str(images) if option == "IMAGES" else option for option in options]
+    assert main(["validate", str(model), str(model), *options]) == 2
+    expect_one_sentence(capsys, message)
+
+
+def test_python_m_and_usage_errors_leave_with_2() -> None:
+    runs = {
+        arguments: subprocess.run([sys.executable, "-m", "requant_onnx", *arguments], capture_output=True, text=True, check=False)
+        for arguments in (("--version",), ("convert", "--help"), ("convert",))
+    }
+    assert [run.returncode for run in runs.values()] == [0, 0, 2]
+    assert "examples:" in runs["convert", "--help"].stdout

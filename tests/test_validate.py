@@ -1,0 +1,125 @@
+"""Validation: figures by hand, shapes, refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import OWN_MODEL, laplace, parse, small_cnn, trained_model
+
+from requant_onnx import DataError, ImageSet, ModelError, Normalisation, QuantConfig, load_images, quantize_model, validate
+from requant_onnx.errors import ConfigError
+
+SUMS = "{ s = ReduceMean<axes = [2, 3], keepdims = 0>(x) y = Mul(s, w) }"
+MEANS = "net (float[n, 3, 2, 2] x) => (float[n, 3] y) " + SUMS
+ONE_AT_A_TIME = "net (float[1, 3, 2, 2] x) => (float[1, 3] y) " + SUMS
+FEWER = "net (float[n, 3, 2, 2] x) => (float[n, 2] y) { s = ReduceMean<axes = [2, 3], keepdims = 0>(x) y = Gemm(s, w) }"
+CHANNELS_LAST = "net (float[n, 2, 2, 3] x) => (float[n, 3] y) { s = ReduceMean<axes = [1, 2], keepdims = 0>(x) y = Mul(s, w) }"
+
+
+def scorer(text: str, *factors: float) -> onnx.ModelProto:
+    """Scores are the mean of each channel times its factor."""
+    return parse(text, opset=13, w=np.array(factors, np.float32))
+
+
+def pictures(*brightest: int, labels: tuple[int, ...] | None = None) -> ImageSet:
+    """2x2 images, 255 in one channel, 102 in the others."""
+    x = np.full((len(brightest), 3, 2, 2), 102, np.uint8)
+    for image, channel in zip(x, brightest, strict=True):
+        image[channel] = 255
+    return ImageSet(x, None if labels is None else np.array(labels, np.int64))
+
+
+def test_figures_by_hand() -> None:
+    """The candidate doubles channel 0: it answers 0 on (255, 102, 102), 1 where 255 > 204 is in channel 1; no disagreement
+    but where 102 * 3 wins."""
+    reference, candidate = scorer(MEANS, 1, 1, 1), scorer(MEANS, 3, 1, 1)
+    report = validate(reference, candidate, pictures(0, 1, 2, 2, labels=(0, 1, 2, 1)))
+    assert report.top1 == (0.75, 0.25)
+    assert report.agreement == 0.25
+    signal, noise = 4 * (1 + 2 * 0.4**2), 2**2 * (1 + 3 * 0.4**2)
+    assert report.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-4)
+
+
+@pytest.mark.parametrize("text", [MEANS, ONE_AT_A_TIME, CHANNELS_LAST])
+def test_batches_and_layouts(text: str) -> None:
+    model = scorer(text, 1, 1, 1)
+    report = validate(model, model, pictures(0, 1, 2, labels=(0, 1, 2)))
+    assert (report.top1, report.agreement, report.sqnr_db, report.latency_batch) == ((1.0, 1.0), 1.0, math.inf, 1)
+
+
+def test_a_fixed_batch_is_padded() -> None:
+    model = scorer(MEANS.replace("n,", "2,"), 1, 1, 1)
+    assert validate(model, model, pictures(0, 1, 2, labels=(0, 1, 2))).images == 3
+
+
+def test_without_labels_there_is_no_accuracy() -> None:
+    model = scorer(MEANS, 1, 1, 1)
+    assert validate(model, model, pictures(0, 1)).top1 is None
+
+
+def test_normalisation() -> None:
+    x = Normalisation((0.5, 0.0, 0.0), (0.5, 1.0, 2.0)).apply(np.full((1, 3, 1, 1), 255, np.uint8))
+    assert x.ravel().tolist() == [1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("std", [(0.0,), (-1.0,), (math.nan,), ()])
+def test_impossible_normalisation(std: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError):
+        Normalisation((0.0,), std)
+
+
+def test_refusals() -> None:
+    model = scorer(MEANS, 1, 1, 1)
+    two = parse("net (float[n, 3, 2, 2] x, float[n, 3, 2, 2] z) => (float[n, 3, 2, 2] y) { y = Add(x, z) }")
+    flat = parse("net (float[n, 3] x) => (float[n, 3] y) { y = Relu(x) }")
+    picture = parse("net (float[n, 3, 2, 2] x) => (float[n, 3, 2, 2] y) { y = Relu(x) }")
+    floats = ImageSet(np.zeros((1, 3, 2, 2), np.float32), None)
+    cases = [
+        (two, pictures(0), None, ModelError, r"has 2 inputs \('x', 'z'\)"),
+        (flat, pictures(0), None, ModelError, "takes float images of 4 dimensions"),
+        (picture, pictures(0), None, ModelError, "not one row of scores"),
+        (model, ImageSet(np.zeros((1, 3, 5, 5), np.uint8), None), None, DataError, "the images are 3x5x5"),
+        (model, pictures(0, labels=(7,)), None, DataError, "the labels run to 7"),
+        (model, pictures(0), Normalisation((0.0, 0.0), (1.0,)), DataError, "mean has 2 values"),
+        (model, floats, Normalisation(), DataError, "taken as normalised already"),
+    ]
+    for reference, images, normalisation, error, message in cases:
+        with pytest.raises(error, match=message):
+            validate(reference, reference, images, normalisation)
+    fewer = parse(FEWER, opset=13, w=laplace(3, 2))
+    with pytest.raises(DataError, match="gives 3 scores an image and the candidate 2"):
+        validate(model, fewer, pictures(0))
+
+
+def test_a_matmul_with_rounded_activations_is_noted() -> None:
+    text = "net (float[n, 3, 8, 8] x) => (float[n, 40] y) { f = Flatten(x) y = MatMul(f, w) }"
+    model = parse(text, w=laplace(192, 40))
+    images = ImageSet(np.zeros((1, 3, 8, 8), np.float32), None)
+    assert "rounds the activations of w to int8" in validate(model, quantize_model(model)[0], images).notes[0]
+    assert not validate(small_cnn(), quantize_model(small_cnn())[0], images).notes
+
+
+def test_own_model_reaches_the_accuracy_it_is_published_with(cifar10: Path) -> None:
+    converted, _ = quantize_model(OWN_MODEL)
+    images = load_images(f"cifar10:{cifar10}")
+    report = validate(
+        OWN_MODEL, converted, images, Normalisation((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+    )
+    assert report.top1 is not None
+    assert report.top1[0] >= 0.91
+    assert abs(report.top1[1] - report.top1[0]) <= 0.002  # 8 bits: within 0.2 points, 20 of 10,000 images
+
+
+def test_published_model_keeps_its_accuracy_at_8_and_6_bits(cifar10: Path) -> None:
+    path = trained_model("resnet20_cifar10")
+    images = load_images(f"cifar10:{cifar10}")
+    imagenet = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for bits in (8, 6):
+        report = validate(path, quantize_model(path, QuantConfig(bits=bits))[0], images, imagenet)
+        assert report.top1 is not None
+        assert report.top1[0] == pytest.approx(0.9173, abs=5e-4)
+        assert abs(report.top1[1] - report.top1[0]) <= 0.002

@@ -1,0 +1,99 @@
+"""Accuracy of models at several bit widths and recipes, as a Markdown table.
+
+    python tools/accuracy_table.py --data DIR models/resnet20_cifar10.onnx other.onnx=imagenet       # 10,000 test images
+    python tools/accuracy_table.py --data DIR --split train --limit 2000 --grid MODEL ...             # how defaults were chosen
+
+A model may carry the normalisation it was trained with, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
+with default options.  Top-1 in per cent, beside it top-1 agreement with float, output SQNR and the size of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from cifar import find_or_fetch
+
+from requant_onnx import EdgeLayers, Granularity, ImageSet, Normalisation, QuantConfig, RangeMode, Space, Transform, quantize_model
+from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
+from requant_onnx.report import sqnr_db
+from requant_onnx.runtime import open_classifier
+
+NORMALISATIONS = {
+    "cifar": Normalisation(*CIFAR_MEAN_STD["cifar10"]),
+    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+MAX_PER_TENSOR = QuantConfig(
+    granularity=Granularity.PER_TENSOR, transform=Transform(1.0), range_mode=RangeMode.MAX, edge_layers=EdgeLayers.PLAIN
+)
+
+
+def acceptance() -> Iterator[tuple[str, QuantConfig]]:
+    """Max per tensor, the paper, the default; 8, 6 and 4 bits."""
+    for bits in (8, 6, 4):
+        yield f"{bits} bits, max per tensor", dataclasses.replace(MAX_PER_TENSOR, bits=bits)
+        yield f"{bits} bits, --recipe paper", QuantConfig.paper(bits)
+        yield f"{bits} bits, default", QuantConfig(bits=bits)
+
+
+def grid() -> Iterator[tuple[str, QuantConfig]]:
+    """Every combination of granularity, transform and range at 8, 6 and 4 bits, then edges and rounding at 4 bits."""
+    for bits in (8, 6, 4):
+        for granularity in Granularity:
+            for transform in ("none", "power:0.75", "sqrt"):
+                for mode in RangeMode:
+                    name = f"{bits} bits, {granularity.value}, {transform}, {mode.value}"
+                    yield name, QuantConfig(bits, granularity, Transform.parse(transform), mode, EdgeLayers.EIGHT_BIT)
+    for edges in EdgeLayers:
+        yield f"4 bits, default, edges {edges.value}", QuantConfig(4, edge_layers=edges)
+    for rounding in Space:
+        for objective in Space:
+            config = QuantConfig(4, transform=Transform(0.5), rounding=rounding, objective=objective)
+            yield f"4 bits, per-channel, sqrt, rounding {rounding.value}, objective {objective.value}", config
+
+
+def scores(model: onnx.ModelProto, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(n, classes)"""
+    classifier = open_classifier(model, "the model")
+    return np.concatenate([classifier.scores(x[k : k + 100]) for k in range(0, len(x), 100)])
+
+
+def rows(path: Path, normalisation: Normalisation, images: ImageSet, use_grid: bool) -> Iterator[str]:
+    """The lines of one model."""
+    assert images.y is not None
+    x = normalisation.apply(images.x)
+    model = onnx.load(path)
+    reference = scores(model, x)
+    tops = reference.argmax(1)
+    yield f"| {path.stem} | float | {(tops == images.y).mean():.2%} | | | {path.stat().st_size / 1000:,.0f} kB |"
+    for name, config in grid() if use_grid else acceptance():
+        converted, _ = quantize_model(model, config)
+        candidate = scores(converted, x)
+        sqnr = sqnr_db(float(np.square(reference).sum()), float(np.square(reference - candidate).sum()))
+        top1, agreement = (candidate.argmax(1) == images.y).mean(), (candidate.argmax(1) == tops).mean()
+        yield f"| {path.stem} | {name} | {top1:.2%} | {agreement:.2%} | {sqnr:.1f} dB | {converted.ByteSize() / 1000:,.0f} kB |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL[=NORMALISATION]")
+    parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 (default: the cache, else a download)")
+    parser.add_argument("--split", choices=["train", "test"], default="test")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--grid", action="store_true", help="all combinations instead of the three recipes")
+    args = parser.parse_args()
+    images = load_cifar("cifar10", find_or_fetch("cifar10", args.data), args.split).first(args.limit)
+    print("| model | weights | top-1 | agreement | output SQNR | file |\n|---|---|---|---|---|---|", flush=True)
+    for item in args.models:
+        path, _, name = item.partition("=")
+        for line in rows(Path(path), NORMALISATIONS[name or "cifar"], images, args.grid):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
