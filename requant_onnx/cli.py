@@ -114,11 +114,14 @@ def _console() -> Console:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[convert.Progress]:
-    """A progress bar on standard error; nothing when that is no terminal."""
+def _progress(what: str) -> Iterator[convert.Progress | None]:
+    """A progress bar on standard error; None when that is no terminal."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda item, done, total: bar.update(task, description=item, completed=done, total=total)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from requant_onnx.graph.constants import PASS_THROUGH
 from requant_onnx.graph.names import reads_in
@@ -16,6 +16,19 @@ from requant_onnx.graph.names import reads_in
 def tensor_proto(values: npt.NDArray[np.generic], name: str) -> onnx.TensorProto:
     """A TensorProto with raw data (integers in typed fields are varints, larger than floats)."""
     return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+
+
+def uint4_proto(values: npt.NDArray[np.uint8], name: str) -> onnx.TensorProto:
+    """A UINT4 TensorProto: two values 0 .. 15 a byte, the first in the low half; half a byte of padding at an odd end.
+
+    https://onnx.ai/onnx/repo-docs/IR.html#tensor-definition and onnx.proto on raw_data
+
+    >>> uint4_proto(np.array([1, 2, 3], np.uint8), "w").raw_data.hex()
+    '2103'
+    """
+    flat = np.append(values.ravel(), np.zeros(values.size % 2, np.uint8))
+    packed = flat[0::2] | flat[1::2] << 4
+    return helper.make_tensor(name, onnx.TensorProto.UINT4, values.shape, packed.astype(np.uint8).tobytes(), raw=True)
 
 
 def set_initializer(graph: onnx.GraphProto, values: npt.NDArray[np.generic], name: str) -> None:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from requant_onnx.graph.edit import tensor_proto
+from requant_onnx.graph.edit import tensor_proto, uint4_proto
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
@@ -69,10 +68,10 @@ def decode_of(name: str, q: QuantizedWeight, emit: int, writer: DecodeWriter) ->
     """The decode of one weight.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
     builder = _Builder(name, writer.names)
     shared = None if q.table.exponent in (0.5, 1.0) else writer.table(q.table)
-    codes = builder.constant("codes", stored_codes(q.codes, q.table.bits))
+    codes = builder.codes("codes", q.codes, q.table.bits)
     target = name if emit == onnx.TensorProto.FLOAT else builder.fresh("float")
     if q.table.exponent == 1.0:
-        zero_point = builder.constant("zero_point", stored_codes(q.zero_point, q.table.bits))
+        zero_point = builder.codes("zero_point", q.zero_point, q.table.bits)
         levels, inputs = codes, [builder.constant("scale", q.scale), zero_point]
     else:
         levels = _table_levels(builder, codes, q, shared.name) if shared else _sqrt_levels(builder, codes, q, writer.opset)
@@ -82,11 +81,6 @@ def decode_of(name: str, q: QuantizedWeight, emit: int, writer: DecodeWriter) ->
     if target != name:
         builder.node("Cast", [target], output=name, to=emit)
     return Decode(tuple(builder.nodes), tuple(builder.initializers), shared)
-
-
-def stored_codes(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.generic]:
-    """Codes in the type they are stored in: UINT4 up to 4 bits, else UINT8."""
-    return values.astype(ml_dtypes.uint4) if bits <= 4 else values
 
 
 def level_type(largest: int, opset: int) -> type[np.signedinteger]:
@@ -127,6 +121,12 @@ class _Builder:
     def constant(self, suffix: str, values: npt.NDArray[np.generic]) -> str:
         name = self.fresh(suffix)
         self.initializers.append(tensor_proto(values, name))
+        return name
+
+    def codes(self, suffix: str, values: npt.NDArray[np.uint8], bits: int) -> str:
+        """Codes in the type they are stored in: UINT4 up to 4 bits, else UINT8."""
+        name = self.fresh(suffix)
+        self.initializers.append(uint4_proto(values, name) if bits <= 4 else tensor_proto(values, name))
         return name
 
     def node(self, op: str, inputs: list[str], output: str | None = None, **attributes: int) -> str:
