@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from requant_onnx import convert, tables
 from requant_onnx.data import load_images
 from requant_onnx.errors import OutputError, RequantError
-from requant_onnx.graph.load import load_model
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.options import config_of, limit_of, normalisation_of, parser_of
 from requant_onnx.validate import validate
@@ -44,7 +43,6 @@ def _convert(args: argparse.Namespace) -> None:
     config = config_of(args)
     _check_output(args.input, args.output, args.force)
     _check_json(args.json, args.input, args.output)
-    load_model(args.input)  # a bad path is reported before the progress bar starts
     with _progress("quantizing") as progress:
         model, report = convert.quantize_model(args.input, config, progress=progress)
     before = args.input.stat().st_size
