@@ -78,7 +78,7 @@ def quantize_weight(w: npt.NDArray[np.float32], grid: Grid) -> QuantizedWeight:
     scale = ((alpha * ranges.step) ** (1 / grid.exponent) / table.unit).astype(np.float32)
     scale = np.where(scale > 0.0, scale, np.float32(1.0))  # a row of zeros (or below float32) stays at its zero point
     thresholds = table.thresholds(grid.round_in_weights)
-    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds)
+    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds, 1 / grid.exponent)
     shape = () if grid.axis is None else (len(rows),)
     return QuantizedWeight(
         codes=from_rows(codes, w.shape, grid.axis),

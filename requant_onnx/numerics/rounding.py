@@ -9,22 +9,31 @@ from requant_onnx.numerics.compiled import FloatArray, IntArray, Values, compile
 
 
 @compiled
-def encode_rows(rows: Values, scales: FloatArray, zero_points: IntArray, thresholds: FloatArray) -> npt.NDArray[np.uint8]:
+def encode_rows(
+    rows: Values, scales: FloatArray, zero_points: IntArray, thresholds: FloatArray, power: float
+) -> npt.NDArray[np.uint8]:
     """The code of each weight: how many of its row's thresholds are not above it.
 
-    rows: (rows, n).  scales: (rows,) of one step in weight space.  thresholds: the whole table (2K,).  Returns (rows, n).
+    rows: (rows, n).  scales: (rows,) of one step in weight space.  thresholds: the whole table (2K,).  power: 1/a, from which a
+    first guess is computed that the thresholds then correct.  Returns (rows, n).
     """
     count, n = rows.shape
     max_code = thresholds.size // 2
     codes = np.empty((count, n), np.uint8)
     for r in range(count):
-        start = max_code - zero_points[r]
+        zero_point = zero_points[r]
+        start = max_code - zero_point
         own = scales[r] * thresholds[start : start + max_code]
+        inverse = 1.0 / scales[r]
         for i in range(n):
-            code, width = 0, (max_code + 1) >> 1
-            while width > 0:
-                code += width if own[code + width - 1] <= rows[r, i] else 0
-                width >>= 1
+            w = np.float64(rows[r, i])
+            ratio = min(abs(w) * inverse, 1e6)  # beyond every level, and finite also where the scale is tiny
+            k = ratio if power == 1.0 else ratio ** (1.0 / power) if power != 2.0 else np.sqrt(ratio)
+            code = min(max(zero_point + int(k + 0.5 if w >= 0.0 else -k - 0.5), 0), max_code)
+            while code < max_code and own[code] <= w:
+                code += 1
+            while code > 0 and own[code - 1] > w:
+                code -= 1
             codes[r, i] = code
     return codes
 
