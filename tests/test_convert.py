@@ -133,3 +133,13 @@ def test_opset_conversion_adapts_nodes_where_something_changed() -> None:
     raised = raise_opset(model, 21)
     assert len(raised.graph.node) > 1  # Softmax flattened to 2-D before opset 13
     assert [entry.key for entry in raised.metadata_props] == ["k"]
+
+
+def test_custom_domains_are_kept_when_the_opset_is_raised() -> None:
+    model = parse("net (float[n, 40] x) => (float[n, 40] y) { a = MatMul(x, w) y = Relu(a) }", opset=13, w=laplace(40, 40))
+    model.graph.node[1].op_type, model.graph.node[1].domain = "Special", "my.domain"
+    model.opset_import.add(domain="my.domain", version=3)
+    converted, report = quantize_model(model, QuantConfig(bits=4))
+    assert len(report.converted) == 1
+    assert {entry.domain: entry.version for entry in converted.opset_import} == {"": 21, "my.domain": 3}
+    assert converted.graph.node[-1] == model.graph.node[1]

@@ -42,7 +42,8 @@ def raise_opset(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
             entry.version = target if entry.domain in ("", "ai.onnx") else entry.version
     else:
         model = _convert(model, current, target)
-    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import))
+    needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", target)])
+    model.ir_version = max(model.ir_version, needed)
     return model
 
 
