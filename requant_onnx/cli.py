@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,8 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -52,10 +49,9 @@ def _convert(args: argparse.Namespace) -> None:
         after = before
         write_atomically(args.output, args.input.read_bytes())
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
+    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after]}
+    _write_json(args.json, {**report.to_dict(), **paths})
     tables.print_conversion(_console(), report, (before, after))
-    _write_json(
-        args.json, {**report.to_dict(), "input": str(args.input), "output": str(args.output), "file_bytes": [before, after]}
-    )
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -64,20 +60,19 @@ def _validate(args: argparse.Namespace) -> None:
     normalisation = normalisation_of(args, images)
     with _progress("validating") as progress:
         report = validate(args.reference, args.candidate, images, normalisation, progress=progress)
+    names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
+    _write_json(args.json, {**report.to_dict(), **names})
     console = _console()
     if normalisation is not None:
         console.print(f"pixels normalised with mean {_listed(normalisation.mean)} and std {_listed(normalisation.std)}")
     tables.print_validation(console, report)
-    _write_json(
-        args.json, {**report.to_dict(), "reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
-    )
 
 
 def _inspect(args: argparse.Namespace) -> None:
     _check_json(args.json, args.model)
     report = convert.inspect_model(args.model)
-    tables.print_inspection(_console(), report)
     _write_json(args.json, {**report.to_dict(), "model": str(args.model)})
+    tables.print_inspection(_console(), report)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
