@@ -1,6 +1,6 @@
 """requant_onnx: low-bit weights for exported ONNX CNNs, without retraining (REQuant, arXiv 2510.04044)."""
 
-from requant_onnx.config import EdgeLayers, Granularity, QuantConfig, RangeMode, Space, Transform
+from requant_onnx.config import EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Space, Transform, Version
 from requant_onnx.convert import inspect_model, quantize_model
 from requant_onnx.data import ImageSet, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EdgeLayers",
+    "Form",
     "Granularity",
     "ImageSet",
     "InspectReport",
@@ -25,6 +26,7 @@ __all__ = [
     "Space",
     "Transform",
     "ValidationReport",
+    "Version",
     "WeightReport",
     "inspect_model",
     "load_images",

@@ -16,6 +16,7 @@ from typing import TypeVar
 from requant_onnx.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
+OLDEST_ORT, INT4_ORT = (1, 20), (1, 24)  # the second casts from UINT4 (1.24.4)
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 
@@ -39,6 +40,13 @@ class EdgeLayers(Enum):
     PLAIN = "plain"
     FLOAT = "float"
     EIGHT_BIT = "8bit"
+
+
+class Form(Enum):
+    """How codes are decoded: `qdq` by DequantizeLinear at every inference, `folded` once, when ONNX Runtime loads the model."""
+
+    QDQ = "qdq"
+    FOLDED = "folded"
 
 
 class Space(Enum):
@@ -77,12 +85,36 @@ class Transform:
         return {0.5: "sqrt", 1.0: "none"}.get(self.exponent, f"power:{self.exponent:g}")
 
 
+@dataclass(frozen=True, order=True)
+class Version:
+    """The oldest ONNX Runtime that has to load the file; codes are stored in types that it can read."""
+
+    major: int
+    minor: int
+
+    def __post_init__(self) -> None:
+        if (self.major, self.minor) < OLDEST_ORT:
+            raise ConfigError(f"ONNX Runtime {self} is older than {OLDEST_ORT[0]}.{OLDEST_ORT[1]}, the oldest that is supported")
+
+    @classmethod
+    def parse(cls, text: str) -> Version:
+        """`1.20`.  Raises ConfigError on anything else."""
+        parts = text.split(".")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"--min-ort '{text}' is not a version; write it as 1.20")
+        return cls(int(parts[0]), int(parts[1]))
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (README, "Defaults").
 
     objective: the space whose mean squared error alpha minimises.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
+    min_ort: the oldest ONNX Runtime that has to load the file.
     """
 
     bits: int = 8
@@ -92,6 +124,8 @@ class QuantConfig:
     edge_layers: EdgeLayers = EdgeLayers.EIGHT_BIT
     objective: Space = Space.WEIGHT
     rounding: Space = Space.WEIGHT
+    form: Form = Form.QDQ
+    min_ort: Version = Version(1, 24)
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -125,6 +159,8 @@ _ENUMS: dict[str, type] = {
     "edge_layers": EdgeLayers,
     "objective": Space,
     "rounding": Space,
+    "form": Form,
+    "min_ort": Version,
 }
 E = TypeVar("E", bound=Enum)
 

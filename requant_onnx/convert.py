@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.config import QuantConfig
-from requant_onnx.graph.forms import Decode, DecodeWriter, decode_of, required_opset
+from requant_onnx.config import INT4_ORT, QuantConfig
+from requant_onnx.graph.forms import Decode, Target, decode_of, required_opset
 from requant_onnx.graph.load import ModelLike, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
@@ -44,21 +44,22 @@ def quantize_model(
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone)
-    raised, folded = normalise(loaded, required_opset(config.bits))
+    int4 = (config.min_ort.major, config.min_ort.minor) >= INT4_ORT
+    raised, folded = normalise(loaded, required_opset(config.form, config.bits, config.transform.exponent, int4))
     plan = plan_conversion(find_weights(raised), config)
-    writer = DecodeWriter(opset_of(raised), FreshNames(raised))
+    target, names = Target(config.form, opset_of(raised), int4), FreshNames(raised)
     decodes: dict[str, Decode] = {}
     converted: list[WeightReport] = []
     left = list(plan.left_alone)
     for planned, result in zip(plan.planned, _quantize_all(plan.planned, progress, threads), strict=True):
-        decode = decode_of(planned.weight.name, result.quantized, planned.weight.emit, writer)
+        decode = decode_of(planned.weight.name, result.quantized, planned.weight.emit, target, names)
         reason = _why_not(planned, result, decode)
         if reason is None:
             decodes[planned.weight.name] = decode
             converted.append(_report(planned, result, decode))
         else:
             left.append(LeftAlone(planned.weight.name, planned.weight.op, planned.weight.shape, reason))
-    report = QuantReport(config.to_dict(), (before, writer.opset), folded, tuple(converted), tuple(left))
+    report = QuantReport(config.to_dict(), (before, target.opset), folded, tuple(converted), tuple(left))
     if not decodes:
         return load_model(model), report
     replace_weights(raised, decodes)

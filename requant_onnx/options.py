@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.config import EdgeLayers, Granularity, QuantConfig, RangeMode, Space, Transform, parse_choice
+from requant_onnx.config import EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Space, Transform, Version, parse_choice
 from requant_onnx.data import CIFAR_MEAN_STD, ImageSet
 from requant_onnx.errors import ConfigError
 from requant_onnx.validate import Normalisation
@@ -67,6 +67,10 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounding", metavar="S", help="space in which the nearest level is taken: " + _choices(Space, DEFAULT.rounding)
     )
+    parser.add_argument("--form", metavar="F", help=_choices(Form, DEFAULT.form))
+    parser.add_argument(
+        "--min-ort", metavar="V", help=f"oldest ONNX Runtime that has to load the file (default: {DEFAULT.min_ort})"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
@@ -105,7 +109,16 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     given: dict[str, Any] = {}
     if args.transform is not None:
         given["transform"] = Transform.parse(args.transform)
-    enums = {"granularity": Granularity, "range_mode": RangeMode, "edge_layers": EdgeLayers, "objective": Space, "rounding": Space}
+    if args.min_ort is not None:
+        given["min_ort"] = Version.parse(args.min_ort)
+    enums = {
+        "granularity": Granularity,
+        "range_mode": RangeMode,
+        "edge_layers": EdgeLayers,
+        "objective": Space,
+        "rounding": Space,
+        "form": Form,
+    }
     for name, kind in enums.items():
         text = getattr(args, name)
         if text is not None:

@@ -64,9 +64,9 @@ def test_forbidden_packages() -> None:
 
 def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
-        "ConfigError", "DataError", "EdgeLayers", "Granularity", "ImageSet", "InspectReport", "ModelError", "Normalisation",
+        "ConfigError", "DataError", "EdgeLayers", "Form", "Granularity", "ImageSet", "InspectReport", "ModelError", "Normalisation",
         "OutputError", "QuantConfig", "QuantReport", "RangeMode", "RequantError", "Space", "Transform", "ValidationReport",
-        "WeightReport", "inspect_model", "load_images", "quantize_model", "save_model", "validate",
+        "Version", "WeightReport", "inspect_model", "load_images", "quantize_model", "save_model", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)
 

@@ -84,6 +84,8 @@ def test_the_paper_recipe_is_the_paper() -> None:
         "edge_layers": "plain",
         "objective": "weight",
         "rounding": "transformed",
+        "form": "qdq",
+        "min_ort": "1.24",
     }
 
 

@@ -1,60 +1,109 @@
-"""ONNX Runtime decodes each form to exactly the weights that NumPy decodes."""
+"""ONNX Runtime decodes each form to exactly the weights that NumPy decodes, and folds what it promises to fold."""
 
 from __future__ import annotations
+
+import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from conftest import laplace, small_cnn
-from onnx import helper
-from onnxruntime import InferenceSession
+from onnx import helper, inliner
+from onnxruntime import InferenceSession, SessionOptions
 
-from requant_onnx.graph.forms import Decode, DecodeWriter, decode_of, level_type, required_opset
+from requant_onnx import QuantConfig, Transform, quantize_model
+from requant_onnx.config import Form, Version
+from requant_onnx.graph.forms import Decode, Target, decode_of, level_ending, required_opset
+from requant_onnx.graph.functions import DOMAIN, Ending
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.numerics.quantize import Grid, quantize_weight
+from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
+
+OLD, NEW = Version(1, 20), Version(1, 24)
 
 
 def run_decode(decode: Decode, opset: int, emit: int, shape: tuple[int, ...]) -> np.ndarray:
     """Execute the decode alone in ONNX Runtime."""
     output = helper.make_tensor_value_info("w", emit, shape)
-    shared = [decode.shared] if decode.shared else []
-    graph = helper.make_graph(decode.nodes, "decode", [], [output], [*decode.initializers, *shared])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    graph = helper.make_graph(decode.nodes, "decode", [], [output], decode.initializers)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    functions = [decode.function] if decode.function else []
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     onnx.checker.check_model(model, full_check=True)
     return np.asarray(InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {})[0])
+
+
+def decode(q: QuantizedWeight, target: Target, emit: int = onnx.TensorProto.FLOAT) -> Decode:
+    return decode_of("w", q, emit, target, FreshNames(small_cnn()))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75, 1 / 3])
 @pytest.mark.parametrize("axis", [None, 0, 1])
-@pytest.mark.parametrize("skew", [0.0, 1.0])
-def test_decode_is_exact(bits: int, exponent: float, axis: int | None, skew: float) -> None:
-    w = laplace(6, 5, 3, 3) + np.float32(skew)  # skewed weights have their zero point at an end of the range
-    q = quantize_weight(w, Grid(bits, exponent, axis))
-    for opset in {required_opset(bits), 21}:
-        decode = decode_of("w", q, onnx.TensorProto.FLOAT, DecodeWriter(opset, FreshNames(small_cnn())))
-        np.testing.assert_array_equal(run_decode(decode, opset, onnx.TensorProto.FLOAT, w.shape), q.dequantize())
+@pytest.mark.parametrize("form", Form)
+def test_decode_is_exact(bits: int, exponent: float, axis: int | None, form: Form) -> None:
+    """Skewed weights have their zero point at an end of the range; 5 * 7 * 3 of them do not fill their last byte."""
+    for skew, int4 in itertools.product((0.0, 1.0), (False, True)):
+        w = laplace(5, 7, 3) + np.float32(skew)
+        q = quantize_weight(w, Grid(bits, exponent, axis))
+        for opset in {required_opset(form, bits, exponent, int4), 21}:
+            found = run_decode(decode(q, Target(form, opset, int4)), opset, onnx.TensorProto.FLOAT, w.shape)
+            np.testing.assert_array_equal(found, q.dequantize())
 
 
-def test_float16_readers_get_float16() -> None:
+@pytest.mark.parametrize("form", Form)
+def test_float16_readers_get_float16(form: Form) -> None:
     q = quantize_weight(laplace(4, 6), Grid(4, 0.5, 0))
-    decode = decode_of("w", q, onnx.TensorProto.FLOAT16, DecodeWriter(21, FreshNames(small_cnn())))
-    np.testing.assert_array_equal(run_decode(decode, 21, onnx.TensorProto.FLOAT16, (4, 6)), q.dequantize().astype(np.float16))
+    found = run_decode(decode(q, Target(form, 21, True), onnx.TensorProto.FLOAT16), 21, onnx.TensorProto.FLOAT16, (4, 6))
+    np.testing.assert_array_equal(found, q.dequantize().astype(np.float16))
 
 
-def test_codes_take_their_nominal_bytes() -> None:
-    for bits, expected in ((4, 500), (8, 1000)):
-        q = quantize_weight(laplace(10, 100), Grid(bits, 1.0, None))
-        decode = decode_of("w", q, onnx.TensorProto.FLOAT, DecodeWriter(21, FreshNames(small_cnn())))
-        assert len(decode.initializers[0].raw_data) == expected
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_payload_is_3_per_cent_above_the_true_size_at_most(bits: int, int4: bool, form: Form) -> None:
+    q = quantize_weight(laplace(64, 64, 3, 3), Grid(bits, 0.5, 0))
+    made = decode(q, Target(form, 21, int4))
+    payload = sum(len(item.raw_data) for item in made.initializers)
+    assert payload <= 1.03 * q.codes.size * bits / 8 + 5 * 64  # scales and zero points of 64 channels
 
 
 def test_integer_type_of_the_levels() -> None:
-    assert [level_type(n, 21) for n in (121, 128, 32767, 65025)] == [np.int8, np.int16, np.int16, np.int32]
-    assert level_type(121, 13) is np.int32  # Sub and Mul take 8 and 16 bits from opset 14 on, 4-bit codes need 21 anyway
+    assert [level_ending(n, 21) for n in (121, 128, 32767, 65025)] == [Ending.INT8, Ending.INT16, Ending.INT16, Ending.INT32]
+    assert level_ending(121, 18) is Ending.INT32
 
 
-def test_one_level_table_serves_all_weights_of_a_grid() -> None:
-    writer = DecodeWriter(13, FreshNames(small_cnn()))
-    decodes = [decode_of(name, quantize_weight(laplace(4, 6), Grid(6, 0.75, 0)), 1, writer) for name in ("w1", "w2")]
-    assert decodes[0].shared is decodes[1].shared is not None
+def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
+    """The operators that are left after ONNX Runtime has optimised the model with default options."""
+    options = SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+
+
+@pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.75"])
+@pytest.mark.parametrize("min_ort", [OLD, NEW])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_onnx_runtime_folds_the_folded_form(bits: int, min_ort: Version, transform: str, tmp_path: Path) -> None:
+    config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.FOLDED, min_ort=min_ort)
+    assert operators(quantize_model(small_cnn(), config)[0], tmp_path) == operators(small_cnn(), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_qdq_leaves_one_dequantizelinear_a_weight(bits: int, tmp_path: Path) -> None:
+    left = operators(quantize_model(small_cnn(), QuantConfig(bits, transform=Transform(0.5)))[0], tmp_path)
+    assert left.count("DequantizeLinear") == 4
+    assert not {"Cast", "Sub", "Mul", "Abs", "BitShift"} & set(left)
+
+
+def test_functions_are_stored_once_and_can_be_written_out() -> None:
+    converted, _ = quantize_model(small_cnn(), QuantConfig(3, form=Form.FOLDED))
+    assert len(converted.functions) == 2  # 3 bits, and 8 bits for the first and last layer
+    inlined = inliner.inline_local_functions(converted)
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    results = [
+        InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for model in (converted, inlined)
+    ]
+    np.testing.assert_array_equal(*results)

@@ -1,10 +1,10 @@
-"""How codes are stored and decoded in the graph, all in standard operators.
+"""Weight forms: how codes are stored and decoded in the graph.
 
-    uniform      codes -> DequantizeLinear(scale, zero_point)
-    square root  codes -> Cast, Sub zero_point = k -> k * |k| -> DequantizeLinear(scale)
-    any other    codes -> Cast, Sub (zero_point - K) -> Gather from the integer levels -> DequantizeLinear(scale)
+    qdq      codes or their integer levels -> DequantizeLinear       which ONNX Runtime runs at every inference
+    folded   codes -> levels -> Mul with the scale                   which ONNX Runtime folds to a float weight at load
 
-ONNX Runtime folds the integer operators when it loads the model; DequantizeLinear runs at every inference.
+Codes are packed to their true width (packing.py), or stored as UINT8 or UINT4 where that is their width and the target runtime
+can read it.  What lies between codes and result is a model-local function (functions.py), stored once for all weights on a grid.
 https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
@@ -17,9 +17,11 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from requant_onnx.config import Form
 from requant_onnx.graph.edit import tensor_proto, uint4_proto
+from requant_onnx.graph.functions import DOMAIN, FUNCTION_OPSET, Ending, decode_function
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.numerics.levels import LevelTable
+from requant_onnx.graph.packing import FIELDS, pack
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
@@ -27,96 +29,117 @@ AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Nodes in order, the last of which outputs the weight's own name, and the initializers they read.
+class Target:
+    """What the file is written for.  opset: of the model.  int4: whether the runtime casts from UINT4 (1.24.4 and later)."""
 
-    shared: a level table that other decodes read too; it is stored once.
-    """
+    form: Form
+    opset: int
+    int4: bool
+
+    def stores_natively(self, bits: int) -> bool:
+        """Whether codes of so many bits have a tensor type of their own."""
+        return bits == 8 or (bits == 4 and self.int4)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Nodes in order, the last of which outputs the weight's own name, the initializers they read, the function they call."""
 
     nodes: tuple[onnx.NodeProto, ...]
     initializers: tuple[onnx.TensorProto, ...]
-    shared: onnx.TensorProto | None = None
+    function: onnx.FunctionProto | None
 
     @property
     def bytes(self) -> int:
-        """Size in the file, without what is shared."""
+        """Size in the file, without the function, which other weights share."""
         total: int = sum(node.ByteSize() for node in self.nodes) + sum(item.ByteSize() for item in self.initializers)
         return total
 
 
-def required_opset(bits: int) -> int:
-    """The opset that the decode of a weight of so many bits needs."""
-    return INT4_OPSET if bits <= 4 else AXIS_OPSET
+def required_opset(form: Form, bits: int, exponent: float, int4: bool) -> int:
+    """The opset that the decode of such a weight needs."""
+    if bits == 4 and int4:
+        return INT4_OPSET
+    plain = form is Form.QDQ and exponent == 1.0 and bits == 8
+    return AXIS_OPSET if plain else FUNCTION_OPSET
 
 
-class DecodeWriter:
-    """Writes the decodes of one model: fresh names, and one level table for all weights on the same grid."""
-
-    def __init__(self, opset: int, names: FreshNames) -> None:
-        self.opset, self.names = opset, names
-        self._tables: dict[LevelTable, onnx.TensorProto] = {}
-
-    def table(self, table: LevelTable) -> onnx.TensorProto:
-        """The initializer that holds the integer levels of a grid."""
-        if table not in self._tables:
-            name = self.names.take(f"levels_{table.bits}bit_power_{table.exponent:.3g}")
-            self._tables[table] = tensor_proto(table.integers.astype(np.int32), name)
-        return self._tables[table]
-
-
-def decode_of(name: str, q: QuantizedWeight, emit: int, writer: DecodeWriter) -> Decode:
+def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, names: FreshNames) -> Decode:
     """The decode of one weight.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
-    builder = _Builder(name, writer.names)
-    shared = None if q.table.exponent in (0.5, 1.0) else writer.table(q.table)
-    codes = builder.codes("codes", q.codes, q.table.bits)
-    target = name if emit == onnx.TensorProto.FLOAT else builder.fresh("float")
-    if q.table.exponent == 1.0:
-        zero_point = builder.codes("zero_point", q.zero_point, q.table.bits)
-        levels, inputs = codes, [builder.constant("scale", q.scale), zero_point]
+    writer = _Writer(name, names, [], [])
+    result = name if emit == onnx.TensorProto.FLOAT else writer.fresh("float")
+    function = None
+    if target.form is Form.FOLDED:
+        function = _call(writer, q, Ending.WEIGHTS, target, result)
     else:
-        levels = _table_levels(builder, codes, q, shared.name) if shared else _sqrt_levels(builder, codes, q, writer.opset)
-        inputs = [builder.constant("scale", q.scale)]
-    axis = {} if q.axis is None else {"axis": q.axis}
-    builder.node("DequantizeLinear", [levels, *inputs], output=target, **axis)
-    if target != name:
-        builder.node("Cast", [target], output=name, to=emit)
-    return Decode(tuple(builder.nodes), tuple(builder.initializers), shared)
+        function = _dequantize(writer, q, target, result)
+    if result != name:
+        writer.node("Cast", [result], name, to=emit)
+    return Decode(tuple(writer.nodes), tuple(writer.initializers), function)
 
 
-def level_type(largest: int, opset: int) -> type[np.signedinteger]:
+def level_ending(largest: int, opset: int) -> Ending:
     """The narrowest integer type that can be multiplied and dequantized at this opset."""
     if opset >= INT4_OPSET and largest <= 127:
-        return np.int8
-    return np.int16 if opset >= INT4_OPSET and largest <= 32767 else np.int32
+        return Ending.INT8
+    return Ending.INT16 if opset >= INT4_OPSET and largest <= 32767 else Ending.INT32
 
 
-def _sqrt_levels(builder: _Builder, codes: str, q: QuantizedWeight, opset: int) -> str:
+def _dequantize(writer: _Writer, q: QuantizedWeight, target: Target, result: str) -> onnx.FunctionProto | None:
+    """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
+    function = None
+    uniform, native = q.table.exponent == 1.0, target.stores_natively(q.table.bits)
+    if uniform and native:
+        levels = writer.codes("codes", q.codes, q.table.bits)
+    else:
+        levels = writer.fresh("levels")
+        ending = Ending.CODES if uniform else level_ending(_largest_level(q), target.opset)
+        function = _call(writer, q, ending, target, levels)
+    inputs = [levels, writer.constant("scale", q.scale)]
+    if uniform:
+        inputs.append(writer.codes("zero_point", q.zero_point, q.table.bits if native else 8))
+    writer.node("DequantizeLinear", inputs, result, **({} if q.axis is None else {"axis": q.axis}))
+    return function
+
+
+def _call(writer: _Writer, q: QuantizedWeight, ending: Ending, target: Target, result: str) -> onnx.FunctionProto:
+    """Call the decode function of this grid.  The order of the inputs is that of functions.decode_function."""
+    bits, native = q.table.bits, target.stores_natively(q.table.bits)
+    padded = not native and any(q.codes.size % (8 // width) for width in FIELDS[bits])
+    function = decode_function(q.table, ending, native, padded, target.opset)
+    if native:
+        inputs = [writer.codes("codes", q.codes, bits)]
+    else:
+        fields = zip(pack(q.codes, bits), FIELDS[bits], strict=True)
+        inputs = [writer.constant(f"field{width}", field) for field, width in fields]
+        inputs.append(writer.constant("shape", np.array(q.codes.shape, np.int64)))
+    if padded:
+        inputs.append(writer.constant("count", np.array([q.codes.size], np.int64)))
+    if ending is not Ending.CODES:
+        inputs.append(writer.constant("zero_point", q.broadcast(q.zero_point)))
+    if ending is Ending.WEIGHTS:
+        inputs.append(writer.constant("scale", q.broadcast(q.scale)))
+    writer.node(function.name, inputs, result, domain=DOMAIN)
+    return function
+
+
+def _largest_level(q: QuantizedWeight) -> int:
     zero_point = q.zero_point.astype(np.int64)
     reach = int(np.maximum(zero_point, q.table.max_code - zero_point).max())
-    dtype = level_type(reach * reach, opset)
-    offset = builder.constant("zero_point", np.asarray(q.broadcast(zero_point.astype(dtype))))
-    wide = builder.node("Cast", [codes], to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
-    k = builder.node("Sub", [wide, offset])
-    return builder.node("Mul", [k, builder.node("Abs", [k])])
+    return int(q.table.integers[q.table.max_code + reach])
 
 
-def _table_levels(builder: _Builder, codes: str, q: QuantizedWeight, table: str) -> str:
-    offset = q.broadcast(np.asarray(q.zero_point.astype(np.int32) - np.int32(q.table.max_code)))
-    wide = builder.node("Cast", [codes], to=onnx.TensorProto.INT32)
-    index = builder.node("Sub", [wide, builder.constant("offset", offset)])
-    return builder.node("Gather", [table, index])
-
-
-class _Builder:
+@dataclass(frozen=True)
+class _Writer:
     """Collects the nodes and initializers of one decode under names derived from the weight's."""
 
-    def __init__(self, weight: str, names: FreshNames) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
-        self._weight, self._names = weight, names
+    weight: str
+    names: FreshNames
+    nodes: list[onnx.NodeProto]
+    initializers: list[onnx.TensorProto]
 
     def fresh(self, suffix: str) -> str:
-        return self._names.take(f"{self._weight}_{suffix}")
+        return self.names.take(f"{self.weight}_{suffix}")
 
     def constant(self, suffix: str, values: npt.NDArray[np.generic]) -> str:
         name = self.fresh(suffix)
@@ -124,14 +147,11 @@ class _Builder:
         return name
 
     def codes(self, suffix: str, values: npt.NDArray[np.uint8], bits: int) -> str:
-        """Codes in the type they are stored in: UINT4 up to 4 bits, else UINT8."""
+        """Values in the type of their width: UINT4 for 4 bits, else UINT8."""
         name = self.fresh(suffix)
-        self.initializers.append(uint4_proto(values, name) if bits <= 4 else tensor_proto(values, name))
+        self.initializers.append(uint4_proto(values, name) if bits == 4 else tensor_proto(values, name))
         return name
 
-    def node(self, op: str, inputs: list[str], output: str | None = None, **attributes: int) -> str:
-        """Append a node; returns the name of its output."""
-        name = self.fresh(op)
-        output = output or name
+    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> None:
+        name = self.fresh(op.partition("_")[0].lower())
         self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))  # type: ignore[arg-type]
-        return output
