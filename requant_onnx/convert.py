@@ -15,7 +15,8 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import INT4_ORT, QuantConfig
-from requant_onnx.graph.forms import Decode, Target, decode_of, required_opset
+from requant_onnx.graph.decode import Constants, Decode
+from requant_onnx.graph.forms import Target, decode_of, required_opset
 from requant_onnx.graph.load import ModelLike, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
@@ -45,14 +46,14 @@ def quantize_model(
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone)
     int4 = (config.min_ort.major, config.min_ort.minor) >= INT4_ORT
-    raised, folded = normalise(loaded, required_opset(config.form, config.bits, config.transform.exponent, int4))
+    raised, folded = normalise(loaded, required_opset(config.bits, int4))
     plan = plan_conversion(find_weights(raised), config)
-    target, names = Target(config.form, opset_of(raised), int4), FreshNames(raised)
+    target, constants = Target(config.form, opset_of(raised), int4), Constants(FreshNames(raised))
     decodes: dict[str, Decode] = {}
     converted: list[WeightReport] = []
     left = list(plan.left_alone)
     for planned, result in zip(plan.planned, _quantize_all(plan.planned, progress, threads), strict=True):
-        decode = decode_of(planned.weight.name, result.quantized, planned.weight.emit, target, names)
+        decode = decode_of(planned.weight.name, result.quantized, planned.weight.emit, target, constants)
         reason = _why_not(planned, result, decode)
         if reason is None:
             decodes[planned.weight.name] = decode

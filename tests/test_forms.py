@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from conftest import laplace, small_cnn
-from onnx import helper, inliner
+from onnx import helper
 from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import QuantConfig, Transform, quantize_model
 from requant_onnx.config import Form, Version
-from requant_onnx.graph.forms import Decode, Target, decode_of, level_ending, required_opset
-from requant_onnx.graph.functions import DOMAIN, Ending
+from requant_onnx.graph.decode import Constants, Decode
+from requant_onnx.graph.forms import Target, decode_of, level_type, required_opset
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
@@ -25,16 +25,14 @@ OLD, NEW = Version(1, 20), Version(1, 24)
 def run_decode(decode: Decode, opset: int, emit: int, shape: tuple[int, ...]) -> np.ndarray:
     """Execute the decode alone in ONNX Runtime."""
     output = helper.make_tensor_value_info("w", emit, shape)
-    graph = helper.make_graph(decode.nodes, "decode", [], [output], decode.initializers)
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    functions = [decode.function] if decode.function else []
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    graph = helper.make_graph(decode.nodes, "decode", [], [output], [*decode.initializers, *decode.shared.values()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return np.asarray(InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {})[0])
 
 
 def decode(q: QuantizedWeight, target: Target, emit: int = onnx.TensorProto.FLOAT) -> Decode:
-    return decode_of("w", q, emit, target, FreshNames(small_cnn()))
+    return decode_of("w", q, emit, target, Constants(FreshNames(small_cnn())))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -46,7 +44,7 @@ def test_decode_is_exact(bits: int, exponent: float, axis: int | None, form: For
     for skew, int4 in itertools.product((0.0, 1.0), (False, True)):
         w = laplace(5, 7, 3) + np.float32(skew)
         q = quantize_weight(w, Grid(bits, exponent, axis))
-        for opset in {required_opset(form, bits, exponent, int4), 21}:
+        for opset in {required_opset(bits, int4), 21}:
             found = run_decode(decode(q, Target(form, opset, int4)), opset, onnx.TensorProto.FLOAT, w.shape)
             np.testing.assert_array_equal(found, q.dequantize())
 
@@ -69,8 +67,8 @@ def test_payload_is_3_per_cent_above_the_true_size_at_most(bits: int, int4: bool
 
 
 def test_integer_type_of_the_levels() -> None:
-    assert [level_ending(n, 21) for n in (121, 128, 32767, 65025)] == [Ending.INT8, Ending.INT16, Ending.INT16, Ending.INT32]
-    assert level_ending(121, 18) is Ending.INT32
+    assert [level_type(n, 21) for n in (121, 128, 32767, 65025)] == [np.int8, np.int16, np.int16, np.int32]
+    assert level_type(121, 18) is np.int32
 
 
 def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
@@ -97,13 +95,10 @@ def test_qdq_leaves_one_dequantizelinear_a_weight(bits: int, tmp_path: Path) -> 
     assert not {"Cast", "Sub", "Mul", "Abs", "BitShift"} & set(left)
 
 
-def test_functions_are_stored_once_and_can_be_written_out() -> None:
+def test_decodes_share_their_constants_and_use_standard_operators_only() -> None:
     converted, _ = quantize_model(small_cnn(), QuantConfig(3, form=Form.FOLDED))
-    assert len(converted.functions) == 2  # 3 bits, and 8 bits for the first and last layer
-    inlined = inliner.inline_local_functions(converted)
-    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
-    results = [
-        InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-        for model in (converted, inlined)
-    ]
-    np.testing.assert_array_equal(*results)
+    assert {node.domain for node in converted.graph.node} == {""}
+    names = [item.name for item in converted.graph.initializer if item.name.startswith("decode.c")]
+    assert len(names) == len(set(names))
+    used = [name for node in converted.graph.node for name in node.input if name in names]
+    assert len(used) > len(names)

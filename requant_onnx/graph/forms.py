@@ -1,11 +1,10 @@
 """Weight forms: how codes are stored and decoded in the graph.
 
-    qdq      codes or their integer levels -> DequantizeLinear       which ONNX Runtime runs at every inference
-    folded   codes -> levels -> Mul with the scale                   which ONNX Runtime folds to a float weight at load
+    qdq      codes or their integer levels -> DequantizeLinear     which ONNX Runtime runs at every inference
+    folded   levels -> Mul with the scale                          which ONNX Runtime folds to a float weight at load
 
 Codes are packed to their true width (packing.py), or stored as UINT8 or UINT4 where that is their width and the target runtime
-can read it.  What lies between codes and result is a model-local function (functions.py), stored once for all weights on a grid.
-https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+can read it.  https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
 from __future__ import annotations
@@ -13,18 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper
 
 from requant_onnx.config import Form
-from requant_onnx.graph.edit import tensor_proto, uint4_proto
-from requant_onnx.graph.functions import DOMAIN, FUNCTION_OPSET, Ending, decode_function
-from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.packing import FIELDS, pack
+from requant_onnx.graph.decode import Constants, Decode, DecodeWriter, write_levels, write_unpack
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
+PACKED_OPSET = 18  # first opset with BitwiseOr
 AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
 
 
@@ -36,122 +31,63 @@ class Target:
     opset: int
     int4: bool
 
-    def stores_natively(self, bits: int) -> bool:
-        """Whether codes of so many bits have a tensor type of their own."""
-        return bits == 8 or (bits == 4 and self.int4)
+
+def required_opset(bits: int, int4: bool) -> int:
+    """The opset that the decode of a weight of so many bits needs."""
+    if bits == 8:
+        return AXIS_OPSET
+    return INT4_OPSET if bits == 4 and int4 else PACKED_OPSET
 
 
-@dataclass(frozen=True)
-class Decode:
-    """Nodes in order, the last of which outputs the weight's own name, the initializers they read, the function they call."""
-
-    nodes: tuple[onnx.NodeProto, ...]
-    initializers: tuple[onnx.TensorProto, ...]
-    function: onnx.FunctionProto | None
-
-    @property
-    def bytes(self) -> int:
-        """Size in the file, without the function, which other weights share."""
-        total: int = sum(node.ByteSize() for node in self.nodes) + sum(item.ByteSize() for item in self.initializers)
-        return total
-
-
-def required_opset(form: Form, bits: int, exponent: float, int4: bool) -> int:
-    """The opset that the decode of such a weight needs."""
-    if bits == 4 and int4:
-        return INT4_OPSET
-    plain = form is Form.QDQ and exponent == 1.0 and bits == 8
-    return AXIS_OPSET if plain else FUNCTION_OPSET
-
-
-def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, names: FreshNames) -> Decode:
+def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, constants: Constants) -> Decode:
     """The decode of one weight.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
-    writer = _Writer(name, names, [], [])
-    result = name if emit == onnx.TensorProto.FLOAT else writer.fresh("float")
-    function = None
-    if target.form is Form.FOLDED:
-        function = _call(writer, q, Ending.WEIGHTS, target, result)
-    else:
-        function = _dequantize(writer, q, target, result)
-    if result != name:
-        writer.node("Cast", [result], name, to=emit)
-    return Decode(tuple(writer.nodes), tuple(writer.initializers), function)
+    writer = DecodeWriter(constants)
+    cast = emit != onnx.TensorProto.FLOAT
+    write = _write_folded if target.form is Form.FOLDED else _write_qdq
+    result = write(writer, q, target, None if cast else name)
+    if cast:
+        writer.node("Cast", result, output=name, to=emit)
+    return writer.finish()
 
 
-def level_ending(largest: int, opset: int) -> Ending:
+def level_type(largest: int, opset: int) -> type[np.signedinteger]:
     """The narrowest integer type that can be multiplied and dequantized at this opset."""
     if opset >= INT4_OPSET and largest <= 127:
-        return Ending.INT8
-    return Ending.INT16 if opset >= INT4_OPSET and largest <= 32767 else Ending.INT32
+        return np.int8
+    return np.int16 if opset >= INT4_OPSET and largest <= 32767 else np.int32
 
 
-def _dequantize(writer: _Writer, q: QuantizedWeight, target: Target, result: str) -> onnx.FunctionProto | None:
+def _write_folded(writer: DecodeWriter, q: QuantizedWeight, target: Target, output: str | None) -> str:
+    levels = write_levels(writer, _write_codes(writer, q, target), q.broadcast(q.zero_point), q.table, np.float32)
+    return writer.node("Mul", levels, writer.own("scale", q.broadcast(q.scale)), output=output)
+
+
+def _write_qdq(writer: DecodeWriter, q: QuantizedWeight, target: Target, output: str | None) -> str:
     """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
-    function = None
-    uniform, native = q.table.exponent == 1.0, target.stores_natively(q.table.bits)
-    if uniform and native:
-        levels = writer.codes("codes", q.codes, q.table.bits)
+    axis = {} if q.axis is None else {"axis": q.axis}
+    codes = _write_codes(writer, q, target)
+    if q.table.exponent == 1.0:
+        bits = q.table.bits if _is_native(q, target) else 8
+        inputs = [codes, writer.own("scale", q.scale), writer.own_codes("zero_point", q.zero_point, bits)]
     else:
-        levels = writer.fresh("levels")
-        ending = Ending.CODES if uniform else level_ending(_largest_level(q), target.opset)
-        function = _call(writer, q, ending, target, levels)
-    inputs = [levels, writer.constant("scale", q.scale)]
-    if uniform:
-        inputs.append(writer.codes("zero_point", q.zero_point, q.table.bits if native else 8))
-    writer.node("DequantizeLinear", inputs, result, **({} if q.axis is None else {"axis": q.axis}))
-    return function
+        dtype = level_type(_largest_level(q), target.opset)
+        levels = write_levels(writer, codes, q.broadcast(q.zero_point), q.table, dtype)
+        inputs = [levels, writer.own("scale", q.scale)]
+    return writer.node("DequantizeLinear", *inputs, output=output, **axis)
 
 
-def _call(writer: _Writer, q: QuantizedWeight, ending: Ending, target: Target, result: str) -> onnx.FunctionProto:
-    """Call the decode function of this grid.  The order of the inputs is that of functions.decode_function."""
-    bits, native = q.table.bits, target.stores_natively(q.table.bits)
-    padded = not native and any(q.codes.size % (8 // width) for width in FIELDS[bits])
-    function = decode_function(q.table, ending, native, padded, target.opset)
-    if native:
-        inputs = [writer.codes("codes", q.codes, bits)]
-    else:
-        fields = zip(pack(q.codes, bits), FIELDS[bits], strict=True)
-        inputs = [writer.constant(f"field{width}", field) for field, width in fields]
-        inputs.append(writer.constant("shape", np.array(q.codes.shape, np.int64)))
-    if padded:
-        inputs.append(writer.constant("count", np.array([q.codes.size], np.int64)))
-    if ending is not Ending.CODES:
-        inputs.append(writer.constant("zero_point", q.broadcast(q.zero_point)))
-    if ending is Ending.WEIGHTS:
-        inputs.append(writer.constant("scale", q.broadcast(q.scale)))
-    writer.node(function.name, inputs, result, domain=DOMAIN)
-    return function
+def _write_codes(writer: DecodeWriter, q: QuantizedWeight, target: Target) -> str:
+    if _is_native(q, target):
+        return writer.own_codes("codes", q.codes, q.table.bits)
+    return write_unpack(writer, q.codes, q.table.bits)
+
+
+def _is_native(q: QuantizedWeight, target: Target) -> bool:
+    """Whether codes of this width have a tensor type of their own."""
+    return q.table.bits == 8 or (q.table.bits == 4 and target.int4)
 
 
 def _largest_level(q: QuantizedWeight) -> int:
     zero_point = q.zero_point.astype(np.int64)
     reach = int(np.maximum(zero_point, q.table.max_code - zero_point).max())
     return int(q.table.integers[q.table.max_code + reach])
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Collects the nodes and initializers of one decode under names derived from the weight's."""
-
-    weight: str
-    names: FreshNames
-    nodes: list[onnx.NodeProto]
-    initializers: list[onnx.TensorProto]
-
-    def fresh(self, suffix: str) -> str:
-        return self.names.take(f"{self.weight}_{suffix}")
-
-    def constant(self, suffix: str, values: npt.NDArray[np.generic]) -> str:
-        name = self.fresh(suffix)
-        self.initializers.append(tensor_proto(values, name))
-        return name
-
-    def codes(self, suffix: str, values: npt.NDArray[np.uint8], bits: int) -> str:
-        """Values in the type of their width: UINT4 for 4 bits, else UINT8."""
-        name = self.fresh(suffix)
-        self.initializers.append(uint4_proto(values, name) if bits == 4 else tensor_proto(values, name))
-        return name
-
-    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> None:
-        name = self.fresh(op.partition("_")[0].lower())
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))  # type: ignore[arg-type]

@@ -18,7 +18,6 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import Root, find_root, import_graph
-from requant_onnx.graph.functions import DOMAIN
 from requant_onnx.graph.operands import CONVERTIBLE, edge_nodes, weight_operand
 
 RECURRENT = ("LSTM", "GRU", "RNN")
@@ -156,8 +155,6 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
     if not tensor.inputs:
         return "is an input of the model, not a constant"
     producer = tensor.inputs[0]
-    if producer.domain == DOMAIN:
-        return "is already quantized (folded form)"
     if producer.op == "DequantizeLinear":
         return "is already quantized (DequantizeLinear)"
     return f"is computed by {producer.op} '{producer.name}', not a constant"
