@@ -10,7 +10,7 @@ import pytest
 from conftest import small_cnn
 from onnxruntime import InferenceSession, SessionOptions
 
-from requant_onnx import Granularity, QuantConfig, Transform, quantize_model
+from requant_onnx import Form, Granularity, QuantConfig, Transform, Version, quantize_model
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.load import ModelLike, load_model
@@ -30,6 +30,7 @@ CONFIGS = {
     "paper8": QuantConfig.paper(8),
     "channel4": QuantConfig(bits=4, transform=Transform(0.5)),
     "uniform4": QuantConfig(bits=4, granularity=Granularity.PER_TENSOR),
+    "folded3": QuantConfig(bits=3, transform=Transform(0.5), form=Form.FOLDED, min_ort=Version(1, 20)),
     "power5": QuantConfig(bits=5, transform=Transform(0.7)),
 }
 
@@ -77,7 +78,7 @@ def test_small_model(config: QuantConfig) -> None:
     check(small_cnn(), config, (8, 8))
 
 
-@pytest.mark.parametrize("name", ["default", "paper4", "paper6", "power5"])
+@pytest.mark.parametrize("name", ["default", "paper4", "paper6", "power5", "folded3"])
 def test_trained_model(trained: Path, name: str) -> None:
     if trained.stem == "silero_vad":
         converted, report = quantize_model(trained, CONFIGS[name])

@@ -8,6 +8,7 @@ import pytest
 from conftest import laplace, parse, small_cnn
 from onnx import helper
 
+from requant_onnx import Form, QuantConfig, Transform
 from requant_onnx.convert import quantize_model
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.weights import find_weights
@@ -76,7 +77,8 @@ def test_a_product_of_two_activations_is_no_weight() -> None:
 @pytest.mark.parametrize(
     ("text", "weight", "reason"),
     [
-        (IO + "{ a = Mul(w, w) y = Conv(x, a) }", laplace(5, 4, 3, 3), "is computed by Mul"),
+        (IO + "{ a = Mul(w, w) y = Conv(x, a) }", W, "is decoded from other constants (Mul)"),
+        (IO + "{ m = ReduceMean(x) a = Mul(w, m) y = Conv(x, a) }", W, "is computed by Mul"),
         (IO + "{ y = Conv(x, w) }", laplace(5, 4, 3, 3).astype(np.float64), "has type DOUBLE"),
         (W_OUT + "{ y = Conv(x, w) }", W, "is an output"),
         (W_IN + "{ y = Conv(x, w) }", W, "a caller may replace"),
@@ -94,12 +96,19 @@ def test_left_alone_with_a_reason(text: str, weight: np.ndarray | None, reason: 
     assert reason in view.left_alone[0].reason
 
 
-def test_weights_of_a_converted_model_are_left_alone() -> None:
-    for transform_bits in (4, 8):
-        converted, _ = quantize_model(small_cnn())
-        again, report = quantize_model(converted)
-        assert {item.reason for item in report.left_alone} == {"is already quantized (DequantizeLinear)"}, transform_bits
-        assert again.SerializeToString() == converted.SerializeToString()
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (QuantConfig(), "is already quantized (DequantizeLinear)"),
+        (QuantConfig(4, transform=Transform(0.5)), "is already quantized (DequantizeLinear)"),
+        (QuantConfig(3, form=Form.FOLDED), "is decoded from other constants (Mul), so it may be quantized already"),
+    ],
+)
+def test_weights_of_a_converted_model_are_left_alone(config: QuantConfig, reason: str) -> None:
+    converted, _ = quantize_model(small_cnn(), config)
+    again, report = quantize_model(converted)
+    assert {item.reason for item in report.left_alone} == {reason}
+    assert again.SerializeToString() == converted.SerializeToString()
 
 
 def test_a_weight_in_a_body_is_left_alone() -> None:

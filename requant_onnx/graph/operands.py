@@ -14,14 +14,12 @@ def weight_operand(node: gs.Node) -> int | None:
     """The index of the input that is the weight; None for a product of two computed tensors."""
     if node.op != "MatMul":
         return 1
-    return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or is_decoded(node.inputs[k])), None)
+    return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or from_constants(node.inputs[k])), None)
 
 
-def is_decoded(tensor: gs.Tensor) -> bool:
-    """Whether the tensor is a DequantizeLinear of constants, possibly behind integer operators."""
-    if not tensor.inputs or tensor.inputs[0].op != "DequantizeLinear":
-        return False
-    behind, seen = [tensor.inputs[0].inputs[0]], set()
+def from_constants(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is computed from constants only: a weight that is decoded in the graph."""
+    behind, seen = [tensor], set()
     while behind:
         each = behind.pop()
         if isinstance(each, gs.Constant) or id(each) in seen:
@@ -61,5 +59,5 @@ def matmuls_with_int8_activations(model: onnx.ModelProto) -> tuple[str, ...]:
     These are codes straight behind DequantizeLinear in the layout of MatMul: (ic, oc).
     """
     matmuls = (n for n in import_graph(model).nodes if n.op == "MatMul" or (n.op == "Gemm" and not n.attrs.get("transB", 0)))
-    decoded = (node.inputs[1] for node in matmuls if is_decoded(node.inputs[1]))
+    decoded = [node.inputs[1] for node in matmuls if node.inputs[1].inputs and node.inputs[1].inputs[0].op == "DequantizeLinear"]
     return tuple(tensor.name for tensor in decoded if find_root(tensor.inputs[0].inputs[0]) is not None)

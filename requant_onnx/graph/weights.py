@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import Root, find_root, import_graph
-from requant_onnx.graph.operands import CONVERTIBLE, edge_nodes, weight_operand
+from requant_onnx.graph.operands import CONVERTIBLE, edge_nodes, from_constants, weight_operand
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
@@ -157,6 +157,8 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
     producer = tensor.inputs[0]
     if producer.op == "DequantizeLinear":
         return "is already quantized (DequantizeLinear)"
+    if from_constants(tensor):
+        return f"is decoded from other constants ({producer.op}), so it may be quantized already"
     return f"is computed by {producer.op} '{producer.name}', not a constant"
 
 
