@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from requant_onnx import convert, tables
 from requant_onnx.data import load_images
 from requant_onnx.errors import OutputError, RequantError
+from requant_onnx.graph.load import file_bytes
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.options import config_of, limit_of, normalisation_of, parser_of
 from requant_onnx.validate import validate
@@ -25,10 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0, or 2 after an error that it has printed; 130 after Ctrl-C."""
     parser = parser_of(convert=_convert, validate=_validate, inspect=_inspect)
     args = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of weights that the terminal cannot show
     try:
         args.run(args)
     except RequantError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a path that cannot even be looked at, or a full disk under standard output
+        print(f"error: cannot use '{error.filename}' ({error.strerror}); check the path and its permissions", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -42,12 +51,13 @@ def _convert(args: argparse.Namespace) -> None:
     _check_json(args.json, args.input, args.output)
     with _progress("quantizing") as progress:
         model, report = convert.quantize_model(args.input, config, progress=progress)
-    before = args.input.stat().st_size
-    if report.converted:
+    before, stored = file_bytes(args.input), args.input.stat().st_size
+    if report.converted or before != stored:  # external data moves into the file: a copy would point to where it is not
         after = save_model(model, args.output)
     else:
-        after = before
+        after = stored
         write_atomically(args.output, args.input.read_bytes())
+    if not report.converted:
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
     paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after]}
     _write_json(args.json, {**report.to_dict(), **paths})
@@ -90,10 +100,12 @@ def _check_json(path: Path | None, *models: Path) -> None:
     """Refuse a report path that cannot work before the work is done."""
     if path is None:
         return
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write the report to '{path}'; give a file in a folder that exists")
     if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
         raise OutputError(f"the report '{path}' would replace a model; give another path")
+    if path.exists() and path.suffix != ".json":
+        raise OutputError(f"'{path}' exists and is no .json file; give the report another path")
 
 
 def _write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -103,7 +115,7 @@ def _write_json(path: Path | None, report: dict[str, Any]) -> None:
 
 def _console() -> Console:
     """Full-width tables when the output is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=200)
 
 
 @contextlib.contextmanager
@@ -116,7 +128,7 @@ def _progress(what: str) -> Iterator[convert.Progress | None]:
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda item, done, total: bar.update(task, description=item, completed=done, total=total)
+        yield lambda item, done, total: bar.update(task, description=escape(item), completed=done, total=total)
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -7,9 +7,9 @@ CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +52,12 @@ class ImageSet:
         return self if count is None else ImageSet(self.x[:count], None if self.y is None else self.y[:count])
 
 
-def load_images(spec: str) -> ImageSet:
+def load_images(spec: str | PathLike[str]) -> ImageSet:
     """Load `cifar10:DIR`, `cifar100:DIR` (the test split) or `FILE.npz` (arrays `x` and optionally `y`).
 
     Raises DataError when the files are missing, damaged, empty or of another shape.
     """
+    spec = str(spec)
     dataset, colon, folder = spec.partition(":")
     if colon and dataset in _LABEL_BYTES:
         return load_cifar(dataset, Path(folder), "test")
@@ -96,10 +97,12 @@ def _load_npz(path: Path) -> ImageSet:
             if "x" not in arrays:
                 raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
             x, y = arrays["x"], arrays.get("y")
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib, pickle and NumPy raise many types on damaged files
         raise DataError(f"cannot read '{path}' as .npz ({error}); write it with numpy.savez(x=..., y=...)") from None
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray | None):
+        raise DataError(f"'{path}' holds something else than arrays; write it with numpy.savez(x=..., y=...)")
     return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))
 
 

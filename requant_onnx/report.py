@@ -112,12 +112,12 @@ def _fields(report: Any) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Tuples as lists; infinity and NaN, which JSON lacks, as null."""
+    """Tuples as lists; infinity and NaN, which JSON lacks, as the strings inf, -inf and nan."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_as_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -128,4 +128,6 @@ def sqnr_db(signal: float, noise: float) -> float:
     """
     if noise == 0.0:
         return math.inf
+    if not math.isfinite(signal + noise):
+        return math.nan
     return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf

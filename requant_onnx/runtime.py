@@ -40,10 +40,7 @@ class Classifier:
 
         Raises ModelError when the model fails or its first output is not one row of scores an image.
         """
-        try:
-            first = self.session.run([self.session.get_outputs()[0].name], {self.input: self._fit(x)})[0]
-        except Exception as error:  # onnxruntime raises many types of its own
-            raise ModelError(f"{self.name} fails in ONNX Runtime ({first_line(error)})") from None
+        first = self._run([self.session.get_outputs()[0].name], {self.input: self._fit(x)})[0]
         scores = np.asarray(first)
         classes = max(scores.shape[1:], default=0)
         if scores.shape[:1] != x.shape[:1] or scores.size != len(x) * classes or classes < 2:
@@ -56,8 +53,14 @@ class Classifier:
         """Milliseconds of one run."""
         feed = {self.input: self._fit(x)}
         started = time.perf_counter()
-        self.session.run(None, feed)
+        self._run(None, feed)
         return (time.perf_counter() - started) * 1000
+
+    def _run(self, outputs: list[str] | None, feed: dict[str, npt.NDArray[np.floating]]) -> list[object]:
+        try:
+            return list(self.session.run(outputs, feed))
+        except Exception as error:  # onnxruntime raises many types of its own
+            raise ModelError(f"{self.name} fails in ONNX Runtime on {len(feed[self.input])} images ({first_line(error)})") from None
 
     def accepts(self, image: tuple[int, ...]) -> bool:
         """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""

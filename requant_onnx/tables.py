@@ -58,15 +58,15 @@ def print_validation(console: Console, report: ValidationReport) -> None:
 def print_inspection(console: Console, report: InspectReport) -> None:
     """Opset, operators, weights."""
     console.print(escape(f"opset {report.opset}, IR version {report.ir_version}, made by {report.producer or 'unknown'}"))
-    console.print("operators: " + ", ".join(f"{op} {count}" for op, count in report.ops.items()))
+    console.print("operators: " + escape(", ".join(f"{op} {count}" for op, count in report.ops.items())))
     if report.weights:
-        table = _table("would be converted", "op", "shape", "layer", "bytes")
+        table = _table("can be converted", "op", "shape", "layer", "bytes")
         for weight in report.weights:
             edge = "first or last" if weight.edge else ""
             table.add_row(escape(weight.name), weight.op, _shape(weight.shape), edge, f"{weight.bytes:,}")
         console.print(table)
     print_left_alone(console, report.left_alone)
-    console.print(f"weights: {len(report.weights)} to convert, {sum(w.bytes for w in report.weights):,} bytes")
+    console.print(f"weights: {len(report.weights)} can be converted, {sum(w.bytes for w in report.weights):,} bytes")
 
 
 def _weight_row(weight: WeightReport) -> tuple[str, ...]:

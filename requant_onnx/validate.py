@@ -64,19 +64,21 @@ def validate(
     Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
     """
     models = (_open(reference, "the reference"), _open(candidate, "the candidate"))
-    notes = _notes(load_model(candidate))
+    if len(images) == 0:
+        raise DataError("there are no images; give at least one")
     for model in models:
         require_image(model, images.x.shape[1:])
     if images.x.dtype != np.uint8 and normalisation is not None:
         raise DataError("the images are float32, taken as normalised already; drop mean and std, or give uint8 pixels")
     normalisation = normalisation or Normalisation()
     tally = _Tally()
-    for start, x in _batches(images, normalisation, _common_batch(models)):
+    for start, x in _batches(images, normalisation, models):
         count = min(len(x), len(images) - start)
         labels = None if images.y is None else images.y[start : start + count]
         tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
         if progress is not None:
             progress("validating", start + count, len(images))
+    notes = (*_notes(load_model(candidate)), *tally.notes())
     return tally.report(models, images, _latencies(models, images, normalisation), notes)
 
 
@@ -85,6 +87,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.hits = np.zeros(2, np.int64)
+        self.broken = np.zeros(2, np.int64)
         self.agree, self.signal, self.noise = 0, 0.0, 0.0
 
     def add(self, reference: FloatArray, candidate: FloatArray, labels: npt.NDArray[np.int64] | None) -> None:
@@ -93,16 +96,23 @@ class _Tally:
                 f"the reference gives {reference.shape[1]} scores an image and the candidate {candidate.shape[1]}; "
                 "compare models of the same classes"
             )
+        self.broken += [len(scores) - int(np.isfinite(scores).all(axis=1).sum()) for scores in (reference, candidate)]
         tops = [scores.argmax(1) for scores in (reference, candidate)]
         if labels is not None:
             if labels.min() < 0 or labels.max() >= reference.shape[1]:
                 raise DataError(
-                    f"the labels run to {labels.max()} and the models give {reference.shape[1]} scores; give matching data"
+                    f"the labels run from {labels.min()} to {labels.max()} and the models give {reference.shape[1]} scores; "
+                    "give matching data"
                 )
             self.hits += [int((top == labels).sum()) for top in tops]
         self.agree += int((tops[0] == tops[1]).sum())
         self.signal += float(np.square(reference, dtype=np.float64).sum())
         self.noise += float(np.square(reference.astype(np.float64) - candidate).sum())
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each model that gives NaN or infinity."""
+        named = zip(("reference", "candidate"), self.broken, strict=True)
+        return tuple(f"the {name} gives NaN or infinite scores for {count} images" for name, count in named if count)
 
     def report(
         self, models: tuple[Classifier, Classifier], images: ImageSet, latency: tuple[float, float], notes: tuple[str, ...]
@@ -144,19 +154,22 @@ def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> i
     return fixed.pop() if fixed else free
 
 
-def _batches(images: ImageSet, normalisation: Normalisation, size: int) -> Iterator[tuple[int, FloatArray]]:
-    """(start, x) with every x of `size` images, the last one padded with its own last image."""
-    size = min(size, len(images)) if size == BATCH else size
+def _batches(
+    images: ImageSet, normalisation: Normalisation, models: tuple[Classifier, Classifier]
+) -> Iterator[tuple[int, FloatArray]]:
+    """(start, x): x of the models' fixed batch size, the last one padded with its own last image; else of BATCH or fewer."""
+    size = _common_batch(models, free=min(BATCH, len(images)))
+    free = all(model.batch is None for model in models)
     for start in range(0, len(images), size):
         x = images.x[start : start + size]
-        if len(x) < size:
+        if len(x) < size and not free:
             x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
         yield start, normalisation.apply(x)
 
 
 def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalisation: Normalisation) -> tuple[float, float]:
     """Median milliseconds of each model, the runs interleaved so that other load hits both alike."""
-    _, x = next(_batches(images.first(1), normalisation, _common_batch(models, free=1)))
+    _, x = next(_batches(images.first(1), normalisation, models))
     times = np.array([[model.latency(x) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]  # two to warm up
     reference, candidate = np.median(times, axis=0)
     return float(reference), float(candidate)

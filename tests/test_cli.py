@@ -52,6 +52,34 @@ def test_nothing_to_convert_is_a_warning_and_a_copy(tmp_path: Path, capsys: pyte
     assert "warning: nothing to convert" in capsys.readouterr().err
 
 
+def test_external_data_comes_along_when_there_is_nothing_to_convert(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    model = parse("net (float[n, 3] x) => (float[n, 3] y) { y = Add(x, w) }", w=laplace(3))
+    onnx.save(model, tmp_path / "a" / "in.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert main(["convert", str(tmp_path / "a" / "in.onnx"), str(tmp_path / "b" / "out.onnx")]) == 0
+    assert onnx.load(tmp_path / "b" / "out.onnx").graph.initializer[0].raw_data == model.graph.initializer[0].raw_data
+
+
+def test_a_report_replaces_nothing_but_reports(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes, report = model.with_name("notes.txt"), model.with_name("report.json")
+    notes.write_text("precious")
+    report.write_text("{}")
+    assert main(["inspect", str(model), "--json", str(notes)]) == 2
+    expect_one_sentence(capsys, "exists and is no .json file")
+    assert notes.read_text() == "precious"
+    assert main(["inspect", str(model), "--json", str(report)]) == 0
+
+
+def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }", w=laplace(40, 40))
+    model.graph.initializer[0].name = model.graph.node[0].input[1] = "[/b]:fire:"
+    onnx.save(model, tmp_path / "in.onnx")
+    assert main(["inspect", str(tmp_path / "in.onnx")]) == 0
+    assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
+    assert capsys.readouterr().out.count("[/b]:fire:") == 2
+
+
 def test_the_readme_job_on_what_comes_with_the_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, report = tmp_path / "out.onnx", tmp_path / "report.json"
     assert main(["convert", str(OWN_MODEL), str(output)]) == 0
@@ -76,7 +104,9 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def broken_inputs(folder: Path) -> dict[str, Path]:
     """Files that are no usable model."""
-    files = {name: folder / f"{name}.onnx" for name in ("empty", "text", "short", "nan", "old", "future", "invalid", "external")}
+    files = {
+        name: folder / f"{name}.onnx" for name in ("empty", "text", "short", "nan", "old", "future", "invalid", "external", "long")
+    }
     files["empty"].write_bytes(b"")
     files["text"].write_text("this is no model")
     files["short"].write_bytes(small_cnn().SerializeToString()[:-2000])
@@ -90,6 +120,9 @@ def broken_inputs(folder: Path) -> dict[str, Path]:
     onnx.save(parse("net (float[n] x) => (float[n] y) { y = Relu(z) }"), files["invalid"])
     onnx.save(small_cnn(), files["external"], save_as_external_data=True, location="weights.bin", size_threshold=0)
     (folder / "weights.bin").unlink()
+    long = parse("net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y) { y = Conv(x, w) }", w=laplace(5, 4, 3, 3))
+    long.graph.initializer[0].raw_data += bytes(8)
+    onnx.save(long, files["long"])
     return {**files, "missing": folder / "none.onnx", "folder": folder}
 
 
@@ -104,6 +137,7 @@ def broken_inputs(folder: Path) -> dict[str, Path]:
         ("future", "uses opset 999"),
         ("invalid", "is not valid ONNX"),
         ("external", "weights.bin"),
+        ("long", "the values of 'w' do not fit its shape"),
         ("missing", "does not exist"),
         ("folder", "is a folder"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import laplace, parse, small_cnn
+from onnxruntime import InferenceSession
 
 from requant_onnx import EdgeLayers, Granularity, QuantConfig, RangeMode, Transform, quantize_model
 from requant_onnx.convert import METADATA_KEY
@@ -145,3 +146,44 @@ def test_custom_domains_are_kept_when_the_opset_is_raised() -> None:
     assert len(report.converted) == 1
     assert {entry.domain: entry.version for entry in converted.opset_import} == {"": 21, "my.domain": 3}
     assert converted.graph.node[-1] == model.graph.node[1]
+
+
+def outputs(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
+    return np.asarray(InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0])
+
+
+@pytest.mark.parametrize(("opset", "op"), [(10, "Resize"), (9, "Upsample")])
+def test_scaling_before_opset_11_stays_without_the_half_pixel_shift(opset: int, op: str) -> None:
+    """onnx.version_converter alone gives 7 dB here."""
+    text = "net (float[1, 3, 9, 9] x) => (float[1, 16, h, v] y) { a = Conv(x, w) y = " + op + '<mode = "linear">(a, s) }'
+    model = parse(text, opset=opset, ir=5, w=laplace(16, 3, 3, 3), s=np.array([1, 1, 2, 2], np.float32))
+    x = np.random.default_rng(0).normal(size=(1, 3, 9, 9)).astype(np.float32)
+    expected, found = (outputs(each, x=x) for each in (model, quantize_model(model)[0]))
+    assert ((expected - found) ** 2).sum() < 1e-3 * (expected**2).sum()
+
+
+def test_a_float16_weight_whose_type_is_noted_in_value_info() -> None:
+    text = "net (float[n, 40] x) => (float[n, 40] y) { f = Cast<to = 1>(w) y = MatMul(x, f) }"
+    model = parse(text, w=laplace(40, 40).astype(np.float16))
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT16, [40, 40]))
+    onnx.checker.check_model(quantize_model(model)[0], full_check=True)
+
+
+def test_functions_move_to_the_new_opset_with_the_model() -> None:
+    nodes, opsets = [onnx.helper.make_node("Relu", ["x"], ["y"])], [onnx.helper.make_opsetid("", 13)]
+    model = parse("net (float[n, 40] x) => (float[n, 40] y) { a = MatMul(x, w) }", opset=13, w=laplace(40, 40))
+    model.functions.append(onnx.helper.make_function("my", "Block", ["x"], ["y"], nodes, opsets))
+    model.graph.node.append(onnx.helper.make_node("Block", ["a"], ["y"], domain="my"))
+    model.opset_import.add(domain="my", version=1)
+    converted, report = quantize_model(model, QuantConfig(bits=4))
+    onnx.checker.check_model(converted, full_check=True)
+    assert report.opset == (13, 21)
+    assert converted.functions[0].opset_import[0].version == 21
+
+
+def test_sparse_initializers_are_left_alone() -> None:
+    model = parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }")
+    values = onnx.numpy_helper.from_array(np.ones(2, np.float32), "w")
+    indices = onnx.numpy_helper.from_array(np.array([3, 5]), "w_indices")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [40, 40]))
+    assert not quantize_model(model)[1].converted

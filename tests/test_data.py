@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,11 @@ def test_bad_spec(spec: str, message: str) -> None:
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "test_batch.bin").write_bytes(b"short")
     (tmp_path / "x.npz").write_bytes(b"PK no zip")
-    for spec in (f"cifar10:{tmp_path}", f"{tmp_path}/x.npz"):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("x", "this is no array")
+    for spec in (f"cifar10:{tmp_path}", f"{tmp_path}/x.npz", f"{tmp_path}/array.npz", f"{tmp_path}/member.npz"):
         with pytest.raises(DataError):
             load_images(spec)
 

@@ -71,6 +71,10 @@ NORM = "BatchNormalization(a, g, b, m, v)"
         IN + "=> (float[n, 4, h, w] y, float[n, 4, h, w] a) { a = Conv(x, w1) y = " + NORM + "}",
         IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) c = " + NORM + " y = Add(a, c) }",
         IN + "=> (float[n, 4, h, w] y) { c = Conv(x, w1) a = Relu(c) y = " + NORM + "}",
+        IN[:-1] + ", float[4] g) => (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}",
+        IN + "=> (float[n, 4, h, w] y) { a = my.Conv(x, w1) y = " + NORM + "}",
+        IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = my." + NORM + "}",
+        IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = BatchNormalization(a, g, b, m, w1) }",
         IN + "=> (float[n, 4, h, w] y) { c = Mul(w1, w1) a = Conv(x, c) y = " + NORM + "}",
     ],
 )
@@ -79,3 +83,24 @@ def test_what_cannot_be_folded_stays_byte_for_byte(text: str) -> None:
     before = model.SerializeToString()
     assert fold_batchnorm(model) == 0
     assert model.SerializeToString() == before
+
+
+def test_an_absent_bias_is_no_obstacle() -> None:
+    model = parse(
+        IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}",
+        w1=laplace(4, 4, 1, 1),
+        **norm_parameters(4, "g", "b", "m", "v"),
+    )
+    model.graph.node[0].input.append("")
+    assert fold_batchnorm(model) == 1
+
+
+def test_a_negative_variance_is_not_folded() -> None:
+    parameters = norm_parameters(4, "g", "b", "m", "v")
+    parameters["v"] *= -1
+    assert (
+        fold_batchnorm(
+            parse(IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}", w1=laplace(4, 4, 1, 1), **parameters)
+        )
+        == 0
+    )

@@ -56,6 +56,17 @@ def test_a_fixed_batch_is_padded() -> None:
     assert validate(model, model, pictures(0, 1, 2, labels=(0, 1, 2))).images == 3
 
 
+def test_a_fixed_batch_of_100() -> None:
+    model = scorer(MEANS.replace("n,", "100,"), 1, 1, 1)
+    assert validate(model, model, pictures(*[0, 1] * 75)).images == 150
+
+
+def test_scores_that_are_no_numbers_are_noted() -> None:
+    report = validate(scorer(MEANS, 1, 1, 1), scorer(MEANS, np.nan, 1, 1), pictures(0, 1))
+    assert report.notes == ("the candidate gives NaN or infinite scores for 2 images",)
+    assert report.to_dict()["sqnr_db"] == "nan"
+
+
 def test_without_labels_there_is_no_accuracy() -> None:
     model = scorer(MEANS, 1, 1, 1)
     assert validate(model, model, pictures(0, 1)).top1 is None
@@ -83,7 +94,7 @@ def test_refusals() -> None:
         (flat, pictures(0), None, ModelError, "takes float images of 4 dimensions"),
         (picture, pictures(0), None, ModelError, "not one row of scores"),
         (model, ImageSet(np.zeros((1, 3, 5, 5), np.uint8), None), None, DataError, "the images are 3x5x5"),
-        (model, pictures(0, labels=(7,)), None, DataError, "the labels run to 7"),
+        (model, pictures(0, labels=(7,)), None, DataError, "the labels run from 7 to 7"),
         (model, pictures(0), Normalisation((0.0, 0.0), (1.0,)), DataError, "mean has 2 values"),
         (model, floats, Normalisation(), DataError, "taken as normalised already"),
     ]

@@ -15,11 +15,10 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import Root, find_root, import_graph
+from requant_onnx.graph.constants import FLOATS, Root, find_root, import_graph, is_standard
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, set_initializer
 from requant_onnx.graph.names import FreshNames, reads_in
 
-FOLDABLE = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -40,7 +39,9 @@ def fold_batchnorm(model: onnx.ModelProto) -> int:
     graph = import_graph(model)
     index = {id(node): k for k, node in enumerate(graph.nodes)}
     names = FreshNames(model)
-    folds = [_plan(graph, node, index) for node in graph.nodes if node.op == "BatchNormalization"]
+    inputs = {item.name for item in model.graph.input}
+    norm_nodes = [node for node in graph.nodes if node.op == "BatchNormalization" and is_standard(node)]
+    folds = [_plan(graph, node, index, inputs) for node in norm_nodes]
     stale: list[str] = []
     norms = []
     for fold in folds:
@@ -52,30 +53,41 @@ def fold_batchnorm(model: onnx.ModelProto) -> int:
     return len(norms)
 
 
-def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int]) -> _Fold | None:
-    """How to fold this BatchNormalization, or None when it has to stay."""
+def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int], inputs: set[str]) -> _Fold | None:
+    """How to fold this BatchNormalization, or None when it has to stay.  inputs: tensors that a caller may set."""
     producers = norm.inputs[0].inputs
     if not producers or producers[0].op not in ("Conv", "ConvTranspose") or id(producers[0]) not in index:
+        return None
+    if not is_standard(producers[0]):
         return None
     conv, between = producers[0], norm.inputs[0]
     trains = norm.attrs.get("training_mode", 0) or not norm.attrs.get("spatial", 1)
     used_elsewhere = len(between.outputs) != 1 or any(between is output for output in graph.outputs)
     if trains or used_elsewhere or len([output for output in norm.outputs if output.name]) != 1:
         return None
-    roots = [find_root(tensor) for tensor in (*norm.inputs[1:5], *conv.inputs[1:3])]
-    if any(root is None or root.edge_dtype not in FOLDABLE for root in roots):
+    read = [tensor for tensor in (*norm.inputs[1:5], *conv.inputs[1:3]) if tensor.name]  # an absent bias has no name
+    roots = [find_root(tensor) for tensor in read]
+    if any(root is None or root.edge_dtype not in FLOATS or root.name in inputs for root in roots):
         return None
     parameters = [root.load().astype(np.float64) for root in roots if root is not None]
     weight, bias = roots[4], (roots[5] if len(roots) > 5 else None)
     assert weight is not None
-    new_weight, new_bias = _folded(conv, parameters, norm.attrs.get("epsilon", 1e-5))
+    folded = _folded(conv, parameters, norm.attrs.get("epsilon", 1e-5))
+    if folded is None:
+        return None
+    new_weight, new_bias = folded
     dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.edge_dtype)
     return _Fold(index[id(conv)], index[id(norm)], weight, bias, new_weight.astype(dtype), new_bias.astype(dtype))
 
 
-def _folded(conv: gs.Node, parameters: list[FloatArray], epsilon: float) -> tuple[FloatArray, FloatArray]:
+def _folded(conv: gs.Node, parameters: list[FloatArray], epsilon: float) -> tuple[FloatArray, FloatArray] | None:
+    """The new weight and bias; None when the parameters do not fit the weight, or have a negative variance."""
     gamma, beta, mean, var, weight = parameters[:5]
     bias = parameters[5] if len(parameters) > 5 else np.zeros_like(mean)
+    channels = weight.shape[0] if conv.op == "Conv" else weight.shape[1] * conv.attrs.get("group", 1)
+    fits = all(values.shape == (channels,) for values in (gamma, beta, mean, var, bias))
+    if not fits or (conv.op == "ConvTranspose" and weight.shape[0] % conv.attrs.get("group", 1)) or (var + epsilon <= 0.0).any():
+        return None
     factor = gamma / np.sqrt(var + epsilon)
     return scale_output_channels(weight, factor, conv), factor * (bias - mean) + beta
 

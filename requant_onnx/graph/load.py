@@ -13,7 +13,7 @@ from requant_onnx.errors import ModelError
 
 ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 MIN_OPSET = 7
-MAX_OPSET = onnx.defs.onnx_opset_version()
+MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # 27 is the newest whose operators ONNX Runtime 1.32 has
 MAX_BYTES = 2**31 - 1  # of one protobuf message
 
 
@@ -36,13 +36,27 @@ def opset_of(model: onnx.ModelProto) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
+def file_bytes(path: Path) -> int:
+    """Size of a model with its external data files."""
+    model = onnx.load(path, format="protobuf", load_external_data=False)
+    outside = {
+        entry.value
+        for tensor in model.graph.initializer
+        if onnx.external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    total: int = path.stat().st_size + sum((path.parent / name).stat().st_size for name in outside)
+    return total
+
+
 def _parse(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise ModelError(f"'{path}' is a folder; give the .onnx file in it")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
-        return onnx.load(path)
+        return onnx.load(path, format="protobuf")
     except FileNotFoundError as error:
         missing = error.filename or path
         raise ModelError(f"'{missing}' does not exist; give the path of an .onnx file") from None

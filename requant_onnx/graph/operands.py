@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import find_root, import_graph
+from requant_onnx.graph.constants import find_root, import_graph, is_standard
 
 CONVERTIBLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -33,7 +33,9 @@ def from_constants(tensor: gs.Tensor) -> bool:
 
 def edge_nodes(graph: gs.Graph) -> set[int]:
     """ids of the nodes with a weight that have no other one before them, or none behind them."""
-    weighted = {id(node) for node in graph.nodes if node.op in CONVERTIBLE and weight_operand(node) is not None}
+    weighted = {
+        id(node) for node in graph.nodes if node.op in CONVERTIBLE and is_standard(node) and weight_operand(node) is not None
+    }
     behind: set[int] = set()  # tensors computed from the output of a weighted node
     first = set()
     for node in graph.nodes:

@@ -37,9 +37,13 @@ def raise_opset(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
     current = opset_of(model)
     if current >= target:
         return model
-    if all(_unchanged(node, current, target) for graph in all_graphs(model.graph) for node in graph.node):
-        for entry in model.opset_import:
-            entry.version = target if entry.domain in ("", "ai.onnx") else entry.version
+    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
+    nodes += [node for function in model.functions for node in function.node]
+    local = {(function.domain, function.name) for function in model.functions}
+    if all((node.domain, node.op_type) in local or _unchanged(node, current, target) for node in nodes):
+        for holder in (model, *model.functions):
+            for entry in holder.opset_import:
+                entry.version = target if entry.domain in ("", "ai.onnx") else entry.version
     else:
         model = _convert(model, current, target)
     needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", target)])
@@ -90,4 +94,17 @@ def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelPro
     for field in ("doc_string", "domain", "model_version", "producer_name", "producer_version"):
         setattr(converted, field, getattr(model, field))
     converted.graph.doc_string = model.graph.doc_string
+    if current < 11:
+        _keep_asymmetric(converted)
     return converted
+
+
+def _keep_asymmetric(model: onnx.ModelProto) -> None:
+    """Upsample, and Resize before opset 11, scale coordinates without the half-pixel shift; the converter drops that.
+
+    https://onnx.ai/onnx/operators/onnx__Resize.html
+    """
+    for graph in all_graphs(model.graph):
+        for node in graph.node:
+            if node.op_type == "Resize" and not any(item.name == "coordinate_transformation_mode" for item in node.attribute):
+                node.attribute.append(onnx.helper.make_attribute("coordinate_transformation_mode", "asymmetric"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx
 
 from requant_onnx.graph.decode import Decode
-from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
 def replace_weights(model: onnx.ModelProto, decodes: Mapping[str, Decode]) -> None:
@@ -18,6 +18,7 @@ def replace_weights(model: onnx.ModelProto, decodes: Mapping[str, Decode]) -> No
         graph.initializer.extend(decode.initializers)
     shared = {name: tensor for decode in decodes.values() for name, tensor in decode.shared.items()}
     graph.initializer.extend(shared.values())
+    drop_stale_types(graph, decodes)  # a float16 weight may have become float32
     kept = [node for node in graph.node if not (node.op_type == "Constant" and node.output[0] in decodes)]
     decoders = [node for decode in decodes.values() for node in decode.nodes]
     del graph.node[:]

@@ -15,7 +15,7 @@ from requant_onnx.errors import ModelError, OutputError
 from requant_onnx.graph.load import MAX_BYTES, first_line
 
 
-def save_model(model: onnx.ModelProto, path: Path) -> int:
+def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> int:
     """Check the model with onnx.checker and write it.  Returns its size in bytes.
 
     Raises ModelError when the model is invalid or above 2 GB, OutputError when the file cannot be written.
@@ -27,7 +27,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> int:
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"the converted model is not valid ONNX ({first_line(error)}); please report it") from None
     data = model.SerializeToString(deterministic=True)
-    write_atomically(path, data)
+    write_atomically(Path(path), data)
     return len(data)
 
 

@@ -17,12 +17,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.constants import Root, find_root, import_graph
+from requant_onnx.graph.constants import FLOATS, Root, find_root, import_graph, is_standard, load_values
 from requant_onnx.graph.operands import CONVERTIBLE, edge_nodes, from_constants, weight_operand
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
-FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Weight:
 
     def load(self) -> npt.NDArray[np.float32]:
         """The values as float32.  Raises ModelError when one is NaN or infinite."""
-        w = np.asarray(self.tensor.values).astype(np.float32, copy=False)
+        w = load_values(self.tensor).astype(np.float32, copy=False)
         bad = w.size - np.count_nonzero(np.isfinite(w))
         if bad:
             raise ModelError(f"the weight '{self.name}' holds {bad} NaN or infinite values; repair or export the model again")
@@ -93,15 +92,17 @@ class _Interface:
 
     outputs: frozenset[str]
     overridable: frozenset[str]
+    sparse: frozenset[str]
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> _Interface:
         inputs = frozenset(item.name for item in model.graph.input) if model.ir_version >= 4 else frozenset()
-        return cls(frozenset(item.name for item in model.graph.output), inputs)
+        sparse = frozenset(item.values.name for item in model.graph.sparse_initializer)
+        return cls(frozenset(item.name for item in model.graph.output), inputs, sparse)
 
 
 def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
-    if node.domain in (None, "", "ai.onnx") and node.op in CONVERTIBLE:
+    if is_standard(node) and node.op in CONVERTIBLE:
         yield from _weight_of(node, interface, is_edge)
     elif node.op in RECURRENT:
         yield from (LeftAlone(t.name, node.op, _shape(t), f"{node.op} weights are not converted") for t in node.inputs[1:3])
@@ -164,7 +165,10 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
 
 def _refusal(node: gs.Node, root: Root, shape: tuple[int, ...], interface: _Interface) -> str | None:
     if root.dtype not in FLOATS or root.edge_dtype not in FLOATS:
-        return f"has type {onnx.TensorProto.DataType.Name(root.dtype)}, and only FLOAT and FLOAT16 are converted"
+        name = onnx.TensorProto.DataType.Name(root.dtype) if root.dtype else "other than these"
+        return f"has type {name}, and only FLOAT and FLOAT16 are converted"
+    if root.name in interface.sparse:
+        return "is a sparse initializer"
     if root.name in interface.outputs:
         return "is an output of the model, so its values are part of the interface"
     if root.name in interface.overridable:
