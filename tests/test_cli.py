@@ -58,7 +58,7 @@ def test_external_data_comes_along_when_there_is_nothing_to_convert(tmp_path: Pa
     model = parse("net (float[n, 3] x) => (float[n, 3] y) { y = Add(x, w) }", w=laplace(3))
     onnx.save(model, tmp_path / "a" / "in.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert main(["convert", str(tmp_path / "a" / "in.onnx"), str(tmp_path / "b" / "out.onnx")]) == 0
-    assert onnx.load(tmp_path / "b" / "out.onnx").graph.initializer[0].raw_data == model.graph.initializer[0].raw_data
+    assert onnx.load(tmp_path / "b" / "out.onnx").graph.initializer[0].raw_data == laplace(3).tobytes()
 
 
 def test_a_report_replaces_nothing_but_reports(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,9 +104,8 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def broken_inputs(folder: Path) -> dict[str, Path]:
     """Files that are no usable model."""
-    files = {
-        name: folder / f"{name}.onnx" for name in ("empty", "text", "short", "nan", "old", "future", "invalid", "external", "long")
-    }
+    names = ("empty", "text", "short", "nan", "old", "future", "invalid", "external", "long")
+    files = {name: folder / f"{name}.onnx" for name in names}
     files["empty"].write_bytes(b"")
     files["text"].write_text("this is no model")
     files["short"].write_bytes(small_cnn().SerializeToString()[:-2000])

@@ -85,12 +85,11 @@ def test_what_cannot_be_folded_stays_byte_for_byte(text: str) -> None:
     assert model.SerializeToString() == before
 
 
+PLAIN = IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}"
+
+
 def test_an_absent_bias_is_no_obstacle() -> None:
-    model = parse(
-        IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}",
-        w1=laplace(4, 4, 1, 1),
-        **norm_parameters(4, "g", "b", "m", "v"),
-    )
+    model = parse(PLAIN, w1=laplace(4, 4, 1, 1), **norm_parameters(4, "g", "b", "m", "v"))
     model.graph.node[0].input.append("")
     assert fold_batchnorm(model) == 1
 
@@ -98,9 +97,4 @@ def test_an_absent_bias_is_no_obstacle() -> None:
 def test_a_negative_variance_is_not_folded() -> None:
     parameters = norm_parameters(4, "g", "b", "m", "v")
     parameters["v"] *= -1
-    assert (
-        fold_batchnorm(
-            parse(IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}", w1=laplace(4, 4, 1, 1), **parameters)
-        )
-        == 0
-    )
+    assert fold_batchnorm(parse(PLAIN, w1=laplace(4, 4, 1, 1), **parameters)) == 0
