@@ -16,7 +16,8 @@ from typing import TypeVar
 from requant_onnx.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
-OLDEST_ORT, INT4_ORT = (1, 20), (1, 24)  # the second casts from UINT4 (1.24.4)
+OLDEST_ORT = (1, 20)
+INT4_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 
@@ -125,7 +126,7 @@ class QuantConfig:
     objective: Space = Space.WEIGHT
     rounding: Space = Space.WEIGHT
     form: Form = Form.QDQ
-    min_ort: Version = Version(1, 24)
+    min_ort: Version = Version(1, 20)
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:

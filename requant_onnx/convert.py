@@ -45,10 +45,11 @@ def quantize_model(
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone)
-    int4 = (config.min_ort.major, config.min_ort.minor) >= INT4_ORT
-    raised, folded = normalise(loaded, required_opset(config.bits, int4))
+    int4_cast = (config.min_ort.major, config.min_ort.minor) > INT4_ORT
+    opset = required_opset(config.form, config.bits, config.transform.exponent, int4_cast)
+    raised, folded = normalise(loaded, opset)
     plan = plan_conversion(find_weights(raised), config)
-    target, constants = Target(config.form, opset_of(raised), int4), Constants(FreshNames(raised))
+    target, constants = Target(config.form, opset_of(raised), int4_cast), Constants(FreshNames(raised))
     decodes: dict[str, Decode] = {}
     converted: list[WeightReport] = []
     left = list(plan.left_alone)

@@ -25,18 +25,23 @@ AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
 
 @dataclass(frozen=True)
 class Target:
-    """What the file is written for.  opset: of the model.  int4: whether the runtime casts from UINT4 (1.24.4 and later)."""
+    """What the file is written for.  opset: of the model.  int4_cast: whether the runtime casts from UINT4 (1.24.4 and later)."""
 
     form: Form
     opset: int
-    int4: bool
+    int4_cast: bool
+
+    def stores_natively(self, bits: int, exponent: float) -> bool:
+        """Whether codes of this width have a tensor type that the decode can read; DequantizeLinear always reads UINT4."""
+        dequantized = self.form is Form.QDQ and exponent == 1.0
+        return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.int4_cast or dequantized))
 
 
-def required_opset(bits: int, int4: bool) -> int:
-    """The opset that the decode of a weight of so many bits needs."""
+def required_opset(form: Form, bits: int, exponent: float, int4_cast: bool) -> int:
+    """The opset that the decode of such a weight needs."""
     if bits == 8:
         return AXIS_OPSET
-    return INT4_OPSET if bits == 4 and int4 else PACKED_OPSET
+    return INT4_OPSET if Target(form, INT4_OPSET, int4_cast).stores_natively(bits, exponent) else PACKED_OPSET
 
 
 def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, constants: Constants) -> Decode:
@@ -67,7 +72,7 @@ def _write_qdq(writer: DecodeWriter, q: QuantizedWeight, target: Target, output:
     axis = {} if q.axis is None else {"axis": q.axis}
     codes = _write_codes(writer, q, target)
     if q.table.exponent == 1.0:
-        bits = q.table.bits if _is_native(q, target) else 8
+        bits = q.table.bits if target.stores_natively(q.table.bits, 1.0) else 8
         inputs = [codes, writer.own("scale", q.scale), writer.own_codes("zero_point", q.zero_point, bits)]
     else:
         dtype = level_type(_largest_level(q), target.opset)
@@ -77,14 +82,9 @@ def _write_qdq(writer: DecodeWriter, q: QuantizedWeight, target: Target, output:
 
 
 def _write_codes(writer: DecodeWriter, q: QuantizedWeight, target: Target) -> str:
-    if _is_native(q, target):
+    if target.stores_natively(q.table.bits, q.table.exponent):
         return writer.own_codes("codes", q.codes, q.table.bits)
     return write_unpack(writer, q.codes, q.table.bits)
-
-
-def _is_native(q: QuantizedWeight, target: Target) -> bool:
-    """Whether codes of this width have a tensor type of their own."""
-    return q.table.bits == 8 or (q.table.bits == 4 and target.int4)
 
 
 def _largest_level(q: QuantizedWeight) -> int:
