@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import INT4_ORT, QuantConfig
+from requant_onnx.errors import ConfigError
 from requant_onnx.graph.decode import Constants, Decode
 from requant_onnx.graph.forms import Target, decode_of, required_opset
 from requant_onnx.graph.load import ModelLike, load_model, opset_of
@@ -38,9 +39,11 @@ def quantize_model(
     """Quantize the weights of a model.  The model given never changes; the same input gives the same output, whatever `threads` is.
 
     Where nothing can be converted, the model comes back as it was and `report.converted` is empty.
-    Raises ModelError when the model cannot be loaded, or holds NaN or infinite weights.
+    Raises ModelError when the model cannot be loaded, or holds NaN or infinite weights, ConfigError when threads is below 1.
     """
     config = config or QuantConfig()
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be 1 or more, not {threads}")
     loaded = load_model(model)
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:

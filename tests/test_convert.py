@@ -12,6 +12,7 @@ from onnxruntime import InferenceSession
 
 from requant_onnx import EdgeLayers, Granularity, QuantConfig, RangeMode, Transform, quantize_model
 from requant_onnx.convert import METADATA_KEY
+from requant_onnx.errors import ConfigError
 from requant_onnx.graph.opset import raise_opset
 
 
@@ -53,6 +54,11 @@ def test_metadata_survives_and_gains_one_entry() -> None:
 def test_same_input_same_bytes_whatever_the_threads() -> None:
     results = [quantize_model(small_cnn(), QuantConfig(bits=4), threads=threads)[0] for threads in (1, 3, 3)]
     assert len({model.SerializeToString(deterministic=True) for model in results}) == 1
+
+
+def test_less_than_one_thread_is_refused() -> None:
+    with pytest.raises(ConfigError, match="threads must be 1 or more"):
+        quantize_model(small_cnn(), threads=0)
 
 
 def test_names_that_the_model_uses_already_are_avoided() -> None:
