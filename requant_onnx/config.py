@@ -17,7 +17,7 @@ from requant_onnx.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
 OLDEST_ORT = (1, 20)
-INT4_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
+NARROW_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 

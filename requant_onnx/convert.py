@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.config import INT4_ORT, QuantConfig
+from requant_onnx.config import NARROW_ORT, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.graph.decode import Constants, Decode
 from requant_onnx.graph.forms import Target, decode_of, required_opset
@@ -48,11 +48,11 @@ def quantize_model(
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone)
-    int4_cast = (config.min_ort.major, config.min_ort.minor) > INT4_ORT
-    opset = required_opset(config.form, config.bits, config.transform.exponent, int4_cast)
+    narrow = (config.min_ort.major, config.min_ort.minor) > NARROW_ORT
+    opset = required_opset(config.form, config.bits, config.transform.exponent, narrow)
     raised, folded = normalise(loaded, opset)
     plan = plan_conversion(find_weights(raised), config)
-    target, constants = Target(config.form, opset_of(raised), int4_cast), Constants(FreshNames(raised))
+    target, constants = Target(config.form, opset_of(raised), narrow), Constants(FreshNames(raised))
     decodes: dict[str, Decode] = {}
     converted: list[WeightReport] = []
     left = list(plan.left_alone)

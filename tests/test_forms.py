@@ -21,8 +21,8 @@ from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 OLD, NEW = Version(1, 20), Version(1, 25)
-CASTS_INT4 = tuple(int(part) for part in onnxruntime.__version__.split(".")[:3]) >= (1, 24, 4)
-INT4_CAST = (False, True) if CASTS_INT4 else (False,)
+NARROW = tuple(int(part) for part in onnxruntime.__version__.split(".")[:3]) >= (1, 24, 4)
+EITHER = (False, True) if NARROW else (False,)
 
 
 def run_decode(decode: Decode, opset: int, emit: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,34 +44,35 @@ def decode(q: QuantizedWeight, target: Target, emit: int = onnx.TensorProto.FLOA
 @pytest.mark.parametrize("form", Form)
 def test_decode_is_exact(bits: int, exponent: float, axis: int | None, form: Form) -> None:
     """Skewed weights have their zero point at an end of the range; 5 * 7 * 3 of them do not fill their last byte."""
-    for skew, int4 in itertools.product((0.0, 1.0), INT4_CAST):
+    for skew, narrow in itertools.product((0.0, 1.0), EITHER):
         w = laplace(5, 7, 3) + np.float32(skew)
         q = quantize_weight(w, Grid(bits, exponent, axis))
-        for opset in {required_opset(form, bits, exponent, int4), 21}:
-            found = run_decode(decode(q, Target(form, opset, int4)), opset, onnx.TensorProto.FLOAT, w.shape)
+        for opset in {required_opset(form, bits, exponent, narrow), 21}:
+            found = run_decode(decode(q, Target(form, opset, narrow)), opset, onnx.TensorProto.FLOAT, w.shape)
             np.testing.assert_array_equal(found, q.dequantize())
 
 
 @pytest.mark.parametrize("form", Form)
 def test_float16_readers_get_float16(form: Form) -> None:
     q = quantize_weight(laplace(4, 6), Grid(4, 0.5, 0))
-    found = run_decode(decode(q, Target(form, 21, CASTS_INT4), onnx.TensorProto.FLOAT16), 21, onnx.TensorProto.FLOAT16, (4, 6))
+    found = run_decode(decode(q, Target(form, 21, NARROW), onnx.TensorProto.FLOAT16), 21, onnx.TensorProto.FLOAT16, (4, 6))
     np.testing.assert_array_equal(found, q.dequantize().astype(np.float16))
 
 
 @pytest.mark.parametrize("form", Form)
-@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_payload_is_3_per_cent_above_the_true_size_at_most(bits: int, int4: bool, form: Form) -> None:
+def test_payload_is_3_per_cent_above_the_true_size_at_most(bits: int, narrow: bool, form: Form) -> None:
     q = quantize_weight(laplace(64, 64, 3, 3), Grid(bits, 0.5, 0))
-    made = decode(q, Target(form, 21, int4))
+    made = decode(q, Target(form, 21, narrow))
     payload = sum(len(item.raw_data) for item in made.initializers)
     assert payload <= 1.03 * q.codes.size * bits / 8 + 5 * 64  # scales and zero points of 64 channels
 
 
 def test_integer_type_of_the_levels() -> None:
-    assert [level_type(n, 21) for n in (121, 128, 32767, 65025)] == [np.int8, np.int16, np.int16, np.int32]
-    assert level_type(121, 18) is np.int32
+    new, old = Target(Form.QDQ, 21, True), Target(Form.QDQ, 21, False)
+    assert [level_type(n, new) for n in (121, 128, 32767, 65025)] == [np.int8, np.int16, np.int16, np.int32]
+    assert level_type(121, old) is level_type(121, Target(Form.QDQ, 18, True)) is np.int32
 
 
 def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
@@ -84,7 +85,7 @@ def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.75"])
-@pytest.mark.parametrize("min_ort", [OLD, NEW] if CASTS_INT4 else [OLD])
+@pytest.mark.parametrize("min_ort", [OLD, NEW] if NARROW else [OLD])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_onnx_runtime_folds_the_folded_form(bits: int, min_ort: Version, transform: str, tmp_path: Path) -> None:
     config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.FOLDED, min_ort=min_ort)

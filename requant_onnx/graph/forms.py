@@ -25,23 +25,24 @@ AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
 
 @dataclass(frozen=True)
 class Target:
-    """What the file is written for.  opset: of the model.  int4_cast: whether the runtime casts from UINT4 (1.24.4 and later)."""
+    """What the file is written for.  opset: of the model.  narrow: whether the runtime casts from UINT4 and
+    subtracts 8- and 16-bit integers (1.24.4 and later)."""
 
     form: Form
     opset: int
-    int4_cast: bool
+    narrow: bool
 
     def stores_natively(self, bits: int, exponent: float) -> bool:
         """Whether codes of this width have a tensor type that the decode can read; DequantizeLinear always reads UINT4."""
         dequantized = self.form is Form.QDQ and exponent == 1.0
-        return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.int4_cast or dequantized))
+        return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.narrow or dequantized))
 
 
-def required_opset(form: Form, bits: int, exponent: float, int4_cast: bool) -> int:
+def required_opset(form: Form, bits: int, exponent: float, narrow: bool) -> int:
     """The opset that the decode of such a weight needs."""
     if bits == 8:
         return AXIS_OPSET
-    return INT4_OPSET if Target(form, INT4_OPSET, int4_cast).stores_natively(bits, exponent) else PACKED_OPSET
+    return INT4_OPSET if Target(form, INT4_OPSET, narrow).stores_natively(bits, exponent) else PACKED_OPSET
 
 
 def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, constants: Constants) -> Decode:
@@ -55,11 +56,11 @@ def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, constant
     return writer.finish()
 
 
-def level_type(largest: int, opset: int) -> type[np.signedinteger]:
-    """The narrowest integer type that can be multiplied and dequantized at this opset."""
-    if opset >= INT4_OPSET and largest <= 127:
-        return np.int8
-    return np.int16 if opset >= INT4_OPSET and largest <= 32767 else np.int32
+def level_type(largest: int, target: Target) -> type[np.signedinteger]:
+    """The narrowest integer type in which levels can be computed and dequantized."""
+    if not target.narrow or target.opset < INT4_OPSET:
+        return np.int32
+    return np.int8 if largest <= 127 else np.int16 if largest <= 32767 else np.int32
 
 
 def _write_folded(writer: DecodeWriter, q: QuantizedWeight, target: Target, output: str | None) -> str:
@@ -75,8 +76,11 @@ def _write_qdq(writer: DecodeWriter, q: QuantizedWeight, target: Target, output:
         bits = q.table.bits if target.stores_natively(q.table.bits, 1.0) else 8
         inputs = [codes, writer.own("scale", q.scale), writer.own_codes("zero_point", q.zero_point, bits)]
     else:
-        dtype = level_type(_largest_level(q), target.opset)
+        largest = _largest_level(q)
+        dtype = level_type(largest, target)
         levels = write_levels(writer, codes, q.broadcast(q.zero_point), q.table, dtype)
+        if dtype is np.int32 and largest <= 127:  # a quarter of the memory, and of what DequantizeLinear reads at every run
+            levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
         inputs = [levels, writer.own("scale", q.scale)]
     return writer.node("DequantizeLinear", *inputs, output=output, **axis)
 
