@@ -63,6 +63,8 @@ def validate(
     normalisation: for uint8 images (default: pixel / 255); float images are taken as they are.
     Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
     """
+    load_model(reference)  # its errors say more than ONNX Runtime's
+    notes = _notes(load_model(candidate))
     models = (_open(reference, "the reference"), _open(candidate, "the candidate"))
     if len(images) == 0:
         raise DataError("there are no images; give at least one")
@@ -78,8 +80,7 @@ def validate(
         tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
         if progress is not None:
             progress("validating", start + count, len(images))
-    notes = (*_notes(load_model(candidate)), *tally.notes())
-    return tally.report(models, images, _latencies(models, images, normalisation), notes)
+    return tally.report(models, images, _latencies(models, images, normalisation), (*notes, *tally.notes()))
 
 
 class _Tally:
@@ -132,7 +133,6 @@ class _Tally:
 
 def _open(model: ModelLike, role: str) -> Classifier:
     name = role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
-    load_model(model)  # its errors say more than ONNX Runtime's
     return open_classifier(model, name)
 
 

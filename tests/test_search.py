@@ -19,7 +19,7 @@ from requant_onnx.numerics.search import search_alpha
 
 CURVE_TOLERANCE = 1e-9  # sum u**2 - 2A + B cancels: float64's 1e-16 times the ratio of signal to error, below 1e6 here
 SEARCH_TOLERANCE = 1e-6  # of the error, relative to the best point of the dense scan: the promise of the search
-RAGGEDNESS = 1e-3  # every weight that changes its level puts a kink in the curve; golden section stops at one (5e-4 measured)
+RAGGEDNESS = 1e-3  # every weight that changes its level puts a kink in the curve; the search stops at one (5e-4 measured)
 ALPHAS = np.arange(1, 257) / 256
 EXPONENTS = (1.0, 0.5, 2 / 3)
 SPACES = ((True, True), (True, False), (False, True), (False, False))
