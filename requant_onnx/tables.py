@@ -95,7 +95,7 @@ def _table(*columns: str) -> Table:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join("?" if n < 0 else str(n) for n in shape)
+    return "x".join("?" if n < 0 else str(n) for n in shape) or "?"
 
 
 def _span(bounds: tuple[float, float], form: str) -> str:
