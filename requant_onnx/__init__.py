@@ -2,11 +2,11 @@
 
 from requant_onnx.config import EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Space, Transform, Version
 from requant_onnx.convert import inspect_model, quantize_model
-from requant_onnx.data import ImageSet, load_images
+from requant_onnx.data import ImageSet, Normalisation, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
 from requant_onnx.graph.save import save_model
 from requant_onnx.report import InspectReport, QuantReport, ValidationReport, WeightReport
-from requant_onnx.validate import Normalisation, validate
+from requant_onnx.validate import validate
 
 __all__ = [
     "ConfigError",

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from requant_onnx import convert, tables
+from requant_onnx import convert, execute, tables
 from requant_onnx.data import load_images
 from requant_onnx.errors import OutputError, RequantError
 from requant_onnx.graph.load import file_bytes
 from requant_onnx.graph.save import save_model, write_atomically
-from requant_onnx.options import config_of, limit_of, normalisation_of, parser_of
+from requant_onnx.options import calibration_of, config_of, limit_of, normalisation_of, parser_of
 from requant_onnx.validate import validate
 
 
@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     config = config_of(args)
+    calibration = calibration_of(args)
     _check_output(args.input, args.output, args.force)
     _check_json(args.json, args.input, args.output)
     with _progress("quantizing") as progress:
-        model, report = convert.quantize_model(args.input, config, progress=progress)
+        model, report = convert.quantize_model(args.input, config, calibration=calibration, progress=progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored:  # external data moves into the file: a copy would point to where it is not
         after = save_model(model, args.output)
@@ -67,7 +68,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _validate(args: argparse.Namespace) -> None:
     _check_json(args.json, args.reference, args.candidate)
     images = load_images(args.data).first(limit_of(args.limit))
-    normalisation = normalisation_of(args, images)
+    normalisation = normalisation_of(args, args.data, images)
     with _progress("validating") as progress:
         report = validate(args.reference, args.candidate, images, normalisation, progress=progress)
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
@@ -119,7 +120,7 @@ def _console() -> Console:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[convert.Progress | None]:
+def _progress(what: str) -> Iterator[execute.Progress | None]:
     """A progress bar on standard error; None when that is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -44,10 +44,28 @@ class EdgeLayers(Enum):
 
 
 class Form(Enum):
-    """How codes are decoded: `qdq` by DequantizeLinear at every inference, `folded` once, when ONNX Runtime loads the model."""
+    """How codes are decoded: `qdq` by DequantizeLinear at every inference, `folded` once, when ONNX Runtime loads the model,
+    to a float weight, `int8` likewise to an int8 weight, for integer kernels with quantized activations."""
 
     QDQ = "qdq"
     FOLDED = "folded"
+    INT8 = "int8"
+
+
+class ActivationRange(Enum):
+    """How the range of an activation is chosen: all values seen, least squared error, or all but the outermost percentile."""
+
+    MIN_MAX = "minmax"
+    MSE = "mse"
+    PERCENTILE = "percentile"
+
+
+class Int8Levels(Enum):
+    """How far the int8 weights of the int8 form reach: 127, or 64, with which sums of two products of codes fit 16 bits, as the
+    kernels for CPUs without VNNI need (they saturate)."""
+
+    SAFE = "64"
+    FULL = "127"
 
 
 class Space(Enum):
@@ -116,6 +134,7 @@ class QuantConfig:
     objective: the space whose mean squared error alpha minimises.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
     min_ort: the oldest ONNX Runtime that has to load the file.
+    activation_range, int8_levels: of the int8 form.
     """
 
     bits: int = 8
@@ -127,6 +146,8 @@ class QuantConfig:
     rounding: Space = Space.WEIGHT
     form: Form = Form.QDQ
     min_ort: Version = Version(1, 20)
+    activation_range: ActivationRange = ActivationRange.MSE
+    int8_levels: Int8Levels = Int8Levels.SAFE
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -162,6 +183,8 @@ _ENUMS: dict[str, type] = {
     "rounding": Space,
     "form": Form,
     "min_ort": Version,
+    "activation_range": ActivationRange,
+    "int8_levels": Int8Levels,
 }
 E = TypeVar("E", bound=Enum)
 

@@ -1,73 +1,75 @@
-"""The conversion: load -> normalise -> view -> plan -> quantize -> rewrite."""
+"""The conversion: load -> normalise -> view -> watch -> plan -> quantize -> rewrite."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.config import NARROW_ORT, QuantConfig
-from requant_onnx.errors import ConfigError
+from requant_onnx.calibrate import Calibration, watch_activations
+from requant_onnx.config import NARROW_ORT, Form, Granularity, QuantConfig
+from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.execute import Progress, Result, quantize_all
+from requant_onnx.graph.activations import Bias, biases_of, min_scales, quantize_activations
 from requant_onnx.graph.decode import Constants, Decode
-from requant_onnx.graph.forms import Target, decode_of, required_opset
+from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights, required_opset
+from requant_onnx.graph.integer import IntegerPlan, plan_integers
 from requant_onnx.graph.load import ModelLike, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
-from requant_onnx.graph.weights import LeftAlone, find_weights
-from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
-from requant_onnx.plan import PlannedWeight, plan_conversion
-from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport, sqnr_db
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is under way, how many steps are done, and how many there are."""
+from requant_onnx.graph.weights import LeftAlone, View, find_weights
+from requant_onnx.numerics.activation import ActivationGrid, activation_grid
+from requant_onnx.plan import kept_in_float, plan_conversion
+from requant_onnx.report import ActivationReport, InspectedWeight, InspectReport, QuantReport, WeightReport
 
 METADATA_KEY = "requant_onnx"
 
 
 def quantize_model(
-    model: ModelLike, config: QuantConfig | None = None, *, progress: Progress | None = None, threads: int | None = None
+    model: ModelLike,
+    config: QuantConfig | None = None,
+    *,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantize the weights of a model.  The model given never changes; the same input gives the same output, whatever `threads` is.
 
-    Where nothing can be converted, the model comes back as it was and `report.converted` is empty.
-    Raises ModelError when the model cannot be loaded, or holds NaN or infinite weights, ConfigError when threads is below 1.
+    calibration: for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
+    `report.converted` is empty.
+    Raises ModelError when the model cannot be loaded, or holds NaN or infinite weights, ConfigError when threads is below 1 or
+    the int8 form has no calibration, DataError when the calibration images do not fit the model.
     """
     config = config or QuantConfig()
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be 1 or more, not {threads}")
+    _check(config, calibration, threads)
     loaded = load_model(model)
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:
-        return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone)
+        return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone, ())
     narrow = (config.min_ort.major, config.min_ort.minor) > NARROW_ORT
     opset = required_opset(config.form, config.bits, config.transform.exponent, narrow)
     raised, folded = normalise(loaded, opset)
-    plan = plan_conversion(find_weights(raised), config)
-    target, constants = Target(config.form, opset_of(raised), narrow), Constants(FreshNames(raised))
-    decodes: dict[str, Decode] = {}
-    converted: list[WeightReport] = []
-    left = list(plan.left_alone)
-    for planned, result in zip(plan.planned, _quantize_all(plan.planned, progress, threads), strict=True):
-        decode = decode_of(planned.weight.name, result.quantized, planned.weight.emit, target, constants)
-        reason = _why_not(planned, result, decode)
-        if reason is None:
-            decodes[planned.weight.name] = decode
-            converted.append(_report(planned, result, decode))
-        else:
-            left.append(LeftAlone(planned.weight.name, planned.weight.op, planned.weight.shape, reason))
-    report = QuantReport(config.to_dict(), (before, target.opset), folded, tuple(converted), tuple(left))
+    view = find_weights(raised)
+    integers = _Integers() if calibration is None else _watch(raised, view, config, calibration, progress)
+    plan = plan_conversion(view, config, integers.plan.weights)
+    results = list(quantize_all(plan.planned, integers.floors, progress, threads))
+    _require_finite(results)
+    target = Target(opset_of(raised), narrow)
+    decodes, converted, left = _decode(results, target, Constants(FreshNames(raised)))
+    activations = tuple(_activation_report(name, integers) for name in integers.plan.source)
+    everything = (*plan.left_alone, *left)
+    report = QuantReport(config.to_dict(), (before, target.opset), folded, converted, everything, activations)
     if not decodes:
         return load_model(model), report
-    replace_weights(raised, decodes)
+    replace_weights(raised, {weight.name for weight in converted}, decodes)
+    quantized = {result.planned.weight.name: result.quantized for result in results}
+    quantize_activations(raised, integers.plan, integers.grids, integers.biases, quantized)
     set_metadata(raised, METADATA_KEY, _provenance(config))
     return raised, report
 
@@ -87,67 +89,80 @@ def inspect_model(model: ModelLike) -> InspectReport:
     )
 
 
+def _check(config: QuantConfig, calibration: Calibration | None, threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be 1 or more, not {threads}")
+    if config.form is Form.INT8 and calibration is None:
+        raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
+    if config.form is not Form.INT8 and calibration is not None:
+        raise ConfigError(f"calibration is for --form int8, and the form is {config.form.value}; drop --calibrate")
+
+
 @dataclass(frozen=True)
-class _Quantized:
-    """One weight done.  signal, noise: sums of squares of w and of w_hat - w.  finite: whether w_hat is."""
+class _Integers:
+    """The part of a model that is to run on integers, with all that it needs to know of the activations."""
 
-    quantized: QuantizedWeight
-    signal: float
-    noise: float
-    finite: bool
-
-
-def _quantize_all(planned: tuple[PlannedWeight, ...], progress: Progress | None, threads: int | None) -> Iterator[_Quantized]:
-    """Quantize in parallel (the search holds no GIL), yield in order."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as executor:
-        try:
-            for done, result in enumerate(executor.map(_quantize_one, planned), 1):
-                if progress is not None:
-                    progress(planned[done - 1].weight.name, done, len(planned))
-                yield result
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
+    plan: IntegerPlan = field(default_factory=IntegerPlan)
+    grids: dict[str, ActivationGrid] = field(default_factory=dict)
+    biases: list[Bias] = field(default_factory=list)
+    floors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
-def _quantize_one(planned: PlannedWeight) -> _Quantized:
-    w = planned.weight.load()
-    quantized = quantize_weight(w, planned.grid)
-    with np.errstate(over="ignore"):  # an overflow is found below and the weight left alone
-        w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit))
-    finite = bool(np.isfinite(w_hat).all())
-    noise = _energy(w_hat.astype(np.float64) - w) if finite else float("inf")
-    return _Quantized(quantized, _energy(w.astype(np.float64)), noise, finite)
+def _watch(
+    model: onnx.ModelProto, view: View, config: QuantConfig, calibration: Calibration, progress: Progress | None
+) -> _Integers:
+    eligible = [w for w in view.weights if w.emit == onnx.TensorProto.FLOAT and not kept_in_float(w, config)]
+    plan = plan_integers(model, {weight.name for weight in eligible})
+    if not plan.weighted:
+        return _Integers(plan)
+    report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
+    histograms = watch_activations(model, sorted(set(plan.source.values())), calibration, report)
+    own = {name: activation_grid(histogram, config.activation_range) for name, histogram in histograms.items()}
+    grids = {tensor: own[source] for tensor, source in plan.source.items()}
+    biases = biases_of(model, plan)
+    return _Integers(plan, grids, biases, min_scales(biases, grids, per_channel=config.granularity is Granularity.PER_CHANNEL))
 
 
-def _energy(values: npt.NDArray[np.float64]) -> float:
-    return float(np.vdot(values, values))
+def _activation_report(tensor: str, integers: _Integers) -> ActivationReport:
+    grid = integers.grids[tensor]
+    return ActivationReport(tensor, (grid.low, grid.high), float(grid.scale), int(grid.zero_point))
 
 
-def _why_not(planned: PlannedWeight, result: _Quantized, decode: Decode) -> str | None:
-    if not result.finite:
-        return "has levels beyond the largest float"
-    if decode.bytes >= planned.weight.stored_bytes:
-        return f"would not get smaller ({planned.weight.stored_bytes} bytes, {decode.bytes} with its decode)"
-    return None
+def _require_finite(results: list[Result]) -> None:
+    """A graph planned for integers has no way back."""
+    for result in results:
+        if not result.finite and result.planned.form is Form.INT8:
+            name = result.planned.weight.name
+            raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or take --form folded")
 
 
-def _report(planned: PlannedWeight, result: _Quantized, decode: Decode) -> WeightReport:
-    weight, q = planned.weight, result.quantized
-    return WeightReport(
-        name=weight.name,
-        op=weight.op,
-        shape=weight.shape,
-        bits=planned.grid.bits,
-        exponent=planned.grid.exponent,
-        axis=planned.grid.axis,
-        alpha=(float(q.alpha.min()), float(q.alpha.max())),
-        scale=(float(q.scale.min()), float(q.scale.max())),
-        mse=result.noise / q.codes.size,
-        sqnr_db=sqnr_db(result.signal, result.noise),
-        bytes_before=weight.stored_bytes,
-        bytes_after=decode.bytes,
-    )
+def _decode(
+    results: list[Result], target: Target, constants: Constants
+) -> tuple[list[Decode], tuple[WeightReport, ...], list[LeftAlone]]:
+    """The decodes of all weights that are worth it, and for each weight its report or the reason why it stays."""
+    finite = [result for result in results if result.finite]
+    left = [_left(result, "has levels beyond the largest float") for result in results if not result.finite]
+    by_name = {result.planned.weight.name: result for result in finite}
+    decodes, sizes = [], {}
+    for group in group_weights([result.coded() for result in finite], target):
+        decode = decode_of(group, target, constants)
+        stored = sum(by_name[weight.name].planned.weight.stored_bytes for weight in group)
+        if decode.bytes < stored or group[0].form is Form.INT8:
+            decodes.append(decode)
+            sizes.update(bytes_of_each(group, decode))
+        else:
+            left += [_left(by_name[w.name], _not_smaller(group, decode, stored)) for w in group]
+    return decodes, tuple(r.report(sizes[r.planned.weight.name]) for r in finite if r.planned.weight.name in sizes), left
+
+
+def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
+    together = f", together with {len(group) - 1} others" if len(group) > 1 else ""
+    return f"would not get smaller ({stored} bytes, {decode.bytes} with its decode{together})"
+
+
+def _left(result: Result, reason: str) -> LeftAlone:
+    weight = result.planned.weight
+    return LeftAlone(weight.name, weight.op, weight.shape, reason)
 
 
 def _provenance(config: QuantConfig) -> str:

@@ -6,6 +6,7 @@ CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.errors import DataError
+from requant_onnx.errors import ConfigError, DataError
 
 Images: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
+FloatArray = npt.NDArray[np.float32]
 PIXELS = 3 * 32 * 32
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
@@ -52,15 +54,51 @@ class ImageSet:
         return self if count is None else ImageSet(self.x[:count], None if self.y is None else self.y[:count])
 
 
-def load_images(spec: str | PathLike[str]) -> ImageSet:
-    """Load `cifar10:DIR`, `cifar100:DIR` (the test split) or `FILE.npz` (arrays `x` and optionally `y`).
+@dataclass(frozen=True)
+class Normalisation:
+    """x = (pixel / 255 - mean) / std, channel by channel.
+
+    mean, std: one value a channel, or one for all; in units of pixel / 255.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
+            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
+
+    def apply(self, x: Images) -> FloatArray:
+        """(n, c, h, w) uint8 pixels -> float32; float32 images stay as they are.  Raises DataError when c does not fit."""
+        if x.dtype != np.uint8:
+            return x.astype(np.float32, copy=False)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, x.shape[1]):
+                raise DataError(
+                    f"{name} has {len(values)} values and the images have {x.shape[1]} channels; give one value a channel"
+                )
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
+
+
+def batches(images: ImageSet, normalisation: Normalisation, size: int, *, fixed: bool) -> Iterator[tuple[int, FloatArray]]:
+    """(start, x) of `size` images, the last batch smaller; or, where the size is fixed, padded with its own last image."""
+    for start in range(0, len(images), size):
+        x = images.x[start : start + size]
+        if len(x) < size and fixed:
+            x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
+        yield start, normalisation.apply(x)
+
+
+def load_images(spec: str | PathLike[str], split: str = "test") -> ImageSet:
+    """Load `cifar10:DIR`, `cifar100:DIR` (that split of it, train or test) or `FILE.npz` (arrays `x` and optionally `y`).
 
     Raises DataError when the files are missing, damaged, empty or of another shape.
     """
     spec = str(spec)
     dataset, colon, folder = spec.partition(":")
     if colon and dataset in _LABEL_BYTES:
-        return load_cifar(dataset, Path(folder), "test")
+        return load_cifar(dataset, Path(folder), split)
     if spec.endswith(".npz"):
         return _load_npz(Path(spec))
     raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR or FILE.npz")

@@ -9,10 +9,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.config import EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Space, Transform, Version, parse_choice
-from requant_onnx.data import CIFAR_MEAN_STD, ImageSet
+from requant_onnx.calibrate import DEFAULT_COUNT, Calibration
+from requant_onnx.config import (
+    ActivationRange,
+    EdgeLayers,
+    Form,
+    Granularity,
+    Int8Levels,
+    QuantConfig,
+    RangeMode,
+    Space,
+    Transform,
+    Version,
+    parse_choice,
+)
+from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, Normalisation, load_images
 from requant_onnx.errors import ConfigError
-from requant_onnx.validate import Normalisation
 
 DEFAULT = QuantConfig()
 Command = Callable[[argparse.Namespace], None]
@@ -25,6 +37,7 @@ EPILOGS = {
   requant convert net.onnx net8.onnx
   requant convert net.onnx net4.onnx --bits 4 --json report.json
   requant convert net.onnx paper.onnx --bits 4 --recipe paper
+  requant convert net.onnx fast.onnx --bits 4 --form int8 --calibrate images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max""",
     "validate": """examples:
   requant validate net.onnx net8.onnx --data cifar10:cifar-10-batches-bin
@@ -70,6 +83,26 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", metavar="F", help=_choices(Form, DEFAULT.form))
     parser.add_argument(
         "--min-ort", metavar="V", help=f"oldest ONNX Runtime that has to load the file (default: {DEFAULT.min_ort})"
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="SPEC",
+        help="for --form int8: cifar10:DIR, cifar100:DIR (train split), FILE.npz (x), or noise, which needs no data",
+    )
+    parser.add_argument("--calibrate-limit", metavar="N", help=f"only the first N images (default: {DEFAULT_COUNT})")
+    parser.add_argument(
+        "--mean", metavar="R,G,B", help="of the calibration images; default: that of the CIFAR train split, 0 for FILE.npz"
+    )
+    parser.add_argument(
+        "--std", metavar="R,G,B", help="of the calibration images; default: that of the CIFAR train split, 1 for FILE.npz"
+    )
+    parser.add_argument(
+        "--activation-range", metavar="R", help="for --form int8: " + _choices(ActivationRange, DEFAULT.activation_range)
+    )
+    parser.add_argument(
+        "--int8-levels",
+        metavar="L",
+        help="for --form int8, the largest int8 weight: 64 (default), exact on every CPU; 127, finer on CPUs with VNNI",
     )
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
@@ -118,6 +151,8 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
         "objective": Space,
         "rounding": Space,
         "form": Form,
+        "activation_range": ActivationRange,
+        "int8_levels": Int8Levels,
     }
     for name, kind in enums.items():
         text = getattr(args, name)
@@ -127,11 +162,26 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     return dataclasses.replace(base, **given)
 
 
-def normalisation_of(args: argparse.Namespace, images: ImageSet) -> Normalisation | None:
-    """What the options ask for; None for float images when they ask for nothing."""
-    if images.x.dtype != "uint8" and args.mean is None and args.std is None:
+def calibration_of(args: argparse.Namespace) -> Calibration | None:
+    """What --calibrate asks for.  Raises ConfigError, DataError."""
+    if args.calibrate is None:
+        for option in ("calibrate_limit", "mean", "std"):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} belongs to --calibrate; give that too, or drop it")
         return None
-    mean, std = CIFAR_MEAN_STD.get(args.data.partition(":")[0], ((0.0,), (1.0,)))
+    count = DEFAULT_COUNT if args.calibrate_limit is None else _whole(args.calibrate_limit, "--calibrate-limit")
+    if args.calibrate == "noise":
+        return Calibration(None, normalisation_of(args, "noise", None), count)
+    images = load_images(args.calibrate, split="train").first(count)
+    return Calibration(images, normalisation_of(args, args.calibrate, images), count)
+
+
+def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalisation | None:
+    """What the options ask for; None for float images, and for noise (images is None), when they ask for nothing."""
+    pixels = images is not None and images.x.dtype == "uint8"
+    if not pixels and args.mean is None and args.std is None:
+        return None
+    mean, std = CIFAR_MEAN_STD.get(spec.partition(":")[0], ((0.0,), (1.0,)))
     return Normalisation(
         mean if args.mean is None else _numbers(args.mean, "--mean"), std if args.std is None else _numbers(args.std, "--std")
     )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from requant_onnx.config import EdgeLayers, Granularity, QuantConfig, RangeMode, Space
+from requant_onnx.config import EdgeLayers, Form, Granularity, Int8Levels, QuantConfig, RangeMode, Space
 from requant_onnx.graph.weights import LeftAlone, View, Weight
 from requant_onnx.numerics.quantize import Grid
 
 EDGE_BITS = 8
+SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """A weight and the grid it goes on."""
+    """A weight, the grid it goes on, and how it is stored."""
 
     weight: Weight
     grid: Grid
+    form: Form
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,40 @@ class Plan:
     left_alone: tuple[LeftAlone, ...]
 
 
-def plan_conversion(view: View, config: QuantConfig) -> Plan:
-    """Give each weight its grid; first and last layers by `config.edge_layers`."""
+def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] = ()) -> Plan:
+    """Give each weight its grid and form; first and last layers by `config.edge_layers`.
+
+    integers: the weights that an integer kernel multiplies with, in the int8 form.
+    """
     planned, left = [], list(view.left_alone)
     for weight in view.weights:
-        if weight.is_edge and config.edge_layers is EdgeLayers.FLOAT:
+        if kept_in_float(weight, config):
             left.append(LeftAlone(weight.name, weight.op, weight.shape, "is a first or last layer, kept in float as asked"))
         else:
-            planned.append(PlannedWeight(weight, _grid(weight, config)))
+            planned.append(_planned(weight, config, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
 
 
-def _grid(weight: Weight, config: QuantConfig) -> Grid:
+def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
+    """Whether the settings exempt this weight."""
+    return weight.is_edge and config.edge_layers is EdgeLayers.FLOAT
+
+
+def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeight:
     """Edge layers are never transformed (REQuant, arXiv 2510.04044)."""
+    form = config.form if config.form is not Form.INT8 or integer else Form.FOLDED
     at_8_bits = weight.is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT
-    return Grid(
-        bits=EDGE_BITS if at_8_bits else config.bits,
+    bits = EDGE_BITS if at_8_bits else config.bits
+    limit = int(config.int8_levels.value) if form is Form.INT8 else None
+    safe = limit is not None and config.int8_levels is Int8Levels.SAFE
+    grid = Grid(
+        bits=min(bits, SAFE_BITS) if safe else bits,
         exponent=1.0 if weight.is_edge else config.transform.exponent,
         axis=weight.channel_axis if config.granularity is Granularity.PER_CHANNEL else None,
         search=config.range_mode is RangeMode.SEARCH,
         objective_in_weights=config.objective is Space.WEIGHT,
         round_in_weights=config.rounding is Space.WEIGHT,
+        limit=limit,
+        half_scales=form is not Form.QDQ,
     )
+    return PlannedWeight(weight, grid, form)

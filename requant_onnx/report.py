@@ -15,12 +15,14 @@ class WeightReport:
 
     alpha, scale: (smallest, largest) over the channels.  mse: mean squared error of the decoded weights.
     sqnr_db: 10 * log10(sum w**2 / sum (w_hat - w)**2); infinite when exact.
-    bytes_before: of the stored values; bytes_after: of codes, scales, zero points and decode nodes, as they are in the file.
+    bytes_before: of the stored values; bytes_after: of codes, scales, zero points and decode nodes, as they are in the file, and
+    for weights that are decoded together the share of each.  form: how it is decoded (a weight may lack what int8 needs).
     """
 
     name: str
     op: str
     shape: tuple[int, ...]
+    form: str
     bits: int
     exponent: float
     axis: int | None
@@ -33,14 +35,25 @@ class WeightReport:
 
 
 @dataclass(frozen=True)
+class ActivationReport:
+    """One quantized activation.  range: (least, largest) value of its 8 bits."""
+
+    name: str
+    range: tuple[float, float]
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
 class QuantReport:
-    """One conversion.  opset: (before, after).  config: in the words of the command line."""
+    """One conversion.  opset: (before, after).  config: in the words of the command line.  activations: of the int8 form."""
 
     config: dict[str, int | str]
     opset: tuple[int, int]
     folded_batchnorms: int
     converted: tuple[WeightReport, ...]
     left_alone: tuple[LeftAlone, ...]
+    activations: tuple[ActivationReport, ...]
 
     @property
     def bytes_before(self) -> int:

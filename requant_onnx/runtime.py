@@ -49,6 +49,10 @@ class Classifier:
             )
         return scores.reshape(len(x), -1).astype(np.float32)
 
+    def tensors(self, x: FloatArray) -> list[FloatArray]:
+        """Every output for x: (n, c, h, w).  Raises ModelError when the model fails."""
+        return [np.asarray(values, np.float32) for values in self._run(None, {self.input: self._fit(x)})]
+
     def latency(self, x: FloatArray) -> float:
         """Milliseconds of one run."""
         feed = {self.input: self._fit(x)}
@@ -61,6 +65,14 @@ class Classifier:
             return list(self.session.run(outputs, feed))
         except Exception as error:  # onnxruntime raises many types of its own
             raise ModelError(f"{self.name} fails in ONNX Runtime on {len(feed[self.input])} images ({first_line(error)})") from None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(c, h, w) of the images it takes, None where a size is free; 1 or 3 as the last dimension is taken for channels."""
+        if any(n is None for n in self.shape[1:]):
+            return None
+        first, second, third = (int(n or 0) for n in self.shape[1:])
+        return (third, first, second) if third in (1, 3) and first not in (1, 3) else (first, second, third)
 
     def accepts(self, image: tuple[int, ...]) -> bool:
         """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.convert import Progress
-from requant_onnx.data import Images, ImageSet
-from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.execute import Progress
+from requant_onnx.data import ImageSet, Normalisation, batches
+from requant_onnx.errors import DataError
 from requant_onnx.graph.load import ModelLike, load_model
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.report import ValidationReport, sqnr_db
@@ -21,33 +21,6 @@ BATCH = 100
 LATENCY_RUNS = 30
 
 FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """x = (pixel / 255 - mean) / std, channel by channel.
-
-    mean, std: one value a channel, or one for all; in units of pixel / 255.
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
-            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
-
-    def apply(self, x: Images) -> FloatArray:
-        """(n, c, h, w) uint8 pixels -> float32; float32 images stay as they are.  Raises DataError when c does not fit."""
-        if x.dtype != np.uint8:
-            return x.astype(np.float32, copy=False)
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, x.shape[1]):
-                raise DataError(
-                    f"{name} has {len(values)} values and the images have {x.shape[1]} channels; give one value a channel"
-                )
-        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
-        return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
 
 
 def validate(
@@ -157,14 +130,9 @@ def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> i
 def _batches(
     images: ImageSet, normalisation: Normalisation, models: tuple[Classifier, Classifier]
 ) -> Iterator[tuple[int, FloatArray]]:
-    """(start, x): x of the models' fixed batch size, the last one padded with its own last image; else of BATCH or fewer."""
+    """(start, x): x of the models' fixed batch size, if there is one, else of BATCH or fewer."""
     size = _common_batch(models, free=min(BATCH, len(images)))
-    free = all(model.batch is None for model in models)
-    for start in range(0, len(images), size):
-        x = images.x[start : start + size]
-        if len(x) < size and not free:
-            x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-        yield start, normalisation.apply(x)
+    return batches(images, normalisation, size, fixed=any(model.batch is not None for model in models))
 
 
 def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalisation: Normalisation) -> tuple[float, float]:

@@ -3,13 +3,15 @@
     unpack   fields of 4, 2 and 1 bits in bytes -> codes, uint8 (packing.py)
     levels   codes - zero_point = k;  uniform L = k,  square root L = k * |k|,  any other L from a table
     weights  L * scale
+    split    the weights of a group, decoded together, apart
 
-Operators: BitShift, BitwiseOr, Reshape, Slice, Cast, Sub, Abs, Mul, Gather (https://onnx.ai/onnx/operators/).  They read
+Operators: BitShift, BitwiseOr, Reshape, Slice, Cast, Sub, Abs, Mul, Gather, Split (https://onnx.ai/onnx/operators/).  They read
 initializers only, so ONNX Runtime computes them once, when it loads the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +23,12 @@ from requant_onnx.graph.edit import tensor_proto, uint4_proto
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.packing import FIELDS, pack, shifts
 from requant_onnx.numerics.levels import LevelTable
+from requant_onnx.numerics.quantize import QuantizedWeight
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Nodes in order, the last of which outputs the weight's own name, and the initializers they read.
+    """Nodes in order, which output the weights under their own names, and the initializers they read.
 
     shared: small constants and level tables that other decodes read too, by name; each is stored once.
     """
@@ -46,13 +49,13 @@ class Constants:
 
     def __init__(self, names: FreshNames) -> None:
         self.names = names
-        self._weights = 0
+        self._decodes = 0
         self._shared: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
 
-    def next_weight(self) -> int:
-        """A number for the next weight."""
-        self._weights += 1
-        return self._weights
+    def next_decode(self) -> int:
+        """A number for the next decode."""
+        self._decodes += 1
+        return self._decodes
 
     def shared(self, values: npt.NDArray[np.generic]) -> onnx.TensorProto:
         """The one initializer with these values."""
@@ -72,14 +75,14 @@ class DecodeWriter:
     used: dict[str, onnx.TensorProto] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._prefix = f"decode.{self.constants.next_weight()}"
+        self._prefix = f"decode.{self.constants.next_decode()}"
 
     def finish(self) -> Decode:
         """What was written."""
         return Decode(tuple(self.nodes), tuple(self.initializers), self.used)
 
     def own(self, suffix: str, values: npt.NDArray[np.generic]) -> str:
-        """An initializer of this weight."""
+        """An initializer of this decode."""
         name = self.constants.names.take(f"{self._prefix}.{suffix}")
         self.initializers.append(tensor_proto(values, name))
         return name
@@ -100,13 +103,25 @@ class DecodeWriter:
 
     def node(self, op: str, *inputs: str, output: str | None = None, **attributes: int | str) -> str:
         """Append a node; returns the name of its output."""
-        output = output or self.constants.names.take(f"{self._prefix}.{len(self.nodes)}")
+        output = output or self._next_name()
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))  # type: ignore[arg-type]
         return output
 
+    def split(self, tensor: str, sizes: Sequence[int], axis: int, outputs: Sequence[str | None]) -> list[str]:
+        """Cut a tensor into pieces along `axis`; a piece without a name gets one."""
+        if len(sizes) == 1:
+            return [tensor]
+        names = [output or self._next_name(k) for k, output in enumerate(outputs)]
+        inputs = [tensor, self.shared(np.array(sizes, np.int64))]
+        self.nodes.append(helper.make_node("Split", inputs, names, **({"axis": axis} if axis else {})))
+        return names
+
+    def _next_name(self, piece: int = 0) -> str:
+        return self.constants.names.take(f"{self._prefix}.{len(self.nodes)}" + (f".{piece}" if piece else ""))
+
 
 def write_unpack(writer: DecodeWriter, codes: npt.NDArray[np.uint8], bits: int) -> str:
-    """Packed fields -> codes, uint8, in the shape of the weight.  codes: what is to be packed."""
+    """Packed fields -> codes, uint8, in their shape.  codes: what is to be packed."""
     flat = writer.shared(np.array([-1], np.int64))
     low, joined = 0, ""
     for packed, width in zip(pack(codes, bits), FIELDS[bits], strict=True):
@@ -123,19 +138,34 @@ def write_unpack(writer: DecodeWriter, codes: npt.NDArray[np.uint8], bits: int) 
     return writer.node("Reshape", joined, writer.shared(np.array(codes.shape, np.int64)))
 
 
-def write_levels(
-    writer: DecodeWriter, codes: str, zero_point: npt.NDArray[np.uint8], table: LevelTable, dtype: type[np.number]
-) -> str:
-    """Codes -> levels of type `dtype`.  zero_point: with the rank of the weight, or scalar."""
-    if table.exponent in (0.5, 1.0):
-        wide = writer.node("Cast", codes, to=_onnx_type(dtype))
-        k = writer.node("Sub", wide, writer.own("zero_point", zero_point.astype(dtype)))
-        return k if table.exponent == 1.0 else writer.node("Mul", k, writer.node("Abs", k))
-    wide = writer.node("Cast", codes, to=onnx.TensorProto.INT32)
-    offset = np.asarray(zero_point.astype(np.int32) - np.int32(table.max_code))
-    index = writer.node("Sub", wide, writer.own("offset", offset))
-    return writer.node("Gather", writer.shared(table.integers.astype(dtype)), index)
+def write_levels(writer: DecodeWriter, codes: str, q: QuantizedWeight, dtype: type[np.number]) -> str:
+    """Codes -> levels of type `dtype`."""
+    by_table = q.table.limit is not None or q.table.exponent not in (0.5, 1.0)
+    wide = np.int32 if by_table else dtype
+    k = writer.node("Sub", writer.node("Cast", codes, to=onnx_type(wide)), _write_zero_point(writer, q, wide))
+    if by_table:
+        return writer.node("Gather", writer.shared(_from_the_middle(q.table).astype(dtype)), k)
+    return k if q.table.exponent == 1.0 else writer.node("Mul", k, writer.node("Abs", k))
 
 
-def _onnx_type(dtype: type[np.number]) -> int:
+def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: npt.NDArray[np.float32]) -> str:
+    """The scales as float32, stored as float16 where that holds them exactly.  scale: those of q, of any shape."""
+    if q.has_half_scale:
+        return writer.node("Cast", writer.own("scale", scale.astype(np.float16)), to=onnx.TensorProto.FLOAT)
+    return writer.own("scale", scale)
+
+
+def _write_zero_point(writer: DecodeWriter, q: QuantizedWeight, dtype: type[np.number]) -> str:
+    if (q.zero_point == q.zero_point.flat[0]).all():
+        return writer.shared(q.zero_point.flat[0].astype(dtype))
+    return writer.node("Cast", writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(dtype))
+
+
+def _from_the_middle(table: LevelTable) -> npt.NDArray[np.int64]:
+    """L[0 .. K], L[-K .. -1]: Gather counts a negative index from the end."""
+    return np.roll(table.integers, -table.max_code)
+
+
+def onnx_type(dtype: type[np.number]) -> int:
+    """The ONNX type of a NumPy type."""
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

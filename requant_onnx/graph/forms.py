@@ -2,25 +2,29 @@
 
     qdq      codes or their integer levels -> DequantizeLinear     which ONNX Runtime runs at every inference
     folded   levels -> Mul with the scale                          which ONNX Runtime folds to a float weight at load
+    int8     levels -> int8 -> DequantizeLinear                    levels folded at load, the rest fused to an integer kernel
 
 Codes are packed to their true width (packing.py), or stored as UINT8 or UINT4 where that is their width and the target runtime
-can read it.  https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+can read it.  Weights that differ only in the number of channels are decoded together and then split, for the nodes of a
+decode take more room than many a weight's codes.  https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from requant_onnx.config import Form
-from requant_onnx.graph.decode import Constants, Decode, DecodeWriter, write_levels, write_unpack
+from requant_onnx.graph.decode import Constants, Decode, DecodeWriter, write_levels, write_scale, write_unpack
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
 PACKED_OPSET = 18  # first opset with BitwiseOr
 AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
+GROUP_ELEMENTS = 1 << 22  # decoded together at most: beyond it nodes do not count, and memory at load does
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,65 @@ class Target:
     """What the file is written for.  opset: of the model.  narrow: whether the runtime casts from UINT4 and
     subtracts 8- and 16-bit integers (1.24.4 and later)."""
 
-    form: Form
     opset: int
     narrow: bool
 
-    def stores_natively(self, bits: int, exponent: float) -> bool:
+    def stores_natively(self, form: Form, bits: int, exponent: float) -> bool:
         """Whether codes of this width have a tensor type that the decode can read; DequantizeLinear always reads UINT4."""
-        dequantized = self.form is Form.QDQ and exponent == 1.0
+        dequantized = form is Form.QDQ and exponent == 1.0
         return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.narrow or dequantized))
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A quantized weight on its way into the graph.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
+
+    name: str
+    quantized: QuantizedWeight
+    emit: int
+    form: Form
+
+    @property
+    def payload(self) -> int:
+        """Bytes of codes, scales and zero points, about."""
+        q = self.quantized
+        return int(q.codes.size * q.table.bits // 8 + q.scale.size * (3 if q.has_half_scale else 5))
 
 
 def required_opset(form: Form, bits: int, exponent: float, narrow: bool) -> int:
     """The opset that the decode of such a weight needs."""
     if bits == 8:
         return AXIS_OPSET
-    return INT4_OPSET if Target(form, INT4_OPSET, narrow).stores_natively(bits, exponent) else PACKED_OPSET
+    return INT4_OPSET if Target(INT4_OPSET, narrow).stores_natively(form, bits, exponent) else PACKED_OPSET
 
 
-def decode_of(name: str, q: QuantizedWeight, emit: int, target: Target, constants: Constants) -> Decode:
-    """The decode of one weight.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
+def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded, ...]]:
+    """Weights to decode together: of the same grid, form and type, and of one shape but for the number of channels."""
+    groups: dict[object, list[Coded]] = {}
+    rooms: dict[object, int] = {}
+    for weight in weights:
+        key: object = _group_key(weight, target)
+        rooms[key] = rooms.get(key, 0) + weight.quantized.codes.size
+        if rooms[key] > GROUP_ELEMENTS and key in groups:
+            groups[weight.name, key] = groups.pop(key)  # full: any other name
+            rooms[key] = weight.quantized.codes.size
+        groups.setdefault(key, []).append(weight)
+    return [tuple(group) for group in groups.values()]
+
+
+def decode_of(group: Sequence[Coded], target: Target, constants: Constants) -> Decode:
+    """The decode of one group of weights."""
     writer = DecodeWriter(constants)
-    cast = emit != onnx.TensorProto.FLOAT
-    write = _write_folded if target.form is Form.FOLDED else _write_qdq
-    result = write(writer, q, target, None if cast else name)
-    if cast:
-        writer.node("Cast", result, output=name, to=emit)
+    write = {Form.QDQ: _write_qdq, Form.FOLDED: _write_folded, Form.INT8: _write_int8}[group[0].form]
+    write(writer, group, _stack(group), target)
     return writer.finish()
+
+
+def bytes_of_each(group: Sequence[Coded], decode: Decode) -> dict[str, int]:
+    """The size of a decode, shared among its weights in proportion to their payload."""
+    edges = np.cumsum([0] + [weight.payload for weight in group]) / sum(weight.payload for weight in group)
+    shares = np.diff(np.rint(edges * decode.bytes).astype(int))
+    return {weight.name: int(share) for weight, share in zip(group, shares, strict=True)}
 
 
 def level_type(largest: int, target: Target) -> type[np.signedinteger]:
@@ -63,35 +100,104 @@ def level_type(largest: int, target: Target) -> type[np.signedinteger]:
     return np.int8 if largest <= 127 else np.int16 if largest <= 32767 else np.int32
 
 
-def _write_folded(writer: DecodeWriter, q: QuantizedWeight, target: Target, output: str | None) -> str:
-    levels = write_levels(writer, _write_codes(writer, q, target), q.broadcast(q.zero_point), q.table, np.float32)
-    return writer.node("Mul", levels, writer.own("scale", q.broadcast(q.scale)), output=output)
+@dataclass(frozen=True)
+class _Stack:
+    """The weights of a group as one, side by side along the grid's axis; per tensor: along a new first one, if there are several."""
+
+    quantized: QuantizedWeight
+    sizes: tuple[int, ...]
+    added_axis: bool
 
 
-def _write_qdq(writer: DecodeWriter, q: QuantizedWeight, target: Target, output: str | None) -> str:
+def _group_key(weight: Coded, target: Target) -> tuple[object, ...]:
+    q = weight.quantized
+    if weight.form is Form.QDQ and target.stores_natively(Form.QDQ, q.table.bits, q.table.exponent) and q.table.exponent == 1.0:
+        return (weight.name,)  # a single node reads the codes
+    shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
+    return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
+
+
+def _stack(group: Sequence[Coded]) -> _Stack:
+    parts = [weight.quantized for weight in group]
+    first, axis = parts[0], parts[0].axis
+    if len(group) == 1:
+        return _Stack(first, (1,), False)
+    if axis is None:
+        fields = [[np.asarray(getattr(q, name)) for q in parts] for name in ("codes", "scale", "zero_point", "alpha")]
+        return _Stack(QuantizedWeight(*map(np.stack, fields), axis=0, table=first.table), (1,) * len(group), True)
+    codes = np.concatenate([q.codes for q in parts], axis)
+    vectors = (np.concatenate([getattr(q, name) for q in parts]) for name in ("scale", "zero_point", "alpha"))
+    return _Stack(QuantizedWeight(codes, *vectors, axis=axis, table=first.table), tuple(q.scale.size for q in parts), False)
+
+
+def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
+    q, single = stack.quantized, len(group) == 1
+    cast = group[0].emit != onnx.TensorProto.FLOAT
+    levels = write_levels(writer, _write_codes(writer, q, Form.FOLDED, target), q, np.float32)
+    scale = write_scale(writer, q, q.broadcast(q.scale))
+    weights = writer.node("Mul", levels, scale, output=group[0].name if single and not cast else None)
+    if cast:
+        weights = writer.node("Cast", weights, output=group[0].name if single else None, to=group[0].emit)
+    _write_split(writer, weights, stack, [weight.name for weight in group])
+
+
+def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
-    axis = {} if q.axis is None else {"axis": q.axis}
-    codes = _write_codes(writer, q, target)
+    q = stack.quantized
+    codes = _write_codes(writer, q, Form.QDQ, target)
     if q.table.exponent == 1.0:
-        bits = q.table.bits if target.stores_natively(q.table.bits, 1.0) else 8
-        inputs = [codes, writer.own("scale", q.scale), writer.own_codes("zero_point", q.zero_point, bits)]
-    else:
-        largest = _largest_level(q)
-        dtype = level_type(largest, target)
-        levels = write_levels(writer, codes, q.broadcast(q.zero_point), q.table, dtype)
-        if dtype is np.int32 and largest <= 127:  # a quarter of the memory, and of what DequantizeLinear reads at every run
-            levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
-        inputs = [levels, writer.own("scale", q.scale)]
-    return writer.node("DequantizeLinear", *inputs, output=output, **axis)
+        bits = q.table.bits if target.stores_natively(Form.QDQ, q.table.bits, 1.0) else 8
+        for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
+            zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits)
+            _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
+        return
+    dtype = level_type(_largest_level(q), target)
+    levels = write_levels(writer, codes, q, dtype)
+    if dtype is np.int32 and _largest_level(q) <= 127:  # a quarter of the memory, and of what DequantizeLinear reads at every run
+        levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
+    for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
+        _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale))
 
 
-def _write_codes(writer: DecodeWriter, q: QuantizedWeight, target: Target) -> str:
-    if target.stores_natively(q.table.bits, q.table.exponent):
+def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
+    """Levels as int8 behind DequantizeLinear with the zero point 0, as integer kernels want them."""
+    q = stack.quantized
+    dtype = level_type(127, target)
+    levels = write_levels(writer, _write_codes(writer, q, Form.INT8, target), q, dtype)
+    if dtype is not np.int8:
+        levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
+    scales = writer.split(write_scale(writer, q, q.scale), stack.sizes, 0, [None] * len(group))
+    for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
+        zeros = writer.shared(np.zeros(weight.quantized.scale.shape, np.int8))
+        if stack.added_axis:
+            scale = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64)))
+        _write_dequantize(writer, weight, piece, scale, zeros)
+
+
+def _write_dequantize(writer: DecodeWriter, weight: Coded, *inputs: str) -> None:
+    axis = {} if weight.quantized.axis is None else {"axis": weight.quantized.axis}
+    cast = weight.emit != onnx.TensorProto.FLOAT
+    result = writer.node("DequantizeLinear", *inputs, output=None if cast else weight.name, **axis)
+    if cast:
+        writer.node("Cast", result, output=weight.name, to=weight.emit)
+
+
+def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequence[str] | None = None) -> list[str]:
+    """The stack taken apart into weights of their own shape."""
+    q = stack.quantized
+    names = outputs or [None] * len(stack.sizes)
+    if not stack.added_axis:
+        return writer.split(tensor, stack.sizes, q.axis or 0, names)
+    shape = writer.shared(np.array(q.codes.shape[1:], np.int64))
+    pieces = writer.split(tensor, stack.sizes, 0, [None] * len(stack.sizes))
+    return [writer.node("Reshape", piece, shape, output=name) for piece, name in zip(pieces, names, strict=True)]
+
+
+def _write_codes(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target) -> str:
+    if target.stores_natively(form, q.table.bits, q.table.exponent):
         return writer.own_codes("codes", q.codes, q.table.bits)
     return write_unpack(writer, q.codes, q.table.bits)
 
 
 def _largest_level(q: QuantizedWeight) -> int:
-    zero_point = q.zero_point.astype(np.int64)
-    reach = int(np.maximum(zero_point, q.table.max_code - zero_point).max())
-    return int(q.table.integers[q.table.max_code + reach])
+    return int(q.table.reach(q.zero_point.astype(np.int64)).max())

@@ -7,7 +7,8 @@ thresholds t_j and the levels m_0 .. m_K has the squared error
     A = m_K P(n) + sum_j (m_j - m_j+1) P(t_j),     B = m_K**2 n + sum_j (m_j**2 - m_j+1**2) N(t_j),
 
 where P(t) sums and N(t) counts the elements below t: O(2**bits) for each alpha once the positions of the thresholds are
-known, and these move little from one alpha to the next, so they are walked, not searched.
+known, and these move little from one alpha to the next, so they are walked, not searched.  An element with the importance h
+counts h times in every sum (a histogram's bin, or a diagonal Hessian).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from requant_onnx.numerics.ranges import RowRanges, transform
 class Row(NamedTuple):
     """One row of weights with what its curve needs.
 
-    w: (n,) sorted weights; u: (n,) values whose error counts; prefix: (n+1,) running sums of u; squares: sum u**2.
+    w: (n,) sorted weights; u: (n,) values whose error counts; prefix: (n+1,) running sums of h * u; counts: (n+1,) those
+    of h, or (0,) where all are 1; squares: sum h * u**2.
     thresholds: (K,) and levels: (K+1,) in units of their step, K = 2**bits - 1.  positions: (K,) first element not below each
     threshold, of the last evaluation.  step: at alpha = 1.  power: 1/a.  in_weights: u is w.
     """
@@ -33,6 +35,7 @@ class Row(NamedTuple):
     w: Values
     u: Values
     prefix: FloatArray
+    counts: FloatArray
     squares: float
     thresholds: FloatArray
     levels: FloatArray
@@ -43,10 +46,14 @@ class Row(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """All rows of a weight: w, u (rows, n); steps, zero_points (rows,); the whole tables thresholds (2K,), levels (2K+1,)."""
+    """All rows of a weight: w, u, h (rows, n); steps, zero_points (rows,); the whole tables thresholds (2K,), levels (2K+1,).
+
+    h: importance of each element; (rows, 0) where all are 1.
+    """
 
     w: Values
     u: Values
+    h: Values
     thresholds: FloatArray
     levels: FloatArray
     steps: FloatArray
@@ -56,13 +63,20 @@ class Curves(NamedTuple):
 
 
 def curves_of(
-    rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable, *, objective_in_weights: bool, round_in_weights: bool
+    rows: npt.NDArray[np.float32],
+    ranges: RowRanges,
+    table: LevelTable,
+    importance: npt.NDArray[np.float32] | None = None,
+    *,
+    objective_in_weights: bool,
+    round_in_weights: bool,
 ) -> Curves:
-    """rows: (rows, n) float32, each row sorted ascending."""
+    """rows: (rows, n) float32, each row sorted ascending; importance: the same shape, in the same order."""
     u = rows if objective_in_weights else transform(rows, table.exponent)
     levels = table.weight_levels if objective_in_weights else table.transformed_levels
     thresholds = table.thresholds(round_in_weights)
-    return Curves(rows, u, thresholds, levels, ranges.step, ranges.zero_point, 1 / table.exponent, objective_in_weights)
+    h = np.empty((len(rows), 0), np.float32) if importance is None else importance
+    return Curves(rows, u, h, thresholds, levels, ranges.step, ranges.zero_point, 1 / table.exponent, objective_in_weights)
 
 
 def error_curve(
@@ -70,25 +84,32 @@ def error_curve(
     ranges: RowRanges,
     table: LevelTable,
     alphas: FloatArray,
+    importance: npt.NDArray[np.float32] | None = None,
     *,
     objective_in_weights: bool = True,
     round_in_weights: bool = True,
 ) -> FloatArray:
-    """The exact mean squared error at each alpha.  rows: (rows, n), sorted.  alphas: (points,).  Returns (rows, points)."""
-    curves = curves_of(rows, ranges, table, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights)
+    """The exact mean squared error at each alpha.  rows, importance: (rows, n), sorted.  alphas: (points,).  Returns (rows, points)."""
+    curves = curves_of(
+        rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
+    )
     return _evaluate(curves, alphas)
 
 
 @compiled
-def prepare(curves: Curves, r: int, prefix: FloatArray, positions: IntArray) -> Row:
-    """Row r, its thresholds placed for alpha = 1.  prefix (n+1,) and positions (K,) are filled."""
-    w, u = curves.w[r], curves.u[r]
+def prepare(curves: Curves, r: int, prefix: FloatArray, counts: FloatArray, positions: IntArray) -> Row:
+    """Row r, its thresholds placed for alpha = 1.  prefix, counts and positions are filled."""
+    w, u, h = curves.w[r], curves.u[r], curves.h[r]
     total, squares = 0.0, 0.0
     prefix[0] = 0.0
+    if h.size:
+        counts[0] = 0.0
+        for i in range(u.size):
+            counts[i + 1] = counts[i] + np.float64(h[i])
     for i in range(u.size):
-        value = np.float64(u[i])
-        total += value
-        squares += value * value
+        value, times = np.float64(u[i]), (np.float64(h[i]) if h.size else 1.0)
+        total += times * value
+        squares += times * value * value
         prefix[i + 1] = total
     max_code = curves.thresholds.size // 2
     start = max_code - curves.zero_points[r]
@@ -97,7 +118,13 @@ def prepare(curves: Curves, r: int, prefix: FloatArray, positions: IntArray) -> 
     scale = curves.steps[r] ** curves.power
     for j in range(max_code):
         positions[j] = np.searchsorted(w, scale * thresholds[j])
-    return Row(w, u, prefix, squares, thresholds, levels, positions, curves.steps[r], curves.power, curves.in_weights)
+    return Row(w, u, prefix, counts, squares, thresholds, levels, positions, curves.steps[r], curves.power, curves.in_weights)
+
+
+@compiled
+def count_below(row: Row, position: int) -> float:
+    """How often the first elements of a row count."""
+    return row.counts[position] if row.counts.size else float(position)
 
 
 @compiled
@@ -110,12 +137,12 @@ def scales(row: Row, alpha: float) -> tuple[float, float]:
 
 @compiled
 def error_at(row: Row, alpha: float) -> float:
-    """Squared error less sum u**2.  Moves row.positions."""
+    """Squared error less sum h * u**2.  Moves row.positions."""
     t_scale, m_scale = scales(row, alpha)
     w, levels, n = row.w, row.levels, row.w.size
     last = levels.size - 1
     a = levels[last] * row.prefix[n]
-    b = levels[last] * levels[last] * n
+    b = levels[last] * levels[last] * count_below(row, n)
     for j in range(last):
         t = t_scale * row.thresholds[j]
         p = row.positions[j]
@@ -126,7 +153,7 @@ def error_at(row: Row, alpha: float) -> float:
         row.positions[j] = p
         difference = levels[j] - levels[j + 1]
         a += difference * row.prefix[p]
-        b += difference * (levels[j] + levels[j + 1]) * p
+        b += difference * (levels[j] + levels[j + 1]) * count_below(row, p)
     error: float = m_scale * (m_scale * b - 2.0 * a)
     return error
 
@@ -135,10 +162,10 @@ def error_at(row: Row, alpha: float) -> float:
 def _evaluate(curves: Curves, alphas: FloatArray) -> FloatArray:
     count, n = curves.w.shape
     found = np.zeros((count, alphas.size))
-    prefix = np.empty(n + 1)
+    prefix, counts = np.empty(n + 1), np.empty(n + 1 if curves.h.size else 0)
     positions = np.empty(curves.thresholds.size // 2, np.int64)
     for r in range(count):
-        row = prepare(curves, r, prefix, positions)
+        row = prepare(curves, r, prefix, counts, positions)
         for i in range(alphas.size):
-            found[r, i] = (row.squares + error_at(row, alphas[i])) / n
+            found[r, i] = (row.squares + error_at(row, alphas[i])) / count_below(row, n)
     return found

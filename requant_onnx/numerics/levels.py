@@ -5,7 +5,8 @@
     a = 1    L[k] = k                       a = 1/2  L[k] = k * |k|            (exact, unit = 1)
     other    L[k] = rint(unit * sign(k) * |k|**(1/a)), the largest unit for which L fits 24 bits (exact in float32)
 
-`k` runs over -K .. K with K = 2**bits - 1, so that one table serves every zero point 0 .. K.
+`k` runs over -K .. K with K = 2**bits - 1, so that one table serves every zero point 0 .. K.  Where |L| must not exceed a limit
+(an int8 kernel) and even the symmetric zero point h = 2**(bits-1) would, the table is rounded: L[k] = rint(L[k] * limit / L[h]).
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
 
 @dataclass(frozen=True)
 class LevelTable:
-    """All levels of one grid.  Compare and hash by identity of (bits, exponent): tables come from `level_table`.
+    """All levels of one grid.  Compare and hash by identity of (bits, exponent, limit): tables come from `level_table`.
 
-    integers: (2K+1,) int64, odd-symmetric, strictly increasing, index k + K.
-    unit: the integer level of k = 1; level k is worth `integers[k + K] / unit` times the transformed step ** (1/a).
+    integers: (2K+1,) int64, odd-symmetric, strictly increasing (unless rounded to a limit), index k + K.
+    unit: level k is worth `integers[k + K] / unit` times the transformed step ** (1/a).
+    limit: the largest level, to which the table was rounded; None for an exact table.
     """
 
     bits: int
     exponent: float
-    unit: int
+    unit: float
     integers: npt.NDArray[np.int64]
+    limit: int | None = None
 
     @property
     def max_code(self) -> int:
@@ -48,6 +51,19 @@ class LevelTable:
         """(2K+1,) levels in transformed space in units of the step: -K .. K."""
         return np.arange(-self.max_code, self.max_code + 1, dtype=np.float64)
 
+    @property
+    def symmetric_zero_point(self) -> int:
+        """2**(bits-1): levels reach as far to one side as to the other, but for one."""
+        return int(2 ** (self.bits - 1))
+
+    def reach(self, zero_point: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The largest |level| at each zero point."""
+        return self.integers[self.max_code + np.maximum(zero_point, self.max_code - zero_point)]
+
+    @property
+    def _key(self) -> tuple[int, float, int | None]:
+        return self.bits, self.exponent, self.limit
+
     def thresholds(self, in_weight_space: bool) -> FloatArray:
         """(2K,) decision thresholds between neighbouring levels, in units of step ** (1/a).
 
@@ -59,10 +75,10 @@ class LevelTable:
         return np.asarray(np.sign(halves) * np.abs(halves) ** (1 / self.exponent))
 
     def __hash__(self) -> int:
-        return hash((self.bits, self.exponent))
+        return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LevelTable) and (self.bits, self.exponent) == (other.bits, other.exponent)
+        return isinstance(other, LevelTable) and self._key == other._key
 
 
 @lru_cache(maxsize=64)
@@ -82,3 +98,19 @@ def level_table(bits: int, exponent: float) -> LevelTable:
     integers = np.rint(unit * np.sign(k) * np.abs(k, dtype=np.float64) ** power).astype(np.int64)
     integers.setflags(write=False)
     return LevelTable(bits, exponent, unit, integers)
+
+
+@lru_cache(maxsize=64)
+def limited_table(bits: int, exponent: float, limit: int) -> LevelTable:
+    """The table of one grid with levels of `limit` at most at the symmetric zero point: exact where that holds, else rounded.
+
+    >>> limited_table(4, 0.5, 64).limit, limited_table(5, 0.5, 64).integers[31 - 16 : 31 - 12].tolist()
+    (None, [-64, -56, -49, -42])
+    """
+    exact = level_table(bits, exponent)
+    largest = int(exact.integers[exact.max_code + exact.symmetric_zero_point])
+    if largest <= limit:
+        return exact
+    integers = np.clip(np.rint(exact.integers * (limit / largest)), -limit, limit).astype(np.int64)
+    integers.setflags(write=False)
+    return LevelTable(bits, exponent, exact.unit * limit / largest, integers, limit)

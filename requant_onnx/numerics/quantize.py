@@ -8,13 +8,15 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.levels import LevelTable, level_table
-from requant_onnx.numerics.ranges import RowRanges, row_ranges
+from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
+from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.rounding import decode_rows, encode_rows
 from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
 FloatArray = npt.NDArray[np.float64]
+TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # of float16; below 2**-14 it loses digits
+LARGE_SCALE = 2.0**-10  # next to which the digits lost, 2**-25 times 127 levels, are 0.4 % of a step
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Grid:
 
     axis: the dimension with one scale an index (per-channel), or None (per-tensor).
     search: False takes alpha = 1.  objective_in_weights, round_in_weights: see config.Space.
+    limit: no level may exceed it (an int8 kernel follows); None for no limit.
+    half_scales: round the scales of channels to float16, unless one would be subnormal there.
     """
 
     bits: int
@@ -31,6 +35,8 @@ class Grid:
     search: bool = True
     objective_in_weights: bool = True
     round_in_weights: bool = True
+    limit: int | None = None
+    half_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class QuantizedWeight:
     axis: int | None
     table: LevelTable
 
+    @property
+    def has_half_scale(self) -> bool:
+        """Whether float16 holds every scale exactly, and is worth it: there is more than one."""
+        return bool(self.scale.size > 1 and (_to_half(self.scale) == self.scale).all())
+
     def broadcast(self, parameter: npt.NDArray[T]) -> npt.NDArray[T]:
         """A scale or zero point with the rank of the weight: (oc,) -> (oc, 1, 1, 1)."""
         if self.axis is None:
@@ -64,19 +75,26 @@ class QuantizedWeight:
         return from_rows(decode_rows(to_rows(self.codes, self.axis), values), self.codes.shape, self.axis)
 
 
-def quantize_weight(w: npt.NDArray[np.float32], grid: Grid) -> QuantizedWeight:
+def quantize_weight(w: npt.NDArray[np.float32], grid: Grid, min_scale: FloatArray | None = None) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
+
+    min_scale: () or (channels,), a floor under the scales, for kernels whose bias is counted in them; default: none.
 
     >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, 0.5, axis=None, search=False))
     >>> q.codes.tolist(), int(q.zero_point), q.dequantize().tolist()
     ([0, 5, 8, 15], 5, [-1.0, 0.0, 0.35999998450279236, 4.0])
     """
-    table = level_table(grid.bits, grid.exponent)
     rows = to_rows(w, grid.axis)
-    ranges = row_ranges(rows.min(1).astype(np.float64), rows.max(1).astype(np.float64), grid.bits, grid.exponent)
+    table, ranges = _levels_and_ranges(rows, grid)
     alpha = _search(rows, ranges, table, grid) if grid.search else np.ones(len(rows))
-    scale = ((alpha * ranges.step) ** (1 / grid.exponent) / table.unit).astype(np.float32)
-    scale = np.where(scale > 0.0, scale, np.float32(1.0))  # a row of zeros (or below float32) stays at its zero point
+    scale = (alpha * ranges.step) ** (1 / grid.exponent) / table.unit
+    if min_scale is not None:
+        scale = np.maximum(scale, np.ravel(min_scale))
+    scale = scale.astype(np.float32)
+    smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
+    scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or below float32) stays at its zero point
+    if grid.half_scales and _fits_half(scale):
+        scale = _to_half(np.maximum(scale, TINIEST_HALF))
     thresholds = table.thresholds(grid.round_in_weights)
     codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds, 1 / grid.exponent)
     shape = () if grid.axis is None else (len(rows),)
@@ -88,6 +106,34 @@ def quantize_weight(w: npt.NDArray[np.float32], grid: Grid) -> QuantizedWeight:
         axis=grid.axis,
         table=table,
     )
+
+
+def _levels_and_ranges(rows: npt.NDArray[np.float32], grid: Grid) -> tuple[LevelTable, RowRanges]:
+    """The grid's own, or, in each row whose levels would pass the limit, the symmetric ones."""
+    w_min, w_max = rows.min(1).astype(np.float64), rows.max(1).astype(np.float64)
+    ranges = row_ranges(w_min, w_max, grid.bits, grid.exponent)
+    if grid.limit is None:
+        return level_table(grid.bits, grid.exponent), ranges
+    table = limited_table(grid.bits, grid.exponent, grid.limit)
+    symmetric = symmetric_ranges(w_min, w_max, grid.bits, grid.exponent)
+    if table.limit is not None:
+        return table, symmetric
+    fits = table.reach(ranges.zero_point) <= grid.limit
+    step, zero_point = (
+        np.where(fits, ours, theirs) for ours, theirs in ((ranges.step, symmetric.step), (ranges.zero_point, symmetric.zero_point))
+    )
+    return table, RowRanges(step, zero_point)
+
+
+def _fits_half(scale: npt.NDArray[np.float32]) -> bool:
+    """Whether several scales can be float16 at no loss that counts."""
+    digits = scale.min() >= SMALLEST_HALF or scale.max() >= LARGE_SCALE
+    return bool(scale.size > 1 and digits and scale.max() <= LARGEST_HALF)
+
+
+def _to_half(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # what overflows is not equal to what it was
+        return scale.astype(np.float16).astype(np.float32)
 
 
 def to_rows(w: npt.NDArray[T], axis: int | None) -> npt.NDArray[T]:

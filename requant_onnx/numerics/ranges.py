@@ -45,3 +45,14 @@ def row_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, exponent: float)
     step = (v_max - v_min) / (2**bits - 1)
     divisor = np.where(step > 0.0, step, 1.0)  # a row of zeros keeps zero point 0
     return RowRanges(step, np.rint(-v_min / divisor).astype(np.int64))
+
+
+def symmetric_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, exponent: float) -> RowRanges:
+    """The same with the zero point 2**(bits-1) in every row; the least step with which the levels span the row.
+
+    >>> symmetric_ranges(np.array([-1.0]), np.array([4.0]), 4, 1.0)
+    RowRanges(step=array([0.57142857]), zero_point=array([8]))
+    """
+    half = 2 ** (bits - 1)
+    step = np.maximum(-transform(w_min, exponent) / half, transform(w_max, exponent) / (half - 1))
+    return RowRanges(np.maximum(step, 0.0), np.full(len(step), half, np.int64))

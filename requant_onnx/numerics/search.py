@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from requant_onnx.numerics.compiled import FloatArray, IntArray, compiled
-from requant_onnx.numerics.curve import Curves, Row, curves_of, error_at, prepare, scales
+from requant_onnx.numerics.curve import Curves, Row, count_below, curves_of, error_at, prepare, scales
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.ranges import RowRanges
 
@@ -29,13 +29,23 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def search_alpha(
-    rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable, *, objective_in_weights: bool, round_in_weights: bool
+    rows: npt.NDArray[np.float32],
+    ranges: RowRanges,
+    table: LevelTable,
+    importance: npt.NDArray[np.float32] | None = None,
+    *,
+    objective_in_weights: bool = True,
+    round_in_weights: bool = True,
 ) -> FloatArray:
     """The alpha in (0, 1] of least squared error of each row.
 
-    rows: (rows, n) float32, each row sorted ascending.  Returns (rows,) float64; 1.0 for a row of zeros.
+    rows: (rows, n) float32, each row sorted ascending.  importance: (rows, n), how often each element counts (default: once).
+    Returns (rows,) float64; 1.0 for a row of zeros.
     """
-    return _search(curves_of(rows, ranges, table, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights))
+    curves = curves_of(
+        rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
+    )
+    return _search(curves)
 
 
 @compiled
@@ -43,13 +53,13 @@ def _search(curves: Curves) -> FloatArray:
     count, n = curves.w.shape
     max_code = curves.thresholds.size // 2
     alphas = np.ones(count)
-    prefix = np.empty(n + 1)
+    prefix, counts = np.empty(n + 1), np.empty(n + 1 if curves.h.size else 0)
     positions = np.empty(max_code, np.int64)
     reach = min(FINE_REACH, FINE_REACH * 15 // max_code)
     bracket = FINE_STEP if reach * FINE_STEP * SCAN_POINTS >= 1.0 else 1 / SCAN_POINTS
     for r in range(count):
         if curves.steps[r] > 0.0:
-            row = prepare(curves, r, prefix, positions)
+            row = prepare(curves, r, prefix, counts, positions)
             alpha, best = _scan(row)
             alpha, best = _scan_finely(row, alpha, best, reach)
             alpha, best = _golden(row, max(0.0, alpha - bracket), min(1.0, alpha + bracket), alpha, best)
@@ -69,13 +79,13 @@ def _scan(row: Row) -> tuple[float, float]:
         m_scale = scales(row, i / SCAN_POINTS)[1]
         bottom, top = m_scale * row.levels[0], m_scale * row.levels[-1]
         while low < n and u[low] < bottom:
-            low_squares += np.float64(u[low]) * u[low]
+            low_squares += (count_below(row, low + 1) - count_below(row, low)) * np.float64(u[low]) * u[low]
             low += 1
         while high > 0 and u[high - 1] > top:
             high -= 1
-            high_squares += np.float64(u[high]) * u[high]
-        clipping = low_squares - 2 * bottom * prefix[low] + bottom * bottom * low
-        clipping += high_squares - 2 * top * (prefix[n] - prefix[high]) + top * top * (n - high)
+            high_squares += (count_below(row, high + 1) - count_below(row, high)) * np.float64(u[high]) * u[high]
+        clipping = low_squares - 2 * bottom * prefix[low] + bottom * bottom * count_below(row, low)
+        clipping += high_squares - 2 * top * (prefix[n] - prefix[high]) + top * top * (count_below(row, n) - count_below(row, high))
         if clipping - row.squares > best:
             break
         error = error_at(row, i / SCAN_POINTS)
@@ -144,7 +154,7 @@ def _finish(row: Row, alpha: float, best: float, direction: int) -> tuple[float,
         moved = 1 if (row.thresholds[j] > 0.0) == (direction > 0) else -1
         difference = row.levels[j] - row.levels[j + 1]
         a += difference * (row.prefix[here[j] + moved] - row.prefix[here[j]])
-        b += difference * (row.levels[j] + row.levels[j + 1]) * moved
+        b += difference * (row.levels[j] + row.levels[j + 1]) * (count_below(row, here[j] + moved) - count_below(row, here[j]))
         here[j] += moved
     return alpha, best
 
@@ -153,10 +163,10 @@ def _finish(row: Row, alpha: float, best: float, direction: int) -> tuple[float,
 def _sums(row: Row, positions: IntArray) -> tuple[float, float]:
     """A and B of curve.py in units of the scale."""
     levels, last = row.levels, row.levels.size - 1
-    a, b = levels[last] * row.prefix[row.w.size], levels[last] * levels[last] * row.w.size
+    a, b = levels[last] * row.prefix[row.w.size], levels[last] * levels[last] * count_below(row, row.w.size)
     for j in range(last):
         a += (levels[j] - levels[j + 1]) * row.prefix[positions[j]]
-        b += (levels[j] - levels[j + 1]) * (levels[j] + levels[j + 1]) * positions[j]
+        b += (levels[j] - levels[j + 1]) * (levels[j] + levels[j + 1]) * count_below(row, positions[j])
     return a, b
 
 

@@ -1,0 +1,99 @@
+"""Run a float model on calibration images and watch its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.data import ImageSet, Normalisation, batches
+from requant_onnx.errors import ConfigError, DataError, ModelError
+from requant_onnx.noise import noise_images
+from requant_onnx.numerics.activation import Histogram
+from requant_onnx.runtime import Classifier, open_classifier, require_image
+
+BATCH_BYTES = 1 << 27  # of all watched activations of a batch
+MAX_BATCH = 100
+DEFAULT_COUNT = 256
+NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
+Watch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the activations are watched on: the first `count` images, or as many images of noise where there are none.
+
+    normalisation: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
+    seed: of the noise.
+    """
+
+    images: ImageSet | None = None
+    normalisation: Normalisation | None = None
+    count: int = DEFAULT_COUNT
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"calibration needs 1 image or more, not {self.count}")
+        if self.images is not None and len(self.images) == 0:
+            raise DataError("there are no calibration images; give at least one")
+        if self.images is not None and self.images.x.dtype != "uint8" and self.normalisation is not None:
+            raise DataError(
+                "the calibration images are float32, taken as normalised already; drop mean and std, or give uint8 pixels"
+            )
+
+
+def watch_activations(
+    model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration, progress: Watch | None = None
+) -> dict[str, Histogram]:
+    """The histogram of each named tensor over all calibration images.  Memory: BATCH_BYTES of activations at a time.
+
+    progress: called with the images done and their number.  Raises ModelError when the model has another number of inputs than
+    one image input or gives NaN or infinity, DataError when the images do not fit it.
+    """
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    del watched.graph.output[:]
+    inputs = {item.name for item in model.graph.input}
+    computed = [name for name in tensors if name not in inputs]
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
+    classifier = open_classifier(watched, "the model")
+    images = _images_for(classifier, calibration)
+    natural = calibration.images is None and images.x.shape[1] == 3
+    normalisation = calibration.normalisation or (NATURAL if natural else Normalisation())
+    histograms = {name: Histogram() for name in tensors}
+    size = classifier.batch or _batch_size(classifier, images, normalisation)
+    for start, x in batches(images, normalisation, size, fixed=classifier.batch is not None):
+        for name, values in zip(computed, classifier.tensors(x), strict=True):
+            _add(histograms[name], name, values)
+        for name in inputs.intersection(tensors):
+            _add(histograms[name], name, x)
+        if progress is not None:
+            progress(min(start + size, len(images)), len(images))
+    return histograms
+
+
+def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
+    """The images given, if they fit, or noise of the size that the model takes."""
+    if calibration.images is not None:
+        require_image(classifier, calibration.images.x.shape[1:])
+        return calibration.images.first(calibration.count)
+    image = classifier.image_shape
+    if image is None:
+        raise DataError("the model leaves the size of its images free, so noise has no size; give calibration images")
+    return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
+
+
+def _batch_size(classifier: Classifier, images: ImageSet, normalisation: Normalisation) -> int:
+    _, x = next(batches(images.first(1), normalisation, 1, fixed=False))
+    bytes_each = sum(values.nbytes for values in classifier.tensors(x))
+    return max(1, min(len(images), MAX_BATCH, BATCH_BYTES // max(1, bytes_each)))
+
+
+def _add(histogram: Histogram, name: str, values: npt.NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise ModelError(f"'{name}' is NaN or infinite on the calibration images; check the images and their normalisation")
+    histogram.add(values.astype(np.float32, copy=False))

@@ -1,0 +1,92 @@
+"""Carry out a plan: quantize its weights in parallel, and measure what each became."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.graph.forms import Coded
+from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
+from requant_onnx.plan import PlannedWeight
+from requant_onnx.report import WeightReport, sqnr_db
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is under way, how many steps are done, and how many there are."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One weight done.  signal, noise: sums of squares of w and of w_hat - w.  finite: whether w_hat is."""
+
+    planned: PlannedWeight
+    quantized: QuantizedWeight
+    signal: float
+    noise: float
+    finite: bool
+
+    def coded(self) -> Coded:
+        """The weight as the graph takes it."""
+        return Coded(self.planned.weight.name, self.quantized, self.planned.weight.emit, self.planned.form)
+
+    def report(self, bytes_after: int) -> WeightReport:
+        """The weight as the user sees it."""
+        weight, grid, q = self.planned.weight, self.planned.grid, self.quantized
+        return WeightReport(
+            name=weight.name,
+            op=weight.op,
+            shape=weight.shape,
+            form=self.planned.form.value,
+            bits=grid.bits,
+            exponent=grid.exponent,
+            axis=grid.axis,
+            alpha=(float(q.alpha.min()), float(q.alpha.max())),
+            scale=(float(q.scale.min()), float(q.scale.max())),
+            mse=self.noise / q.codes.size,
+            sqnr_db=sqnr_db(self.signal, self.noise),
+            bytes_before=weight.stored_bytes,
+            bytes_after=bytes_after,
+        )
+
+
+def quantize_all(
+    planned: tuple[PlannedWeight, ...],
+    min_scales: Mapping[str, FloatArray],
+    progress: Progress | None,
+    threads: int | None,
+) -> Iterator[Result]:
+    """Quantize in parallel (the search holds no GIL), yield in order.  min_scales: floors under the scales, by weight."""
+
+    def one(item: PlannedWeight) -> Result:
+        return _quantize(item, min_scales.get(item.weight.name))
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as executor:
+        try:
+            for done, result in enumerate(executor.map(one, planned), 1):
+                if progress is not None:
+                    progress(planned[done - 1].weight.name, done, len(planned))
+                yield result
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+
+
+def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
+    w = planned.weight.load()
+    quantized = quantize_weight(w, planned.grid, min_scale)
+    with np.errstate(over="ignore"):  # an overflow is found below and the weight left alone
+        w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit))
+    finite = bool(np.isfinite(w_hat).all())
+    noise = _energy(w_hat.astype(np.float64) - w) if finite else float("inf")
+    return Result(planned, quantized, _energy(w.astype(np.float64)), noise, finite)
+
+
+def _energy(values: FloatArray) -> float:
+    return float(np.vdot(values, values))

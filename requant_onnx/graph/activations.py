@@ -1,0 +1,186 @@
+"""Put QuantizeLinear and DequantizeLinear on activations, and int32 biases, so that ONNX Runtime fuses integer kernels.
+
+    result of an integer node   node -> t'  QuantizeLinear -> codes -> DequantizeLinear -> t      every reader keeps the name t
+    any other input of one      t -> QuantizeLinear -> codes -> DequantizeLinear -> t''           only integer readers read t''
+    node that moves values      reads codes, gives codes -> DequantizeLinear -> its old output
+    bias                        int32 -> DequantizeLinear with the scale of x times that of the weight
+
+https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper
+
+from requant_onnx.graph.constants import find_root, import_graph
+from requant_onnx.graph.edit import drop_unread, tensor_proto
+from requant_onnx.graph.integer import IntegerPlan, WeightedNode
+from requant_onnx.graph.names import FreshNames, reads_in
+from requant_onnx.numerics.activation import ActivationGrid
+from requant_onnx.numerics.quantize import QuantizedWeight
+
+MAX_BIAS = 2.0**30  # of an int32, with room for the sums that it is added to
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A bias of one node.  values: (oc,) float32."""
+
+    node: WeightedNode
+    values: npt.NDArray[np.float32]
+
+
+def biases_of(model: onnx.ModelProto, plan: IntegerPlan) -> list[Bias]:
+    """The bias of each integer node that has one.  Raises ModelError when its values do not fit its shape."""
+    nodes = {node.outputs[0].name: node for node in import_graph(model).nodes if node.outputs}
+    biases = []
+    for weighted in plan.weighted:
+        root = find_root(nodes[weighted.output].inputs[2]) if weighted.bias else None
+        if root is not None:
+            biases.append(Bias(weighted, root.load().astype(np.float32)))
+    return biases
+
+
+def min_scales(biases: list[Bias], grids: Mapping[str, ActivationGrid], *, per_channel: bool) -> dict[str, npt.NDArray[np.float64]]:
+    """The least scale of each weight with which no bias passes int32: (oc,), or (1,) where the weight has one scale."""
+    floors: dict[str, npt.NDArray[np.float64]] = {}
+    for bias in biases:
+        floor = np.abs(bias.values.astype(np.float64)) / (float(grids[bias.node.x].scale) * MAX_BIAS)
+        floor = floor if per_channel else floor.max(keepdims=True)
+        floors[bias.node.weight] = np.maximum(floors.get(bias.node.weight, 0.0), floor)
+    return floors
+
+
+def quantize_activations(
+    model: onnx.ModelProto,
+    plan: IntegerPlan,
+    grids: Mapping[str, ActivationGrid],
+    biases: list[Bias],
+    weights: Mapping[str, QuantizedWeight],
+) -> None:
+    """Change `model` as planned.  Its int8 weights are in place already, each behind a DequantizeLinear.
+
+    grids: of each tensor in plan.source.  weights: the int8 weights by name.
+    """
+    graph = model.graph
+    writer = _Writer(graph, FreshNames(model), {})
+    codes = {tensor: writer.names.take(f"{tensor}.codes") for tensor in plan.source}
+    node_of = {node.output[0]: node for node in graph.node if node.output}
+    before = _write_biases(writer, biases, grids, weights)
+    for weighted in plan.weighted:
+        if weighted.x in plan.floats:
+            node_of[weighted.output].input[0] = writer.dequantized(weighted.x)
+    for output in plan.moves:
+        _move(writer, node_of[output], codes, grids)
+    _write_pairs(writer, plan, codes, grids, before)
+    drop_unread(graph, [bias.node.bias for bias in biases])
+
+
+@dataclass
+class _Writer:
+    """The graph under change; initializers that several nodes share are stored once."""
+
+    graph: onnx.GraphProto
+    names: FreshNames
+    stored: dict[tuple[str, bytes], str]
+
+    def scalar(self, value: np.generic) -> str:
+        """A scalar initializer."""
+        key = (str(value.dtype), value.tobytes())
+        if key not in self.stored:
+            self.stored[key] = self.names.take(f"activation.c{len(self.stored)}")
+            self.graph.initializer.append(tensor_proto(np.asarray(value), self.stored[key]))
+        return self.stored[key]
+
+    def dequantized(self, tensor: str) -> str:
+        """The name of a tensor after its codes, for one whose float stays."""
+        key = ("dequantized", tensor.encode())
+        if key not in self.stored:
+            self.stored[key] = self.names.take(f"{tensor}.dequantized")
+        return self.stored[key]
+
+
+def _move(writer: _Writer, node: onnx.NodeProto, codes: Mapping[str, str], grids: Mapping[str, ActivationGrid]) -> None:
+    grid = grids[node.input[0]]
+    node.input[0], node.output[0] = codes[node.input[0]], codes[node.output[0]]
+    if node.op_type == "Pad":
+        axes = list(node.input[3:])
+        del node.input[2:]
+        node.input.extend([writer.scalar(grid.zero_point), *axes])
+
+
+def _write_biases(
+    writer: _Writer, biases: list[Bias], grids: Mapping[str, ActivationGrid], weights: Mapping[str, QuantizedWeight]
+) -> dict[str, list[onnx.NodeProto]]:
+    """Point each node at its int32 bias.  Returns the nodes that decode these, by output of the first node that reads them."""
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    made: dict[tuple[str, str, str], str] = {}
+    node_of = {node.output[0]: node for node in writer.graph.node if node.output}
+    for bias in biases:
+        grid, weight = grids[bias.node.x], weights[bias.node.weight]
+        key = (bias.node.bias, bias.node.weight, writer.scalar(grid.scale))
+        if key not in made:
+            made[key] = writer.names.take(f"{bias.node.bias}.int32")
+            stored, scale = (writer.names.take(f"{made[key]}.{part}") for part in ("codes", "scale"))
+            steps = np.broadcast_to(weight.scale * grid.scale, bias.values.shape).astype(np.float64)
+            writer.graph.initializer.append(tensor_proto(np.rint(bias.values / steps).astype(np.int32), stored))
+            axis = {} if weight.axis is None else {"axis": 0}
+            nodes[bias.node.output] = [
+                helper.make_node("Mul", [node_of[bias.node.weight].input[1], key[2]], [scale]),
+                helper.make_node("DequantizeLinear", [stored, scale], [made[key]], **axis),
+            ]
+        node_of[bias.node.output].input[2] = made[key]
+    return nodes
+
+
+def _write_pairs(
+    writer: _Writer,
+    plan: IntegerPlan,
+    codes: Mapping[str, str],
+    grids: Mapping[str, ActivationGrid],
+    before: Mapping[str, list[onnx.NodeProto]],
+) -> None:
+    """Rename the results of integer nodes, and put QuantizeLinear and DequantizeLinear right behind what they read."""
+    graph = writer.graph
+    tensor_of = {code: tensor for tensor, code in codes.items()}
+    read = set(reads_in(graph))
+    nodes: list[onnx.NodeProto] = []
+    for item in graph.input:
+        if item.name in plan.source:
+            nodes += _pair(writer, item.name, codes[item.name], writer.dequantized(item.name), grids[item.name])
+    for node in graph.node:
+        nodes += before.get(node.output[0], []) if node.output else []
+        nodes.append(node)
+        for position, output in enumerate(node.output):
+            tensor = tensor_of.get(output, output)
+            grid = grids.get(tensor)
+            if grid is None:
+                continue
+            if output != tensor:  # a move, which gives codes
+                nodes += [_dequantize(writer, output, tensor, grid)] if tensor in read else []
+            elif tensor in plan.floats:
+                nodes += _pair(writer, tensor, codes[tensor], writer.dequantized(tensor), grid)
+            else:
+                node.output[position] = writer.names.take(f"{tensor}.float")
+                nodes += _pair(writer, node.output[position], codes[tensor], tensor, grid, tensor in read)
+    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # their own memory goes with the old list
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
+def _pair(
+    writer: _Writer, tensor: str, codes: str, output: str, grid: ActivationGrid, dequantized: bool = True
+) -> list[onnx.NodeProto]:
+    parameters = [writer.scalar(grid.scale), writer.scalar(grid.zero_point)]
+    quantize = helper.make_node("QuantizeLinear", [tensor, *parameters], [codes])
+    return [quantize, _dequantize(writer, codes, output, grid)] if dequantized else [quantize]
+
+
+def _dequantize(writer: _Writer, codes: str, output: str, grid: ActivationGrid) -> onnx.NodeProto:
+    return helper.make_node("DequantizeLinear", [codes, writer.scalar(grid.scale), writer.scalar(grid.zero_point)], [output])

@@ -1,0 +1,193 @@
+"""Decide which part of a graph runs on 8-bit integers: which activations are quantized, and what each node works on.
+
+    weighted   Conv, Gemm, MatMul with a converted weight      int8 weight, uint8 activation -> QLinearConv, QGemm, QLinearMatMul
+    generic    Add, Mul, Concat, pools, Sigmoid, LeakyRelu     where all that they read is uint8 and their result is wanted so
+    moves      MaxPool, Reshape, Slice, Pad, ...               on the codes themselves: values only change places
+
+A Relu, or a Clip from 0, behind the first two needs no node of its own: codes start at 0 (the zero point is the type's minimum).
+Every other node works on floats.  https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.operands import weight_operand
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+GENERIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
+MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "Identity")
+
+
+@dataclass(frozen=True)
+class WeightedNode:
+    """A node that multiplies with an int8 weight.
+
+    output: its first output.  weight: name of the stored tensor.  x: activation it reads.  bias: tensor it adds, "" for none.
+    """
+
+    output: str
+    weight: str
+    x: str
+    bias: str
+
+
+@dataclass
+class IntegerPlan:
+    """weighted, generic, moves: the nodes on integers; the last two by their first output.
+
+    source: quantized tensor -> the tensor whose range it has (itself, or that from which moves carry it).
+    floats: quantized tensors that a float node computes (or the caller gives), so that float readers keep the float.
+    why_not: converted weight that stays float -> reason (a sentence without its subject).
+    """
+
+    weighted: list[WeightedNode] = field(default_factory=list)
+    generic: list[str] = field(default_factory=list)
+    moves: list[str] = field(default_factory=list)
+    source: dict[str, str] = field(default_factory=dict)
+    floats: set[str] = field(default_factory=set)
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, list[WeightedNode]]:
+        """Integer weight -> the nodes that read it."""
+        found: dict[str, list[WeightedNode]] = {}
+        for node in self.weighted:
+            found.setdefault(node.weight, []).append(node)
+        return found
+
+
+def plan_integers(model: onnx.ModelProto, weights: Collection[str]) -> IntegerPlan:
+    """weights: the stored tensors that are converted.  Raises ModelError when the graph cannot be followed."""
+    graph = import_graph(model)
+    plan = IntegerPlan()
+    outputs = {id(tensor) for tensor in graph.outputs}
+    weighted = _weighted_nodes(graph, weights, plan.why_not)
+    results = _Results(outputs)
+    able = _able(graph, weighted, results)
+    wanted = _wanted(graph, weighted, able, results)
+    for node in graph.nodes:
+        if id(node) in weighted:
+            plan.weighted.append(weighted[id(node)])
+            _carry(plan, node.inputs[0])
+        elif id(node) in able and id(results.of(node)) in wanted:
+            (plan.moves if node.op in MOVES else plan.generic).append(node.outputs[0].name)
+        else:
+            continue
+        result = results.of(node)
+        if node.op in MOVES:
+            plan.source[result.name] = plan.source[node.inputs[0].name]
+        elif id(result) in wanted:
+            plan.source[result.name] = result.name
+    return plan
+
+
+def _carry(plan: IntegerPlan, tensor: gs.Tensor) -> None:
+    """The input of a weighted node is quantized even where a float node computes it."""
+    if tensor.name not in plan.source:
+        plan.source[tensor.name] = tensor.name
+        plan.floats.add(tensor.name)
+
+
+class _Results:
+    """The tensor that a node's result is read from: behind a Relu or a Clip from 0 that is its only reader."""
+
+    def __init__(self, outputs: set[int]) -> None:
+        self._outputs = outputs
+
+    def of(self, node: gs.Node) -> gs.Tensor:
+        result = node.outputs[0]
+        if node.op in MOVES or len(result.outputs) != 1 or id(result) in self._outputs:
+            return result
+        return result.outputs[0].outputs[0] if _rectifies(result.outputs[0]) else result
+
+
+def _rectifies(node: gs.Node) -> bool:
+    if node.op == "Relu" and is_standard(node):
+        return True
+    if node.op != "Clip" or not is_standard(node):
+        return False
+    low = find_root(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else None
+    return low is not None and bool(np.all(low.load() == 0))
+
+
+def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
+    """By id of the node.  A weight counts only if everything that reads it can work on integers."""
+    found: dict[int, WeightedNode] = {}
+    for node in graph.nodes:
+        for operand, tensor in enumerate(node.inputs):
+            root = find_root(tensor)
+            if root is None or root.name not in weights:
+                continue
+            reason = _why_not_weighted(node, operand)
+            if reason is None:
+                bias = node.inputs[2].name if len(node.inputs) > 2 else ""
+                found[id(node)] = WeightedNode(node.outputs[0].name, root.name, node.inputs[0].name, bias)
+            elif node.op not in ("Cast", "Identity"):  # on the way to the reader proper
+                why_not.setdefault(root.name, reason)
+    return {key: node for key, node in found.items() if node.weight not in why_not}
+
+
+def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
+    if node.op not in WEIGHTED or not is_standard(node):
+        return f"is read by {node.op}, which ONNX Runtime has no integer kernel for"
+    if weight_operand(node) != operand or operand != 1:
+        return f"is not the second operand of {node.op}"
+    if node.op == "Gemm" and (node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("transA", 0)):
+        return "is read by a Gemm with alpha or transA"
+    if node.op == "Conv" and len(node.inputs[1].shape or ()) not in (3, 4, 5):
+        return "is read by a Conv of unusual rank"
+    has_bias = len(node.inputs) > 2 and node.inputs[2].name
+    if has_bias and (node.op == "Gemm" and node.attrs.get("beta", 1.0) != 1.0):
+        return "is read by a Gemm with beta"
+    if has_bias and not _is_vector(node.inputs[2]):
+        return "is added to a bias that is no constant vector"
+    return None
+
+
+def _is_vector(tensor: gs.Tensor) -> bool:
+    root = find_root(tensor)
+    return root is not None and root.dtype == onnx.TensorProto.FLOAT and len(root.tensor.shape) == 1
+
+
+def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results) -> set[int]:
+    """ids of nodes whose result can be integers, and of those results."""
+    able: set[int] = set()
+    for node in graph.nodes:
+        if id(node) in weighted or (is_standard(node) and _follows(node, able)):
+            able.update((id(node), id(results.of(node))))
+    return able
+
+
+def _follows(node: gs.Node, able: set[int]) -> bool:
+    """Whether a node without weight can work on what its inputs are."""
+    if node.op in GENERIC:
+        return all(id(tensor) in able for tensor in node.inputs)
+    if node.op not in MOVES or not node.inputs or id(node.inputs[0]) not in able or len(node.outputs) != 1:
+        return False
+    return node.op != "Pad" or _pads_with_zero(node)
+
+
+def _pads_with_zero(node: gs.Node) -> bool:
+    value = find_root(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else None
+    given = len(node.inputs) > 2 and node.inputs[2].name != ""
+    return node.attrs.get("mode", "constant") != "constant" or not given or (value is not None and not np.any(value.load()))
+
+
+def _wanted(graph: gs.Graph, weighted: dict[int, WeightedNode], able: set[int], results: _Results) -> set[int]:
+    """ids of the tensors that are to be integers: read by a weighted node, or by one whose own result is wanted."""
+    wanted: set[int] = set()
+    for node in reversed(graph.nodes):
+        if id(node) in weighted:
+            wanted.add(id(node.inputs[0]))
+            if node.op == "Conv":  # QLinearConv has no float output
+                wanted.add(id(results.of(node)))
+        elif id(node) in able and id(results.of(node)) in wanted:
+            wanted.update(id(tensor) for tensor in (node.inputs[:1] if node.op in MOVES else node.inputs))
+    return wanted

@@ -1,0 +1,123 @@
+"""Ranges of activations: a histogram that grows as values stream in, and the 8-bit grid chosen from it.
+
+    x_hat = scale * (q - zero_point),   q = clip(rint(x / scale) + zero_point, 0, 255)
+
+over [alpha * min, alpha * max] as for weights.  Zero is exact at every alpha, so zeros are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.config import ActivationRange
+from requant_onnx.numerics.compiled import compiled
+from requant_onnx.numerics.levels import level_table
+from requant_onnx.numerics.ranges import row_ranges
+from requant_onnx.numerics.search import search_alpha
+
+HALF = 1 << 13  # bins to either side of zero
+BITS = 8
+PERCENTILE = 99.99  # of all values, zeros included
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """scale: float32, positive; zero_point: uint8.  Codes 0 .. 255."""
+
+    scale: np.float32
+    zero_point: np.uint8
+
+    @property
+    def low(self) -> float:
+        """The least value."""
+        return -float(self.scale) * int(self.zero_point)
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return float(self.scale) * (255 - int(self.zero_point))
+
+
+@dataclass
+class Histogram:
+    """Counts of the values seen, in bins of one width; where a value lies beyond, pairs of bins are joined until it does not.
+
+    counts: (2 * HALF,) of the bins [k * width, (k + 1) * width), k = -HALF .. HALF - 1, without zeros.
+    """
+
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * HALF, np.int64))
+    width: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    seen: int = 0
+
+    def add(self, x: npt.NDArray[np.float32]) -> None:
+        """Count all values of an array of any shape; they must be finite.
+
+        >>> h = Histogram()
+        >>> h.add(np.array([0.0, 1.0, -3.0], np.float32))
+        >>> h.low, h.high, int(h.counts.sum()), h.seen
+        (-3.0, 1.0, 2, 3)
+        """
+        x = np.ravel(x)
+        if x.size == 0:
+            return
+        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+        self.seen += x.size
+        largest = max(-self.low, self.high)
+        if largest == 0.0:
+            return
+        if self.width == 0.0:
+            self.width = 2.0 ** np.ceil(np.log2(largest / HALF))
+        while largest >= self.width * HALF:
+            self.counts = _joined(self.counts)
+            self.width *= 2
+        _count(x, 1.0 / self.width, self.counts)
+
+    def centres(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Middle and count of every bin that is not empty, ascending."""
+        (filled,) = np.nonzero(self.counts)
+        middles = np.clip((filled - HALF + 0.5) * self.width, self.low, self.high)
+        return middles.astype(np.float32), self.counts[filled].astype(np.float32)
+
+
+def activation_grid(histogram: Histogram, method: ActivationRange) -> ActivationGrid:
+    """The grid of least error for the values counted, or the one asked for; of scale 1 when all were zero."""
+    low, high = histogram.low, histogram.high
+    if method is ActivationRange.PERCENTILE:
+        low, high = _percentile(histogram)
+    ranges = row_ranges(np.array([low]), np.array([high]), BITS, 1.0)
+    alpha = 1.0
+    if method is ActivationRange.MSE:
+        middles, counts = histogram.centres()
+        alpha = float(search_alpha(middles[None], ranges, level_table(BITS, 1.0), counts[None])[0])
+    scale = np.float32(alpha * ranges.step[0])
+    return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), np.uint8(ranges.zero_point[0]))
+
+
+def _percentile(histogram: Histogram) -> tuple[float, float]:
+    """The bounds that leave (100 - PERCENTILE) per cent of the values outside, on either side."""
+    middles, counts = histogram.centres()
+    if not middles.size:
+        return 0.0, 0.0
+    outside = histogram.seen * (1 - PERCENTILE / 100)
+    below, above = np.cumsum(counts, dtype=np.float64), np.cumsum(counts[::-1], dtype=np.float64)[::-1]
+    low, high = middles[np.argmax(below > outside)], middles[len(middles) - 1 - np.argmax(above[::-1] > outside)]
+    return min(0.0, float(low)), max(0.0, float(high))
+
+
+def _joined(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bins of twice the width: k // 2, so that zero stays an edge."""
+    joined = np.zeros_like(counts)
+    joined[HALF // 2 : HALF // 2 + HALF] = counts.reshape(-1, 2).sum(1)
+    return joined
+
+
+@compiled
+def _count(x: npt.NDArray[np.float32], inverse_width: float, counts: npt.NDArray[np.int64]) -> None:
+    for value in x:
+        if value != 0.0:
+            counts[min(max(int(np.floor(value * inverse_width)) + HALF, 0), 2 * HALF - 1)] += 1
