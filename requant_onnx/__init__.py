@@ -1,21 +1,40 @@
 """requant_onnx: low-bit weights for exported ONNX CNNs, without retraining (REQuant, arXiv 2510.04044)."""
 
-from requant_onnx.config import EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Space, Transform, Version
+from requant_onnx.calibrate import Calibration
+from requant_onnx.config import (
+    ActivationRange,
+    EdgeLayers,
+    Form,
+    Granularity,
+    Int8Levels,
+    QuantConfig,
+    RangeMode,
+    Space,
+    Transform,
+    Version,
+)
 from requant_onnx.convert import inspect_model, quantize_model
 from requant_onnx.data import ImageSet, Normalisation, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
+from requant_onnx.explain import Explanation, explain
 from requant_onnx.graph.save import save_model
-from requant_onnx.report import InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.report import ActivationReport, InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.runtime import load_session
 from requant_onnx.validate import validate
 
 __all__ = [
+    "ActivationRange",
+    "ActivationReport",
+    "Calibration",
     "ConfigError",
     "DataError",
     "EdgeLayers",
+    "Explanation",
     "Form",
     "Granularity",
     "ImageSet",
     "InspectReport",
+    "Int8Levels",
     "ModelError",
     "Normalisation",
     "OutputError",
@@ -28,8 +47,10 @@ __all__ = [
     "ValidationReport",
     "Version",
     "WeightReport",
+    "explain",
     "inspect_model",
     "load_images",
+    "load_session",
     "quantize_model",
     "save_model",
     "validate",

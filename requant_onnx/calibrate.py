@@ -19,6 +19,7 @@ BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
 DEFAULT_COUNT = 256
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
+NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "Calibration")
 Watch = Callable[[int, int], None]
 
 
@@ -27,13 +28,19 @@ class Calibration:
     """What the activations are watched on: the first `count` images, or as many images of noise where there are none.
 
     normalisation: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
-    seed: of the noise.
+    seed, size: of the noise; size (height, width) is needed where the model leaves it free.
     """
 
     images: ImageSet | None = None
     normalisation: Normalisation | None = None
     count: int = DEFAULT_COUNT
     seed: int = 0
+    size: tuple[int, int] | None = None
+
+    @property
+    def headroom(self) -> float:
+        """Factor on the ranges seen."""
+        return NOISE_HEADROOM if self.images is None else 1.0
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -81,9 +88,11 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     if calibration.images is not None:
         require_image(classifier, calibration.images.x.shape[1:])
         return calibration.images.first(calibration.count)
-    image = classifier.image_shape
+    image = classifier.image_shape(calibration.size)
     if image is None:
-        raise DataError("the model leaves the size of its images free, so noise has no size; give calibration images")
+        raise DataError(
+            "the model leaves the size of its images free; give noise of a size, for instance --calibrate noise:224x224, or images"
+        )
     return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
 
 

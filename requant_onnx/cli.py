@@ -1,4 +1,4 @@
-"""The command line: requant convert | validate | inspect.  Text becomes values here; everything else is in the library."""
+"""The command line: requant convert | validate | inspect | explain.  Text becomes values; the work is in the library."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from requant_onnx import convert, execute, tables
 from requant_onnx.data import load_images
 from requant_onnx.errors import OutputError, RequantError
+from requant_onnx.explain import explain
 from requant_onnx.graph.load import file_bytes
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.options import calibration_of, config_of, limit_of, normalisation_of, parser_of
@@ -27,7 +28,7 @@ from requant_onnx.validate import validate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0, or 2 after an error that it has printed; 130 after Ctrl-C."""
-    parser = parser_of(convert=_convert, validate=_validate, inspect=_inspect)
+    parser = parser_of(convert=_convert, validate=_validate, inspect=_inspect, explain=_explain)
     args = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of weights that the terminal cannot show
@@ -84,6 +85,13 @@ def _inspect(args: argparse.Namespace) -> None:
     report = convert.inspect_model(args.model)
     _write_json(args.json, {**report.to_dict(), "model": str(args.model)})
     tables.print_inspection(_console(), report)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    _check_json(args.json, args.model)
+    explanation = explain(args.model)
+    _write_json(args.json, {**explanation.to_dict(), "model": str(args.model)})
+    tables.print_explanation(_console(), explanation)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:

@@ -17,6 +17,7 @@ from requant_onnx.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
 OLDEST_ORT = (1, 20)
+METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conversion's settings
 NARROW_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
@@ -146,7 +147,7 @@ class QuantConfig:
     rounding: Space = Space.WEIGHT
     form: Form = Form.QDQ
     min_ort: Version = Version(1, 20)
-    activation_range: ActivationRange = ActivationRange.MSE
+    activation_range: ActivationRange = ActivationRange.MIN_MAX
     int8_levels: Int8Levels = Int8Levels.SAFE
 
     def __post_init__(self) -> None:
@@ -170,7 +171,8 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, int | str]:
         """The settings in the words of the command line."""
-        fields = {name: getattr(self, name) for name in asdict(self)}
+        int8_only = () if self.form is Form.INT8 else ("activation_range", "int8_levels")
+        fields = {name: getattr(self, name) for name in asdict(self) if name not in int8_only}
         return {name: value.value if isinstance(value, Enum) else _plain(value) for name, value in fields.items()}
 
 

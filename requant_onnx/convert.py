@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -12,23 +12,24 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.calibrate import Calibration, watch_activations
-from requant_onnx.config import NARROW_ORT, Form, Granularity, QuantConfig
-from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, Granularity, QuantConfig
+from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress, Result, quantize_all
+from requant_onnx.explain import check_promises
 from requant_onnx.graph.activations import Bias, biases_of, min_scales, quantize_activations
 from requant_onnx.graph.decode import Constants, Decode
-from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights, required_opset
+from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.integer import IntegerPlan, plan_integers
-from requant_onnx.graph.load import ModelLike, load_model, opset_of
+from requant_onnx.graph.load import MAX_BYTES, ModelLike, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
+from requant_onnx.graph.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, View, find_weights
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
-from requant_onnx.plan import kept_in_float, plan_conversion
+from requant_onnx.plan import kept_in_float, opset_for, plan_conversion
 from requant_onnx.report import ActivationReport, InspectedWeight, InspectReport, QuantReport, WeightReport
-
-METADATA_KEY = "requant_onnx"
+from requant_onnx.runtime import loads
 
 
 def quantize_model(
@@ -43,8 +44,9 @@ def quantize_model(
 
     calibration: for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
     `report.converted` is empty.
-    Raises ModelError when the model cannot be loaded, or holds NaN or infinite weights, ConfigError when threads is below 1 or
-    the int8 form has no calibration, DataError when the calibration images do not fit the model.
+    Raises ModelError when the model cannot be loaded, holds NaN or infinite weights, or ONNX Runtime does not do with a weight what
+    the form promises; ConfigError when threads is below 1 or the int8 form has no calibration; DataError when the calibration
+    images do not fit the model.
     """
     config = config or QuantConfig()
     _check(config, calibration, threads)
@@ -53,9 +55,10 @@ def quantize_model(
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone, ())
     narrow = (config.min_ort.major, config.min_ort.minor) > NARROW_ORT
-    opset = required_opset(config.form, config.bits, config.transform.exponent, narrow)
-    raised, folded = normalise(loaded, opset)
+    raised, folded = normalise(loaded, opset_for(config, narrow))
     view = find_weights(raised)
+    if config.form is Form.QDQ and transpose_gemm(raised, {w.name for w in view.weights if not kept_in_float(w, config)}):
+        view = find_weights(raised)
     integers = _Integers() if calibration is None else _watch(raised, view, config, calibration, progress)
     plan = plan_conversion(view, config, integers.plan.weights)
     results = list(quantize_all(plan.planned, integers.floors, progress, threads))
@@ -71,7 +74,7 @@ def quantize_model(
     quantized = {result.planned.weight.name: result.quantized for result in results}
     quantize_activations(raised, integers.plan, integers.grids, integers.biases, quantized)
     set_metadata(raised, METADATA_KEY, _provenance(config))
-    return raised, report
+    return raised, replace(report, notes=_check_promises(model, raised, converted))
 
 
 def inspect_model(model: ModelLike) -> InspectReport:
@@ -117,7 +120,7 @@ def _watch(
         return _Integers(plan)
     report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
     histograms = watch_activations(model, sorted(set(plan.source.values())), calibration, report)
-    own = {name: activation_grid(histogram, config.activation_range) for name, histogram in histograms.items()}
+    own = {name: activation_grid(h, config.activation_range, calibration.headroom) for name, h in histograms.items()}
     grids = {tensor: own[source] for tensor, source in plan.source.items()}
     biases = biases_of(model, plan)
     return _Integers(plan, grids, biases, min_scales(biases, grids, per_channel=config.granularity is Granularity.PER_CHANNEL))
@@ -126,6 +129,22 @@ def _watch(
 def _activation_report(tensor: str, integers: _Integers) -> ActivationReport:
     grid = integers.grids[tensor]
     return ActivationReport(tensor, (grid.low, grid.high), float(grid.scale), int(grid.zero_point))
+
+
+def _check_promises(source: ModelLike, model: onnx.ModelProto, converted: tuple[WeightReport, ...]) -> tuple[str, ...]:
+    """Hold ONNX Runtime to what the forms promise; a note where it loads not even the input."""
+    promised = {weight.name: Form(weight.form) for weight in converted if weight.form != Form.QDQ.value}
+    if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
+        return ()
+    if model.ByteSize() > MAX_BYTES:
+        return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",)
+    try:
+        check_promises(model, promised)
+    except LoadError as error:
+        if loads(load_model(source)):
+            raise
+        return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",)
+    return ()
 
 
 def _require_finite(results: list[Result]) -> None:

@@ -3,6 +3,7 @@
 RequantError (exit code 2 on the command line)
 ├── ConfigError   an option value that makes no sense
 ├── ModelError    the model file: missing, not ONNX, invalid, unsupported
+│   └── LoadError     ONNX Runtime does not take the model
 ├── DataError     the images: missing, wrong shape, empty
 └── OutputError   the output path: same as the input, exists, not writable
 
@@ -20,6 +21,10 @@ class ConfigError(RequantError, ValueError):
 
 class ModelError(RequantError, ValueError):
     """The model cannot be read, or holds something that cannot be converted."""
+
+
+class LoadError(ModelError):
+    """ONNX Runtime does not take the model."""
 
 
 class DataError(RequantError, ValueError):

@@ -45,10 +45,14 @@ EPILOGS = {
 pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
     "inspect": """example:
   requant inspect net.onnx --json net.json""",
+    "explain": """example:
+  requant explain net4.onnx
+each weight is one of: float (stored so), folded at load (decoded once, float speed), decoded every run (slow), fused (an
+integer kernel reads its codes)""",
 }
 
 
-def parser_of(convert: Command, validate: Command, inspect: Command) -> argparse.ArgumentParser:
+def parser_of(convert: Command, validate: Command, inspect: Command, explain: Command) -> argparse.ArgumentParser:
     """The parser; `args.run` is the function of the command given."""
     parser = _command(
         argparse.ArgumentParser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining."
@@ -57,7 +61,8 @@ def parser_of(convert: Command, validate: Command, inspect: Command) -> argparse
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(convert, _command(commands.add_parser, "convert", help="write a model with quantized weights"))
     _add_validate(validate, _command(commands.add_parser, "validate", help="compare two models on images"))
-    _add_inspect(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
+    _add_model(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
+    _add_model(explain, _command(commands.add_parser, "explain", help="say what ONNX Runtime does with each weight of a model"))
     return parser
 
 
@@ -87,7 +92,8 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="SPEC",
-        help="for --form int8: cifar10:DIR, cifar100:DIR (train split), FILE.npz (x), or noise, which needs no data",
+        help="for --form int8: cifar10:DIR, cifar100:DIR (train split), FILE.npz (x), or noise, which needs no data "
+        "(noise:HxW where the model leaves the size free)",
     )
     parser.add_argument("--calibrate-limit", metavar="N", help=f"only the first N images (default: {DEFAULT_COUNT})")
     parser.add_argument(
@@ -123,7 +129,7 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_inspect(run: Command, parser: argparse.ArgumentParser) -> None:
+def _add_model(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.onnx", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
     parser.set_defaults(run=run)
@@ -170,8 +176,8 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
                 raise ConfigError(f"--{option.replace('_', '-')} belongs to --calibrate; give that too, or drop it")
         return None
     count = DEFAULT_COUNT if args.calibrate_limit is None else _whole(args.calibrate_limit, "--calibrate-limit")
-    if args.calibrate == "noise":
-        return Calibration(None, normalisation_of(args, "noise", None), count)
+    if args.calibrate == "noise" or args.calibrate.startswith("noise:"):
+        return Calibration(None, normalisation_of(args, "noise", None), count, size=_size(args.calibrate[6:]))
     images = load_images(args.calibrate, split="train").first(count)
     return Calibration(images, normalisation_of(args, args.calibrate, images), count)
 
@@ -192,6 +198,15 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{option} '{text}' is not a list of numbers; write it as R,G,B, for instance 0.5,0.5,0.5") from None
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    height, _, width = text.partition("x")
+    if not text:
+        return None
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ConfigError(f"--calibrate 'noise:{text}' is not a size; write it as noise:224x224, height first")
+    return int(height), int(width)
 
 
 def _whole(text: str, option: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from requant_onnx.config import EdgeLayers, Form, Granularity, Int8Levels, QuantConfig, RangeMode, Space
+from requant_onnx.graph.forms import required_opset
 from requant_onnx.graph.weights import LeftAlone, View, Weight
 from requant_onnx.numerics.quantize import Grid
 
@@ -44,6 +45,14 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
     return Plan(tuple(planned), tuple(left))
 
 
+def opset_for(config: QuantConfig, narrow: bool) -> int:
+    """The opset that the decodes of such a conversion need.  narrow: see graph.forms.Target."""
+    inner, edge = _bits(config, False), _bits(config, True)
+    return max(
+        required_opset(config.form, inner, config.transform.exponent, narrow), required_opset(config.form, edge, 1.0, narrow)
+    )
+
+
 def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
     """Whether the settings exempt this weight."""
     return weight.is_edge and config.edge_layers is EdgeLayers.FLOAT
@@ -52,18 +61,20 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
 def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeight:
     """Edge layers are never transformed (REQuant, arXiv 2510.04044)."""
     form = config.form if config.form is not Form.INT8 or integer else Form.FOLDED
-    at_8_bits = weight.is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT
-    bits = EDGE_BITS if at_8_bits else config.bits
-    limit = int(config.int8_levels.value) if form is Form.INT8 else None
-    safe = limit is not None and config.int8_levels is Int8Levels.SAFE
     grid = Grid(
-        bits=min(bits, SAFE_BITS) if safe else bits,
+        bits=_bits(config, weight.is_edge),
         exponent=1.0 if weight.is_edge else config.transform.exponent,
         axis=weight.channel_axis if config.granularity is Granularity.PER_CHANNEL else None,
         search=config.range_mode is RangeMode.SEARCH,
         objective_in_weights=config.objective is Space.WEIGHT,
         round_in_weights=config.rounding is Space.WEIGHT,
-        limit=limit,
+        limit=int(config.int8_levels.value) if form is Form.INT8 else None,
         half_scales=form is not Form.QDQ,
     )
     return PlannedWeight(weight, grid, form)
+
+
+def _bits(config: QuantConfig, is_edge: bool) -> int:
+    bits = EDGE_BITS if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT else config.bits
+    safe = config.form is Form.INT8 and config.int8_levels is Int8Levels.SAFE
+    return min(bits, SAFE_BITS) if safe else bits

@@ -54,6 +54,7 @@ class QuantReport:
     converted: tuple[WeightReport, ...]
     left_alone: tuple[LeftAlone, ...]
     activations: tuple[ActivationReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:

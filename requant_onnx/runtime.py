@@ -1,18 +1,21 @@
-"""One ONNX Runtime session for an image classifier: what it takes, what it gives, and clear refusals of anything else."""
+"""ONNX Runtime sessions: of an image classifier, with clear refusals of anything else; of a converted file; optimised graphs."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from requant_onnx.errors import DataError, ModelError
-from requant_onnx.graph.load import first_line
+from requant_onnx.config import METADATA_KEY, Form, Int8Levels
+from requant_onnx.errors import DataError, LoadError, ModelError
+from requant_onnx.graph.load import first_line, load_skeleton
 
 FloatArray = npt.NDArray[np.float32]
 INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -66,13 +69,12 @@ class Classifier:
         except Exception as error:  # onnxruntime raises many types of its own
             raise ModelError(f"{self.name} fails in ONNX Runtime on {len(feed[self.input])} images ({first_line(error)})") from None
 
-    @property
-    def image_shape(self) -> tuple[int, int, int] | None:
-        """(c, h, w) of the images it takes, None where a size is free; 1 or 3 as the last dimension is taken for channels."""
-        if any(n is None for n in self.shape[1:]):
-            return None
-        first, second, third = (int(n or 0) for n in self.shape[1:])
-        return (third, first, second) if third in (1, 3) and first not in (1, 3) else (first, second, third)
+    def image_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int] | None:
+        """(c, h, w) of the images it takes, None where it leaves one free.  size: (h, w) to take where they are free."""
+        last = self.shape[3] in (1, 3) and self.shape[1] not in (1, 3)
+        channels, *sizes = (self.shape[3], *self.shape[1:3]) if last else self.shape[1:]
+        height, width = (own or (size and size[k]) for k, own in enumerate(sizes))
+        return (channels, height, width) if channels and height and width else None
 
     def accepts(self, image: tuple[int, ...]) -> bool:
         """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""
@@ -91,14 +93,9 @@ def open_classifier(model: onnx.ModelProto | str | os.PathLike[str], name: str) 
 
     Raises ModelError when it does not load, or has another number of inputs than one, or an input that is no image.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings of the optimiser are not for users
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-    try:
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises many types of its own
-        raise ModelError(f"{name} does not load in ONNX Runtime {onnxruntime.__version__} ({first_line(error)})") from None
+    session = _open(source, name, quiet_options())
     inputs = session.get_inputs()
     if len(inputs) != 1:
         listed = ", ".join(f"'{item.name}'" for item in inputs)
@@ -110,6 +107,67 @@ def open_classifier(model: onnx.ModelProto | str | os.PathLike[str], name: str) 
             "and validation takes float images of 4 dimensions"
         )
     return Classifier(name, session, inputs[0].name, INPUT_TYPES[inputs[0].type], shape, size)
+
+
+def quiet_options() -> onnxruntime.SessionOptions:
+    """Default options, but without warnings: those of the optimiser are not for users."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def optimised_graph(model: onnx.ModelProto, name: str, folder: Path) -> tuple[str, onnx.ModelProto]:
+    """ONNX Runtime's version, and the model as it has optimised it with default options.  folder: for a temporary file.
+
+    Raises ModelError when the model does not load.
+    """
+    options = quiet_options()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+    _open(model.SerializeToString(), name, options)
+    return onnxruntime.__version__, onnx.load(folder / "optimised.onnx", load_external_data=False)
+
+
+def load_session(path: str | os.PathLike[str], options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+    """An InferenceSession of ONNX Runtime's CPU provider with the options that suit the form of a converted file.
+
+    qdq: decode at load (`session.disable_quant_qdq`), for float speed.  int8 with levels up to 127: sums that cannot saturate on
+    CPUs without VNNI (`session.x64quantprecision`).  Any other file: default options.  options: to start from.
+    Raises ModelError when the file does not load.
+    """
+    options = options or quiet_options()
+    settings = _settings(load_skeleton(path))
+    if settings.get("form") == Form.QDQ.value:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if settings.get("form") == Form.INT8.value and settings.get("int8_levels") == Int8Levels.FULL.value:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return _open(str(path), f"'{path}'", options)
+
+
+def _settings(model: onnx.ModelProto) -> dict[str, object]:
+    """The settings that a file was converted with, {} when it was not."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), "{}")
+    try:
+        settings = json.loads(text)
+    except ValueError:  # somebody else's entry
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _open(source: bytes | str, name: str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types of its own
+        raise LoadError(f"{name} does not load in ONNX Runtime {onnxruntime.__version__} ({first_line(error)})") from None
+
+
+def loads(model: onnx.ModelProto) -> bool:
+    """Whether ONNX Runtime takes the model at all: it may lack operators of other domains."""
+    try:
+        _open(model.SerializeToString(), "the model", quiet_options())
+    except LoadError:
+        return False
+    return True
 
 
 def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:

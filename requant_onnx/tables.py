@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from requant_onnx.config import Form, Transform
+from requant_onnx.explain import Explanation
 from requant_onnx.graph.weights import LeftAlone
 from requant_onnx.report import InspectReport, QuantReport, ValidationReport, WeightReport
 
@@ -23,6 +26,10 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
         console.print(
             "ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed"
         )
+    if report.activations:
+        console.print(f"activations on 8-bit integers: {len(report.activations)}")
+    for note in report.notes:
+        console.print(escape(f"note: {note}"))
     if report.folded_batchnorms:
         console.print(f"BatchNormalization folded into the layer before it: {report.folded_batchnorms}")
     if report.opset[0] != report.opset[1]:
@@ -67,6 +74,21 @@ def print_inspection(console: Console, report: InspectReport) -> None:
         console.print(table)
     print_left_alone(console, report.left_alone)
     console.print(f"weights: {len(report.weights)} can be converted, {sum(w.bytes for w in report.weights):,} bytes")
+
+
+def print_explanation(console: Console, explanation: Explanation) -> None:
+    """What becomes of each weight."""
+    table = _table("weight", "op", "shape", "fate", "kernel", "why not better")
+    for column in table.columns[3:]:
+        column.justify = "left"
+    for weight in explanation.weights:
+        table.add_row(escape(weight.name), weight.op, _shape(weight.shape), weight.fate.value, weight.kernel, weight.why)
+    if explanation.weights:
+        console.print(table)
+    operators = ", ".join(f"{op} {count}" for op, count in explanation.operators.items())
+    console.print(escape(f"ONNX Runtime {explanation.runtime} runs: {operators}"))
+    fates = Counter(weight.fate.value for weight in explanation.weights)
+    console.print("weights: " + (", ".join(f"{count} {fate}" for fate, count in fates.items()) or "none"))
 
 
 def _weight_row(weight: WeightReport) -> tuple[str, ...]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.execute import Progress
 from requant_onnx.data import ImageSet, Normalisation, batches
 from requant_onnx.errors import DataError
+from requant_onnx.execute import Progress
 from requant_onnx.graph.load import ModelLike, load_model
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.report import ValidationReport, sqnr_db

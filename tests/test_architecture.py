@@ -12,9 +12,12 @@ LAYERS = (
     {"errors", "config"},
     {"numerics"},
     {"graph"},
+    {"data", "noise"},
+    {"runtime"},
+    {"calibrate", "explain"},
     {"plan", "report"},
+    {"execute"},
     {"convert"},
-    {"data", "runtime"},
     {"validate", "tables"},
     {"options"},
     {"cli"},
@@ -64,9 +67,10 @@ def test_forbidden_packages() -> None:
 
 def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
-        "ConfigError", "DataError", "EdgeLayers", "Form", "Granularity", "ImageSet", "InspectReport", "ModelError", "Normalisation",
-        "OutputError", "QuantConfig", "QuantReport", "RangeMode", "RequantError", "Space", "Transform", "ValidationReport",
-        "Version", "WeightReport", "inspect_model", "load_images", "quantize_model", "save_model", "validate",
+        "ActivationRange", "ActivationReport", "Calibration", "ConfigError", "DataError", "EdgeLayers", "Explanation", "Form",
+        "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError", "Normalisation", "OutputError", "QuantConfig",
+        "QuantReport", "RangeMode", "RequantError", "Space", "Transform", "ValidationReport", "Version", "WeightReport", "explain",
+        "inspect_model", "load_images", "load_session", "quantize_model", "save_model", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import OWN_MODEL, ROOT, laplace, parse, small_cnn
 
 from requant_onnx.cli import main
-from requant_onnx.convert import METADATA_KEY
+from requant_onnx.config import METADATA_KEY
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import laplace, parse, small_cnn
 from onnxruntime import InferenceSession
 
 from requant_onnx import EdgeLayers, Granularity, QuantConfig, RangeMode, Transform, quantize_model
-from requant_onnx.convert import METADATA_KEY
+from requant_onnx.config import METADATA_KEY
 from requant_onnx.errors import ConfigError
 from requant_onnx.graph.opset import raise_opset
 
@@ -27,7 +27,9 @@ def test_only_weights_change(bits: int, transform: str) -> None:
     converted, report = quantize_model(model, QuantConfig(bits=bits, transform=Transform.parse(transform)))
     onnx.checker.check_model(converted, full_check=True)
     assert [weight.name for weight in report.converted] == ["w1", "w2", "w3", "w4"]
-    assert nodes_of(converted)[-len(model.graph.node) :] == nodes_of(model)  # in their order, behind the decodes
+    kept = nodes_of(converted)[-len(model.graph.node) :]  # in their order, behind the decodes
+    assert kept[:-1] == nodes_of(model)[:-1]
+    assert (converted.graph.node[-1].op_type, converted.graph.node[-1].attribute[0].i) == ("Gemm", 0)  # transB: it was transposed
     assert converted.graph.input == model.graph.input
     assert converted.graph.output == model.graph.output
     assert "b2" in [item.name for item in converted.graph.initializer]
@@ -105,7 +107,7 @@ def test_max_range_takes_alpha_1_and_search_is_never_worse() -> None:
 
 def test_per_channel_scales_lie_on_the_channel_axis() -> None:
     _, report = quantize_model(small_cnn(), QuantConfig(granularity=Granularity.PER_CHANNEL))
-    assert [weight.axis for weight in report.converted] == [0, 0, 0, 0]
+    assert [weight.axis for weight in report.converted] == [0, 0, 0, 1]  # the Gemm is transposed
 
 
 def test_a_weight_that_would_not_shrink_is_left_alone() -> None:

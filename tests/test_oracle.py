@@ -14,6 +14,7 @@ from requant_onnx import Form, Granularity, QuantConfig, Transform, Version, qua
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.load import ModelLike, load_model
+from requant_onnx.graph.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.numerics.quantize import quantize_weight
 from requant_onnx.plan import plan_conversion
@@ -39,6 +40,8 @@ def with_decoded_weights(source: ModelLike, config: QuantConfig, converted: set[
     """The float model, BatchNormalization folded, with w_hat from NumPy in the place of each converted weight."""
     model = load_model(source)
     fold_batchnorm(model)
+    if config.form is Form.QDQ:
+        transpose_gemm(model, {weight.name for weight in find_weights(model).weights})
     for planned in plan_conversion(find_weights(model), config).planned:
         if planned.weight.name in converted:
             w_hat = quantize_weight(planned.weight.load(), planned.grid).dequantize()

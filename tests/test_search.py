@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import OWN_MODEL, laplace
@@ -63,13 +65,28 @@ def test_curve_equals_quantizing_every_weight(bits: int, exponent: float, spaces
 def test_search_is_never_worse_than_the_dense_scan(w: np.ndarray, bits: int, exponent: float, spaces: tuple[bool, bool]) -> None:
     rows, ranges = sorted_rows(w, bits, exponent)
     table = level_table(bits, exponent)
-    options = {"objective_in_weights": spaces[0], "round_in_weights": spaces[1]}
-    alpha = search_alpha(rows, ranges, table, **options)
+    search = partial(search_alpha, objective_in_weights=spaces[0], round_in_weights=spaces[1])
+    curve = partial(error_curve, objective_in_weights=spaces[0], round_in_weights=spaces[1])
+    alpha = search(rows, ranges, table)
     assert ((alpha > 0.0) & (alpha <= 1.0)).all()
-    scan = error_curve(rows, ranges, table, ALPHAS, **options).min(1)
-    found = np.array([error_curve(rows[[r]], _row(ranges, r), table, alpha[[r]], **options)[0, 0] for r in range(len(rows))])
+    scan = curve(rows, ranges, table, ALPHAS).min(1)
+    found = np.array([curve(rows[[r]], _row(ranges, r), table, alpha[[r]])[0, 0] for r in range(len(rows))])
     energy = (transform(rows, exponent) ** 2).mean(1) if not spaces[0] else (rows.astype(np.float64) ** 2).mean(1)
     assert (found <= scan * (1 + SEARCH_TOLERANCE) + 1e-12 * energy).all()  # 1e-12: cancellation where the error is near zero
+
+
+@settings(deadline=None)
+@given(w=rows_strategy, counts=hnp.arrays(np.int64, 40, elements=st.integers(1, 5)), bits=st.integers(2, 8))
+def test_importance_counts_an_element_several_times(w: np.ndarray, counts: np.ndarray, bits: int) -> None:
+    rows, ranges = sorted_rows(w, bits, 1.0)
+    table, importance = level_table(bits, 1.0), np.tile(counts.astype(np.float32), (2, 1))
+    repeated = np.repeat(rows, counts, axis=1)
+    expected = error_curve(repeated, ranges, table, ALPHAS)
+    energy = (repeated.astype(np.float64) ** 2).mean(1, keepdims=True)
+    assert (abs(error_curve(rows, ranges, table, ALPHAS, importance) - expected) <= 1e-12 * energy).all()
+    alpha = search_alpha(rows, ranges, table, importance)
+    found = np.array([error_curve(repeated[[r]], _row(ranges, r), table, alpha[[r]])[0, 0] for r in range(2)])
+    assert (found <= expected.min(1) * (1 + SEARCH_TOLERANCE) + 1e-12 * energy[:, 0]).all()
 
 
 def _row(ranges: RowRanges, r: int) -> RowRanges:

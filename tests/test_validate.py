@@ -10,7 +10,7 @@ import onnx
 import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn, trained_model
 
-from requant_onnx import DataError, ImageSet, ModelError, Normalisation, QuantConfig, load_images, quantize_model, validate
+from requant_onnx import DataError, Form, ImageSet, ModelError, Normalisation, QuantConfig, load_images, quantize_model, validate
 from requant_onnx.errors import ConfigError
 
 SUMS = "{ s = ReduceMean<axes = [2, 3], keepdims = 0>(x) y = Mul(s, w) }"
@@ -111,7 +111,9 @@ def test_a_matmul_with_rounded_activations_is_noted() -> None:
     model = parse(text, w=laplace(192, 40))
     images = ImageSet(np.zeros((1, 3, 8, 8), np.float32), None)
     assert "rounds the activations of w to int8" in validate(model, quantize_model(model)[0], images).notes[0]
-    assert not validate(small_cnn(), quantize_model(small_cnn())[0], images).notes
+    assert "activations of w4 to int8" in validate(small_cnn(), quantize_model(small_cnn())[0], images).notes[0]
+    folded = quantize_model(small_cnn(), QuantConfig(form=Form.FOLDED))[0]
+    assert not validate(small_cnn(), folded, images).notes
 
 
 def test_own_model_reaches_the_accuracy_it_is_published_with(cifar10: Path) -> None:

@@ -70,7 +70,7 @@ def quantize_activations(
     """
     graph = model.graph
     writer = _Writer(graph, FreshNames(model), {})
-    codes = {tensor: writer.names.take(f"{tensor}.codes") for tensor in plan.source}
+    codes = {tensor: writer.names.take(f"int8.{k}") for k, tensor in enumerate(plan.source)}
     node_of = {node.output[0]: node for node in graph.node if node.output}
     before = _write_biases(writer, biases, grids, weights)
     for weighted in plan.weighted:
@@ -94,7 +94,7 @@ class _Writer:
         """A scalar initializer."""
         key = (str(value.dtype), value.tobytes())
         if key not in self.stored:
-            self.stored[key] = self.names.take(f"activation.c{len(self.stored)}")
+            self.stored[key] = self.names.take(f"int8.c{len(self.stored)}")
             self.graph.initializer.append(tensor_proto(np.asarray(value), self.stored[key]))
         return self.stored[key]
 
@@ -102,7 +102,7 @@ class _Writer:
         """The name of a tensor after its codes, for one whose float stays."""
         key = ("dequantized", tensor.encode())
         if key not in self.stored:
-            self.stored[key] = self.names.take(f"{tensor}.dequantized")
+            self.stored[key] = self.names.take(f"int8.x{len(self.stored)}")
         return self.stored[key]
 
 
@@ -126,14 +126,13 @@ def _write_biases(
         grid, weight = grids[bias.node.x], weights[bias.node.weight]
         key = (bias.node.bias, bias.node.weight, writer.scalar(grid.scale))
         if key not in made:
-            made[key] = writer.names.take(f"{bias.node.bias}.int32")
+            made[key] = writer.names.take(f"int8.b{len(made)}")
             stored, scale = (writer.names.take(f"{made[key]}.{part}") for part in ("codes", "scale"))
             steps = np.broadcast_to(weight.scale * grid.scale, bias.values.shape).astype(np.float64)
             writer.graph.initializer.append(tensor_proto(np.rint(bias.values / steps).astype(np.int32), stored))
-            axis = {} if weight.axis is None else {"axis": 0}
             nodes[bias.node.output] = [
                 helper.make_node("Mul", [node_of[bias.node.weight].input[1], key[2]], [scale]),
-                helper.make_node("DequantizeLinear", [stored, scale], [made[key]], **axis),
+                helper.make_node("DequantizeLinear", [stored, scale], [made[key]], axis=0),
             ]
         node_of[bias.node.output].input[2] = made[key]
     return nodes
@@ -167,7 +166,7 @@ def _write_pairs(
             elif tensor in plan.floats:
                 nodes += _pair(writer, tensor, codes[tensor], writer.dequantized(tensor), grid)
             else:
-                node.output[position] = writer.names.take(f"{tensor}.float")
+                node.output[position] = writer.names.take(f"{codes[tensor]}.float")
                 nodes += _pair(writer, node.output[position], codes[tensor], tensor, grid, tensor in read)
     ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # their own memory goes with the old list
     del graph.node[:]

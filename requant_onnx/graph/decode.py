@@ -61,7 +61,7 @@ class Constants:
         """The one initializer with these values."""
         key = (str(values.dtype), values.shape, values.tobytes())
         if key not in self._shared:
-            self._shared[key] = tensor_proto(values, self.names.take(f"decode.c{len(self._shared)}"))
+            self._shared[key] = tensor_proto(values, self.names.take(f"d.c{len(self._shared)}"))
         return self._shared[key]
 
 
@@ -75,7 +75,7 @@ class DecodeWriter:
     used: dict[str, onnx.TensorProto] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._prefix = f"decode.{self.constants.next_decode()}"
+        self._prefix = f"d{self.constants.next_decode()}"
 
     def finish(self) -> Decode:
         """What was written."""
@@ -113,36 +113,51 @@ class DecodeWriter:
             return [tensor]
         names = [output or self._next_name(k) for k, output in enumerate(outputs)]
         inputs = [tensor, self.shared(np.array(sizes, np.int64))]
-        self.nodes.append(helper.make_node("Split", inputs, names, **({"axis": axis} if axis else {})))
+        self.nodes.append(helper.make_node("Split", inputs, names, axis=axis or None))  # None: not written, 0 is the default
         return names
 
     def _next_name(self, piece: int = 0) -> str:
         return self.constants.names.take(f"{self._prefix}.{len(self.nodes)}" + (f".{piece}" if piece else ""))
 
 
-def write_unpack(writer: DecodeWriter, codes: npt.NDArray[np.uint8], bits: int) -> str:
-    """Packed fields -> codes, uint8, in their shape.  codes: what is to be packed."""
-    flat = writer.shared(np.array([-1], np.int64))
+def write_unpack(writer: DecodeWriter, parts: Sequence[npt.NDArray[np.uint8]], bits: int) -> list[str]:
+    """Packed fields -> uint8 tensors in their shapes.  parts: what is to be packed, one behind the other."""
+    flat, size = writer.shared(np.array([-1], np.int64)), sum(part.size for part in parts)
+    shapes = [writer.shared(np.array(part.shape, np.int64)) for part in parts]
     low, joined = 0, ""
-    for packed, width in zip(pack(codes, bits), FIELDS[bits], strict=True):
+    for packed, width in zip(pack(np.concatenate([part.ravel() for part in parts]), bits), FIELDS[bits], strict=True):
         amounts = (8 - width - shifts(width))[:, None]
         left = writer.node("BitShift", writer.own(f"field{width}", packed), writer.shared(amounts), direction="LEFT")
         planes = writer.node("BitShift", left, writer.shared(np.uint8(8 - width)), direction="RIGHT")
-        part = writer.node("Reshape", planes, flat)
-        if codes.size % (8 // width):
-            count = writer.shared(np.array([codes.size], np.int64))
-            part = writer.node("Slice", part, writer.shared(np.array([0], np.int64)), count)
-        part = writer.node("BitShift", part, writer.shared(np.uint8(low)), direction="LEFT") if low else part
-        joined = writer.node("BitwiseOr", joined, part) if joined else part
+        finished = len(parts) == 1 and size % (8 // width) == 0
+        field = writer.node("Reshape", planes, shapes[0] if finished else flat)
+        if size % (8 // width):
+            field = writer.node("Slice", field, writer.shared(np.array([0], np.int64)), writer.shared(np.array([size], np.int64)))
+        if len(parts) == 1 and not finished:
+            field = writer.node("Reshape", field, shapes[0])
+        field = writer.node("BitShift", field, writer.shared(np.uint8(low)), direction="LEFT") if low else field
+        joined = writer.node("BitwiseOr", joined, field) if joined else field
         low += width
-    return writer.node("Reshape", joined, writer.shared(np.array(codes.shape, np.int64)))
+    if len(parts) == 1:
+        return [joined]
+    pieces = writer.split(joined, [part.size for part in parts], 0, [None] * len(parts))
+    return [writer.node("Reshape", piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def write_levels(writer: DecodeWriter, codes: str, q: QuantizedWeight, dtype: type[np.number]) -> str:
-    """Codes -> levels of type `dtype`."""
+def packs_zero_point(q: QuantizedWeight) -> bool:
+    """Whether the zero points take less room packed behind the codes than by themselves: nodes to part them are 100 bytes."""
+    return not _is_uniform(q) and q.zero_point.size * (8 - q.table.bits) / 8 > 100
+
+
+def write_levels(writer: DecodeWriter, codes: str, zero_point: str, q: QuantizedWeight, dtype: type[np.number]) -> str:
+    """Codes -> levels of type `dtype`.  zero_point: where it has been unpacked to, "" to store it here."""
     by_table = q.table.limit is not None or q.table.exponent not in (0.5, 1.0)
     wide = np.int32 if by_table else dtype
-    k = writer.node("Sub", writer.node("Cast", codes, to=onnx_type(wide)), _write_zero_point(writer, q, wide))
+    if _is_uniform(q):
+        offset = writer.shared(q.zero_point.flat[0].astype(wide))
+    else:
+        offset = writer.node("Cast", zero_point or writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(wide))
+    k = writer.node("Sub", writer.node("Cast", codes, to=onnx_type(wide)), offset)
     if by_table:
         return writer.node("Gather", writer.shared(_from_the_middle(q.table).astype(dtype)), k)
     return k if q.table.exponent == 1.0 else writer.node("Mul", k, writer.node("Abs", k))
@@ -155,10 +170,8 @@ def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: npt.NDArray[np.
     return writer.own("scale", scale)
 
 
-def _write_zero_point(writer: DecodeWriter, q: QuantizedWeight, dtype: type[np.number]) -> str:
-    if (q.zero_point == q.zero_point.flat[0]).all():
-        return writer.shared(q.zero_point.flat[0].astype(dtype))
-    return writer.node("Cast", writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(dtype))
+def _is_uniform(q: QuantizedWeight) -> bool:
+    return bool((q.zero_point == q.zero_point.flat[0]).all())
 
 
 def _from_the_middle(table: LevelTable) -> npt.NDArray[np.int64]:

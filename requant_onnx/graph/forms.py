@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from requant_onnx.config import Form
-from requant_onnx.graph.decode import Constants, Decode, DecodeWriter, write_levels, write_scale, write_unpack
+from requant_onnx.graph.decode import Constants, Decode, DecodeWriter, packs_zero_point, write_levels, write_scale, write_unpack
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
@@ -102,7 +102,7 @@ def level_type(largest: int, target: Target) -> type[np.signedinteger]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """The weights of a group as one, side by side along the grid's axis; per tensor: along a new first one, if there are several."""
+    """The weights of a group as one, side by side along the grid's axis; several per-tensor ones along a new first axis."""
 
     quantized: QuantizedWeight
     sizes: tuple[int, ...]
@@ -122,18 +122,17 @@ def _stack(group: Sequence[Coded]) -> _Stack:
     first, axis = parts[0], parts[0].axis
     if len(group) == 1:
         return _Stack(first, (1,), False)
-    if axis is None:
-        fields = [[np.asarray(getattr(q, name)) for q in parts] for name in ("codes", "scale", "zero_point", "alpha")]
-        return _Stack(QuantizedWeight(*map(np.stack, fields), axis=0, table=first.table), (1,) * len(group), True)
-    codes = np.concatenate([q.codes for q in parts], axis)
-    vectors = (np.concatenate([getattr(q, name) for q in parts]) for name in ("scale", "zero_point", "alpha"))
-    return _Stack(QuantizedWeight(codes, *vectors, axis=axis, table=first.table), tuple(q.scale.size for q in parts), False)
+    join = np.stack if axis is None else np.concatenate
+    scale, zero_point, alpha = (join([getattr(q, name) for q in parts]) for name in ("scale", "zero_point", "alpha"))
+    codes = np.stack([q.codes for q in parts]) if axis is None else np.concatenate([q.codes for q in parts], axis)
+    stacked = QuantizedWeight(codes, scale, zero_point, alpha, axis or 0, first.table)
+    return _Stack(stacked, tuple(q.scale.size for q in parts), axis is None)
 
 
 def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     q, single = stack.quantized, len(group) == 1
     cast = group[0].emit != onnx.TensorProto.FLOAT
-    levels = write_levels(writer, _write_codes(writer, q, Form.FOLDED, target), q, np.float32)
+    levels = _write_levels(writer, q, Form.FOLDED, target, np.float32)
     scale = write_scale(writer, q, q.broadcast(q.scale))
     weights = writer.node("Mul", levels, scale, output=group[0].name if single and not cast else None)
     if cast:
@@ -144,15 +143,15 @@ def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, t
 def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
     q = stack.quantized
-    codes = _write_codes(writer, q, Form.QDQ, target)
     if q.table.exponent == 1.0:
+        codes = _write_codes(writer, q, Form.QDQ, target)
         bits = q.table.bits if target.stores_natively(Form.QDQ, q.table.bits, 1.0) else 8
         for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
             zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits)
             _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
         return
     dtype = level_type(_largest_level(q), target)
-    levels = write_levels(writer, codes, q, dtype)
+    levels = _write_levels(writer, q, Form.QDQ, target, dtype)
     if dtype is np.int32 and _largest_level(q) <= 127:  # a quarter of the memory, and of what DequantizeLinear reads at every run
         levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
     for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
@@ -163,15 +162,14 @@ def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, tar
     """Levels as int8 behind DequantizeLinear with the zero point 0, as integer kernels want them."""
     q = stack.quantized
     dtype = level_type(127, target)
-    levels = write_levels(writer, _write_codes(writer, q, Form.INT8, target), q, dtype)
+    levels = _write_levels(writer, q, Form.INT8, target, dtype)
     if dtype is not np.int8:
         levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
     scales = writer.split(write_scale(writer, q, q.scale), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
         zeros = writer.shared(np.zeros(weight.quantized.scale.shape, np.int8))
-        if stack.added_axis:
-            scale = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64)))
-        _write_dequantize(writer, weight, piece, scale, zeros)
+        scalar = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64))) if stack.added_axis else scale
+        _write_dequantize(writer, weight, piece, scalar, zeros)
 
 
 def _write_dequantize(writer: DecodeWriter, weight: Coded, *inputs: str) -> None:
@@ -185,7 +183,7 @@ def _write_dequantize(writer: DecodeWriter, weight: Coded, *inputs: str) -> None
 def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequence[str] | None = None) -> list[str]:
     """The stack taken apart into weights of their own shape."""
     q = stack.quantized
-    names = outputs or [None] * len(stack.sizes)
+    names: Sequence[str | None] = outputs or [None] * len(stack.sizes)
     if not stack.added_axis:
         return writer.split(tensor, stack.sizes, q.axis or 0, names)
     shape = writer.shared(np.array(q.codes.shape[1:], np.int64))
@@ -193,10 +191,17 @@ def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequ
     return [writer.node("Reshape", piece, shape, output=name) for piece, name in zip(pieces, names, strict=True)]
 
 
+def _write_levels(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target, dtype: type[np.number]) -> str:
+    if packs_zero_point(q) and not target.stores_natively(form, q.table.bits, q.table.exponent):
+        codes, zero_point = write_unpack(writer, [q.codes, q.broadcast(q.zero_point)], q.table.bits)
+        return write_levels(writer, codes, zero_point, q, dtype)
+    return write_levels(writer, _write_codes(writer, q, form, target), "", q, dtype)
+
+
 def _write_codes(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target) -> str:
     if target.stores_natively(form, q.table.bits, q.table.exponent):
         return writer.own_codes("codes", q.codes, q.table.bits)
-    return write_unpack(writer, q.codes, q.table.bits)
+    return write_unpack(writer, [q.codes], q.table.bits)[0]
 
 
 def _largest_level(q: QuantizedWeight) -> int:

@@ -139,16 +139,11 @@ def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
         return f"is read by {node.op}, which ONNX Runtime has no integer kernel for"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
-    if node.op == "Gemm" and (node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("transA", 0)):
-        return "is read by a Gemm with alpha or transA"
-    if node.op == "Conv" and len(node.inputs[1].shape or ()) not in (3, 4, 5):
-        return "is read by a Conv of unusual rank"
-    has_bias = len(node.inputs) > 2 and node.inputs[2].name
-    if has_bias and (node.op == "Gemm" and node.attrs.get("beta", 1.0) != 1.0):
-        return "is read by a Gemm with beta"
-    if has_bias and not _is_vector(node.inputs[2]):
-        return "is added to a bias that is no constant vector"
-    return None
+    has_bias = len(node.inputs) > 2 and node.inputs[2].name != ""
+    scaled = node.attrs.get("alpha", 1.0) != 1.0 or (has_bias and node.attrs.get("beta", 1.0) != 1.0)
+    if node.op == "Gemm" and (scaled or node.attrs.get("transA", 0)):
+        return "is read by a Gemm with alpha, beta or transA"
+    return "is added to a bias that is no constant vector" if has_bias and not _is_vector(node.inputs[2]) else None
 
 
 def _is_vector(tensor: gs.Tensor) -> bool:

@@ -31,6 +31,11 @@ def load_model(source: ModelLike) -> onnx.ModelProto:
     return model
 
 
+def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
+    """The model of a file without its external data, unchecked.  Raises ModelError when it is missing, damaged or not ONNX."""
+    return _parse(Path(path), external=False)
+
+
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of the standard operator set, 0 when the model imports none."""
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
@@ -50,13 +55,13 @@ def file_bytes(path: Path) -> int:
     return total
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def _parse(path: Path, external: bool = True) -> onnx.ModelProto:
     if path.is_dir():
         raise ModelError(f"'{path}' is a folder; give the .onnx file in it")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
-        return onnx.load(path, format="protobuf")
+        return onnx.load(path, format="protobuf", load_external_data=external)
     except FileNotFoundError as error:
         missing = error.filename or path
         raise ModelError(f"'{missing}' does not exist; give the path of an .onnx file") from None

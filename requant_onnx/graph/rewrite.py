@@ -11,7 +11,7 @@ from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
 def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Sequence[Decode]) -> None:
-    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`; readers keep the name they read."""
+    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader."""
     graph = model.graph
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in names])
     for decode in decodes:

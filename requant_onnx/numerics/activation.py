@@ -84,8 +84,11 @@ class Histogram:
         return middles.astype(np.float32), self.counts[filled].astype(np.float32)
 
 
-def activation_grid(histogram: Histogram, method: ActivationRange) -> ActivationGrid:
-    """The grid of least error for the values counted, or the one asked for; of scale 1 when all were zero."""
+def activation_grid(histogram: Histogram, method: ActivationRange, headroom: float = 1.0) -> ActivationGrid:
+    """The grid for the values counted; of scale 1 when all were zero.
+
+    headroom: factor on the range, for values like those counted, only larger.
+    """
     low, high = histogram.low, histogram.high
     if method is ActivationRange.PERCENTILE:
         low, high = _percentile(histogram)
@@ -94,7 +97,7 @@ def activation_grid(histogram: Histogram, method: ActivationRange) -> Activation
     if method is ActivationRange.MSE:
         middles, counts = histogram.centres()
         alpha = float(search_alpha(middles[None], ranges, level_table(BITS, 1.0), counts[None])[0])
-    scale = np.float32(alpha * ranges.step[0])
+    scale = np.float32(headroom * alpha * ranges.step[0])
     return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), np.uint8(ranges.zero_point[0]))
 
 

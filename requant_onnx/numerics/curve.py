@@ -89,7 +89,7 @@ def error_curve(
     objective_in_weights: bool = True,
     round_in_weights: bool = True,
 ) -> FloatArray:
-    """The exact mean squared error at each alpha.  rows, importance: (rows, n), sorted.  alphas: (points,).  Returns (rows, points)."""
+    """Exact mean squared error at each alpha.  rows, importance: (rows, n), sorted; alphas: (points,).  Returns (rows, points)."""
     curves = curves_of(
         rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
     )

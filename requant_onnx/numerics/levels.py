@@ -58,7 +58,7 @@ class LevelTable:
 
     def reach(self, zero_point: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The largest |level| at each zero point."""
-        return self.integers[self.max_code + np.maximum(zero_point, self.max_code - zero_point)]
+        return np.asarray(self.integers[self.max_code + np.maximum(zero_point, self.max_code - zero_point)])
 
     @property
     def _key(self) -> tuple[int, float, int | None]:

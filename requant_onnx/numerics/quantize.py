@@ -87,10 +87,8 @@ def quantize_weight(w: npt.NDArray[np.float32], grid: Grid, min_scale: FloatArra
     rows = to_rows(w, grid.axis)
     table, ranges = _levels_and_ranges(rows, grid)
     alpha = _search(rows, ranges, table, grid) if grid.search else np.ones(len(rows))
-    scale = (alpha * ranges.step) ** (1 / grid.exponent) / table.unit
-    if min_scale is not None:
-        scale = np.maximum(scale, np.ravel(min_scale))
-    scale = scale.astype(np.float32)
+    floor = 0.0 if min_scale is None else np.ravel(min_scale)
+    scale = np.maximum((alpha * ranges.step) ** (1 / grid.exponent) / table.unit, floor).astype(np.float32)
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
     scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or below float32) stays at its zero point
     if grid.half_scales and _fits_half(scale):

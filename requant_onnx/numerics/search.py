@@ -181,7 +181,7 @@ def _next_kink(row: Row, positions: IntArray, direction: int) -> tuple[int, floa
     for j in range(c.size):
         moves_up = (c[j] > 0.0) == (direction > 0)
         p = positions[j] if moves_up else positions[j] - 1
-        if 0 <= p < w.size and w[p] != 0.0 and (w[p] > 0.0) == (c[j] > 0.0):
+        if 0 <= p < w.size and w[p] != 0.0 and c[j] != 0.0 and (w[p] > 0.0) == (c[j] > 0.0):
             scale = w[p] / c[j]
             if found < 0 or (scale < at) == (direction > 0):
                 found, at = j, scale

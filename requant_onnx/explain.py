@@ -1,0 +1,194 @@
+"""What ONNX Runtime really does with each weight, read from the graph that it has optimised."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from requant_onnx.config import Form
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.load import ModelLike, load_model
+from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
+from requant_onnx.runtime import optimised_graph
+
+KERNELS = (
+    "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+    "MatMulNBits",
+)  # fmt: skip
+NO_DECODE = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", *KERNELS)
+
+
+class Fate(Enum):
+    """What becomes of a weight: it stays the float that is stored, is decoded to a float at load or at every run, or an integer
+    kernel reads its codes."""
+
+    FLOAT = "float"
+    FOLDED = "folded at load"
+    EVERY_RUN = "decoded every run"
+    FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class WeightFate:
+    """One weight of one node.  kernel: the operator that reads it in the end.  why: why it is not faster, "" where it is fastest.
+
+    behind: the names of all tensors that it is decoded from, its own included.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    fate: Fate
+    kernel: str
+    why: str
+    behind: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One model in one version of ONNX Runtime.  operators: operator -> count in the optimised graph."""
+
+    runtime: str
+    weights: tuple[WeightFate, ...]
+    operators: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        weights = [
+            {**{key: getattr(w, key) for key in ("name", "op", "kernel", "why")}, "shape": list(w.shape), "fate": w.fate.value}
+            for w in self.weights
+        ]
+        return {"runtime": self.runtime, "weights": weights, "operators": self.operators}
+
+
+PROMISES = {Form.FOLDED: Fate.FOLDED, Form.INT8: Fate.FUSED}
+
+
+def check_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> None:
+    """Raise ModelError when ONNX Runtime does not do with a weight what its form is for.  promised: weight -> folded or int8."""
+    for weight in explain(model).weights:
+        for name in weight.behind & promised.keys():
+            if weight.fate is not PROMISES[promised[name]]:
+                raise ModelError(
+                    f"ONNX Runtime does not keep what the {promised[name].value} form promises for '{name}' "
+                    f"({weight.fate.value}: {weight.why}); take another --form, and please report it"
+                )
+
+
+def explain(model: ModelLike) -> Explanation:
+    """Load a model in ONNX Runtime with default options and say what happens to each weight.
+
+    Raises ModelError when it cannot be loaded.
+    """
+    loaded = load_model(model)
+    name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
+    with tempfile.TemporaryDirectory() as folder:
+        runtime, optimised = optimised_graph(loaded, name, Path(folder))
+    graph = import_graph(loaded)
+    fates = _Fates.of(optimised.graph)
+    weights = _weights(graph)
+    decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
+    times = Counter(name for own in decoded.values() for name in own)
+    found = []
+    for node, tensor in weights:
+        behind = decoded[tensor.name]
+        fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates)
+        found.append(replace(fate, behind=frozenset(behind)))
+    operators = Counter(node.op_type for node in optimised.graph.node)
+    return Explanation(runtime, tuple(found), dict(operators.most_common()))
+
+
+@dataclass(frozen=True)
+class _Fates:
+    """The optimised graph by what its nodes touch.  kernels: tensor -> kernel that reads it, or gives it."""
+
+    kernels: dict[str, str]
+    decoders: dict[str, str]
+
+    @classmethod
+    def of(cls, graph: onnx.GraphProto) -> _Fates:
+        kernels = {name: n.op_type for n in graph.node if n.op_type in KERNELS for name in (*n.input[1:], *n.output)}
+        decoders = {name: n.op_type for n in graph.node if n.op_type not in NO_DECODE for name in (*n.input, *n.output)}
+        return cls(kernels, decoders)
+
+
+def _weights(graph: gs.Graph) -> list[tuple[gs.Node, gs.Tensor]]:
+    found = []
+    for node in graph.nodes:
+        operand = weight_operand(node) if node.op in CONVERTIBLE and is_standard(node) else None
+        if operand is not None and from_constants(node.inputs[operand]):
+            found.append((node, node.inputs[operand]))
+    return found
+
+
+def _decode_of(tensor: gs.Tensor) -> set[str]:
+    """Names of the tensors that a weight is decoded from, itself included."""
+    names: set[str] = set()
+    behind = [tensor]
+    while behind:
+        each = behind.pop()
+        if each.name in names:
+            continue
+        names.add(each.name)
+        behind.extend(found for node in each.inputs for found in node.inputs)
+    return names
+
+
+def _fate(node: gs.Node, tensor: gs.Tensor, own: set[str], fates: _Fates) -> WeightFate:
+    """own: the tensors of its decode that no other weight is decoded from."""
+    shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
+    results = {output.name for output in _results(node)}
+    kernel = next((fates.kernels[name] for name in (*results, *sorted(own)) if name in fates.kernels), "")
+    decoder = next((fates.decoders[name] for name in sorted(own) if name in fates.decoders), "")
+    if find_root(tensor) is not None:
+        return WeightFate(tensor.name, node.op, shape, Fate.FLOAT, node.op, "stored as float; convert it")
+    if kernel:
+        why = "with activations that it rounds to int8 by default" if kernel == "MatMulNBits" else ""
+        return WeightFate(tensor.name, node.op, shape, Fate.FUSED, kernel, why)
+    if decoder:
+        return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, _why_decoded(node, tensor, decoder))
+    return WeightFate(tensor.name, node.op, shape, Fate.FOLDED, node.op, _why_float(node))
+
+
+def _results(node: gs.Node) -> Iterator[gs.Tensor]:
+    """The output of a node and what a kernel may give in its place: behind Relu or Clip, behind QuantizeLinear."""
+    tensor = node.outputs[0]
+    while True:
+        yield tensor
+        follower = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+        if follower is None or follower.op not in ("Relu", "Clip", "QuantizeLinear"):
+            return
+        tensor = follower.outputs[0]
+
+
+def _producer(tensor: gs.Tensor) -> str:
+    return tensor.inputs[0].op if tensor.inputs else ""
+
+
+def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
+    if decoder != "DequantizeLinear":
+        return f"ONNX Runtime does not fold {decoder}"
+    if _producer(node.inputs[0]) == "DequantizeLinear":
+        codes = tensor.inputs[0].inputs[0]
+        kind = str(codes.dtype) if codes.dtype is not None else "its type"
+        if not any(result.outputs and result.outputs[0].op == "QuantizeLinear" for result in _results(node)) and node.op == "Conv":
+            return "its output is not quantized, so no integer kernel takes it"
+        return f"no integer kernel takes it ({kind} codes); int8 codes are taken"
+    return (
+        "ONNX Runtime never folds DequantizeLinear; use --form folded, or session.disable_quant_qdq=1 (requant_onnx.load_session)"
+    )
+
+
+def _why_float(node: gs.Node) -> str:
+    if _producer(node.inputs[0]) == "DequantizeLinear":
+        return "the decode gives a float weight, so no integer kernel takes it"
+    return "float speed, for its activations are float; --form int8 quantizes them"

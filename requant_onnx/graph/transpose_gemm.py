@@ -1,0 +1,40 @@
+"""Store the weight of a Gemm as (ic, oc): behind DequantizeLinear, ONNX Runtime fuses that layout only (MatMulNBits, from 1.26).
+
+    y = x @ W.T  (transB = 1)  ->  y = x @ V  (transB = 0),   V = W.T
+
+https://onnx.ai/onnx/operators/onnx__Gemm.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx
+
+from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.edit import drop_stale_types, drop_unread, set_initializer
+from requant_onnx.graph.names import FreshNames, reads_in
+
+
+def transpose_gemm(model: onnx.ModelProto, weights: Collection[str]) -> int:
+    """Turn every Gemm with transB=1 that reads one of these weights; returns how many.  Changes `model`."""
+    graph, names = model.graph, FreshNames(model)
+    by_output = {node.output[0]: node for node in graph.node if node.op_type == "Gemm"}
+    stale: list[str] = []
+    for gemm in import_graph(model).nodes:
+        node = by_output.get(gemm.outputs[0].name) if gemm.op == "Gemm" and is_standard(gemm) else None
+        root = find_root(gemm.inputs[1]) if node is not None and gemm.attrs.get("transB", 0) else None
+        if node is None or root is None or root.name not in weights or len(root.tensor.shape) != 2:
+            continue
+        edge = node.input[1]
+        alone = not root.in_node and root.name == edge and list(reads_in(graph)).count(edge) == 1
+        name = edge if alone else names.take(f"{edge}_transposed")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(root.edge_dtype)
+        set_initializer(graph, np.ascontiguousarray(root.load().T.astype(dtype)), name)
+        drop_stale_types(graph, [name])
+        node.input[1] = name
+        next(item for item in node.attribute if item.name == "transB").i = 0
+        stale.append(edge)
+    drop_unread(graph, stale)
+    return len(stale)

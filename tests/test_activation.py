@@ -1,0 +1,95 @@
+"""Histograms of activations, grids from them, and noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import small_cnn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from requant_onnx.calibrate import Calibration, watch_activations
+from requant_onnx.config import ActivationRange
+from requant_onnx.noise import noise_images
+from requant_onnx.numerics.activation import HALF, Histogram, activation_grid
+
+values = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e6, 1e6, width=32))
+
+
+def histogram_of(*batches: np.ndarray) -> Histogram:
+    histogram = Histogram()
+    for batch in batches:
+        histogram.add(batch)
+    return histogram
+
+
+@settings(deadline=None)
+@given(batches=st.lists(values, min_size=1, max_size=5))
+def test_a_histogram_that_grew_equals_one_that_knew_the_range(batches: list[np.ndarray]) -> None:
+    grown, everything = histogram_of(*batches), np.concatenate(batches)
+    edges = (np.arange(2 * HALF + 1) - HALF) * grown.width
+    expected, _ = np.histogram(everything[everything != 0.0].astype(np.float64), edges) if grown.width else (grown.counts, None)
+    np.testing.assert_array_equal(grown.counts, expected)
+    assert (grown.low, grown.high) == (min(0.0, everything.min()), max(0.0, everything.max()))
+    assert grown.seen == everything.size
+
+
+@settings(deadline=None)
+@given(x=values, method=st.sampled_from(ActivationRange))
+def test_zero_is_exact_and_min_max_covers_all(x: np.ndarray, method: ActivationRange) -> None:
+    grid = activation_grid(histogram_of(x), method)
+    assert grid.low <= 0.0 <= grid.high
+    assert grid.scale > 0.0
+    if method is ActivationRange.MIN_MAX:
+        slack = float(grid.scale) * 0.51  # the zero point is rounded to a whole code
+        assert grid.low - slack <= min(0.0, x.min())
+        assert grid.high + slack >= max(0.0, x.max())
+
+
+def error(x: np.ndarray, method: ActivationRange) -> float:
+    grid = activation_grid(histogram_of(x), method)
+    q = np.clip(np.rint(x / grid.scale) + int(grid.zero_point), 0, 255)
+    return float((((q - int(grid.zero_point)) * grid.scale - x) ** 2).mean())
+
+
+def test_the_mse_range_has_the_least_error_and_the_percentile_leaves_outliers_out() -> None:
+    generator = np.random.default_rng(0)
+    x = np.maximum(generator.laplace(size=200_000), 0).astype(np.float32)
+    x[0] = 60.0
+    errors = {method: error(x, method) for method in ActivationRange}
+    assert errors[ActivationRange.MSE] < 0.95 * errors[ActivationRange.MIN_MAX]
+    assert errors[ActivationRange.MSE] <= errors[ActivationRange.PERCENTILE]
+    grid = activation_grid(histogram_of(x), ActivationRange.PERCENTILE)
+    assert grid.high == pytest.approx(np.quantile(x, 0.9999), rel=0.02)
+    assert (x > grid.high).mean() <= 1.5e-4
+
+
+def test_relu_gets_the_zero_point_0() -> None:
+    """Only then ONNX Runtime absorbs the Relu."""
+    for method in ActivationRange:
+        assert activation_grid(histogram_of(np.arange(100, dtype=np.float32)), method).zero_point == 0
+
+
+def test_noise_looks_like_images() -> None:
+    """The power of natural images falls as 1/f**2: about a factor 4 an octave."""
+    images = noise_images(64, 3, 32, 32)
+    assert (images == noise_images(64, 3, 32, 32)).all()
+    assert not (images == noise_images(64, 3, 32, 32, seed=1)).all()
+    pixels = images / 255
+    assert 0.4 < pixels.mean() < 0.52
+    assert 0.2 < pixels.std() < 0.3
+    power = (abs(np.fft.rfft2(pixels)) ** 2).mean((0, 1))
+    assert 2.0 < power[2, 0] / power[4, 0] < 8.0
+    assert 2.0 < power[4, 0] / power[8, 0] < 8.0
+    red, green = pixels[:, 0].ravel(), pixels[:, 1].ravel()
+    assert np.corrcoef(red, green)[0, 1] > 0.8
+
+
+def test_batches_are_bounded_by_the_memory_of_what_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    one = 16 * 8 * 8 * 4  # bytes of the tensor b for one image
+    monkeypatch.setattr("requant_onnx.calibrate.BATCH_BYTES", 3 * one)
+    found = watch_activations(small_cnn(), ["b"], Calibration(count=8), lambda done, total: sizes.append((done, total)))
+    assert sizes == [(3, 8), (6, 8), (8, 8)]
+    assert found["b"].seen == 8 * one // 4

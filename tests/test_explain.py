@@ -1,0 +1,91 @@
+"""What ONNX Runtime does with a weight, form by form: these tests fail when it stops folding or fusing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import laplace, parse, small_cnn
+
+from requant_onnx import Calibration, Form, ModelError, QuantConfig, Transform, explain, load_session, quantize_model, save_model
+from requant_onnx.explain import Fate, check_promises
+
+NOISE = Calibration(count=4)
+FUSES_GEMM = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= (1, 26)
+
+
+def fates(model: onnx.ModelProto) -> list[tuple[Fate, str]]:
+    return [(weight.fate, weight.kernel) for weight in explain(model).weights]
+
+
+def test_a_float_model_is_float() -> None:
+    assert fates(small_cnn()) == [(Fate.FLOAT, "Conv")] * 3 + [(Fate.FLOAT, "Gemm")]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.7"])
+def test_qdq_is_decoded_at_every_run_and_gemm_is_fused(bits: int, transform: str) -> None:
+    model, _ = quantize_model(small_cnn(), QuantConfig(bits, transform=Transform.parse(transform)))
+    found = explain(model).weights
+    assert [weight.fate for weight in found[:3]] == [Fate.EVERY_RUN] * 3
+    assert "use --form folded" in found[0].why
+    assert (found[3].fate, found[3].kernel) == ((Fate.FUSED, "MatMulNBits") if FUSES_GEMM else (Fate.EVERY_RUN, "Gemm"))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.7"])
+def test_folded_is_folded(bits: int, transform: str) -> None:
+    model, _ = quantize_model(small_cnn(), QuantConfig(bits, transform=Transform.parse(transform), form=Form.FOLDED))
+    assert fates(model) == [(Fate.FOLDED, "Conv")] * 3 + [(Fate.FOLDED, "Gemm")]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.7"])
+def test_int8_is_fused(bits: int, transform: str) -> None:
+    config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.INT8)
+    model, _ = quantize_model(small_cnn(), config, calibration=NOISE)
+    assert fates(model) == [(Fate.FUSED, "QLinearConv")] * 3 + [(Fate.FUSED, "QGemm")]
+
+
+def test_a_broken_promise_is_an_error() -> None:
+    model, report = quantize_model(small_cnn(), QuantConfig())
+    with pytest.raises(ModelError, match=r"does not keep what the folded form promises for 'w1' \(decoded every run"):
+        check_promises(model, {weight.name: Form.FOLDED for weight in report.converted})
+
+
+def test_foreign_models_get_a_reason() -> None:
+    """An int4 weight with quantized activations, and an int8 weight whose output is not quantized."""
+    text = """net (float[n, 4, 6, 6] x) => (float[n, 8, 4, 4] y) {
+        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  v = DequantizeLinear(w, s)  c = Conv(d, v)
+        p = QuantizeLinear(c, s, z)  y = DequantizeLinear(p, s, z) }"""
+    scalars = {"s": np.float32(0.1), "z": np.uint8(0)}
+    w = np.rint(laplace(8, 4, 3, 3) * 60).astype(np.int8)
+    assert fates(parse(text, opset=21, ir=10, w=w, **scalars)) == [(Fate.FUSED, "QLinearConv")]
+    unquantized = text.replace("p = QuantizeLinear(c, s, z)  y = DequantizeLinear(p, s, z)", "y = Relu(c)")
+    (weight,) = explain(parse(unquantized, opset=21, ir=10, w=w, **scalars)).weights
+    assert weight.fate is Fate.EVERY_RUN
+    assert "its output is not quantized" in weight.why
+    model = parse(text, opset=21, ir=10, **scalars)
+    model.graph.initializer.append(onnx.helper.make_tensor("w", onnx.TensorProto.INT4, w.shape, np.clip(w, -8, 7).ravel()))
+    (weight,) = explain(model).weights
+    assert weight.fate is Fate.EVERY_RUN
+    assert "no integer kernel takes it" in weight.why
+
+
+def test_load_session_decodes_qdq_at_load(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    results = []
+    for form in (Form.QDQ, Form.FOLDED):
+        path = tmp_path / f"{form.value}.onnx"
+        save_model(quantize_model(small_cnn(), QuantConfig(form=form))[0], path)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        results.append(load_session(path, options).run(None, {"x": x})[0])
+        assert "DequantizeLinear" not in {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert abs(results[0] - results[1]).max() <= 0.01 * abs(results[0]).max()  # folded rounds its scales to float16
+    with pytest.raises(ModelError, match="does not exist"):
+        load_session(tmp_path / "nothing.onnx")

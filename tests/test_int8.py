@@ -1,0 +1,221 @@
+"""The int8 form: which nodes run on integers, that they compute what plain QDQ says, and how accurate it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import OWN_MODEL, laplace, parse, small_cnn, trained_model
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from requant_onnx import (
+    Calibration,
+    ConfigError,
+    DataError,
+    EdgeLayers,
+    Form,
+    Granularity,
+    ImageSet,
+    Int8Levels,
+    ModelError,
+    Normalisation,
+    QuantConfig,
+    Transform,
+    explain,
+    load_images,
+    quantize_model,
+    validate,
+)
+from requant_onnx.graph.constants import import_graph
+from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.integer import plan_integers
+from requant_onnx.graph.operands import from_constants
+
+INT8 = QuantConfig(bits=4, form=Form.INT8)
+NOISE = Calibration(count=8)
+CIFAR = Normalisation((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FLOAT_OPERATORS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Concat", "AveragePool", "GlobalAveragePool"}
+RESIDUAL = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)   r = Relu(a)
+    b = Conv<pads = [1, 1, 1, 1]>(r, w2, b2)   s = Add(b, r)   t = Relu(s)
+    c = Conv<pads = [1, 1, 1, 1]>(t, w2, b1)   d = Clip(c, low, high)
+    e = Conv(t, w3)                            f = Clip(e, low, high)
+    g = Concat<axis = 1>(d, f, t)
+    m = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(g)
+    p = Pad(m, pads)
+    q = AveragePool<kernel_shape = [2, 2]>(p)
+    u = GlobalAveragePool(q)
+    v = Flatten(u)
+    y = Gemm<transB = 1>(v, w4, b4)
+}"""
+
+
+def residual_net() -> onnx.ModelProto:
+    """A residual and an inception block with shared weights, of every kind of node that runs on integers."""
+    return parse(
+        RESIDUAL,
+        w1=laplace(8, 3, 3, 3),
+        b1=laplace(8, seed=1),
+        w2=laplace(8, 8, 3, 3, seed=2),
+        b2=laplace(8, seed=3),
+        w3=laplace(8, 8, 1, 1, seed=4),
+        w4=laplace(10, 24, seed=5),
+        b4=laplace(10, seed=6),
+        low=np.float32(0),
+        high=np.float32(6),
+        pads=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64),
+    )
+
+
+def run(model: onnx.ModelProto, x: np.ndarray, level: str = "ORT_ENABLE_ALL") -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
+
+
+def with_plain_levels(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with each int8 weight stored as such, decoded here by onnx's reference implementation in NumPy."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    graph = plain.graph
+    decodes = [node.outputs[0].name for node in import_graph(model).nodes if node.outputs and from_constants(node.outputs[0])]
+    front = onnx.helper.make_graph(
+        [node for node in graph.node if node.output[0] in decodes and node.op_type != "DequantizeLinear"],
+        "f",
+        [],
+        [],
+        graph.initializer,
+    )
+    made = {name for node in front.node for name in node.output}
+    read = [n.input[k] for n in graph.node for k in range(len(n.input)) if n.op_type == "DequantizeLinear" and n.input[k] in made]
+    front.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(read))
+    values = ReferenceEvaluator(onnx.helper.make_model(front, opset_imports=model.opset_import)).run(None, {})
+    delete_where(graph.node, [k for k, node in enumerate(graph.node) if node.output[0] in made])
+    graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v), item.name) for v, item in zip(values, front.output, strict=True)
+    )
+    return plain
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        INT8,
+        QuantConfig(bits=4, form=Form.INT8, transform=Transform(0.5)),
+        QuantConfig(bits=5, form=Form.INT8, transform=Transform(0.7), granularity=Granularity.PER_TENSOR),
+        QuantConfig(bits=8, form=Form.INT8, int8_levels=Int8Levels.FULL),
+        QuantConfig(bits=2, form=Form.INT8, edge_layers=EdgeLayers.FLOAT),
+    ],
+)
+@pytest.mark.parametrize("build", [small_cnn, residual_net])
+def test_it_computes_what_plain_int8_qdq_of_the_same_codes_does(config: QuantConfig, build: object) -> None:
+    model, _ = quantize_model(build(), config, calibration=NOISE)  # type: ignore[operator]
+    onnx.checker.check_model(model, full_check=True)
+    x = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)
+    np.testing.assert_array_equal(run(model, x), run(with_plain_levels(model), x))
+
+
+def test_whole_blocks_stay_on_integers() -> None:
+    """Residual and inception blocks, pools, Pad, Relu and Clip: one Quantize in front, nothing else around the kernels."""
+    model, report = quantize_model(residual_net(), INT8, calibration=NOISE)
+    assert {weight.form for weight in report.converted} == {"int8"}
+    explanation = explain(model)
+    assert {weight.fate.value for weight in explanation.weights} == {"fused"}
+    assert not FLOAT_OPERATORS & explanation.operators.keys()
+    assert explanation.operators["QuantizeLinear"] == 1
+    assert "DequantizeLinear" not in explanation.operators
+    assert not {"Relu", "Clip"} & explanation.operators.keys()
+
+
+def test_kernels_agree_with_the_definition() -> None:
+    """Integer kernels against the same graph run operator by operator in float: a step or two of the last activation."""
+    model, report = quantize_model(residual_net(), QuantConfig(form=Form.INT8), calibration=NOISE)
+    x = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
+    fast, slow = run(model, x), run(model, x, "ORT_DISABLE_ALL")
+    assert abs(fast - slow).max() <= 0.02 * abs(slow).max()
+    float_model = run(residual_net(), x)
+    assert ((fast - float_model) ** 2).sum() <= 1e-2 * (float_model**2).sum()  # 20 dB
+    assert all(item.range[0] <= 0.0 <= item.range[1] for item in report.activations)
+
+
+def test_a_bias_far_above_the_weights_is_kept() -> None:
+    """A channel with weights of 1e-9 would count its bias of 1000 in steps far too fine for int32."""
+    w, b = laplace(4, 3, 3, 3), np.array([1000.0, -1000.0, 0.1, -3.0], np.float32)
+    w[0] *= 1e-9
+    w[1] = 0.0
+    text = "net (float[n, 3, 8, 8] x) => (float[n, 4, 6, 6] y) { y = Conv(x, w, b) }"
+    model, _ = quantize_model(parse(text, w=w, b=b), QuantConfig(form=Form.INT8), calibration=NOISE)
+    y = run(model, np.zeros((1, 3, 8, 8), np.float32))
+    np.testing.assert_allclose(y[0, :2, 0, 0], b[:2], rtol=0.01)
+
+
+def test_what_has_no_integer_kernel_stays_float() -> None:
+    text = """net (float[n, 4, 8, 8] x) => (float[n, 8, a, b] y) {
+        c = ConvTranspose(x, w1)  r = Relu(c)  d = Conv(r, w2)  e = Softplus(d)  f = Conv(e, w3, k)  y = Exp(f) }"""
+    weights = {"w1": laplace(4, 16, 3, 3), "w2": laplace(16, 16, 3, 3), "w3": laplace(8, 16, 3, 3), "k": laplace(8)}
+    model, report = quantize_model(parse(text, **weights), QuantConfig(form=Form.INT8), calibration=NOISE)
+    assert {weight.name: weight.form for weight in report.converted} == {"w1": "folded", "w2": "int8", "w3": "int8"}
+    assert {"Softplus", "Exp", "ConvTranspose"} <= explain(model).operators.keys()
+
+
+def test_plan_of_a_tensor_with_other_readers() -> None:
+    """A Relu that does not stand alone behind a Conv is not absorbed; an output of the model keeps its name."""
+    text = """net (float[n, 4, 8, 8] x) => (float[n, 4, a, b] c, float[n, 4, d, e] y) {
+        c = Conv(x, w)  r = Relu(c)  y = Conv(r, w) }"""
+    model = parse(text, w=laplace(4, 4, 3, 3))
+    plan = plan_integers(model, {"w"})
+    assert set(plan.source) == {"x", "c", "r", "y"}
+    assert plan.floats == {"x", "r"}
+    converted, _ = quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
+    assert [item.name for item in converted.graph.output] == ["c", "y"]
+
+
+def test_it_needs_calibration_and_only_it_does() -> None:
+    with pytest.raises(ConfigError, match="give --calibrate"):
+        quantize_model(small_cnn(), INT8)
+    with pytest.raises(ConfigError, match="drop --calibrate"):
+        quantize_model(small_cnn(), QuantConfig(), calibration=NOISE)
+
+
+def test_calibration_images_must_fit() -> None:
+    wrong = Calibration(ImageSet(np.zeros((2, 3, 5, 5), np.uint8), None))
+    with pytest.raises(DataError, match="the images are 3x5x5"):
+        quantize_model(small_cnn(), INT8, calibration=wrong)
+    with pytest.raises(DataError, match="no calibration images"):
+        Calibration(ImageSet(np.zeros((0, 3, 8, 8), np.uint8), None))
+    with pytest.raises(DataError, match="taken as normalised already"):
+        Calibration(ImageSet(np.zeros((1, 3, 8, 8), np.float32), None), CIFAR)
+    huge = Calibration(ImageSet(np.full((1, 3, 8, 8), 3e38, np.float32), None))
+    with pytest.raises(ModelError, match="NaN or infinite on the calibration images"):
+        quantize_model(small_cnn(), INT8, calibration=huge)
+    free = parse("net (float[n, 3, h, v] x) => (float[n, 4, a, b] y) { y = Conv(x, w) }", w=laplace(4, 3, 3, 3))
+    with pytest.raises(DataError, match="leaves the size of its images free"):
+        quantize_model(free, INT8, calibration=NOISE)
+    assert quantize_model(free, INT8, calibration=Calibration(count=4, size=(9, 7)))[1].converted
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar10", "resnet56_cifar10", "googlenet_cifar10"])
+def test_accuracy_is_within_0_3_points_of_float_activations(name: str, cifar10: Path) -> None:
+    """Same 4-bit weights in both; calibrated on 256 images of the train split."""
+    path, norm = trained_model(name), (CIFAR if name.startswith("google") else IMAGENET)
+    settings = {"bits": 4, "edge_layers": EdgeLayers.PLAIN}
+    train = Calibration(load_images(f"cifar10:{cifar10}", split="train").first(256), norm)
+    integer, _ = quantize_model(path, QuantConfig(**settings, form=Form.INT8), calibration=train)  # type: ignore[arg-type]
+    floating, _ = quantize_model(path, QuantConfig(**settings, form=Form.FOLDED))  # type: ignore[arg-type]
+    report = validate(floating, integer, load_images(f"cifar10:{cifar10}"), norm)
+    assert report.top1 is not None
+    assert abs(report.top1[1] - report.top1[0]) <= 0.003
+
+
+def test_own_model_keeps_its_accuracy_without_any_data(cifar10: Path) -> None:
+    integer, _ = quantize_model(OWN_MODEL, QuantConfig(form=Form.INT8), calibration=Calibration())
+    report = validate(OWN_MODEL, integer, load_images(f"cifar10:{cifar10}"), CIFAR)
+    assert report.top1 is not None
+    assert report.top1[1] >= report.top1[0] - 0.005
