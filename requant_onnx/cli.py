@@ -54,8 +54,8 @@ def _convert(args: argparse.Namespace) -> None:
     with _progress("quantizing") as progress:
         model, report = convert.quantize_model(args.input, config, calibration=calibration, progress=progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
-    if report.converted or before != stored:  # external data moves into the file: a copy would point to where it is not
-        after = save_model(model, args.output)
+    if report.converted or before != stored or args.external_data:  # external data moves: a copy would point to where it is not
+        after = save_model(model, args.output, external_data=args.external_data)
     else:
         after = stored
         write_atomically(args.output, args.input.read_bytes())

@@ -20,7 +20,7 @@ from requant_onnx.graph.activations import Bias, biases_of, min_scales, quantize
 from requant_onnx.graph.decode import Constants, Decode
 from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.integer import IntegerPlan, plan_integers
-from requant_onnx.graph.load import MAX_BYTES, ModelLike, load_model, opset_of
+from requant_onnx.graph.load import ModelLike, is_large, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
@@ -136,7 +136,7 @@ def _check_promises(source: ModelLike, model: onnx.ModelProto, converted: tuple[
     promised = {weight.name: Form(weight.form) for weight in converted if weight.form != Form.QDQ.value}
     if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
         return ()
-    if model.ByteSize() > MAX_BYTES:
+    if is_large(model):
         return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",)
     try:
         check_promises(model, promised)

@@ -92,7 +92,7 @@ def explain(model: ModelLike) -> Explanation:
     loaded = load_model(model)
     name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
     with tempfile.TemporaryDirectory() as folder:
-        runtime, optimised = optimised_graph(loaded, name, Path(folder))
+        runtime, optimised = optimised_graph(model, name, Path(folder))
     graph = import_graph(loaded)
     fates = _Fates.of(optimised.graph)
     weights = _weights(graph)

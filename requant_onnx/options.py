@@ -111,6 +111,9 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         help="for --form int8, the largest int8 weight: 64 (default), exact on every CPU; 127, finer on CPUs with VNNI",
     )
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
+    parser.add_argument(
+        "--external-data", action="store_true", help="write weights to OUT.onnx.data beside OUT.onnx, as models above 2 GB need"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
     parser.set_defaults(run=run)

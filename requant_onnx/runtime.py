@@ -15,7 +15,7 @@ import onnxruntime
 
 from requant_onnx.config import METADATA_KEY, Form, Int8Levels
 from requant_onnx.errors import DataError, LoadError, ModelError
-from requant_onnx.graph.load import first_line, load_skeleton
+from requant_onnx.graph.load import first_line, is_large, load_skeleton
 
 FloatArray = npt.NDArray[np.float32]
 INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -93,7 +93,7 @@ def open_classifier(model: onnx.ModelProto | str | os.PathLike[str], name: str) 
 
     Raises ModelError when it does not load, or has another number of inputs than one, or an input that is no image.
     """
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    source = _serialized(model, name)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     session = _open(source, name, quiet_options())
     inputs = session.get_inputs()
@@ -116,7 +116,7 @@ def quiet_options() -> onnxruntime.SessionOptions:
     return options
 
 
-def optimised_graph(model: onnx.ModelProto, name: str, folder: Path) -> tuple[str, onnx.ModelProto]:
+def optimised_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, folder: Path) -> tuple[str, onnx.ModelProto]:
     """ONNX Runtime's version, and the model as it has optimised it with default options.  folder: for a temporary file.
 
     Raises ModelError when the model does not load.
@@ -124,7 +124,7 @@ def optimised_graph(model: onnx.ModelProto, name: str, folder: Path) -> tuple[st
     options = quiet_options()
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
-    _open(model.SerializeToString(), name, options)
+    _open(_serialized(model, name), name, options)
     return onnxruntime.__version__, onnx.load(folder / "optimised.onnx", load_external_data=False)
 
 
@@ -159,6 +159,15 @@ def _open(source: bytes | str, name: str, options: onnxruntime.SessionOptions) -
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many types of its own
         raise LoadError(f"{name} does not load in ONNX Runtime {onnxruntime.__version__} ({first_line(error)})") from None
+
+
+def _serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> bytes | str:
+    if not isinstance(model, onnx.ModelProto):
+        return str(model)
+    if is_large(model):
+        raise ModelError(f"{name} is larger than 2 GB, more than ONNX Runtime takes from memory; save it and give its path")
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def loads(model: onnx.ModelProto) -> bool:

@@ -6,11 +6,14 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from conftest import small_cnn
+from onnxruntime import InferenceSession
 
-from requant_onnx import ModelError, OutputError, save_model
+from requant_onnx import ModelError, OutputError, explain, save_model
+from requant_onnx.graph.load import load_model
 from requant_onnx.graph.save import write_atomically
 
 
@@ -48,3 +51,57 @@ def test_an_invalid_model_is_never_written(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file"):
         write_atomically(tmp_path / "none" / "m.onnx", b"")
+
+
+def stored(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], dict[str, bytes]]:
+    return list(model.graph.node), {item.name: item.raw_data for item in model.graph.initializer}
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_external_data_lies_beside_the_model_and_is_replaced_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    size = save_model(small_cnn(), path, external_data=True)
+    assert files_in(tmp_path) == ["m.onnx", "m.onnx.data"]
+    assert size == sum(item.stat().st_size for item in tmp_path.iterdir())
+    assert stored(load_model(path)) == stored(small_cnn())
+    x = np.ones((1, 3, 8, 8), np.float32)
+    expected, found = (InferenceSession(m).run(None, {"x": x})[0] for m in (small_cnn().SerializeToString(), str(path)))
+    np.testing.assert_array_equal(found, expected)
+    save_model(small_cnn(), path, external_data=True)  # under a new name first: no model ever refers to the data of another
+    assert files_in(tmp_path) == ["m.onnx", "m.onnx.2.data"]
+    assert stored(load_model(path)) == stored(small_cnn())
+    save_model(small_cnn(), path)
+    assert files_in(tmp_path) == ["m.onnx"]
+
+
+def test_failing_with_external_data_keeps_the_old_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    save_model(small_cnn(), path, external_data=True)
+    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+    for failing in (1, 2):  # the data file, the model
+        calls: list[int] = []
+
+        def fail(_: int, calls: list[int] = calls, failing: int = failing) -> None:
+            calls.append(1)
+            if len(calls) == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OutputError, match="No space left"):
+            save_model(small_cnn(), path, external_data=True)
+        assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
+
+
+def test_a_model_above_2_gb_needs_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound lowered, so that the small model passes it; a real one of that size has no place in a test."""
+    monkeypatch.setattr("requant_onnx.graph.load.LARGE_BYTES", 10_000)
+    with pytest.raises(ModelError, match=r"larger than 2 GB.*use --external-data"):
+        save_model(small_cnn(), tmp_path / "m.onnx")
+    save_model(small_cnn(), tmp_path / "m.onnx", external_data=True)
+    assert load_model(tmp_path / "m.onnx").graph.initializer[0].raw_data == small_cnn().graph.initializer[0].raw_data
+    assert explain(tmp_path / "m.onnx").weights
+    with pytest.raises(ModelError, match="more than ONNX Runtime takes from memory"):
+        explain(small_cnn())

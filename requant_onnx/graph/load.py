@@ -15,6 +15,7 @@ ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 MIN_OPSET = 7
 MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # 27 is the newest whose operators ONNX Runtime 1.32 has
 MAX_BYTES = 2**31 - 1  # of one protobuf message
+LARGE_BYTES = MAX_BYTES - 2**26  # of initializers; leaves 64 MB for the rest
 
 
 def load_model(source: ModelLike) -> onnx.ModelProto:
@@ -27,8 +28,13 @@ def load_model(source: ModelLike) -> onnx.ModelProto:
         model.CopyFrom(source)
     else:
         name, model = f"'{source}'", _parse(Path(source))
-    _check(model, name)
+    _check(model, name, None if isinstance(source, onnx.ModelProto) else Path(source))
     return model
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether the model may be more than one protobuf message can hold: it cannot be serialized then, nor be measured."""
+    return sum(len(item.raw_data) for item in model.graph.initializer) > LARGE_BYTES
 
 
 def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
@@ -73,7 +79,7 @@ def _parse(path: Path, external: bool = True) -> onnx.ModelProto:
         raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); export it again") from None
 
 
-def _check(model: onnx.ModelProto, name: str) -> None:
+def _check(model: onnx.ModelProto, name: str, path: Path | None) -> None:
     if not model.graph.node and not model.graph.initializer:
         raise ModelError(f"{name} holds no ONNX graph; give a file exported as .onnx")
     opset = opset_of(model)
@@ -82,7 +88,10 @@ def _check(model: onnx.ModelProto, name: str) -> None:
             f"{name} uses opset {opset}, and opsets {MIN_OPSET} to {MAX_OPSET} are supported; export it with another opset"
         )
     try:
-        onnx.checker.check_model(model)
+        if not is_large(model):
+            onnx.checker.check_model(model)
+        elif path is not None:  # the checker reads what is too large to be handed over
+            onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"{name} is not valid ONNX ({first_line(error)}); export it again") from None
 
