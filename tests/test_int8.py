@@ -140,7 +140,7 @@ def test_kernels_agree_with_the_definition() -> None:
     x = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
     fast, slow = run(model, x), run(model, x, "ORT_DISABLE_ALL")
     assert abs(fast - slow).max() <= 0.02 * abs(slow).max()
-    float_model = run(residual_net(), x)
+    float_model = run(residual_net(), x, "ORT_DISABLE_ALL")  # ONNX Runtime 1.20 averages wrongly over the padding otherwise
     assert ((fast - float_model) ** 2).sum() <= 1e-2 * (float_model**2).sum()  # 20 dB
     assert all(item.range[0] <= 0.0 <= item.range[1] for item in report.activations)
 
