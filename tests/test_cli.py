@@ -226,3 +226,40 @@ def test_python_m_and_usage_errors_leave_with_2() -> None:
     }
     assert [run.returncode for run in runs.values()] == [0, 0, 2]
     assert "examples:" in runs["convert", "--help"].stdout
+
+
+def test_int8_with_images_noise_and_external_data(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, output, report = model.with_name("x.npz"), model.with_name("out.onnx"), model.with_name("r.json")
+    np.savez(images, x=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8))
+    int8 = ["convert", str(model), str(output), "--form", "int8", "--bits", "4", "--force"]
+    assert main([*int8, "--calibrate", str(images), "--mean", "0.5", "--std", "0.25", "--json", str(report)]) == 0
+    assert "activations on 8-bit integers: 6" in capsys.readouterr().out
+    made = json.loads(report.read_text())
+    assert {weight["form"] for weight in made["converted"]} == {"int8"}
+    assert len(made["activations"]) == 6
+    assert main([*int8, "--calibrate", "noise", "--calibrate-limit", "3", "--external-data"]) == 0
+    assert model.with_name("out.onnx.data").is_file()
+    assert main(["explain", str(output), "--json", str(report)]) == 0
+    assert {weight["fate"] for weight in json.loads(report.read_text())["weights"]} == {"fused"}
+    assert "weights: 4 fused" in capsys.readouterr().out
+
+
+def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (["--form", "int8"], "give --calibrate with images, or --calibrate noise"),
+        (["--calibrate", "noise"], "drop --calibrate"),
+        (["--form", "int8", "--calibrate", "nowhere.npz"], "nowhere.npz"),
+        (["--form", "int8", "--calibrate", "noise:big"], "write it as noise:224x224"),
+        (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),
+        (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127"),
+        (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of minmax, mse, percentile"),
+        (["--mean", "0.5"], "--mean belongs to --calibrate"),
+    ]
+    for options, message in cases:
+        assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not model.with_name("out.onnx").exists()
+    assert main(["explain", str(model.with_name("none.onnx"))]) == 2
+    assert "does not exist" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
     python tools/accuracy_table.py --data DIR models/resnet20_cifar10.onnx other.onnx=imagenet       # 10,000 test images
     python tools/accuracy_table.py --data DIR --split train --limit 2000 --grid MODEL ...             # how defaults were chosen
+    python tools/accuracy_table.py --data DIR --split train --limit -2000 --int8 MODEL ...            # activation ranges
+
+The int8 form is calibrated on the first 256 images of the train split.
 
 A model may carry the normalisation it was trained with, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
 with default options.  Top-1 in per cent, beside it top-1 agreement with float, output SQNR and the size of the file.
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,21 @@ import numpy.typing as npt
 import onnx
 from cifar import find_or_fetch
 
-from requant_onnx import EdgeLayers, Granularity, ImageSet, Normalisation, QuantConfig, RangeMode, Space, Transform, quantize_model
+from requant_onnx import (
+    ActivationRange,
+    Calibration,
+    EdgeLayers,
+    Form,
+    Granularity,
+    ImageSet,
+    Int8Levels,
+    Normalisation,
+    QuantConfig,
+    RangeMode,
+    Space,
+    Transform,
+    quantize_model,
+)
 from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
 from requant_onnx.report import sqnr_db
 from requant_onnx.runtime import open_classifier
@@ -31,6 +48,9 @@ NORMALISATIONS = {
 MAX_PER_TENSOR = QuantConfig(
     granularity=Granularity.PER_TENSOR, transform=Transform(1.0), range_mode=RangeMode.MAX, edge_layers=EdgeLayers.PLAIN
 )
+
+
+Case = tuple[str, QuantConfig, Calibration | None]
 
 
 def acceptance() -> Iterator[tuple[str, QuantConfig]]:
@@ -57,13 +77,24 @@ def grid() -> Iterator[tuple[str, QuantConfig]]:
             yield f"4 bits, per-channel, sqrt, rounding {rounding.value}, objective {objective.value}", config
 
 
+def int8(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
+    """The int8 form by activation range, on images and on noise, beside the same weights with float activations."""
+    images, noise = Calibration(train, normalisation), Calibration(None, normalisation)
+    for bits in (8, 4):
+        yield f"{bits} bits, float activations", QuantConfig(min(bits, 7), form=Form.FOLDED), None
+        for method in ActivationRange:
+            yield f"{bits} bits, int8, {method.value}", QuantConfig(bits, form=Form.INT8, activation_range=method), images
+        yield f"{bits} bits, int8, noise", QuantConfig(bits, form=Form.INT8), noise
+    yield "8 bits, int8, levels to 127", QuantConfig(8, form=Form.INT8, int8_levels=Int8Levels.FULL), images
+
+
 def scores(model: onnx.ModelProto, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """(n, classes)"""
     classifier = open_classifier(model, "the model")
     return np.concatenate([classifier.scores(x[k : k + 100]) for k in range(0, len(x), 100)])
 
 
-def rows(path: Path, normalisation: Normalisation, images: ImageSet, use_grid: bool) -> Iterator[str]:
+def rows(path: Path, normalisation: Normalisation, images: ImageSet, cases: Iterable[Case]) -> Iterator[str]:
     """The lines of one model."""
     assert images.y is not None
     x = normalisation.apply(images.x)
@@ -71,8 +102,8 @@ def rows(path: Path, normalisation: Normalisation, images: ImageSet, use_grid: b
     reference = scores(model, x)
     tops = reference.argmax(1)
     yield f"| {path.stem} | float | {(tops == images.y).mean():.2%} | | | {path.stat().st_size / 1000:,.0f} kB |"
-    for name, config in grid() if use_grid else acceptance():
-        converted, _ = quantize_model(model, config)
+    for name, config, calibration in cases:
+        converted, _ = quantize_model(model, config, calibration=calibration)
         candidate = scores(converted, x)
         sqnr = sqnr_db(float(np.square(reference).sum()), float(np.square(reference - candidate).sum()))
         top1, agreement = (candidate.argmax(1) == images.y).mean(), (candidate.argmax(1) == tops).mean()
@@ -84,14 +115,20 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL[=NORMALISATION]")
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 (default: the cache, else a download)")
     parser.add_argument("--split", choices=["train", "test"], default="test")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="the first N images, or the last N of -N")
     parser.add_argument("--grid", action="store_true", help="all combinations instead of the three recipes")
+    parser.add_argument("--int8", action="store_true", help="the int8 form instead")
     args = parser.parse_args()
-    images = load_cifar("cifar10", find_or_fetch("cifar10", args.data), args.split).first(args.limit)
+    folder = find_or_fetch("cifar10", args.data)
+    images, train = load_cifar("cifar10", folder, args.split), load_cifar("cifar10", folder, "train").first(256)
+    assert images.y is not None
+    images = ImageSet(images.x[args.limit :], images.y[args.limit :]) if (args.limit or 0) < 0 else images.first(args.limit)
     print("| model | weights | top-1 | agreement | output SQNR | file |\n|---|---|---|---|---|---|", flush=True)
     for item in args.models:
         path, _, name = item.partition("=")
-        for line in rows(Path(path), NORMALISATIONS[name or "cifar"], images, args.grid):
+        normalisation = NORMALISATIONS[name or "cifar"]
+        plain = ((label, config, None) for label, config in (grid() if args.grid else acceptance()))
+        for line in rows(Path(path), normalisation, images, int8(train, normalisation) if args.int8 else plain):
             print(line, flush=True)
 
 
