@@ -17,6 +17,7 @@ from requant_onnx.runtime import Classifier, open_classifier, require_image
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
+CHUNK = 32  # images
 DEFAULT_COUNT = 256
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
 NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "Calibration")
@@ -69,8 +70,7 @@ def watch_activations(
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
     classifier = open_classifier(watched, "the model")
     images = _images_for(classifier, calibration)
-    natural = calibration.images is None and images.x.shape[1] == 3
-    normalisation = calibration.normalisation or (NATURAL if natural else Normalisation())
+    normalisation = _normalisation(calibration, images)
     histograms = {name: Histogram() for name in tensors}
     size = classifier.batch or _batch_size(classifier, images, normalisation)
     for start, x in batches(images, normalisation, size, fixed=classifier.batch is not None):
@@ -81,6 +81,21 @@ def watch_activations(
         if progress is not None:
             progress(min(start + size, len(images)), len(images))
     return histograms
+
+
+def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """The calibration images as inputs of the model, CHUNK at a time.  Raises as `watch_activations`."""
+    classifier = open_classifier(model, "the model")
+    images = _images_for(classifier, calibration)
+    normalisation = _normalisation(calibration, images)
+    size = classifier.batch or min(CHUNK, max(1, len(images) // 4))
+    parts = batches(images, normalisation, size, fixed=classifier.batch is not None)
+    return [{classifier.input: classifier.fit(x)} for _, x in parts]
+
+
+def _normalisation(calibration: Calibration, images: ImageSet) -> Normalisation:
+    natural = calibration.images is None and images.x.shape[1] == 3
+    return calibration.normalisation or (NATURAL if natural else Normalisation())
 
 
 def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:

@@ -53,6 +53,16 @@ class Form(Enum):
     INT8 = "int8"
 
 
+class Refinement(Enum):
+    """How far rounding goes beyond the nearest level, given calibration inputs: `bias` corrects the mean of each channel,
+    `feedback` also pushes errors into weights not yet rounded, `descent` also searches on, and fits the scales."""
+
+    NONE = "none"
+    BIAS = "bias"
+    FEEDBACK = "feedback"
+    DESCENT = "descent"
+
+
 class ActivationRange(Enum):
     """How the range of an activation is chosen: all values seen, least squared error, or all but the outermost percentile."""
 
@@ -135,6 +145,7 @@ class QuantConfig:
     objective: the space whose mean squared error alpha minimises.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
     min_ort: the oldest ONNX Runtime that has to load the file.
+    refinement: what calibration inputs are used for, beside the ranges of activations.
     activation_range, int8_levels: of the int8 form.
     """
 
@@ -147,6 +158,7 @@ class QuantConfig:
     rounding: Space = Space.WEIGHT
     form: Form = Form.QDQ
     min_ort: Version = Version(1, 20)
+    refinement: Refinement = Refinement.DESCENT
     activation_range: ActivationRange = ActivationRange.MIN_MAX
     int8_levels: Int8Levels = Int8Levels.SAFE
 
@@ -167,6 +179,7 @@ class QuantConfig:
             transform=Transform(0.5),
             edge_layers=EdgeLayers.PLAIN,
             rounding=Space.TRANSFORMED,
+            refinement=Refinement.NONE,
         )
 
     def to_dict(self) -> dict[str, int | str]:
@@ -185,6 +198,7 @@ _ENUMS: dict[str, type] = {
     "rounding": Space,
     "form": Form,
     "min_ort": Version,
+    "refinement": Refinement,
     "activation_range": ActivationRange,
     "int8_levels": Int8Levels,
 }

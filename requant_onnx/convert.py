@@ -12,22 +12,25 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.calibrate import Calibration, watch_activations
-from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, Granularity, QuantConfig
+from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, Granularity, QuantConfig, Refinement
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress, Result, quantize_all
 from requant_onnx.explain import check_promises
-from requant_onnx.graph.activations import Bias, biases_of, min_scales, quantize_activations
+from requant_onnx.graph.activations import biases_of, min_scales, quantize_activations
 from requant_onnx.graph.decode import Constants, Decode
+from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.integer import IntegerPlan, plan_integers
+from requant_onnx.graph.layers import give_biases
 from requant_onnx.graph.load import ModelLike, is_large, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
 from requant_onnx.graph.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, View, find_weights
+from requant_onnx.layerwise import quantize_layers
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
-from requant_onnx.plan import kept_in_float, opset_for, plan_conversion
+from requant_onnx.plan import PlannedWeight, kept_in_float, opset_for, plan_conversion
 from requant_onnx.report import ActivationReport, InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.runtime import loads
 
@@ -59,9 +62,14 @@ def quantize_model(
     view = find_weights(raised)
     if config.form is Form.QDQ and transpose_gemm(raised, {w.name for w in view.weights if not kept_in_float(w, config)}):
         view = find_weights(raised)
-    integers = _Integers() if calibration is None else _watch(raised, view, config, calibration, progress)
+    refines = calibration is not None and config.refinement is not Refinement.NONE
+    if refines:
+        give_biases(raised, {w.name for w in view.weights if not kept_in_float(w, config)})
+        view = find_weights(raised)
+    watches = calibration is not None and config.form is Form.INT8
+    integers = _watch(raised, view, config, calibration, progress) if watches and calibration is not None else _Integers()
     plan = plan_conversion(view, config, integers.plan.weights)
-    results = list(quantize_all(plan.planned, integers.floors, progress, threads))
+    results = _quantize(raised, plan.planned, config, calibration if refines else None, integers, progress, threads)
     _require_finite(results)
     target = Target(opset_of(raised), narrow)
     decodes, converted, left = _decode(results, target, Constants(FreshNames(raised)))
@@ -72,7 +80,7 @@ def quantize_model(
         return load_model(model), report
     replace_weights(raised, {weight.name for weight in converted}, decodes)
     quantized = {result.planned.weight.name: result.quantized for result in results}
-    quantize_activations(raised, integers.plan, integers.grids, integers.biases, quantized)
+    quantize_activations(raised, integers.plan, integers.grids, biases_of(raised, integers.plan), quantized)
     set_metadata(raised, METADATA_KEY, _provenance(config))
     return raised, replace(report, notes=_check_promises(model, raised, converted))
 
@@ -97,8 +105,8 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError(f"threads must be 1 or more, not {threads}")
     if config.form is Form.INT8 and calibration is None:
         raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
-    if config.form is not Form.INT8 and calibration is not None:
-        raise ConfigError(f"calibration is for --form int8, and the form is {config.form.value}; drop --calibrate")
+    if config.form is not Form.INT8 and calibration is not None and config.refinement is Refinement.NONE:
+        raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,6 @@ class _Integers:
 
     plan: IntegerPlan = field(default_factory=IntegerPlan)
     grids: dict[str, ActivationGrid] = field(default_factory=dict)
-    biases: list[Bias] = field(default_factory=list)
     floors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
@@ -122,8 +129,8 @@ def _watch(
     histograms = watch_activations(model, sorted(set(plan.source.values())), calibration, report)
     own = {name: activation_grid(h, config.activation_range, calibration.headroom) for name, h in histograms.items()}
     grids = {tensor: own[source] for tensor, source in plan.source.items()}
-    biases = biases_of(model, plan)
-    return _Integers(plan, grids, biases, min_scales(biases, grids, per_channel=config.granularity is Granularity.PER_CHANNEL))
+    per_channel = config.granularity is Granularity.PER_CHANNEL
+    return _Integers(plan, grids, min_scales(biases_of(model, plan), grids, per_channel=per_channel))
 
 
 def _activation_report(tensor: str, integers: _Integers) -> ActivationReport:
@@ -145,6 +152,27 @@ def _check_promises(source: ModelLike, model: onnx.ModelProto, converted: tuple[
             raise
         return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",)
     return ()
+
+
+def _quantize(
+    model: onnx.ModelProto,
+    planned: tuple[PlannedWeight, ...],
+    config: QuantConfig,
+    calibration: Calibration | None,
+    integers: _Integers,
+    progress: Progress | None,
+    threads: int | None,
+) -> list[Result]:
+    """Every planned weight, in order: on calibration inputs where a layer can be, with its bias changed in `model`."""
+    refined: dict[str, Result] = {}
+    if calibration is not None:
+        for done in quantize_layers(model, planned, calibration, config.refinement, integers.floors, progress):
+            refined[done.layer.weight] = done.result
+            if done.choice.bias is not None:
+                set_initializer(model.graph, done.choice.bias, done.layer.bias)
+    rest = tuple(item for item in planned if item.weight.name not in refined)
+    nearest = {result.planned.weight.name: result for result in quantize_all(rest, integers.floors, progress, threads)}
+    return [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned]
 
 
 def _require_finite(results: list[Result]) -> None:

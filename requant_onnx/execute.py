@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,18 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Result:
-    """One weight done.  signal, noise: sums of squares of w and of w_hat - w.  finite: whether w_hat is."""
+    """One weight done.  signal, noise: sums of squares of w and of w_hat - w.  finite: whether w_hat is.
+
+    step, output_errors: see report.WeightReport.
+    """
 
     planned: PlannedWeight
     quantized: QuantizedWeight
     signal: float
     noise: float
     finite: bool
+    step: str = "nearest"
+    output_errors: dict[str, float] = field(default_factory=dict)
 
     def coded(self) -> Coded:
         """The weight as the graph takes it."""
@@ -53,6 +58,8 @@ class Result:
             sqnr_db=sqnr_db(self.signal, self.noise),
             bytes_before=weight.stored_bytes,
             bytes_after=bytes_after,
+            step=self.step,
+            output_errors=self.output_errors,
         )
 
 
@@ -80,7 +87,11 @@ def quantize_all(
 
 def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
     w = planned.weight.load()
-    quantized = quantize_weight(w, planned.grid, min_scale)
+    return measure(planned, w, quantize_weight(w, planned.grid, min_scale))
+
+
+def measure(planned: PlannedWeight, w: npt.NDArray[np.float32], quantized: QuantizedWeight) -> Result:
+    """The error of a quantized weight as its readers see it."""
     with np.errstate(over="ignore"):  # an overflow is found below and the weight left alone
         w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit))
     finite = bool(np.isfinite(w_hat).all())

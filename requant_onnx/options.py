@@ -18,6 +18,7 @@ from requant_onnx.config import (
     Int8Levels,
     QuantConfig,
     RangeMode,
+    Refinement,
     Space,
     Transform,
     Version,
@@ -95,6 +96,9 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         help="for --form int8: cifar10:DIR, cifar100:DIR (train split), FILE.npz (x), or noise, which needs no data "
         "(noise:HxW where the model leaves the size free)",
     )
+    parser.add_argument(
+        "--refinement", metavar="R", help="what --calibrate is used for: " + _choices(Refinement, DEFAULT.refinement)
+    )
     parser.add_argument("--calibrate-limit", metavar="N", help=f"only the first N images (default: {DEFAULT_COUNT})")
     parser.add_argument(
         "--mean", metavar="R,G,B", help="of the calibration images; default: that of the CIFAR train split, 0 for FILE.npz"
@@ -160,6 +164,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
         "objective": Space,
         "rounding": Space,
         "form": Form,
+        "refinement": Refinement,
         "activation_range": ActivationRange,
         "int8_levels": Int8Levels,
     }

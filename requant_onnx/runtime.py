@@ -43,7 +43,7 @@ class Classifier:
 
         Raises ModelError when the model fails or its first output is not one row of scores an image.
         """
-        first = self._run([self.session.get_outputs()[0].name], {self.input: self._fit(x)})[0]
+        first = self._run([self.session.get_outputs()[0].name], {self.input: self.fit(x)})[0]
         scores = np.asarray(first)
         classes = max(scores.shape[1:], default=0)
         if scores.shape[:1] != x.shape[:1] or scores.size != len(x) * classes or classes < 2:
@@ -54,11 +54,11 @@ class Classifier:
 
     def tensors(self, x: FloatArray) -> list[FloatArray]:
         """Every output for x: (n, c, h, w).  Raises ModelError when the model fails."""
-        return [np.asarray(values, np.float32) for values in self._run(None, {self.input: self._fit(x)})]
+        return [np.asarray(values, np.float32) for values in self._run(None, {self.input: self.fit(x)})]
 
     def latency(self, x: FloatArray) -> float:
         """Milliseconds of one run."""
-        feed = {self.input: self._fit(x)}
+        feed = {self.input: self.fit(x)}
         started = time.perf_counter()
         self._run(None, feed)
         return (time.perf_counter() - started) * 1000
@@ -83,7 +83,8 @@ class Classifier:
     def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
         return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
 
-    def _fit(self, x: FloatArray) -> npt.NDArray[np.floating]:
+    def fit(self, x: FloatArray) -> npt.NDArray[np.floating]:
+        """(n, c, h, w) as the model takes it."""
         x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
         return np.ascontiguousarray(x, self.dtype)
 
@@ -142,6 +143,11 @@ def load_session(path: str | os.PathLike[str], options: onnxruntime.SessionOptio
     if settings.get("form") == Form.INT8.value and settings.get("int8_levels") == Int8Levels.FULL.value:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return _open(str(path), f"'{path}'", options)
+
+
+def open_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:
+    """A session with default options.  Raises ModelError when the model does not load."""
+    return _open(_serialized(model, name), name, quiet_options())
 
 
 def _settings(model: onnx.ModelProto) -> dict[str, object]:

@@ -92,7 +92,7 @@ def quantize_weight(w: npt.NDArray[np.float32], grid: Grid, min_scale: FloatArra
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
     scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or below float32) stays at its zero point
     if grid.half_scales and _fits_half(scale):
-        scale = _to_half(np.maximum(scale, TINIEST_HALF))
+        scale = half_scale(scale)
     thresholds = table.thresholds(grid.round_in_weights)
     codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds, 1 / grid.exponent)
     shape = () if grid.axis is None else (len(rows),)
@@ -127,6 +127,11 @@ def _fits_half(scale: npt.NDArray[np.float32]) -> bool:
     """Whether several scales can be float16 at no loss that counts."""
     digits = scale.min() >= SMALLEST_HALF or scale.max() >= LARGE_SCALE
     return bool(scale.size > 1 and digits and scale.max() <= LARGEST_HALF)
+
+
+def half_scale(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scales rounded to float16, but none to zero."""
+    return _to_half(np.maximum(scale, TINIEST_HALF))
 
 
 def _to_half(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,0 +1,156 @@
+"""Quantize weights one after another, each seeing what those before it did to its input.
+
+For each layer, second moments of its input (with all weights before it quantized) and of its float output are collected, and the
+candidates of a ladder are compared on calibration inputs held back from them: nearest, + bias correction, + error feedback,
++ descent.  The one of least output error is taken, so that no step makes a layer worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.config import Refinement
+from requant_onnx.graph.layers import Layer
+from requant_onnx.numerics.feedback import RowGrid, feedback, refine
+from requant_onnx.numerics.moments import Moments, error_of
+from requant_onnx.numerics.quantize import QuantizedWeight
+
+FloatArray = npt.NDArray[np.float64]
+Triple = tuple[FloatArray, FloatArray, FloatArray]
+HELD_BACK = 4  # every fourth chunk is for the choice between candidates, not for making them
+SHRINKAGE = 0.02  # of the mean diagonal: how far the target weights may leave the float ones
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer got.  errors: candidate -> mean squared output error on inputs held back, over that of no layer at all.
+
+    bias: (oc,) the new bias, None where it stays.
+    """
+
+    quantized: QuantizedWeight
+    bias: npt.NDArray[np.float32] | None
+    step: str
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Codes (rows, n) and grid of each group of channels.  corrected: with the best bias.  has_row_scales: one for each row."""
+
+    codes: list[npt.NDArray[np.uint8]]
+    grids: list[RowGrid]
+    corrected: bool
+    has_row_scales: bool
+
+    def decoded(self) -> list[FloatArray]:
+        return [grid.decode(codes) for grid, codes in zip(self.grids, self.codes, strict=True)]
+
+
+def choose(
+    layer: Layer,
+    w: npt.NDArray[np.float32],
+    start: QuantizedWeight,
+    fitted: Sequence[Moments],
+    held: Sequence[Moments],
+    refinement: Refinement,
+    min_scale: FloatArray | None,
+) -> Choice:
+    """The best of the ladder, up to the rung asked for, for one layer.
+
+    start: the nearest levels.  fitted, held: moments by group, of the inputs to fit on and of those held back.
+    min_scale: as for quantize_weight.
+    """
+    nearest = _Candidate(layer.matrices(start.codes), _grids(layer, start, min_scale), False, start.axis is not None)
+    ladder = {"nearest": nearest}
+    if layer.can_correct:
+        ladder["bias correction"] = replace(nearest, corrected=True)
+    if refinement in (Refinement.FEEDBACK, Refinement.DESCENT):
+        ladder.update(_feedback(layer, w, nearest, fitted, refinement))
+    errors = {name: _error(layer, candidate, fitted, held) for name, candidate in ladder.items()}
+    step = min(errors, key=lambda name: errors[name])
+    return _finish(layer, start, ladder[step], fitted, held, step, errors)
+
+
+def _feedback(
+    layer: Layer, w: npt.NDArray[np.float32], nearest: _Candidate, fitted: Sequence[Moments], refinement: Refinement
+) -> Iterator[tuple[str, _Candidate]]:
+    matrices = [m.astype(np.float64) for m in layer.matrices(w)]
+    refit = nearest.has_row_scales and not layer.scale_is_shared
+    triples = [m.centred() if layer.can_correct else m.uncentred() for m in fitted]
+    targets = [_target(w_g, triple) for w_g, triple in zip(matrices, triples, strict=True)]
+    for name, wanted in (("feedback", matrices), ("feedback to the float output", targets)):
+        codes = [feedback(t, triple[0], grid) for t, triple, grid in zip(wanted, triples, nearest.grids, strict=True)]
+        yield name, replace(nearest, codes=codes, corrected=layer.can_correct)
+        if refinement is not Refinement.DESCENT:
+            continue
+        refined = [
+            refine(t, _damped(triple[0]), grid, c, refit=refit)
+            for t, triple, grid, c in zip(wanted, triples, nearest.grids, codes, strict=True)
+        ]
+        yield (
+            f"{name}, descent",
+            replace(nearest, codes=[c for c, _ in refined], grids=[g for _, g in refined], corrected=layer.can_correct),
+        )
+
+
+def _grids(layer: Layer, q: QuantizedWeight, min_scale: FloatArray | None) -> list[RowGrid]:
+    scale = layer.by_row(np.asarray(q.scale, np.float64))
+    offset = layer.by_row(q.table.max_code - q.zero_point.astype(np.int64))
+    floor = layer.by_row(np.zeros(1) if min_scale is None else min_scale)
+    half = q.has_half_scale
+    return [RowGrid(s, o, q.table, True, f, half) for s, o, f in zip(scale, offset, floor, strict=True)]
+
+
+def _target(w: FloatArray, moments: Triple) -> FloatArray:
+    """The weights that bring the quantized input nearest to the float output, held to w where inputs say little.
+
+    W* = W + (C_yx - W C_xx) inv(C_xx + lambda)
+    """
+    xx, xy, _ = moments
+    ridge = SHRINKAGE * max(float(np.mean(np.diag(xx))), 1e-30)
+    return np.asarray(w + np.linalg.solve(xx + ridge * np.eye(len(xx)), (xy - w @ xx).T).T)
+
+
+def _damped(xx: FloatArray) -> FloatArray:
+    return np.asarray(xx + np.eye(len(xx)) * max(0.01 * float(np.mean(np.diag(xx))), 1e-30))
+
+
+def _error(layer: Layer, candidate: _Candidate, fitted: Sequence[Moments], held: Sequence[Moments]) -> float:
+    """Mean squared error of the output on the inputs held back, with the bias fitted on the others, relative to its power."""
+    noise, signal = 0.0, 0.0
+    for g, (w_hat, own) in enumerate(zip(candidate.decoded(), held, strict=True)):
+        bias = fitted[g].bias(w_hat) if candidate.corrected else layer.bias_of(g)
+        mean_x, mean_y = own.x / own.count, own.y / own.count
+        noise += float((error_of(w_hat, own.uncentred()) + bias * (bias + 2 * (w_hat @ mean_x) - 2 * mean_y)).sum())
+        signal += float((own.yy / own.count).sum())
+    return noise / signal if signal > 0.0 else 0.0
+
+
+def _finish(
+    layer: Layer,
+    start: QuantizedWeight,
+    candidate: _Candidate,
+    fitted: Sequence[Moments],
+    held: Sequence[Moments],
+    step: str,
+    errors: dict[str, float],
+) -> Choice:
+    quantized = replace(start, codes=layer.tensor(candidate.codes))
+    if candidate.has_row_scales and not layer.scale_is_shared:
+        scale = np.concatenate([grid.scale for grid in candidate.grids]).astype(np.float32)
+        quantized = replace(quantized, scale=scale.reshape(start.scale.shape))
+    bias = None
+    if candidate.corrected:
+        both = [_joined(a, b) for a, b in zip(fitted, held, strict=True)]
+        decoded = [m.astype(np.float64) for m in layer.matrices(quantized.dequantize())]
+        bias = np.concatenate([m.bias(w_hat) for m, w_hat in zip(both, decoded, strict=True)]).astype(np.float32)
+    return Choice(quantized, bias, step, errors)
+
+
+def _joined(a: Moments, b: Moments) -> Moments:
+    return Moments(a.xx + b.xx, a.xy + b.xy, a.yy + b.yy, a.x + b.x, a.y + b.y, a.count + b.count)

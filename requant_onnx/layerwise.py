@@ -1,0 +1,97 @@
+"""Quantize the layers of a model in their order, each on what reaches it through those before, already quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.calibrate import Calibration, calibration_chunks
+from requant_onnx.config import Refinement
+from requant_onnx.execute import Progress, Result, measure
+from requant_onnx.feedback import HELD_BACK, Choice, choose
+from requant_onnx.graph.edit import tensor_proto
+from requant_onnx.graph.layers import Layer, find_layers
+from requant_onnx.lockstep import Stream, constants_to_initializers
+from requant_onnx.numerics.moments import Moments, Values
+from requant_onnx.numerics.quantize import quantize_weight
+from requant_onnx.plan import PlannedWeight
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A weight done, and what was chosen for it."""
+
+    result: Result
+    choice: Choice
+    layer: Layer
+
+
+def quantize_layers(
+    model: onnx.ModelProto,
+    planned: tuple[PlannedWeight, ...],
+    calibration: Calibration,
+    refinement: Refinement,
+    min_scales: Mapping[str, FloatArray],
+    progress: Progress | None,
+) -> list[LayerResult]:
+    """Those of the planned weights that one node alone multiplies with.  The model does not change."""
+    work = onnx.ModelProto()
+    work.CopyFrom(model)
+    constants_to_initializers(work)
+    plans = {item.weight.name: item for item in planned}
+    layers = find_layers(work, plans.keys())
+    chunks = calibration_chunks(model, calibration)
+    exact, rounded = Stream(work, chunks), Stream(work, chunks)
+    replaced: dict[str, onnx.TensorProto] = {}
+    found = []
+    for done, layer in enumerate(layers, 1):
+        exact.advance(layer.index, {})
+        rounded.advance(layer.index, replaced)
+        plan = plans[layer.weight]
+        fitted, held = _moments(layer, exact, rounded)
+        w = plan.weight.load()
+        start = quantize_weight(w, plan.grid, min_scales.get(layer.weight))
+        choice = choose(layer, w, start, fitted, held, refinement, min_scales.get(layer.weight))
+        result = replace(measure(plan, w, choice.quantized), step=choice.step, output_errors=choice.errors)
+        replaced[layer.weight] = tensor_proto(_emitted(plan, choice), layer.weight)
+        if choice.bias is not None:
+            replaced[layer.bias] = tensor_proto(choice.bias, layer.bias)
+        found.append(LayerResult(result, choice, layer))
+        if progress is not None:
+            progress(layer.weight, done, len(layers))
+    return found
+
+
+def _emitted(plan: PlannedWeight, choice: Choice) -> npt.NDArray[np.generic]:
+    return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
+
+
+def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]]:
+    """Of the inputs to fit on, and of those held back (of all of them in both, where there are too few chunks)."""
+    outputs = exact.output(layer.index)
+    sums = []
+    for held in (False, True):
+        own = [k for k in range(len(outputs)) if (k % HELD_BACK == HELD_BACK - 1) is held] or list(range(len(outputs)))
+        total: list[Moments] = []
+        for k in own:
+            x, y = (np.asarray(v, np.float32) for v in (rounded.values[k][layer.x], outputs[k]))
+            _add(layer, x, y, total)
+        sums.append(total)
+    return sums[0], sums[1]
+
+
+def _add(layer: Layer, x: Values, y: Values, total: list[Moments]) -> None:
+    bias = layer.bias_values if not layer.can_correct else np.zeros_like(layer.bias_values)
+    biases = bias.reshape(layer.group, -1)
+    for images, groups in layer.places(x):
+        results = layer.results(y[images])
+        if not total:
+            total.extend(Moments.empty(g.shape[1], layer.matrix_rows) for g in groups)
+        for moments, inputs, wanted, own in zip(total, groups, results, biases, strict=True):
+            moments.add(inputs, wanted - own)

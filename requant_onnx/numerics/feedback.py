@@ -1,0 +1,162 @@
+"""Rounding that sees what a layer's inputs are: error feedback, then coordinate descent, on any level table.
+
+The output error of one channel with the weights w, decoded to w_hat, is (w_hat - w) H (w_hat - w)' with H = E[x x'].
+
+    feedback    (GPTQ, arXiv 2210.17323)  column by column: round w_j, then push the error into the columns not yet rounded:
+                w_k -= (w_j - w_hat_j) / U_jj * U_jk,  k > j,   U upper triangular with U' U = inv(H)
+    descent     change one code at a time while that lowers the error, until none does
+    scale       with the levels l fixed, the best scale is (l H w) / (l H l)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.numerics.compiled import FloatArray, IntArray, compiled
+from requant_onnx.numerics.levels import LevelTable
+from requant_onnx.numerics.quantize import half_scale
+
+BLOCK = 128  # columns rounded before the rest learns of it, by one matrix product
+DAMPING = 0.01  # of the mean diagonal, added to the diagonal before the inverse
+PASSES = 20  # of descent at most
+SMALLEST_GAIN = 1e-12  # of one step squared: below it rounding errors could move codes for ever
+REFITS = 3  # alternations of scale and descent
+
+
+@dataclass(frozen=True)
+class RowGrid:
+    """Where rows of weights may lie: w_hat = scale * integers[code + offset], code 0 .. K.
+
+    scale: (rows,) float64 of one integer level; at least floor; representable in float16 where half is set.
+    offset: (rows,) int64, K - zero_point.  in_weights: round in weight space.
+    """
+
+    scale: FloatArray
+    offset: IntArray
+    table: LevelTable
+    in_weights: bool
+    floor: FloatArray
+    half: bool
+
+    def decode(self, codes: npt.NDArray[np.uint8]) -> FloatArray:
+        """(rows, n) codes -> weights."""
+        return np.asarray(self.table.integers[codes.astype(np.int64) + self.offset[:, None]] * self.scale[:, None])
+
+
+def feedback(w: FloatArray, h: FloatArray, grid: RowGrid) -> npt.NDArray[np.uint8]:
+    """Round with error feedback, the columns with the largest inputs first.  w: (rows, n); h: (n, n), positive semidefinite."""
+    order = np.argsort(-np.diag(h), kind="stable")
+    u = _upper_of_inverse(h[np.ix_(order, order)])
+    left = np.ascontiguousarray(w[:, order])
+    codes = np.empty(w.shape, np.uint8)
+    thresholds = grid.table.thresholds(grid.in_weights) * grid.table.unit
+    integers = grid.table.integers.astype(np.float64)
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        errors = np.zeros((len(w), end - start))
+        block = np.ascontiguousarray(u[start:end, start:end])
+        _round_block(left[:, start:end], block, grid.scale, grid.offset, thresholds, integers, codes[:, start:end], errors)
+        left[:, end:] -= errors @ u[start:end, end:]
+    found = np.empty_like(codes)
+    found[:, order] = codes
+    return found
+
+
+def refine(
+    w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[np.uint8], *, refit: bool
+) -> tuple[npt.NDArray[np.uint8], RowGrid]:
+    """Coordinate descent from `codes`; with refit, in turn with the best scale."""
+    codes = np.ascontiguousarray(codes)
+    for _ in range(REFITS if refit else 1):
+        if refit:
+            grid = refit_scale(w, h, grid, codes)
+        changed = codes.copy()
+        gradient = (grid.decode(codes) - w) @ h
+        _descend(changed, gradient, np.ascontiguousarray(h), grid.scale, grid.offset, grid.table.integers, PASSES)
+        if (changed == codes).all():
+            break
+        codes = changed
+    return codes, grid
+
+
+def refit_scale(w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[np.uint8]) -> RowGrid:
+    """The scale of least error for the levels as they are; kept where it would not be positive."""
+    levels = grid.decode(codes) / grid.scale[:, None]
+    hl = levels @ h
+    numerator, denominator = np.einsum("rn,rn->r", hl, w), np.einsum("rn,rn->r", hl, levels)
+    best = np.divide(numerator, denominator, out=grid.scale.copy(), where=(denominator > 0.0) & (numerator > 0.0))
+    best = np.maximum(best, grid.floor)
+    return replace(grid, scale=half_scale(best.astype(np.float32)).astype(np.float64) if grid.half else best)
+
+
+def output_error(difference: FloatArray, h: FloatArray) -> FloatArray:
+    """(rows,) d H d' of each row."""
+    return np.asarray(np.einsum("rn,rn->r", difference @ h, difference))
+
+
+def _upper_of_inverse(h: FloatArray) -> FloatArray:
+    """U, upper triangular, with U' U = inv(H + damping)."""
+    damped = h + np.eye(len(h)) * max(DAMPING * float(np.mean(np.diag(h))), 1e-30)
+    inverse = np.linalg.inv(damped)
+    return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+
+
+@compiled
+def _round_block(
+    w: FloatArray,
+    u: FloatArray,
+    scale: FloatArray,
+    offset: IntArray,
+    thresholds: FloatArray,
+    integers: FloatArray,
+    codes: npt.NDArray[np.uint8],
+    errors: FloatArray,
+) -> None:
+    """Round the columns of one block in their order.  thresholds: in integer levels.  codes, errors: filled; w changes."""
+    last = thresholds.size // 2
+    for r in range(w.shape[0]):
+        own, levels = thresholds[offset[r] : offset[r] + last], integers[offset[r] : offset[r] + last + 1]
+        for j in range(w.shape[1]):
+            code = np.searchsorted(own, w[r, j] / scale[r], side="right")
+            codes[r, j] = code
+            error = (w[r, j] - scale[r] * levels[code]) / u[j, j]
+            errors[r, j] = error
+            for k in range(j + 1, w.shape[1]):
+                w[r, k] -= error * u[j, k]
+
+
+@compiled
+def _descend(
+    codes: npt.NDArray[np.uint8],
+    gradients: FloatArray,
+    h: FloatArray,
+    scale: FloatArray,
+    offset: IntArray,
+    integers: IntArray,
+    passes: int,
+) -> None:
+    """Move single codes to the level next to them while it lowers the error.
+
+    gradients: (rows, n), (w_hat - w) H.  codes, gradients: changed.
+    """
+    last = integers.size // 2
+    n = h.shape[0]
+    for r in range(codes.shape[0]):
+        gradient = gradients[r]
+        for _ in range(passes):
+            moves = 0
+            for j in range(n):
+                here = integers[codes[r, j] + offset[r]]
+                direction = -1 if gradient[j] > 0.0 else 1  # where the error falls
+                code = codes[r, j] + direction
+                if 0 <= code <= last:
+                    step = scale[r] * (integers[code + offset[r]] - here)
+                    if step * (2.0 * gradient[j] + step * h[j, j]) < -SMALLEST_GAIN * h[j, j] * scale[r] * scale[r]:
+                        codes[r, j] = code
+                        moves += 1
+                        gradient += step * h[j]
+            if moves == 0:
+                break
