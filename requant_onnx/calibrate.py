@@ -44,8 +44,14 @@ class Calibration:
         return NOISE_HEADROOM if self.images is None else 1.0
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError(f"calibration needs 1 image or more, not {self.count}")
+        if not isinstance(self.images, ImageSet | None):
+            raise ConfigError(f"calibration images must be an ImageSet (load_images makes one), not {type(self.images).__name__}")
+        if not _is_whole(self.count) or self.count < 1:
+            raise ConfigError(f"calibration needs 1 image or more, not {self.count!r}")
+        if not _is_whole(self.seed) or self.seed < 0:
+            raise ConfigError(f"the seed must be a whole number from 0 on, not {self.seed!r}")
+        if self.size is not None and (len(self.size) != 2 or not all(_is_whole(n) and n > 0 for n in self.size)):
+            raise ConfigError(f"the size of noise must be (height, width), both 1 or more, not {self.size!r}")
         if self.images is not None and len(self.images) == 0:
             raise DataError("there are no calibration images; give at least one")
         if self.images is not None and self.images.x.dtype != "uint8" and self.normalisation is not None:
@@ -64,17 +70,18 @@ def watch_activations(
     """
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
-    del watched.graph.output[:]
     inputs = {item.name for item in model.graph.input}
     computed = [name for name in tensors if name not in inputs]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
+    if computed:
+        del watched.graph.output[:]
+        watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
     classifier = open_classifier(watched, "the model")
     images = _images_for(classifier, calibration)
     normalisation = _normalisation(calibration, images)
     histograms = {name: Histogram() for name in tensors}
     size = classifier.batch or _batch_size(classifier, images, normalisation)
     for start, x in batches(images, normalisation, size, fixed=classifier.batch is not None):
-        for name, values in zip(computed, classifier.tensors(x), strict=True):
+        for name, values in zip(computed, classifier.tensors(x) if computed else (), strict=True):
             _add(histograms[name], name, values)
         for name in inputs.intersection(tensors):
             _add(histograms[name], name, x)
@@ -93,6 +100,10 @@ def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list
     return [{classifier.input: classifier.fit(x)} for _, x in parts]
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _normalisation(calibration: Calibration, images: ImageSet) -> Normalisation:
     natural = calibration.images is None and images.x.shape[1] == 3
     return calibration.normalisation or (NATURAL if natural else Normalisation())
@@ -104,6 +115,8 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
         require_image(classifier, calibration.images.x.shape[1:])
         return calibration.images.first(calibration.count)
     image = classifier.image_shape(calibration.size)
+    if image is not None and calibration.size not in (None, image[1:]):
+        raise DataError(f"the model takes images of {image[1]}x{image[2]}, not noise of another size; drop the size")
     if image is None:
         raise DataError(
             "the model leaves the size of its images free; give noise of a size, for instance --calibrate noise:224x224, or images"

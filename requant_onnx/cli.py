@@ -20,7 +20,7 @@ from requant_onnx import convert, execute, tables
 from requant_onnx.data import load_images
 from requant_onnx.errors import OutputError, RequantError
 from requant_onnx.explain import explain
-from requant_onnx.graph.load import file_bytes
+from requant_onnx.graph.load import data_files, file_bytes
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.options import calibration_of, config_of, limit_of, normalisation_of, parser_of
 from requant_onnx.validate import validate
@@ -50,7 +50,8 @@ def _convert(args: argparse.Namespace) -> None:
     config = config_of(args)
     calibration = calibration_of(args)
     _check_output(args.input, args.output, args.force)
-    _check_json(args.json, args.input, args.output)
+    data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
+    _check_json(args.json, args.input, args.output, *data)
     with _progress("quantizing") as progress:
         model, report = convert.quantize_model(args.input, config, calibration=calibration, progress=progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
@@ -101,6 +102,11 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         raise OutputError(f"the folder '{output.parent}' does not exist; create it first")
     if output.exists() and source.exists() and output.samefile(source):
         raise OutputError(f"the output '{output}' is the input, which is never changed; give another path")
+    used = [file.absolute() for file in data_files(source)]
+    if output.absolute() in used:
+        raise OutputError(f"the output '{output}' holds the weights of the input, which is never changed; give another path")
+    if set(used) & {file.absolute() for file in data_files(output)}:
+        raise OutputError(f"the data file of '{output}' holds the weights of the input too; give another path")
     if output.exists() and not force:
         raise OutputError(f"'{output}' exists; give another path, or --force to replace it")
 

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import replace
 from importlib.metadata import version
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
-from requant_onnx.calibrate import Calibration, watch_activations
-from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, Granularity, QuantConfig, Refinement
+from requant_onnx.calibrate import Calibration
+from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress, Result, quantize_all
-from requant_onnx.explain import check_promises
-from requant_onnx.graph.activations import biases_of, min_scales, quantize_activations
+from requant_onnx.explain import WeightFate, broken_promises
+from requant_onnx.graph.activations import biases_of, quantize_activations
 from requant_onnx.graph.decode import Constants, Decode
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
-from requant_onnx.graph.integer import IntegerPlan, plan_integers
+from requant_onnx.graph.full_pads import write_full_pads
 from requant_onnx.graph.layers import give_biases
 from requant_onnx.graph.load import ModelLike, is_large, load_model, opset_of
 from requant_onnx.graph.names import FreshNames, all_graphs
 from requant_onnx.graph.normalise import normalise
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
 from requant_onnx.graph.transpose_gemm import transpose_gemm
-from requant_onnx.graph.weights import LeftAlone, View, find_weights
+from requant_onnx.graph.weights import LeftAlone, find_weights
+from requant_onnx.integers import Integers, watch_integers
 from requant_onnx.layerwise import quantize_layers
-from requant_onnx.numerics.activation import ActivationGrid, activation_grid
 from requant_onnx.plan import PlannedWeight, kept_in_float, opset_for, plan_conversion
-from requant_onnx.report import ActivationReport, InspectedWeight, InspectReport, QuantReport, WeightReport
+from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.runtime import loads
 
 
@@ -53,36 +52,63 @@ def quantize_model(
     """
     config = config or QuantConfig()
     _check(config, calibration, threads)
-    loaded = load_model(model)
+    excluded: dict[str, str] = {}
+    while True:  # at most once for each weight that a kernel is planned for and not found
+        made, report = _convert(load_model(model), config, calibration, excluded, progress, threads)
+        notes, broken = _broken_promises(model, made, report.converted)
+        if not broken:
+            return made, replace(report, notes=(*_notes(calibration), *notes, *excluded.values()))
+        for name, fate in broken.items():
+            if config.form is not Form.INT8 or name in excluded:
+                raise ModelError(
+                    f"ONNX Runtime does not do with '{name}' what the {config.form.value} form promises "
+                    f"({fate.fate.value}: {fate.why}); take another --form"
+                )
+            excluded[name] = f"ONNX Runtime finds no integer kernel for '{name}' ({fate.why}), so it is float (folded)"
+
+
+def _convert(
+    loaded: onnx.ModelProto,
+    config: QuantConfig,
+    calibration: Calibration | None,
+    excluded: Collection[str],
+    progress: Progress | None,
+    threads: int | None,
+) -> tuple[onnx.ModelProto, QuantReport]:
+    """One conversion, unchecked.  excluded: weights that integer kernels are not planned for."""
     view, before = find_weights(loaded), opset_of(loaded)
     if not view.weights:
         return loaded, QuantReport(config.to_dict(), (before, before), 0, (), view.left_alone, ())
+    source = onnx.ModelProto()
+    source.CopyFrom(loaded)
     narrow = (config.min_ort.major, config.min_ort.minor) > NARROW_ORT
     raised, folded = normalise(loaded, opset_for(config, narrow))
+    refining = calibration if config.refinement is not Refinement.NONE else None
+    wanted = {w.name for w in find_weights(raised).weights if not kept_in_float(w, config)}
+    if config.form is Form.QDQ:
+        transpose_gemm(raised, wanted)
+    if config.form is Form.INT8:
+        write_full_pads(raised)
+    if refining is not None:
+        give_biases(raised, wanted)
     view = find_weights(raised)
-    if config.form is Form.QDQ and transpose_gemm(raised, {w.name for w in view.weights if not kept_in_float(w, config)}):
-        view = find_weights(raised)
-    refines = calibration is not None and config.refinement is not Refinement.NONE
-    if refines:
-        give_biases(raised, {w.name for w in view.weights if not kept_in_float(w, config)})
-        view = find_weights(raised)
-    watches = calibration is not None and config.form is Form.INT8
-    integers = _watch(raised, view, config, calibration, progress) if watches and calibration is not None else _Integers()
+    integers = Integers()
+    if config.form is Form.INT8 and calibration is not None:
+        integers = watch_integers(raised, view, config, calibration, excluded, progress)
     plan = plan_conversion(view, config, integers.plan.weights)
-    results = _quantize(raised, plan.planned, config, calibration if refines else None, integers, progress, threads)
+    results = _quantize(raised, plan.planned, config, refining, integers, progress, threads)
     _require_finite(results)
     target = Target(opset_of(raised), narrow)
     decodes, converted, left = _decode(results, target, Constants(FreshNames(raised)))
-    activations = tuple(_activation_report(name, integers) for name in integers.plan.source)
     everything = (*plan.left_alone, *left)
-    report = QuantReport(config.to_dict(), (before, target.opset), folded, converted, everything, activations)
+    report = QuantReport(config.to_dict(), (before, target.opset), folded, converted, everything, integers.reports())
     if not decodes:
-        return load_model(model), report
+        return source, report
     replace_weights(raised, {weight.name for weight in converted}, decodes)
     quantized = {result.planned.weight.name: result.quantized for result in results}
     quantize_activations(raised, integers.plan, integers.grids, biases_of(raised, integers.plan), quantized)
     set_metadata(raised, METADATA_KEY, _provenance(config))
-    return raised, replace(report, notes=_check_promises(model, raised, converted))
+    return raised, report
 
 
 def inspect_model(model: ModelLike) -> InspectReport:
@@ -101,6 +127,8 @@ def inspect_model(model: ModelLike) -> InspectReport:
 
 
 def _check(config: QuantConfig, calibration: Calibration | None, threads: int | None) -> None:
+    if not isinstance(calibration, Calibration | None):
+        raise ConfigError(f"calibration must be a Calibration, not {type(calibration).__name__}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be 1 or more, not {threads}")
     if config.form is Form.INT8 and calibration is None:
@@ -109,49 +137,29 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
 
-@dataclass(frozen=True)
-class _Integers:
-    """The part of a model that is to run on integers, with all that it needs to know of the activations."""
-
-    plan: IntegerPlan = field(default_factory=IntegerPlan)
-    grids: dict[str, ActivationGrid] = field(default_factory=dict)
-    floors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-
-
-def _watch(
-    model: onnx.ModelProto, view: View, config: QuantConfig, calibration: Calibration, progress: Progress | None
-) -> _Integers:
-    eligible = [w for w in view.weights if w.emit == onnx.TensorProto.FLOAT and not kept_in_float(w, config)]
-    plan = plan_integers(model, {weight.name for weight in eligible})
-    if not plan.weighted:
-        return _Integers(plan)
-    report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
-    histograms = watch_activations(model, sorted(set(plan.source.values())), calibration, report)
-    own = {name: activation_grid(h, config.activation_range, calibration.headroom) for name, h in histograms.items()}
-    grids = {tensor: own[source] for tensor, source in plan.source.items()}
-    per_channel = config.granularity is Granularity.PER_CHANNEL
-    return _Integers(plan, grids, min_scales(biases_of(model, plan), grids, per_channel=per_channel))
+def _notes(calibration: Calibration | None) -> tuple[str, ...]:
+    if calibration is None or calibration.images is not None or calibration.normalisation is not None:
+        return ()
+    return (
+        "the noise was normalised as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",
+    )
 
 
-def _activation_report(tensor: str, integers: _Integers) -> ActivationReport:
-    grid = integers.grids[tensor]
-    return ActivationReport(tensor, (grid.low, grid.high), float(grid.scale), int(grid.zero_point))
-
-
-def _check_promises(source: ModelLike, model: onnx.ModelProto, converted: tuple[WeightReport, ...]) -> tuple[str, ...]:
-    """Hold ONNX Runtime to what the forms promise; a note where it loads not even the input."""
+def _broken_promises(
+    source: ModelLike, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
+) -> tuple[tuple[str, ...], dict[str, WeightFate]]:
+    """(notes, weights that ONNX Runtime does not treat as their form promises); a note where it loads not even the input."""
     promised = {weight.name: Form(weight.form) for weight in converted if weight.form != Form.QDQ.value}
     if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
-        return ()
+        return (), {}
     if is_large(model):
-        return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",)
+        return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",), {}
     try:
-        check_promises(model, promised)
+        return (), broken_promises(model, promised)
     except LoadError as error:
         if loads(load_model(source)):
             raise
-        return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",)
-    return ()
+        return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",), {}
 
 
 def _quantize(
@@ -159,7 +167,7 @@ def _quantize(
     planned: tuple[PlannedWeight, ...],
     config: QuantConfig,
     calibration: Calibration | None,
-    integers: _Integers,
+    integers: Integers,
     progress: Progress | None,
     threads: int | None,
 ) -> list[Result]:

@@ -14,7 +14,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.config import Form
-from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.load import ModelLike, load_model
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
@@ -73,15 +72,17 @@ class Explanation:
 PROMISES = {Form.FOLDED: Fate.FOLDED, Form.INT8: Fate.FUSED}
 
 
-def check_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> None:
-    """Raise ModelError when ONNX Runtime does not do with a weight what its form is for.  promised: weight -> folded or int8."""
-    for weight in explain(model).weights:
-        for name in weight.behind & promised.keys():
-            if weight.fate is not PROMISES[promised[name]]:
-                raise ModelError(
-                    f"ONNX Runtime does not keep what the {promised[name].value} form promises for '{name}' "
-                    f"({weight.fate.value}: {weight.why}); take another --form, and please report it"
-                )
+def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dict[str, WeightFate]:
+    """The weights with which ONNX Runtime does not do what their form is for.  promised: weight -> folded or int8.
+
+    Raises LoadError when the model does not load.
+    """
+    return {
+        name: weight
+        for weight in explain(model).weights
+        for name in sorted(weight.behind & promised.keys())
+        if weight.fate is not PROMISES[promised[name]]
+    }
 
 
 def explain(model: ModelLike) -> Explanation:

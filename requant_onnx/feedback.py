@@ -70,32 +70,37 @@ def choose(
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
     if refinement in (Refinement.FEEDBACK, Refinement.DESCENT):
-        ladder.update(_feedback(layer, w, nearest, fitted, refinement))
+        ladder.update(_feedback(layer, w, nearest, fitted, held, refinement))
     errors = {name: _error(layer, candidate, fitted, held) for name, candidate in ladder.items()}
     step = min(errors, key=lambda name: errors[name])
     return _finish(layer, start, ladder[step], fitted, held, step, errors)
 
 
 def _feedback(
-    layer: Layer, w: npt.NDArray[np.float32], nearest: _Candidate, fitted: Sequence[Moments], refinement: Refinement
+    layer: Layer,
+    w: npt.NDArray[np.float32],
+    nearest: _Candidate,
+    fitted: Sequence[Moments],
+    held: Sequence[Moments],
+    refinement: Refinement,
 ) -> Iterator[tuple[str, _Candidate]]:
     matrices = [m.astype(np.float64) for m in layer.matrices(w)]
     refit = nearest.has_row_scales and not layer.scale_is_shared
     triples = [m.centred() if layer.can_correct else m.uncentred() for m in fitted]
     targets = [_target(w_g, triple) for w_g, triple in zip(matrices, triples, strict=True)]
+    made: dict[str, tuple[_Candidate, list[FloatArray]]] = {}
     for name, wanted in (("feedback", matrices), ("feedback to the float output", targets)):
         codes = [feedback(t, triple[0], grid) for t, triple, grid in zip(wanted, triples, nearest.grids, strict=True)]
-        yield name, replace(nearest, codes=codes, corrected=layer.can_correct)
-        if refinement is not Refinement.DESCENT:
-            continue
+        made[name] = replace(nearest, codes=codes, corrected=layer.can_correct), wanted
+        yield name, made[name][0]
+    if refinement is Refinement.DESCENT:
+        name = min(made, key=lambda name: _error(layer, made[name][0], fitted, held))
+        start, wanted = made[name]
         refined = [
             refine(t, _damped(triple[0]), grid, c, refit=refit)
-            for t, triple, grid, c in zip(wanted, triples, nearest.grids, codes, strict=True)
+            for t, triple, grid, c in zip(wanted, triples, start.grids, start.codes, strict=True)
         ]
-        yield (
-            f"{name}, descent",
-            replace(nearest, codes=[c for c, _ in refined], grids=[g for _, g in refined], corrected=layer.can_correct),
-        )
+        yield f"{name}, descent", replace(start, codes=[c for c, _ in refined], grids=[g for _, g in refined])
 
 
 def _grids(layer: Layer, q: QuantizedWeight, min_scale: FloatArray | None) -> list[RowGrid]:

@@ -173,6 +173,9 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
         if text is not None:
             option = "--range" if name == "range_mode" else "--" + name.replace("_", "-")
             given[name] = parse_choice(kind, text, option)
+    for name in ("activation_range", "int8_levels"):
+        if name in given and given.get("form", base.form) is not Form.INT8:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --form int8; give that too, or drop it")
     return dataclasses.replace(base, **given)
 
 
@@ -186,6 +189,8 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     count = DEFAULT_COUNT if args.calibrate_limit is None else _whole(args.calibrate_limit, "--calibrate-limit")
     if args.calibrate == "noise" or args.calibrate.startswith("noise:"):
         return Calibration(None, normalisation_of(args, "noise", None), count, size=_size(args.calibrate[6:]))
+    if not args.calibrate.startswith(("cifar10:", "cifar100:")) and not args.calibrate.endswith(".npz"):
+        raise ConfigError(f"--calibrate '{args.calibrate}' is not understood; give cifar10:DIR, cifar100:DIR, FILE.npz or noise")
     images = load_images(args.calibrate, split="train").first(count)
     return Calibration(images, normalisation_of(args, args.calibrate, images), count)
 
@@ -195,6 +200,8 @@ def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
     pixels = images is not None and images.x.dtype == "uint8"
     if not pixels and args.mean is None and args.std is None:
         return None
+    if images is None and (args.mean is None or args.std is None):
+        raise ConfigError("give noise both --mean and --std, or neither for those of ImageNet")
     mean, std = CIFAR_MEAN_STD.get(spec.partition(":")[0], ((0.0,), (1.0,)))
     return Normalisation(
         mean if args.mean is None else _numbers(args.mean, "--mean"), std if args.std is None else _numbers(args.std, "--std")

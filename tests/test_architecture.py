@@ -16,7 +16,9 @@ LAYERS = (
     {"runtime"},
     {"calibrate", "explain"},
     {"plan", "report"},
-    {"execute"},
+    {"execute", "lockstep"},
+    {"feedback", "integers"},
+    {"layerwise"},
     {"convert"},
     {"validate", "tables"},
     {"options"},
@@ -69,7 +71,9 @@ def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
         "ActivationRange", "ActivationReport", "Calibration", "ConfigError", "DataError", "EdgeLayers", "Explanation", "Form",
         "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError", "Normalisation", "OutputError", "QuantConfig",
-        "QuantReport", "RangeMode", "RequantError", "Space", "Transform", "ValidationReport", "Version", "WeightReport", "explain",
+        "QuantReport", "RangeMode", "Refinement", "RequantError", "Space", "Transform", "ValidationReport", "Version",
+        "WeightReport",
+        "explain",
         "inspect_model", "load_images", "load_session", "quantize_model", "save_model", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)

@@ -247,7 +247,10 @@ def test_int8_with_images_noise_and_external_data(model: Path, capsys: pytest.Ca
 def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         (["--form", "int8"], "give --calibrate with images, or --calibrate noise"),
-        (["--calibrate", "noise"], "drop --calibrate"),
+        (["--calibrate", "noise", "--refinement", "none"], "drop --calibrate"),
+        (["--calibrate", "noisy"], "FILE.npz or noise"),
+        (["--form", "int8", "--calibrate", "noise", "--mean", "0"], "both --mean and --std"),
+        (["--int8-levels", "127"], "belongs to --form int8"),
         (["--form", "int8", "--calibrate", "nowhere.npz"], "nowhere.npz"),
         (["--form", "int8", "--calibrate", "noise:big"], "write it as noise:224x224"),
         (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),

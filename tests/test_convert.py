@@ -95,6 +95,7 @@ def test_the_paper_recipe_is_the_paper() -> None:
         "rounding": "transformed",
         "form": "qdq",
         "min_ort": "1.20",
+        "refinement": "none",
     }
 
 

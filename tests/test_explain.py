@@ -11,7 +11,7 @@ import pytest
 from conftest import laplace, parse, small_cnn
 
 from requant_onnx import Calibration, Form, ModelError, QuantConfig, Transform, explain, load_session, quantize_model, save_model
-from requant_onnx.explain import Fate, check_promises
+from requant_onnx.explain import Fate, broken_promises
 
 NOISE = Calibration(count=4)
 FUSES_GEMM = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= (1, 26)
@@ -50,10 +50,21 @@ def test_int8_is_fused(bits: int, transform: str) -> None:
     assert fates(model) == [(Fate.FUSED, "QLinearConv")] * 3 + [(Fate.FUSED, "QGemm")]
 
 
-def test_a_broken_promise_is_an_error() -> None:
+def test_a_broken_promise_is_found() -> None:
     model, report = quantize_model(small_cnn(), QuantConfig())
-    with pytest.raises(ModelError, match=r"does not keep what the folded form promises for 'w1' \(decoded every run"):
-        check_promises(model, {weight.name: Form.FOLDED for weight in report.converted})
+    broken = broken_promises(model, {weight.name: Form.FOLDED for weight in report.converted})
+    assert broken["w1"].fate is Fate.EVERY_RUN
+    assert set(broken) == {"w1", "w2", "w3", "w4"}
+
+
+def test_a_weight_without_integer_kernel_becomes_float_and_the_others_not() -> None:
+    """ONNX Runtime makes a float Gemm of MatMul and Add before it looks for integer kernels."""
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
+        a = Conv(x, v)  r = Relu(a)  p = GlobalAveragePool(r)  f = Flatten(p)  m = MatMul(f, w)  y = Add(m, b) }"""
+    model = parse(text, v=laplace(40, 3, 3, 3), w=laplace(40, 10), b=laplace(10))
+    _, report = quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
+    assert {weight.name: weight.form for weight in report.converted} == {"v": "int8", "w": "folded"}
+    assert any("no integer kernel for 'w'" in note for note in report.notes)
 
 
 def test_foreign_models_get_a_reason() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from requant_onnx import (
     ModelError,
     Normalisation,
     QuantConfig,
+    Refinement,
     Transform,
     explain,
     load_images,
@@ -181,7 +183,7 @@ def test_it_needs_calibration_and_only_it_does() -> None:
     with pytest.raises(ConfigError, match="give --calibrate"):
         quantize_model(small_cnn(), INT8)
     with pytest.raises(ConfigError, match="drop --calibrate"):
-        quantize_model(small_cnn(), QuantConfig(), calibration=NOISE)
+        quantize_model(small_cnn(), QuantConfig(refinement=Refinement.NONE), calibration=NOISE)
 
 
 def test_calibration_images_must_fit() -> None:
@@ -199,6 +201,62 @@ def test_calibration_images_must_fit() -> None:
     with pytest.raises(DataError, match="leaves the size of its images free"):
         quantize_model(free, INT8, calibration=NOISE)
     assert quantize_model(free, INT8, calibration=Calibration(count=4, size=(9, 7)))[1].converted
+
+
+X = "net (float[n, 3, 8, 8] x) => (float[n, a, b, c] y) "
+FLAT = "net (float[n, 16] x) => (float[n, k] y) "
+W1, W2 = laplace(16, 3, 3, 3), laplace(8, 16, 3, 3, seed=1)
+STRUCTURES = {
+    "ReLU6 that binds": (X + "{ a = Conv(x, w) r = Clip(a, lo, hi) y = Conv(r, v) }", {"lo": np.float32(0), "hi": np.float32(0.3)}),
+    "Pad with axes": (
+        X + "{ a = Conv(x, w) r = Pad(a, p, , q) y = Conv(r, v) }",
+        {"p": np.ones(4, np.int64), "q": np.array([2, 3])},
+    ),
+    "one weight, two axes": (
+        FLAT + "{ m = Gemm(x, u, b) t = Relu(m) y = Gemm<transB = 1>(t, u) }",
+        {"u": laplace(16, 16), "b": laplace(16)},
+    ),
+    "MatMul of the input": (FLAT + "{ y = MatMul(x, u) }", {"u": laplace(16, 32)}),
+    "Gemm with one bias": (FLAT + "{ y = Gemm(x, u, b) }", {"u": laplace(16, 32), "b": laplace(1)}),
+    "a constant activation": (X + "{ k = Conv(c, w) a = Conv(x, w) s = Add(k, a) y = Conv(s, v) }", {"c": laplace(1, 3, 8, 8)}),
+    "tiny weights": (X + "{ a = Conv(x, t, b) r = Relu(a) y = Conv(r, v) }", {"t": W1 * np.float32(1e-40), "b": laplace(16)}),
+    "squeeze and excite": (
+        X + "{ a = Conv(x, w) g = GlobalAveragePool(a) e = Conv(g, e1) s = Sigmoid(e) m = Mul(a, s) y = Conv(m, v) }",
+        {"e1": laplace(16, 16, 1, 1)},
+    ),
+    "depthwise": (
+        X + "{ a = Conv(x, w) r = LeakyRelu(a) d = Conv<group = 16>(r, d1) y = Conv(d, v) }",
+        {"d1": laplace(16, 1, 3, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("refinement", [Refinement.NONE, Refinement.DESCENT])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures(name: str, refinement: Refinement) -> None:
+    """Close to the float model, whatever part of it runs on integers."""
+    text, weights = STRUCTURES[name]
+    used = {key: value for key, value in {"w": W1, "v": W2, **weights}.items() if re.search(rf"[(, ]{key}[,)]", text)}
+    model = parse(text, opset=19, ir=9, **used)
+    generator = np.random.default_rng(0)
+    shape = (32, 16) if "float[n, 16]" in text else (32, 3, 8, 8)
+    x = generator.normal(size=shape).astype(np.float32)
+    if len(shape) == 2:  # calibration takes images
+        with pytest.raises(ModelError, match="takes float images of 4 dimensions"):
+            quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
+        return
+    calibration = Calibration(ImageSet(x, None))
+    made, _ = quantize_model(model, QuantConfig(form=Form.INT8, refinement=refinement), calibration=calibration)
+    onnx.checker.check_model(made, full_check=True)
+    y, y_hat = run(model, x, "ORT_DISABLE_ALL"), run(made, x)
+    assert ((y - y_hat) ** 2).sum() <= 3e-3 * (y**2).sum()  # 25 dB
+
+
+def test_a_relu_in_a_body_is_not_taken_for_one_behind_the_conv() -> None:
+    body = parse("body () => (float[n, c, h, w] z) { z = Relu(a) }").graph
+    model = parse("net (float[n, 3, 8, 8] x, bool c) => (float[n, d, e, f] y) { a = Conv(x, w) }", w=laplace(4, 3, 3, 3))
+    model.graph.node.append(onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body))
+    assert set(plan_integers(model, {"w"}).source) == {"x", "a"}
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar10", "resnet56_cifar10", "googlenet_cifar10"])

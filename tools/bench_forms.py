@@ -29,7 +29,17 @@ import onnxruntime
 from architectures import resnet
 from cifar import find_cifar
 
-from requant_onnx import Calibration, Form, ImageSet, Normalisation, QuantConfig, load_images, quantize_model, save_model
+from requant_onnx import (
+    Calibration,
+    Form,
+    ImageSet,
+    Normalisation,
+    QuantConfig,
+    Refinement,
+    load_images,
+    quantize_model,
+    save_model,
+)
 from requant_onnx.data import CIFAR_MEAN_STD
 from requant_onnx.runtime import quiet_options
 
@@ -105,7 +115,7 @@ def rows_of(subject: Subject, train: ImageSet, folder: Path) -> list[Row]:
     for bits in (8, 6, 4, 3, 2):
         ours(f"folded {bits} bits", bits=bits, form=Form.FOLDED)
     for bits in (8, 4):
-        ours(f"int8 {bits} bits", bits=bits, form=Form.INT8)
+        ours(f"int8 {bits} bits", bits=bits, form=Form.INT8, refinement=Refinement.NONE)
     for name, kind in (("ORT W8A8", "QInt8"), ("ORT W4A8", "QInt4")):
         rows.append(Row(name, folder / f"{kind}.onnx"))
         quantize_with_onnxruntime(subject, train, rows[0].path, rows[-1].path, kind)

@@ -26,6 +26,7 @@ from requant_onnx.numerics.activation import ActivationGrid
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 MAX_BIAS = 2.0**30  # of an int32, with room for the sums that it is added to
+MIN_STEP = 1e-30  # of a bias: the product of two scales must not vanish in float32
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def min_scales(biases: list[Bias], grids: Mapping[str, ActivationGrid], *, per_c
     """The least scale of each weight with which no bias passes int32: (oc,), or (1,) where the weight has one scale."""
     floors: dict[str, npt.NDArray[np.float64]] = {}
     for bias in biases:
-        floor = np.abs(bias.values.astype(np.float64)) / (float(grids[bias.node.x].scale) * MAX_BIAS)
+        step = np.maximum(np.abs(bias.values.astype(np.float64)) / MAX_BIAS, MIN_STEP)
+        floor = step / float(grids[bias.node.x].scale)
         floor = floor if per_channel else floor.max(keepdims=True)
         floors[bias.node.weight] = np.maximum(floors.get(bias.node.weight, 0.0), floor)
     return floors

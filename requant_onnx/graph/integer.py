@@ -10,6 +10,7 @@ Every other node works on floats.  https://onnxruntime.ai/docs/performance/model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.operands import weight_operand
+from requant_onnx.graph.operands import from_constants, weight_operand
+from requant_onnx.graph.weights import channel_axis
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 GENERIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
@@ -44,6 +46,7 @@ class IntegerPlan:
 
     source: quantized tensor -> the tensor whose range it has (itself, or that from which moves carry it).
     floats: quantized tensors that a float node computes (or the caller gives), so that float readers keep the float.
+    ceilings: quantized tensor -> the most that a Clip absorbed into it lets through; no range may pass it.
     why_not: converted weight that stays float -> reason (a sentence without its subject).
     """
 
@@ -52,6 +55,7 @@ class IntegerPlan:
     moves: list[str] = field(default_factory=list)
     source: dict[str, str] = field(default_factory=dict)
     floats: set[str] = field(default_factory=set)
+    ceilings: dict[str, float] = field(default_factory=dict)
     why_not: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -69,7 +73,7 @@ def plan_integers(model: onnx.ModelProto, weights: Collection[str]) -> IntegerPl
     plan = IntegerPlan()
     outputs = {id(tensor) for tensor in graph.outputs}
     weighted = _weighted_nodes(graph, weights, plan.why_not)
-    results = _Results(outputs)
+    results = _Results(outputs, {id(node) for node in graph.nodes})
     able = _able(graph, weighted, results)
     wanted = _wanted(graph, weighted, able, results)
     for node in graph.nodes:
@@ -81,6 +85,8 @@ def plan_integers(model: onnx.ModelProto, weights: Collection[str]) -> IntegerPl
         else:
             continue
         result = results.of(node)
+        if result is not node.outputs[0] and result.inputs[0].op == "Clip":
+            plan.ceilings[result.name] = _ceiling(result.inputs[0])
         if node.op in MOVES:
             plan.source[result.name] = plan.source[node.inputs[0].name]
         elif id(result) in wanted:
@@ -98,14 +104,15 @@ def _carry(plan: IntegerPlan, tensor: gs.Tensor) -> None:
 class _Results:
     """The tensor that a node's result is read from: behind a Relu or a Clip from 0 that is its only reader."""
 
-    def __init__(self, outputs: set[int]) -> None:
-        self._outputs = outputs
+    def __init__(self, outputs: set[int], nodes: set[int]) -> None:
+        self._outputs, self._nodes = outputs, nodes
 
     def of(self, node: gs.Node) -> gs.Tensor:
         result = node.outputs[0]
         if node.op in MOVES or len(result.outputs) != 1 or id(result) in self._outputs:
             return result
-        return result.outputs[0].outputs[0] if _rectifies(result.outputs[0]) else result
+        reader = result.outputs[0]
+        return reader.outputs[0] if id(reader) in self._nodes and _rectifies(reader) else result
 
 
 def _rectifies(node: gs.Node) -> bool:
@@ -114,18 +121,29 @@ def _rectifies(node: gs.Node) -> bool:
     if node.op != "Clip" or not is_standard(node):
         return False
     low = find_root(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else None
-    return low is not None and bool(np.all(low.load() == 0))
+    return low is not None and bool(np.all(low.load() == 0)) and _ceiling(node) > 0.0
+
+
+def _ceiling(clip: gs.Node) -> float:
+    """The most that a Clip lets through; 0 where that is not constant."""
+    if len(clip.inputs) < 3 or not clip.inputs[2].name:
+        return math.inf
+    high = find_root(clip.inputs[2])
+    return float(np.min(high.load())) if high is not None else 0.0
 
 
 def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
     """By id of the node.  A weight counts only if everything that reads it can work on integers."""
     found: dict[int, WeightedNode] = {}
+    axes: dict[str, int] = {}
     for node in graph.nodes:
         for operand, tensor in enumerate(node.inputs):
             root = find_root(tensor)
             if root is None or root.name not in weights:
                 continue
             reason = _why_not_weighted(node, operand)
+            if reason is None and axes.setdefault(root.name, axis := channel_axis(node, 1, len(root.tensor.shape))) != axis:
+                reason = "is read along two axes"
             if reason is None:
                 bias = node.inputs[2].name if len(node.inputs) > 2 else ""
                 found[id(node)] = WeightedNode(node.outputs[0].name, root.name, node.inputs[0].name, bias)
@@ -139,16 +157,22 @@ def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
         return f"is read by {node.op}, which ONNX Runtime has no integer kernel for"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
+    if from_constants(node.inputs[0]):
+        return "is multiplied with a constant"
     has_bias = len(node.inputs) > 2 and node.inputs[2].name != ""
     scaled = node.attrs.get("alpha", 1.0) != 1.0 or (has_bias and node.attrs.get("beta", 1.0) != 1.0)
     if node.op == "Gemm" and (scaled or node.attrs.get("transA", 0)):
         return "is read by a Gemm with alpha, beta or transA"
-    return "is added to a bias that is no constant vector" if has_bias and not _is_vector(node.inputs[2]) else None
+    return "is added to a bias that is no constant vector" if has_bias and not _is_vector(node) else None
 
 
-def _is_vector(tensor: gs.Tensor) -> bool:
-    root = find_root(tensor)
-    return root is not None and root.dtype == onnx.TensorProto.FLOAT and len(root.tensor.shape) == 1
+def _is_vector(node: gs.Node) -> bool:
+    """Whether the bias has one constant value an output channel."""
+    root, weight = find_root(node.inputs[2]), find_root(node.inputs[1])
+    if root is None or weight is None or root.dtype != onnx.TensorProto.FLOAT:
+        return False
+    shape = weight.tensor.shape
+    return tuple(root.tensor.shape) == (shape[channel_axis(node, 1, len(shape))],)
 
 
 def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results) -> set[int]:
@@ -163,10 +187,12 @@ def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results)
 def _follows(node: gs.Node, able: set[int]) -> bool:
     """Whether a node without weight can work on what its inputs are."""
     if node.op in GENERIC:
+        if set(node.attrs.get("dilations", (1,))) != {1}:  # QLinearAveragePool has none
+            return False
         return all(id(tensor) in able for tensor in node.inputs)
     if node.op not in MOVES or not node.inputs or id(node.inputs[0]) not in able or len(node.outputs) != 1:
         return False
-    return node.op != "Pad" or _pads_with_zero(node)
+    return node.op != "Pad" or (_pads_with_zero(node) and len(node.inputs) < 4)  # ONNX Runtime fails on Pad with axes
 
 
 def _pads_with_zero(node: gs.Node) -> bool:

@@ -47,9 +47,12 @@ def opset_of(model: onnx.ModelProto) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
-def file_bytes(path: Path) -> int:
-    """Size of a model with its external data files."""
-    model = onnx.load(path, format="protobuf", load_external_data=False)
+def data_files(path: Path) -> list[Path]:
+    """The external data files of a model; none when it is no model."""
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError):
+        return []
     outside = {
         entry.value
         for tensor in model.graph.initializer
@@ -57,8 +60,12 @@ def file_bytes(path: Path) -> int:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    total: int = path.stat().st_size + sum((path.parent / name).stat().st_size for name in outside)
-    return total
+    return [path.parent / name for name in sorted(outside)]
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a model with its external data files."""
+    return path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
 
 
 def _parse(path: Path, external: bool = True) -> onnx.ModelProto:

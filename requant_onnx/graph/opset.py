@@ -94,6 +94,10 @@ def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelPro
     for field in ("doc_string", "domain", "model_version", "producer_name", "producer_version"):
         setattr(converted, field, getattr(model, field))
     converted.graph.doc_string = model.graph.doc_string
+    for before, after in ((model.graph.input, converted.graph.input), (model.graph.output, converted.graph.output)):
+        declared = {item.name: item for item in before}
+        for item in after:  # the converter infers sizes where the model has names for them
+            item.CopyFrom(declared.get(item.name, item))
     if current < 11:
         _keep_asymmetric(converted)
     return converted

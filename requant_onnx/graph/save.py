@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from requant_onnx.errors import ModelError, OutputError
-from requant_onnx.graph.load import first_line, is_large
+from requant_onnx.graph.load import data_files, first_line, is_large
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
-ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped into memory
+PAGE, WORD = 4096, 16  # alignment in the data file of tensors that are worth mapping into memory, and of others
+MAPPED_BYTES = 1 << 20
 
 
 def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False) -> int:
@@ -80,7 +80,8 @@ def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProt
             stub.CopyFrom(tensor)
             continue
         _copy_fields(tensor, stub, but="raw_data")
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        alignment = PAGE if len(tensor.raw_data) >= MAPPED_BYTES else WORD
+        offset = -(-end // alignment) * alignment
         onnx.external_data_helper.set_external_data(_mark(stub), location, offset, len(tensor.raw_data))
         stub.ClearField("raw_data")
         outside.append((offset, tensor))
@@ -112,13 +113,8 @@ def _data_names(path: Path) -> Iterator[str]:
 
 def _data_files(path: Path) -> list[Path]:
     """The external data files of a model that was written here before, and will be replaced."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError):
-        return []
-    named = {e.value for item in model.graph.initializer for e in item.external_data if e.key == "location"}
     ours = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
-    return [path.parent / name for name in sorted(named) if ours.fullmatch(name)]
+    return [file for file in data_files(path) if file.parent == path.parent and ours.fullmatch(file.name)]
 
 
 def _delete(files: Iterable[Path]) -> None:

@@ -143,7 +143,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
         op=node.op,
         shape=shape,
         in_node=root.in_node,
-        channel_axis=_channel_axis(node, operand, len(shape)),
+        channel_axis=channel_axis(node, operand, len(shape)),
         emit=_emitted_type(root, node.inputs[operand]),
         is_edge=is_edge,
         stored_bytes=int(np.prod(shape)) * np.dtype(root.tensor.dtype).itemsize,
@@ -186,7 +186,8 @@ def _unfit_shape(shape: tuple[int, ...], op: str) -> str | None:
     return None
 
 
-def _channel_axis(node: gs.Node, operand: int, rank: int) -> int:
+def channel_axis(node: gs.Node, operand: int, rank: int) -> int:
+    """The dimension of the output channel in the stored weight (table above)."""
     if node.op == "Conv":
         return 0
     if node.op == "ConvTranspose":

@@ -84,10 +84,12 @@ class Histogram:
         return middles.astype(np.float32), self.counts[filled].astype(np.float32)
 
 
-def activation_grid(histogram: Histogram, method: ActivationRange, headroom: float = 1.0) -> ActivationGrid:
+def activation_grid(
+    histogram: Histogram, method: ActivationRange, headroom: float = 1.0, ceiling: float = np.inf
+) -> ActivationGrid:
     """The grid for the values counted; of scale 1 when all were zero.
 
-    headroom: factor on the range, for values like those counted, only larger.
+    headroom: factor on the range, for values like those counted, only larger.  ceiling: the range may not pass it.
     """
     low, high = histogram.low, histogram.high
     if method is ActivationRange.PERCENTILE:
@@ -98,6 +100,9 @@ def activation_grid(histogram: Histogram, method: ActivationRange, headroom: flo
         middles, counts = histogram.centres()
         alpha = float(search_alpha(middles[None], ranges, level_table(BITS, 1.0), counts[None])[0])
     scale = np.float32(headroom * alpha * ranges.step[0])
+    codes_above = 255 - int(ranges.zero_point[0])
+    if float(scale) * codes_above > ceiling:
+        scale = np.nextafter(np.float32(ceiling / codes_above), np.float32(0))
     return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), np.uint8(ranges.zero_point[0]))
 
 

@@ -10,6 +10,8 @@ The output error of one channel with the weights w, decoded to w_hat, is (w_hat 
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +23,7 @@ from requant_onnx.numerics.quantize import half_scale
 
 BLOCK = 128  # columns rounded before the rest learns of it, by one matrix product
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal before the inverse
-PASSES = 20  # of descent at most
+PASSES = 5  # of descent at most
 SMALLEST_GAIN = 1e-12  # of one step squared: below it rounding errors could move codes for ever
 REFITS = 3  # alternations of scale and descent
 
@@ -74,8 +76,7 @@ def refine(
         if refit:
             grid = refit_scale(w, h, grid, codes)
         changed = codes.copy()
-        gradient = (grid.decode(codes) - w) @ h
-        _descend(changed, gradient, np.ascontiguousarray(h), grid.scale, grid.offset, grid.table.integers, PASSES)
+        _descend_in_parallel(changed, (grid.decode(codes) - w) @ h, np.ascontiguousarray(h), grid)
         if (changed == codes).all():
             break
         codes = changed
@@ -98,10 +99,22 @@ def output_error(difference: FloatArray, h: FloatArray) -> FloatArray:
 
 
 def _upper_of_inverse(h: FloatArray) -> FloatArray:
-    """U, upper triangular, with U' U = inv(H + damping)."""
-    damped = h + np.eye(len(h)) * max(DAMPING * float(np.mean(np.diag(h))), 1e-30)
-    inverse = np.linalg.inv(damped)
-    return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+    """U, upper triangular, with U' U = inv(H + damping); more damping where inputs hardly vary and rounding errors rule."""
+    damping = max(DAMPING * float(np.mean(np.diag(h))), 1e-30)
+    while True:
+        try:
+            inverse = np.linalg.inv(h + np.eye(len(h)) * damping)
+            return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+        except np.linalg.LinAlgError:
+            damping *= 10
+
+
+def _descend_in_parallel(codes: npt.NDArray[np.uint8], gradients: FloatArray, h: FloatArray, grid: RowGrid) -> None:
+    """Rows are independent, so the result is the same however they are shared out."""
+    count = min(len(codes), os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as executor:
+        for own in [slice(k, None, count) for k in range(count)]:
+            executor.submit(_descend, codes[own], gradients[own], h, grid.scale[own], grid.offset[own], grid.table.integers, PASSES)
 
 
 @compiled

@@ -59,6 +59,9 @@ class Moments:
         """C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - np.outer(x, x)
+        xx += np.eye(len(x)) * (
+            1e-6 * float(np.mean(np.diag(self.xx))) / self.count
+        )  # what rounding errors leave of constant inputs
         return (xx + xx.T) / 2, self.xy / self.count - np.outer(y, x), np.maximum(self.yy / self.count - y * y, 0.0)
 
     def uncentred(self) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -91,15 +94,9 @@ def patches(x: Values, window: Window) -> Iterator[tuple[slice, list[Values]]]:
     view = view[tuple(steps)]
     each = int(np.prod(view.shape[1:])) * 4
     size = max(1, PATCH_BYTES // max(1, each))
-    own = x.shape[1] // window.group
     for start in range(0, len(x), size):
         images = slice(start, min(start + size, len(x)))
         part = np.moveaxis(view[images], 1, 1 + rank)  # (n, *places, ic, *kernel)
         places = int(np.prod(part.shape[: 1 + rank]))
-        yield (
-            images,
-            [
-                np.ascontiguousarray(np.take(part, range(g * own, (g + 1) * own), 1 + rank)).reshape(places, -1)
-                for g in range(window.group)
-            ],
-        )
+        cut = [part] if window.group == 1 else np.split(part, window.group, 1 + rank)
+        yield images, [np.ascontiguousarray(own).reshape(places, -1) for own in cut]

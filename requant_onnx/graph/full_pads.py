@@ -1,0 +1,37 @@
+"""Write Pad without its `axes`: ONNX Runtime moves Pad across layouts, and fails on one with axes among integer kernels.
+
+https://onnx.ai/onnx/operators/onnx__Pad.html
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.edit import set_initializer
+from requant_onnx.graph.names import FreshNames
+
+
+def write_full_pads(model: onnx.ModelProto) -> int:
+    """Each Pad with constant pads and axes gets pads for every axis; returns how many.  Changes `model`."""
+    pads = [n for n in import_graph(model).nodes if n.op == "Pad" and is_standard(n) and len(n.inputs) > 3 and n.inputs[3].name]
+    if not pads:
+        return 0
+    names, done = FreshNames(model), 0
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in (*inferred.value_info, *inferred.input)}
+    nodes = {node.output[0]: node for node in model.graph.node if node.op_type == "Pad"}
+    for pad in pads:
+        amounts, axes = (find_root(pad.inputs[k]) for k in (1, 3))
+        rank, node = ranks.get(pad.inputs[0].name, 0), nodes.get(pad.outputs[0].name)
+        if amounts is None or axes is None or node is None or rank == 0:
+            continue
+        full = np.zeros((2, rank), np.int64)
+        full[:, np.asarray(axes.load(), np.int64) % rank] = np.asarray(amounts.load(), np.int64).reshape(2, -1)
+        name = names.take(f"{node.input[1]}_full")
+        set_initializer(model.graph, full.ravel(), name)
+        node.input[1] = name
+        del node.input[3:]
+        done += 1
+    return done

@@ -1,0 +1,61 @@
+"""The part of a model that is to run on integers, with all that it needs to know of the activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.calibrate import Calibration, watch_activations
+from requant_onnx.config import Granularity, QuantConfig
+from requant_onnx.execute import Progress
+from requant_onnx.graph.activations import biases_of, min_scales
+from requant_onnx.graph.integer import IntegerPlan, plan_integers
+from requant_onnx.graph.weights import View
+from requant_onnx.numerics.activation import ActivationGrid, activation_grid
+from requant_onnx.plan import kept_in_float
+from requant_onnx.report import ActivationReport
+
+
+@dataclass(frozen=True)
+class Integers:
+    """grids: of each quantized activation.  floors: least scales of weights, () or (channels,), for biases to fit int32."""
+
+    plan: IntegerPlan = field(default_factory=IntegerPlan)
+    grids: dict[str, ActivationGrid] = field(default_factory=dict)
+    floors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+    def reports(self) -> tuple[ActivationReport, ...]:
+        """One for each quantized activation, in graph order."""
+        return tuple(
+            ActivationReport(tensor, (grid.low, grid.high), float(grid.scale), int(grid.zero_point))
+            for tensor, grid in self.grids.items()
+        )
+
+
+def watch_integers(
+    model: onnx.ModelProto,
+    view: View,
+    config: QuantConfig,
+    calibration: Calibration,
+    excluded: Collection[str],
+    progress: Progress | None,
+) -> Integers:
+    """Plan the integer part and find its ranges.  excluded: weights that stay float.  Raises as `watch_activations`."""
+    eligible = {w.name for w in view.weights if w.emit == onnx.TensorProto.FLOAT and not kept_in_float(w, config)}
+    plan = plan_integers(model, eligible.difference(excluded))
+    if not plan.weighted:
+        return Integers(plan)
+    report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
+    histograms = watch_activations(model, sorted(set(plan.source.values())), calibration, report)
+    own = {
+        name: activation_grid(h, config.activation_range, calibration.headroom, plan.ceilings.get(name, math.inf))
+        for name, h in histograms.items()
+    }
+    grids = {tensor: own[source] for tensor, source in plan.source.items()}
+    per_channel = config.granularity is Granularity.PER_CHANNEL
+    return Integers(plan, grids, min_scales(biases_of(model, plan), grids, per_channel=per_channel))
