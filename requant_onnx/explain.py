@@ -10,12 +10,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.config import Form
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.load import ModelLike, load_model
+from requant_onnx.graph.load import ModelLike, is_large, load_model
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
 from requant_onnx.runtime import optimised_graph
 
@@ -96,14 +97,15 @@ def explain(model: ModelLike) -> Explanation:
         runtime, optimised = optimised_graph(model, name, Path(folder))
     graph = import_graph(loaded)
     fates = _Fates.of(optimised.graph)
-    weights = _weights(graph)
+    weights, shapes = _weights(graph), _shapes(loaded)
     decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
     times = Counter(name for own in decoded.values() for name in own)
     found = []
     for node, tensor in weights:
         behind = decoded[tensor.name]
         fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates)
-        found.append(replace(fate, behind=frozenset(behind)))
+        found.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
+    found += [fate for node in graph.nodes for fate in _integer_operators(node)]
     operators = Counter(node.op_type for node in optimised.graph.node)
     return Explanation(runtime, tuple(found), dict(operators.most_common()))
 
@@ -129,6 +131,25 @@ def _weights(graph: gs.Graph) -> list[tuple[gs.Node, gs.Tensor]]:
         if operand is not None and from_constants(node.inputs[operand]):
             found.append((node, node.inputs[operand]))
     return found
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors by inference, which follows decodes; {} for a model too large for it."""
+    if is_large(model):
+        return {}
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {item.name: tuple(d.dim_value or -1 for d in item.type.tensor_type.shape.dim) for item in graph.value_info}
+    return {**shapes, **{item.name: tuple(item.dims) for item in graph.initializer}}
+
+
+def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
+    """A weight that the file itself gives to an integer kernel."""
+    if node.op in KERNELS:
+        operand = 3 if node.op.startswith("QLinear") else 1
+        tensor = node.inputs[operand]
+        if from_constants(tensor):
+            shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
+            yield WeightFate(tensor.name, node.op, shape, Fate.FUSED, node.op, "")
 
 
 def _decode_of(tensor: gs.Tensor) -> set[str]:
@@ -180,10 +201,11 @@ def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
         return f"ONNX Runtime does not fold {decoder}"
     if _producer(node.inputs[0]) == "DequantizeLinear":
         codes = tensor.inputs[0].inputs[0]
-        kind = str(codes.dtype) if codes.dtype is not None else "its type"
         if not any(result.outputs and result.outputs[0].op == "QuantizeLinear" for result in _results(node)) and node.op == "Conv":
             return "its output is not quantized, so no integer kernel takes it"
-        return f"no integer kernel takes it ({kind} codes); int8 codes are taken"
+        if codes.dtype is not None and str(np.dtype(codes.dtype)) not in ("int8", "uint8"):
+            return f"no integer kernel takes codes of type {codes.dtype}; int8 is taken"
+        return "ONNX Runtime finds no integer kernel for what follows it"
     return (
         "ONNX Runtime never folds DequantizeLinear; use --form folded, or session.disable_quant_qdq=1 (requant_onnx.load_session)"
     )

@@ -100,12 +100,12 @@ def open_classifier(model: onnx.ModelProto | str | os.PathLike[str], name: str) 
     inputs = session.get_inputs()
     if len(inputs) != 1:
         listed = ", ".join(f"'{item.name}'" for item in inputs)
-        raise ModelError(f"{name} has {len(inputs)} inputs ({listed}), and validation takes models with one image input")
+        raise ModelError(f"{name} has {len(inputs)} inputs ({listed}), and images are run only through models with one image input")
     shape = tuple(n if isinstance(n, int) and n > 0 else None for n in inputs[0].shape)
     if len(shape) != 4 or inputs[0].type not in INPUT_TYPES:
         raise ModelError(
             f"the input '{inputs[0].name}' of {name} is a {inputs[0].type} of shape {inputs[0].shape}, "
-            "and validation takes float images of 4 dimensions"
+            "and images are run only through models that take float images of 4 dimensions"
         )
     return Classifier(name, session, inputs[0].name, INPUT_TYPES[inputs[0].type], shape, size)
 

@@ -83,7 +83,15 @@ def test_foreign_models_get_a_reason() -> None:
     model.graph.initializer.append(onnx.helper.make_tensor("w", onnx.TensorProto.INT4, w.shape, np.clip(w, -8, 7).ravel()))
     (weight,) = explain(model).weights
     assert weight.fate is Fate.EVERY_RUN
-    assert "no integer kernel takes it" in weight.why
+    assert "no integer kernel" in weight.why
+
+
+def test_operators_of_integers_are_listed_and_shapes_are_known() -> None:
+    text = "net (uint8[n, 6] x) => (int32[n, 5] y) { y = MatMulInteger(x, w) }"
+    (weight,) = explain(parse(text, w=np.ones((6, 5), np.int8))).weights
+    assert (weight.fate, weight.kernel, weight.shape) == (Fate.FUSED, "MatMulInteger", (6, 5))
+    converted, _ = quantize_model(small_cnn(), QuantConfig(3, form=Form.FOLDED))
+    assert [weight.shape for weight in explain(converted).weights] == [(16, 3, 3, 3), (16, 16, 3, 3), (32, 16, 3, 3), (10, 32)]
 
 
 def test_load_session_decodes_qdq_at_load(tmp_path: Path) -> None:

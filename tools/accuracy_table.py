@@ -3,8 +3,9 @@
     python tools/accuracy_table.py --data DIR models/resnet20_cifar10.onnx other.onnx=imagenet       # 10,000 test images
     python tools/accuracy_table.py --data DIR --split train --limit 2000 --grid MODEL ...             # how defaults were chosen
     python tools/accuracy_table.py --data DIR --split train --limit -2000 --int8 MODEL ...            # activation ranges
+    python tools/accuracy_table.py --data DIR --refined MODEL ...                                     # 4, 3, 2 bits with refinement
 
-The int8 form is calibrated on the first 256 images of the train split.
+Calibration is on the first 256 images of the train split.
 
 A model may carry the normalisation it was trained with, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
 with default options.  Top-1 in per cent, beside it top-1 agreement with float, output SQNR and the size of the file.
@@ -88,6 +89,15 @@ def int8(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
     yield "8 bits, int8, levels to 127", QuantConfig(8, form=Form.INT8, int8_levels=Int8Levels.FULL), images
 
 
+def refined(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
+    """4, 3 and 2 bits: nearest levels, and refined on noise and on images."""
+    for bits in (4, 3, 2):
+        config = QuantConfig(bits, form=Form.FOLDED)
+        yield f"{bits} bits, nearest", config, None
+        yield f"{bits} bits, noise", config, Calibration(None, normalisation)
+        yield f"{bits} bits, 256 images", config, Calibration(train, normalisation)
+
+
 def scores(model: onnx.ModelProto, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """(n, classes)"""
     classifier = open_classifier(model, "the model")
@@ -118,6 +128,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first N images, or the last N of -N")
     parser.add_argument("--grid", action="store_true", help="all combinations instead of the three recipes")
     parser.add_argument("--int8", action="store_true", help="the int8 form instead")
+    parser.add_argument("--refined", action="store_true", help="refinement at low bits instead")
     args = parser.parse_args()
     folder = find_or_fetch("cifar10", args.data)
     images, train = load_cifar("cifar10", folder, args.split), load_cifar("cifar10", folder, "train").first(256)
@@ -128,7 +139,8 @@ def main() -> None:
         path, _, name = item.partition("=")
         normalisation = NORMALISATIONS[name or "cifar"]
         plain = ((label, config, None) for label, config in (grid() if args.grid else acceptance()))
-        for line in rows(Path(path), normalisation, images, int8(train, normalisation) if args.int8 else plain):
+        cases = int8(train, normalisation) if args.int8 else refined(train, normalisation) if args.refined else plain
+        for line in rows(Path(path), normalisation, images, cases):
             print(line, flush=True)
 
 

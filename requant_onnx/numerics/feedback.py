@@ -101,12 +101,17 @@ def output_error(difference: FloatArray, h: FloatArray) -> FloatArray:
 def _upper_of_inverse(h: FloatArray) -> FloatArray:
     """U, upper triangular, with U' U = inv(H + damping); more damping where inputs hardly vary and rounding errors rule."""
     damping = max(DAMPING * float(np.mean(np.diag(h))), 1e-30)
-    while True:
-        try:
-            inverse = np.linalg.inv(h + np.eye(len(h)) * damping)
-            return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
-        except np.linalg.LinAlgError:
-            damping *= 10
+    while (u := _upper(h + np.eye(len(h)) * damping)) is None:
+        damping *= 10
+    return u
+
+
+def _upper(h: FloatArray) -> FloatArray | None:
+    try:
+        inverse = np.linalg.inv(h)
+        return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+    except np.linalg.LinAlgError:
+        return None
 
 
 def _descend_in_parallel(codes: npt.NDArray[np.uint8], gradients: FloatArray, h: FloatArray, grid: RowGrid) -> None:
