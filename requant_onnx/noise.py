@@ -1,7 +1,8 @@
-"""Images that need no data: noise with the statistics of natural ones, for calibration.
+"""Images that need no data, for calibration: noise with the statistics of natural images.
 
-The power spectrum of natural images falls as 1/f**2, that is their amplitude as 1/f (Field 1987, J. Opt. Soc. Am. A 4); their
-channels vary together; brightness and contrast differ from image to image.
+Natural images are made of things that hide each other, of every size.  The dead leaves model (Lee, Mumford and Huang 2001,
+Int. J. Computer Vision 41) is just that: opaque shapes dropped at random, their radii r distributed as r**-3, which makes the
+image look the same at every scale.  Over it lies texture with the amplitude spectrum 1/f (Field 1987, J. Opt. Soc. Am. A 4).
 """
 
 from __future__ import annotations
@@ -9,9 +10,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-MEAN, STD = 0.46, 0.25  # of all pixels, in 0..1: about those of the train splits of CIFAR and ImageNet
-COMMON = 0.95  # correlation of two channels
-SPREAD = 0.5  # share of the variance that lies between the means of images
+from requant_onnx.numerics.compiled import FloatArray, compiled
+
+MEAN, STD = 0.47, 0.25  # of the brightness of shapes, in 0..1: about those of the train splits of CIFAR and ImageNet
+COLOUR = 0.1  # standard deviation of a channel about the brightness of its shape
+SHADING = 0.2  # standard deviation of the change of brightness along the longer side, within a shape
+TEXTURE = 0.04  # standard deviation of the 1/f texture
+COMMON = 0.95  # correlation of two channels of the texture
+SMALLEST, LARGEST = 2.0, 0.7  # radius of a shape: in pixels, and of the longer side
+SHAPES = 400  # at most, a 32x32 image; in proportion to the pixels
 
 
 def noise_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -22,12 +29,62 @@ def noise_images(count: int, channels: int, height: int, width: int, seed: int =
     images = np.empty((count, channels, height, width), np.uint8)
     for k in range(count):
         fields = _fields(generator, 1 + channels, amplitude, (height, width))
-        mixed = np.sqrt(COMMON) * fields[:1] + np.sqrt(1 - COMMON) * fields[1:]
-        offset = generator.normal() * np.sqrt(COMMON) + generator.normal(size=(channels, 1, 1)) * np.sqrt(1 - COMMON)
-        contrast = generator.uniform(0.5, 1.5)
-        pixels = MEAN + STD * (np.sqrt(SPREAD) * offset + np.sqrt(1 - SPREAD) * contrast * mixed)
+        texture = np.sqrt(COMMON) * fields[:1] + np.sqrt(1 - COMMON) * fields[1:]
+        pixels = _leaves(generator, channels, height, width) + TEXTURE * texture
         images[k] = np.rint(np.clip(pixels, 0.0, 1.0) * 255)
     return images
+
+
+def _leaves(generator: np.random.Generator, channels: int, height: int, width: int) -> FloatArray:
+    """(channels, height, width), in 0..1 but for the tails of the distributions."""
+    side, shapes = max(height, width), max(1, SHAPES * height * width // 32**2)
+    smallest, largest = min(SMALLEST, LARGEST * side), LARGEST * side
+    radius = (smallest**-2 + generator.random(shapes) * (largest**-2 - smallest**-2)) ** -0.5
+    centre = (generator.random((shapes, 2)) * 1.2 - 0.1) * (height, width)
+    angle, stretch = np.pi * generator.random(shapes), np.exp(generator.normal(0.0, 0.4, shapes))
+    colour = generator.normal(MEAN, STD, (shapes, 1)) + generator.normal(0.0, COLOUR, (shapes, channels))
+    slope = generator.normal(0.0, SHADING / side, (shapes, 2))
+    image = np.empty((channels, height, width))
+    _paint(image, radius, centre, angle, stretch, generator.random(shapes) < 0.5, colour, slope)
+    return image
+
+
+@compiled
+def _paint(
+    image: FloatArray,
+    radius: FloatArray,
+    centre: FloatArray,
+    angle: FloatArray,
+    stretch: FloatArray,
+    is_round: npt.NDArray[np.bool_],
+    colour: FloatArray,
+    slope: FloatArray,
+) -> None:
+    """Fill the image from front to back: ellipses and rectangles; the last shape is the background."""
+    channels, height, width = image.shape
+    free = np.ones((height, width), np.bool_)
+    left = height * width
+    last = radius.size - 1
+    for s in range(radius.size):
+        if left == 0:
+            break
+        cosine, sine = np.cos(angle[s]), np.sin(angle[s])
+        reach = 2.0**0.5 * radius[s] * max(stretch[s], 1 / stretch[s])
+        top, bottom = max(0, int(centre[s, 0] - reach)), min(height, int(centre[s, 0] + reach) + 2)
+        start, end = max(0, int(centre[s, 1] - reach)), min(width, int(centre[s, 1] + reach) + 2)
+        if s == last:
+            top, bottom, start, end = 0, height, 0, width
+        for i in range(top, bottom):
+            for j in range(start, end):
+                if free[i, j]:
+                    y, x = i - centre[s, 0], j - centre[s, 1]
+                    p, q = abs(x * cosine + y * sine) / stretch[s], abs(y * cosine - x * sine) * stretch[s]
+                    inside = p * p + q * q < radius[s] * radius[s] if is_round[s] else max(p, q) < radius[s]
+                    if inside or s == last:
+                        free[i, j] = False
+                        left -= 1
+                        for c in range(channels):
+                            image[c, i, j] = colour[s, c] + slope[s, 0] * y + slope[s, 1] * x
 
 
 def _fields(

@@ -75,10 +75,16 @@ class QuantizedWeight:
         return from_rows(decode_rows(to_rows(self.codes, self.axis), values), self.codes.shape, self.axis)
 
 
-def quantize_weight(w: npt.NDArray[np.float32], grid: Grid, min_scale: FloatArray | None = None) -> QuantizedWeight:
+def quantize_weight(
+    w: npt.NDArray[np.float32],
+    grid: Grid,
+    min_scale: FloatArray | None = None,
+    importance: npt.NDArray[np.float32] | None = None,
+) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
 
     min_scale: () or (channels,), a floor under the scales, for kernels whose bias is counted in them; default: none.
+    importance: shape of w, positive; what the squared error of each weight counts in the search (default: 1).
 
     >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, 0.5, axis=None, search=False))
     >>> q.codes.tolist(), int(q.zero_point), q.dequantize().tolist()
@@ -86,7 +92,8 @@ def quantize_weight(w: npt.NDArray[np.float32], grid: Grid, min_scale: FloatArra
     """
     rows = to_rows(w, grid.axis)
     table, ranges = _levels_and_ranges(rows, grid)
-    alpha = _search(rows, ranges, table, grid) if grid.search else np.ones(len(rows))
+    weights = None if importance is None else to_rows(importance, grid.axis)
+    alpha = _search(rows, ranges, table, grid, weights) if grid.search else np.ones(len(rows))
     floor = 0.0 if min_scale is None else np.ravel(min_scale)
     scale = np.maximum((alpha * ranges.step) ** (1 / grid.exponent) / table.unit, floor).astype(np.float32)
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
@@ -154,11 +161,13 @@ def from_rows(rows: npt.NDArray[T], shape: tuple[int, ...], axis: int | None) ->
     return np.ascontiguousarray(np.moveaxis(rows.reshape(moved), 0, axis))
 
 
-def _search(rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable, grid: Grid) -> FloatArray:
-    return search_alpha(
-        np.sort(rows, axis=1),
-        ranges,
-        table,
-        objective_in_weights=grid.objective_in_weights,
-        round_in_weights=grid.round_in_weights,
-    )
+def _search(
+    rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable, grid: Grid, importance: npt.NDArray[np.float32] | None
+) -> FloatArray:
+    if importance is None:
+        rows = np.sort(rows, axis=1)
+    else:
+        order = np.argsort(rows, axis=1)
+        rows, importance = np.take_along_axis(rows, order, 1), np.take_along_axis(importance, order, 1)
+    spaces = {"objective_in_weights": grid.objective_in_weights, "round_in_weights": grid.round_in_weights}
+    return search_alpha(rows, ranges, table, importance, **spaces)
