@@ -20,7 +20,7 @@ MAX_BATCH = 100
 CHUNK = 32  # images
 DEFAULT_COUNT = 256
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
-NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "Calibration")
+NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
 Watch = Callable[[int, int], None]
 
 

@@ -19,6 +19,7 @@ MIN_BITS, MAX_BITS = 2, 8
 OLDEST_ORT = (1, 20)
 METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conversion's settings
 NARROW_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
+EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transform
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 
@@ -88,18 +89,22 @@ class Space(Enum):
 
 @dataclass(frozen=True)
 class Transform:
-    """The power transform `v = sign(w) * |w|**exponent`; 1/2 is the paper's square root, 1 leaves weights as they are."""
+    """The power transform `v = sign(w) * |w|**exponent`; 1/2 is the paper's square root, 1 leaves weights as they are.
 
-    exponent: float
+    None: chosen for each weight from EXPONENTS, by its output error on calibration inputs; 1 where there are none, in the qdq
+    form, and above AUTO_BITS bits, where all are as good.
+    """
+
+    exponent: float | None
 
     def __post_init__(self) -> None:
-        if not MIN_EXPONENT <= self.exponent <= MAX_EXPONENT:
+        if self.exponent is not None and not MIN_EXPONENT <= self.exponent <= MAX_EXPONENT:
             raise ConfigError(f"the exponent {self.exponent} is outside 1/3 .. 1; 0.5 is the square root, 1 no transform")
 
     @classmethod
     def parse(cls, text: str) -> Transform:
-        """`sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
-        named = {"sqrt": 0.5, "none": 1.0}
+        """`auto`, `sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
+        named = {"auto": None, "sqrt": 0.5, "none": 1.0}
         if text in named:
             return cls(named[text])
         kind, _, value = text.partition(":")
@@ -108,10 +113,12 @@ class Transform:
         except ValueError:
             exponent = math.nan
         if math.isnan(exponent):
-            raise ConfigError(f"the transform '{text}' is not understood; give sqrt, none or power:A with A in 1/3 .. 1")
+            raise ConfigError(f"the transform '{text}' is not understood; give auto, sqrt, none or power:A with A in 1/3 .. 1")
         return cls(exponent)
 
     def __str__(self) -> str:
+        if self.exponent is None:
+            return "auto"
         return {0.5: "sqrt", 1.0: "none"}.get(self.exponent, f"power:{self.exponent:g}")
 
 
@@ -151,7 +158,7 @@ class QuantConfig:
 
     bits: int = 8
     granularity: Granularity = Granularity.PER_CHANNEL
-    transform: Transform = Transform(1.0)
+    transform: Transform = Transform(None)
     range_mode: RangeMode = RangeMode.SEARCH
     edge_layers: EdgeLayers = EdgeLayers.EIGHT_BIT
     objective: Space = Space.WEIGHT

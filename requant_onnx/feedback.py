@@ -17,7 +17,7 @@ from requant_onnx.config import Refinement
 from requant_onnx.graph.layers import Layer
 from requant_onnx.numerics.feedback import RowGrid, feedback, refine
 from requant_onnx.numerics.moments import Moments, error_of
-from requant_onnx.numerics.quantize import QuantizedWeight
+from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 FloatArray = npt.NDArray[np.float64]
 Triple = tuple[FloatArray, FloatArray, FloatArray]
@@ -27,11 +27,13 @@ SHRINKAGE = 0.02  # of the mean diagonal: how far the target weights may leave t
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer got.  errors: candidate -> mean squared output error on inputs held back, over that of no layer at all.
+    """What a layer got.
 
+    grid: of the weight.  errors: candidate -> mean squared output error on inputs held back, over that of no layer at all.
     bias: (oc,) the new bias, None where it stays.
     """
 
+    grid: Grid
     quantized: QuantizedWeight
     bias: npt.NDArray[np.float32] | None
     step: str
@@ -40,12 +42,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Codes (rows, n) and grid of each group of channels.  corrected: with the best bias.  has_row_scales: one for each row."""
+    """Codes (rows, n) and row grid of each group of channels.  start: what they began from.  corrected: with the best bias."""
 
+    grid: Grid
+    start: QuantizedWeight
     codes: list[npt.NDArray[np.uint8]]
     grids: list[RowGrid]
     corrected: bool
-    has_row_scales: bool
+
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether each row has a scale of its own."""
+        return self.start.axis is not None
 
     def decoded(self) -> list[FloatArray]:
         return [grid.decode(codes) for grid, codes in zip(self.grids, self.codes, strict=True)]
@@ -54,7 +62,7 @@ class _Candidate:
 def choose(
     layer: Layer,
     w: npt.NDArray[np.float32],
-    start: QuantizedWeight,
+    grids: Sequence[Grid],
     fitted: Sequence[Moments],
     held: Sequence[Moments],
     refinement: Refinement,
@@ -62,31 +70,50 @@ def choose(
 ) -> Choice:
     """The best of the ladder, up to the rung asked for, for one layer.
 
-    start: the nearest levels.  fitted, held: moments by group, of the inputs to fit on and of those held back.
-    min_scale: as for quantize_weight.
+    grids: the first for nearest levels; feedback takes that of least weight error, weighted by the power of the inputs.
+    fitted, held: moments by group, of the inputs to fit on and of those held back.  min_scale: as for quantize_weight.
     """
-    nearest = _Candidate(layer.matrices(start.codes), _grids(layer, start, min_scale), False, start.axis is not None)
+    nearest = _candidate(layer, grids[0], quantize_weight(w, grids[0], min_scale), min_scale)
     ladder = {"nearest": nearest}
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
     if refinement in (Refinement.FEEDBACK, Refinement.DESCENT):
-        ladder.update(_feedback(layer, w, nearest, fitted, held, refinement))
+        triples = [m.centred() if layer.can_correct else m.uncentred() for m in fitted]
+        start = _weighted(layer, w, grids, triples, min_scale)
+        ladder.update(_feedback(layer, w, start, triples, fitted, held, refinement))
     errors = {name: _error(layer, candidate, fitted, held) for name, candidate in ladder.items()}
     step = min(errors, key=lambda name: errors[name])
-    return _finish(layer, start, ladder[step], fitted, held, step, errors)
+    return _finish(layer, ladder[step], fitted, held, step, errors)
+
+
+def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: FloatArray | None) -> _Candidate:
+    return _Candidate(grid, q, layer.matrices(q.codes), _grids(layer, q, min_scale), False)
+
+
+def _weighted(
+    layer: Layer, w: npt.NDArray[np.float32], grids: Sequence[Grid], triples: Sequence[Triple], min_scale: FloatArray | None
+) -> _Candidate:
+    """Ranges and grid by what each weight's error does to the output: the diagonal of the second moments weighs it."""
+    powers = [np.maximum(np.diag(xx), 1e-6 * max(float(np.mean(np.diag(xx))), 1e-30)) for xx, _, _ in triples]
+    mean = float(np.mean(powers))
+    importance = layer.tensor([np.tile((power / mean).astype(np.float32), (layer.matrix_rows, 1)) for power in powers])
+    made = [quantize_weight(w, grid, min_scale, importance) for grid in grids]
+    errors = [float(((q.dequantize().astype(np.float64) - w) ** 2 * importance).sum()) for q in made]
+    best = int(np.argmin(errors))
+    return _candidate(layer, grids[best], made[best], min_scale)
 
 
 def _feedback(
     layer: Layer,
     w: npt.NDArray[np.float32],
     nearest: _Candidate,
+    triples: Sequence[Triple],
     fitted: Sequence[Moments],
     held: Sequence[Moments],
     refinement: Refinement,
 ) -> Iterator[tuple[str, _Candidate]]:
     matrices = [m.astype(np.float64) for m in layer.matrices(w)]
     refit = nearest.has_row_scales and not layer.scale_is_shared
-    triples = [m.centred() if layer.can_correct else m.uncentred() for m in fitted]
     targets = [_target(w_g, triple) for w_g, triple in zip(matrices, triples, strict=True)]
     made: dict[str, tuple[_Candidate, list[FloatArray]]] = {}
     for name, wanted in (("feedback", matrices), ("feedback to the float output", targets)):
@@ -138,13 +165,13 @@ def _error(layer: Layer, candidate: _Candidate, fitted: Sequence[Moments], held:
 
 def _finish(
     layer: Layer,
-    start: QuantizedWeight,
     candidate: _Candidate,
     fitted: Sequence[Moments],
     held: Sequence[Moments],
     step: str,
     errors: dict[str, float],
 ) -> Choice:
+    start = candidate.start
     quantized = replace(start, codes=layer.tensor(candidate.codes))
     if candidate.has_row_scales and not layer.scale_is_shared:
         scale = np.concatenate([grid.scale for grid in candidate.grids]).astype(np.float32)
@@ -154,7 +181,7 @@ def _finish(
         both = [_joined(a, b) for a, b in zip(fitted, held, strict=True)]
         decoded = [m.astype(np.float64) for m in layer.matrices(quantized.dequantize())]
         bias = np.concatenate([m.bias(w_hat) for m, w_hat in zip(both, decoded, strict=True)]).astype(np.float32)
-    return Choice(quantized, bias, step, errors)
+    return Choice(candidate.grid, quantized, bias, step, errors)
 
 
 def _joined(a: Moments, b: Moments) -> Moments:

@@ -17,7 +17,6 @@ from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
 from requant_onnx.lockstep import Stream, constants_to_initializers
 from requant_onnx.numerics.moments import Moments, Values
-from requant_onnx.numerics.quantize import quantize_weight
 from requant_onnx.plan import PlannedWeight
 
 FloatArray = npt.NDArray[np.float64]
@@ -56,9 +55,9 @@ def quantize_layers(
         plan = plans[layer.weight]
         fitted, held = _moments(layer, exact, rounded)
         w = plan.weight.load()
-        start = quantize_weight(w, plan.grid, min_scales.get(layer.weight))
-        choice = choose(layer, w, start, fitted, held, refinement, min_scales.get(layer.weight))
-        result = replace(measure(plan, w, choice.quantized), step=choice.step, output_errors=choice.errors)
+        choice = choose(layer, w, (plan.grid, *plan.others), fitted, held, refinement, min_scales.get(layer.weight))
+        taken = replace(plan, grid=choice.grid, others=())
+        result = replace(measure(taken, w, choice.quantized), step=choice.step, output_errors=choice.errors)
         replaced[layer.weight] = tensor_proto(_emitted(plan, choice), layer.weight)
         if choice.bias is not None:
             replaced[layer.bias] = tensor_proto(choice.bias, layer.bias)
@@ -74,7 +73,7 @@ def _emitted(plan: PlannedWeight, choice: Choice) -> npt.NDArray[np.generic]:
 
 def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]]:
     """Of the inputs to fit on, and of those held back (of all of them in both, where there are too few chunks)."""
-    outputs = exact.output(layer.index)
+    outputs = targets(layer, exact, rounded)
     sums = []
     for held in (False, True):
         own = [k for k in range(len(outputs)) if (k % HELD_BACK == HELD_BACK - 1) is held] or list(range(len(outputs)))
@@ -84,6 +83,17 @@ def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments
             _add(layer, x, y, total)
         sums.append(total)
     return sums[0], sums[1]
+
+
+def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Values]:
+    """What the layer should give for each chunk: its float output, and, where that is added to a shortcut which has been
+    quantized already, what makes up for the error of the shortcut."""
+    outputs = [np.asarray(y, np.float32) for y in exact.output(layer.index)]
+    name = layer.added_to
+    for k, (y, ours, theirs) in enumerate(zip(outputs, exact.values, rounded.values, strict=True)):
+        if name in ours and name in theirs and ours[name].shape == y.shape:
+            outputs[k] = y + np.asarray(ours[name], np.float32) - np.asarray(theirs[name], np.float32)
+    return outputs
 
 
 def _add(layer: Layer, x: Values, y: Values, total: list[Moments]) -> None:

@@ -79,7 +79,9 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT.onnx", type=Path)
     parser.add_argument("--bits", metavar="N", help=f"2 to 8 (default: {DEFAULT.bits})")
     parser.add_argument("--granularity", metavar="G", help=_choices(Granularity, DEFAULT.granularity))
-    parser.add_argument("--transform", metavar="T", help=f"sqrt, none or power:A, A in 1/3 .. 1 (default: {DEFAULT.transform})")
+    parser.add_argument(
+        "--transform", metavar="T", help=f"auto, sqrt, none or power:A, A in 1/3 .. 1 (default: {DEFAULT.transform})"
+    )
     parser.add_argument("--range", metavar="R", dest="range_mode", help=_choices(RangeMode, DEFAULT.range_mode))
     parser.add_argument("--edge-layers", metavar="E", help="first and last layers: " + _choices(EdgeLayers, DEFAULT.edge_layers))
     parser.add_argument("--objective", metavar="S", help="space whose error alpha minimises: " + _choices(Space, DEFAULT.objective))

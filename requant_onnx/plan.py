@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from requant_onnx.config import EdgeLayers, Form, Granularity, Int8Levels, QuantConfig, RangeMode, Space
+from requant_onnx.config import AUTO_BITS, EXPONENTS, EdgeLayers, Form, Granularity, Int8Levels, QuantConfig, RangeMode, Space
 from requant_onnx.graph.forms import required_opset
 from requant_onnx.graph.weights import LeftAlone, View, Weight
 from requant_onnx.numerics.quantize import Grid
@@ -16,11 +16,15 @@ SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """A weight, the grid it goes on, and how it is stored."""
+    """A weight, the grid it goes on, and how it is stored.
+
+    others: grids to take instead where calibration inputs say that they are better.
+    """
 
     weight: Weight
     grid: Grid
     form: Form
+    others: tuple[Grid, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 def opset_for(config: QuantConfig, narrow: bool) -> int:
     """The opset that the decodes of such a conversion need.  narrow: see graph.forms.Target."""
     inner, edge = _bits(config, False), _bits(config, True)
-    return max(
-        required_opset(config.form, inner, config.transform.exponent, narrow), required_opset(config.form, edge, 1.0, narrow)
-    )
+    exponents = [1.0, *_others(config, config.form, inner)] if config.transform.exponent is None else [config.transform.exponent]
+    needed = [required_opset(config.form, inner, exponent, narrow) for exponent in exponents]
+    return max(*needed, required_opset(config.form, edge, 1.0, narrow))
 
 
 def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
@@ -63,7 +67,7 @@ def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeigh
     form = config.form if config.form is not Form.INT8 or integer else Form.FOLDED
     grid = Grid(
         bits=_bits(config, weight.is_edge),
-        exponent=1.0 if weight.is_edge else config.transform.exponent,
+        exponent=1.0 if weight.is_edge else config.transform.exponent or 1.0,
         axis=weight.channel_axis if config.granularity is Granularity.PER_CHANNEL else None,
         search=config.range_mode is RangeMode.SEARCH,
         objective_in_weights=config.objective is Space.WEIGHT,
@@ -71,7 +75,14 @@ def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeigh
         limit=int(config.int8_levels.value) if form is Form.INT8 else None,
         half_scales=form is not Form.QDQ,
     )
-    return PlannedWeight(weight, grid, form)
+    exponents = () if weight.is_edge else _others(config, form, grid.bits)
+    return PlannedWeight(weight, grid, form, tuple(replace(grid, exponent=exponent) for exponent in exponents))
+
+
+def _others(config: QuantConfig, form: Form, bits: int) -> tuple[float, ...]:
+    """What the automatic transform may take instead of the exponent 1."""
+    fixed = config.transform.exponent is not None or form is Form.QDQ or bits > AUTO_BITS
+    return () if fixed else tuple(exponent for exponent in EXPONENTS if exponent != 1.0)
 
 
 def _bits(config: QuantConfig, is_edge: bool) -> int:

@@ -12,9 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime import InferenceSession
 
-from requant_onnx import Calibration, Form, Granularity, ImageSet, Normalisation, QuantConfig, Refinement, Transform, quantize_model
+from requant_onnx import (
+    Calibration,
+    EdgeLayers,
+    Form,
+    Granularity,
+    ImageSet,
+    Normalisation,
+    QuantConfig,
+    Refinement,
+    Transform,
+    quantize_model,
+)
 from requant_onnx.data import load_cifar
 from requant_onnx.graph.layers import find_layers, give_biases
+from requant_onnx.layerwise import targets
 from requant_onnx.lockstep import Stream
 from requant_onnx.numerics.feedback import RowGrid, feedback, output_error, refine
 from requant_onnx.numerics.quantize import Grid, quantize_weight
@@ -164,6 +176,58 @@ def test_every_decision_is_reported_and_none_is_worse_than_nearest() -> None:
         assert {"nearest", "bias correction", "feedback", "feedback to the float output"} < weight.output_errors.keys()
 
 
+def heavy_tailed_net() -> onnx.ModelProto:
+    """Three Conv; the weights of the middle one have tails that a uniform grid cannot serve."""
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 64, a, b] y) {
+        c = Conv<pads = [1, 1, 1, 1]>(x, w) d = Conv<pads = [1, 1, 1, 1]>(c, v) y = Conv(d, u) }"""
+    middle = np.random.default_rng(0).standard_t(2.0, size=(16, 16, 3, 3)).astype(np.float32)
+    return parse(text, w=laplace(16, 3, 3, 3), v=middle, u=laplace(64, 16, 1, 1))
+
+
+def test_the_exponent_is_chosen_where_it_costs_nothing() -> None:
+    def exponents(form: Form, calibration: Calibration | None, bits: int = 3) -> list[float]:
+        config = QuantConfig(bits, form=form, edge_layers=EdgeLayers.PLAIN)
+        return [weight.exponent for weight in quantize_model(heavy_tailed_net(), config, calibration=calibration)[1].converted]
+
+    noise = Calibration(count=16)
+    plain = [1.0, 1.0, 1.0]
+    for form in (Form.FOLDED, Form.INT8):
+        found = exponents(form, noise)
+        assert found[1] < 1.0
+        assert (found[0], found[2]) == (1.0, 1.0)  # edge layers are never transformed
+    assert exponents(Form.FOLDED, None) == plain
+    assert exponents(Form.FOLDED, noise, bits=8) == plain
+    assert exponents(Form.QDQ, noise) == plain
+
+
+def test_the_chosen_exponent_lowers_the_error() -> None:
+    errors = []
+    for transform in (Transform(1.0), Transform(None)):
+        config = QuantConfig(3, transform=transform, form=Form.FOLDED)
+        _, report = quantize_model(heavy_tailed_net(), config, calibration=Calibration(count=64))
+        errors.append(report.converted[1].output_errors[report.converted[1].step])
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_layer_makes_up_for_the_error_of_its_shortcut() -> None:
+    """The Conv behind a shortcut aims at what the sum should be: its own output in float is not what is best to give."""
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 16, a, b] y) {
+        c = Conv<pads = [1, 1, 1, 1]>(x, w) d = Conv<pads = [1, 1, 1, 1]>(c, v) y = Add(c, d) }"""
+    model = parse(text, w=laplace(16, 3, 3, 3), v=laplace(16, 16, 3, 3, seed=1))
+    layers = find_layers(model, {"w", "v"})
+    assert [layer.added_to for layer in layers] == ["", "c"]
+    x = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    exact, rounded = Stream(model, [{"x": x}]), Stream(model, [{"x": x}])
+    coarse = onnx.numpy_helper.from_array(laplace(16, 3, 3, 3).round(), "w")
+    for stream, replaced in ((exact, {}), (rounded, {"w": coarse})):
+        stream.advance(1, replaced)
+    (target,) = targets(layers[1], exact, rounded)
+    d = np.asarray(exact.output(1)[0])
+    expected = d + np.asarray(exact.values[0]["c"]) - np.asarray(rounded.values[0]["c"])
+    np.testing.assert_allclose(target, expected, atol=1e-5)
+    assert abs(target - d).max() > 0.1
+
+
 def test_the_same_input_gives_the_same_bytes() -> None:
     made = [
         quantize_model(small_cnn(), QuantConfig(3), calibration=Calibration(), threads=t)[0].SerializeToString() for t in (1, 2)
@@ -181,7 +245,7 @@ def test_accuracy_of_our_model_without_any_data(bits: int) -> None:
         missing("CIFAR-10 is neither in $CIFAR_DIR nor in the cache")
     cifar = Normalisation((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
     x = cifar.apply(load_cifar("cifar10", folder, "train").x[-1000:])
-    config = QuantConfig(bits, form=Form.FOLDED, transform=Transform(0.75))
+    config = QuantConfig(bits, form=Form.FOLDED)
     made, _ = quantize_model(OWN_MODEL, config, calibration=Calibration(None, cifar))
     tops = []
     for model in (onnx.load(OWN_MODEL), made):
@@ -190,4 +254,4 @@ def test_accuracy_of_our_model_without_any_data(bits: int) -> None:
         tops.append(
             np.concatenate([np.asarray(session.run(None, {name: x[k : k + 100]})[0]).argmax(1) for k in range(0, 1000, 100)])
         )
-    assert (tops[0] == tops[1]).mean() >= {3: 0.96, 4: 0.985}[bits]
+    assert (tops[0] == tops[1]).mean() >= {3: 0.965, 4: 0.985}[bits]

@@ -14,8 +14,8 @@ with default options.  Top-1 in per cent, beside it top-1 agreement with float, 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from requant_onnx import (
     Normalisation,
     QuantConfig,
     RangeMode,
+    Refinement,
     Space,
     Transform,
     quantize_model,
@@ -57,7 +58,7 @@ Case = tuple[str, QuantConfig, Calibration | None]
 def acceptance() -> Iterator[tuple[str, QuantConfig]]:
     """Max per tensor, the paper, the default; 8, 6 and 4 bits."""
     for bits in (8, 6, 4):
-        yield f"{bits} bits, max per tensor", dataclasses.replace(MAX_PER_TENSOR, bits=bits)
+        yield f"{bits} bits, max per tensor", replace(MAX_PER_TENSOR, bits=bits)
         yield f"{bits} bits, --recipe paper", QuantConfig.paper(bits)
         yield f"{bits} bits, default", QuantConfig(bits=bits)
 
@@ -81,12 +82,13 @@ def grid() -> Iterator[tuple[str, QuantConfig]]:
 def int8(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
     """The int8 form by activation range, on images and on noise, beside the same weights with float activations."""
     images, noise = Calibration(train, normalisation), Calibration(None, normalisation)
+    base = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
     for bits in (8, 4):
         yield f"{bits} bits, float activations", QuantConfig(min(bits, 7), form=Form.FOLDED), None
         for method in ActivationRange:
-            yield f"{bits} bits, int8, {method.value}", QuantConfig(bits, form=Form.INT8, activation_range=method), images
-        yield f"{bits} bits, int8, noise", QuantConfig(bits, form=Form.INT8), noise
-    yield "8 bits, int8, levels to 127", QuantConfig(8, form=Form.INT8, int8_levels=Int8Levels.FULL), images
+            yield f"{bits} bits, int8, {method.value}", replace(base, bits=bits, activation_range=method), images
+        yield f"{bits} bits, int8, noise", replace(base, bits=bits), noise
+    yield "8 bits, int8, levels to 127", replace(base, int8_levels=Int8Levels.FULL), images
 
 
 def refined(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:

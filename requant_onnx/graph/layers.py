@@ -32,6 +32,7 @@ class Layer:
 
     index: of the node.  weight: name of the stored tensor; shape: of it.  x: activation it reads.  output: its output.
     bias: name of a bias that only this node reads, "" for none.  bias_values: (oc,), zeros for none.
+    added_to: the other input of an Add that alone reads the output, "" for none.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Layer:
     bias: str
     bias_values: npt.NDArray[np.float32]
     attributes: dict[str, Any] = field(repr=False, default_factory=dict)
+    added_to: str = ""
 
     @property
     def group(self) -> int:
@@ -180,7 +182,7 @@ def find_layers(model: onnx.ModelProto, weights: Collection[str]) -> list[Layer]
         if values is not None:
             shape = tuple(int(n) for n in root.tensor.shape)
             names = (node.inputs[0].name, node.outputs[0].name, bias)
-            layers.append(Layer(index, node.op, root.name, shape, *names, values, dict(node.attrs)))
+            layers.append(Layer(index, node.op, root.name, shape, *names, values, dict(node.attrs), _added_to(node)))
     return layers
 
 
@@ -203,6 +205,14 @@ def give_biases(model: onnx.ModelProto, weights: Collection[str]) -> None:
         set_initializer(model.graph, values, name)
         del target.input[2:]
         target.input.append(name)
+
+
+def _added_to(node: Any) -> str:
+    readers = node.outputs[0].outputs
+    if len(readers) != 1 or readers[0].op != "Add" or not is_standard(readers[0]):
+        return ""
+    others = [item.name for item in readers[0].inputs if item.name != node.outputs[0].name]
+    return str(others[0]) if len(others) == 1 else ""
 
 
 def _is_plain(node: Any) -> bool:
