@@ -3,6 +3,7 @@
 from requant_onnx.calibrate import Calibration
 from requant_onnx.config import (
     ActivationRange,
+    Budget,
     EdgeLayers,
     Form,
     Granularity,
@@ -19,19 +20,21 @@ from requant_onnx.data import ImageSet, Normalisation, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
 from requant_onnx.explain import Explanation, explain
 from requant_onnx.graph.save import save_model
-from requant_onnx.report import ActivationReport, InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.runtime import load_session
 from requant_onnx.validate import validate
 
 __all__ = [
     "ActivationRange",
     "ActivationReport",
+    "Budget",
     "Calibration",
     "ConfigError",
     "DataError",
     "EdgeLayers",
     "Explanation",
     "Form",
+    "FrontPoint",
     "Granularity",
     "ImageSet",
     "InspectReport",

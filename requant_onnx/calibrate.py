@@ -26,10 +26,10 @@ Watch = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the activations are watched on: the first `count` images, or as many images of noise where there are none.
+    """What the activations are watched on: `count` images drawn at random, or as many images of noise where there are none.
 
     normalisation: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
-    seed, size: of the noise; size (height, width) is needed where the model leaves it free.
+    seed: of the drawing, and of the noise.  size: of the noise; it (height, width) is needed where the model leaves it free.
     """
 
     images: ImageSet | None = None
@@ -113,7 +113,7 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     """The images given, if they fit, or noise of the size that the model takes."""
     if calibration.images is not None:
         require_image(classifier, calibration.images.x.shape[1:])
-        return calibration.images.first(calibration.count)
+        return calibration.images.drawn(calibration.count, calibration.seed)
     image = classifier.image_shape(calibration.size)
     if image is not None and calibration.size not in (None, image[1:]):
         raise DataError(f"the model takes images of {image[1]}x{image[2]}, not noise of another size; drop the size")

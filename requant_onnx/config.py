@@ -9,7 +9,8 @@ Transform(exponent=0.6)
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TypeVar
 
@@ -146,9 +147,44 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Bits (with exponent and granularity) of each weight chosen together, by the real size and the output error of each choice.
+
+    size: bytes that the file may take; sqnr_db: output SQNR that it has to reach, on calibration inputs, in the smallest file.
+    One of them.
+    """
+
+    size: int | None = None
+    sqnr_db: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.sqnr_db is None):
+            raise ConfigError("a budget is either a size or an output SQNR to reach; give one of the two")
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"a file of {self.size} bytes is no budget; give a size such as 180kB")
+        if self.sqnr_db is not None and not math.isfinite(self.sqnr_db):
+            raise ConfigError(f"{self.sqnr_db} is no SQNR to reach; give decibels, for instance 20")
+
+    @staticmethod
+    def parse_size(text: str) -> int:
+        """Bytes; `180000`, `180kB`, `1.5MB`, `176KiB`.  Raises ConfigError on anything else."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]i?)?B?", text)
+        if match is None:
+            raise ConfigError(f"the size '{text}' is not understood; write it as 180000, 180kB or 1.5MB (KiB and MiB: of 1024)")
+        prefix = (match[2] or "").upper()
+        power = " KMG".index(prefix[:1] or " ")
+        return int(float(match[1]) * (1024 if prefix.endswith("I") else 1000) ** power)
+
+    def to_dict(self) -> dict[str, int | float]:
+        """In the words of the command line."""
+        return {"size": self.size} if self.size is not None else {"target_sqnr": self.sqnr_db or 0.0}
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (README, "Defaults").
 
+    bits: of each weight, or a budget to choose them by.
     objective: the space whose mean squared error alpha minimises.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
     min_ort: the oldest ONNX Runtime that has to load the file.
@@ -156,7 +192,7 @@ class QuantConfig:
     activation_range, int8_levels: of the int8 form.
     """
 
-    bits: int = 8
+    bits: int | Budget = 8
     granularity: Granularity = Granularity.PER_CHANNEL
     transform: Transform = Transform(None)
     range_mode: RangeMode = RangeMode.SEARCH
@@ -170,14 +206,15 @@ class QuantConfig:
     int8_levels: Int8Levels = Int8Levels.SAFE
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+        whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
+        if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
             raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
         for name, kind in _ENUMS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
 
     @classmethod
-    def paper(cls, bits: int) -> QuantConfig:
+    def paper(cls, bits: int | Budget = 8) -> QuantConfig:
         """REQuant as published (arXiv 2510.04044): per tensor, square root, searched alpha, rounding in transformed
         space, first and last layer without the transform."""
         return cls(
@@ -189,11 +226,12 @@ class QuantConfig:
             refinement=Refinement.NONE,
         )
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, int | float | str]:
         """The settings in the words of the command line."""
         int8_only = () if self.form is Form.INT8 else ("activation_range", "int8_levels")
-        fields = {name: getattr(self, name) for name in asdict(self) if name not in int8_only}
-        return {name: value.value if isinstance(value, Enum) else _plain(value) for name, value in fields.items()}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in int8_only}
+        plain = {name: value.value if isinstance(value, Enum) else _plain(value) for name, value in values.items()}
+        return {**plain, "bits": "auto", **self.bits.to_dict()} if isinstance(self.bits, Budget) else plain
 
 
 _ENUMS: dict[str, type] = {

@@ -53,6 +53,13 @@ class ImageSet:
         """The first `count` images (all of them when None)."""
         return self if count is None else ImageSet(self.x[:count], None if self.y is None else self.y[:count])
 
+    def drawn(self, count: int, seed: int) -> ImageSet:
+        """`count` images at random, in their order; all where there are no more.  The same for the same seed."""
+        if count >= len(self.x):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False))
+        return ImageSet(self.x[chosen], None if self.y is None else self.y[chosen])
+
 
 @dataclass(frozen=True)
 class Normalisation:

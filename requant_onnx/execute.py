@@ -74,7 +74,7 @@ def quantize_all(
     def one(item: PlannedWeight) -> Result:
         return _quantize(item, min_scales.get(item.weight.name))
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as executor:
+    with ThreadPoolExecutor(workers(threads)) as executor:
         try:
             for done, result in enumerate(executor.map(one, planned), 1):
                 if progress is not None:
@@ -83,6 +83,11 @@ def quantize_all(
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
+
+
+def workers(threads: int | None) -> int:
+    """How many threads to run; None: one a core."""
+    return threads or os.cpu_count() or 1
 
 
 def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:

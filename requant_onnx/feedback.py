@@ -94,9 +94,7 @@ def _weighted(
     layer: Layer, w: npt.NDArray[np.float32], grids: Sequence[Grid], triples: Sequence[Triple], min_scale: FloatArray | None
 ) -> _Candidate:
     """Ranges and grid by what each weight's error does to the output: the diagonal of the second moments weighs it."""
-    powers = [np.maximum(np.diag(xx), 1e-6 * max(float(np.mean(np.diag(xx))), 1e-30)) for xx, _, _ in triples]
-    mean = float(np.mean(powers))
-    importance = layer.tensor([np.tile((power / mean).astype(np.float32), (layer.matrix_rows, 1)) for power in powers])
+    importance = layer.importance([np.diag(xx) for xx, _, _ in triples])
     made = [quantize_weight(w, grid, min_scale, importance) for grid in grids]
     errors = [float(((q.dequantize().astype(np.float64) - w) ** 2 * importance).sum()) for q in made]
     best = int(np.argmin(errors))

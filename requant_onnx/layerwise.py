@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +15,10 @@ from requant_onnx.execute import Progress, Result, measure
 from requant_onnx.feedback import HELD_BACK, Choice, choose
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
-from requant_onnx.lockstep import Stream, constants_to_initializers
+from requant_onnx.lockstep import Chunk, Stream, constants_to_initializers
+from requant_onnx.numerics.feedback import conditional_variances
 from requant_onnx.numerics.moments import Moments, Values
+from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 from requant_onnx.plan import PlannedWeight
 
 FloatArray = npt.NDArray[np.float64]
@@ -83,6 +85,49 @@ def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments
             _add(layer, x, y, total)
         sums.append(total)
     return sums[0], sums[1]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A layer quantized alone, on some grids.
+
+    found: for each grid the weight and, where it changes, the bias.  importance: what the squared error of each weight counts in
+    that of the layer's output, after feedback where that is asked for, 1 on average.
+    """
+
+    layer: Layer
+    found: tuple[tuple[QuantizedWeight, npt.NDArray[np.float32] | None], ...]
+    importance: Values
+
+
+def probe_layers(
+    model: onnx.ModelProto,
+    planned: tuple[PlannedWeight, ...],
+    grids: Mapping[str, Sequence[Grid]],
+    chunks: Sequence[Chunk],
+    refinement: Refinement,
+    min_scales: Mapping[str, FloatArray],
+) -> Iterator[Probe]:
+    """Those of the planned weights that one node alone multiplies with, on the inputs of the float model.  grids: by weight."""
+    work = onnx.ModelProto()
+    work.CopyFrom(model)
+    constants_to_initializers(work)
+    plans = {item.weight.name: item for item in planned}
+    stream = Stream(work, chunks)
+    for layer in find_layers(work, plans.keys()):
+        stream.advance(layer.index, {})
+        fitted, held = _moments(layer, stream, stream)
+        item, floor = plans[layer.weight], min_scales.get(layer.weight)
+        w = item.weight.load()
+        triples = [m.centred() if layer.can_correct and refinement is not Refinement.NONE else m.uncentred() for m in fitted]
+        feeds = refinement in (Refinement.FEEDBACK, Refinement.DESCENT)
+        importance = layer.importance([conditional_variances(xx) if feeds else np.diag(xx) for xx, _, _ in triples])
+        if refinement is Refinement.NONE:
+            nearest = (quantize_weight(w, grid, floor, importance) for grid in grids[layer.weight])
+            yield Probe(layer, tuple((q, None) for q in nearest), importance)
+            continue
+        choices = (choose(layer, w, (grid,), fitted, held, refinement, floor) for grid in grids[layer.weight])
+        yield Probe(layer, tuple((choice.quantized, choice.bias) for choice in choices), importance)
 
 
 def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Values]:

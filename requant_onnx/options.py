@@ -12,6 +12,7 @@ from typing import Any
 from requant_onnx.calibrate import DEFAULT_COUNT, Calibration
 from requant_onnx.config import (
     ActivationRange,
+    Budget,
     EdgeLayers,
     Form,
     Granularity,
@@ -37,6 +38,8 @@ EPILOGS = {
     "convert": """examples:
   requant convert net.onnx net8.onnx
   requant convert net.onnx net4.onnx --bits 4 --json report.json
+  requant convert net.onnx small.onnx --bits 4 --form folded --calibrate images.npz
+  requant convert net.onnx small.onnx --bits auto --size 180kB --form folded --calibrate noise
   requant convert net.onnx paper.onnx --bits 4 --recipe paper
   requant convert net.onnx fast.onnx --bits 4 --form int8 --calibrate images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max""",
@@ -77,7 +80,13 @@ def _command(make: Any, name: str | None, **options: Any) -> argparse.ArgumentPa
 def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN.onnx", type=Path)
     parser.add_argument("output", metavar="OUT.onnx", type=Path)
-    parser.add_argument("--bits", metavar="N", help=f"2 to 8 (default: {DEFAULT.bits})")
+    parser.add_argument("--bits", metavar="N", help=f"2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight")
+    parser.add_argument("--size", metavar="SIZE", help="for --bits auto: the best file of at most this size, for instance 180kB")
+    parser.add_argument(
+        "--target-sqnr",
+        metavar="DB",
+        help="for --bits auto: the smallest file found whose outputs keep this SQNR on the calibration inputs, for instance 20",
+    )
     parser.add_argument("--granularity", metavar="G", help=_choices(Granularity, DEFAULT.granularity))
     parser.add_argument(
         "--transform", metavar="T", help=f"auto, sqrt, none or power:A, A in 1/3 .. 1 (default: {DEFAULT.transform})"
@@ -92,16 +101,28 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-ort", metavar="V", help=f"oldest ONNX Runtime that has to load the file (default: {DEFAULT.min_ort})"
     )
+    _add_calibration(parser)
+    parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
+    parser.add_argument(
+        "--external-data", action="store_true", help="write weights to OUT.onnx.data beside OUT.onnx, as models above 2 GB need"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
+    parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
+    parser.set_defaults(run=run)
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="SPEC",
-        help="for --form int8: cifar10:DIR, cifar100:DIR (train split), FILE.npz (x), or noise, which needs no data "
-        "(noise:HxW where the model leaves the size free)",
+        help="images, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
+        "split), FILE.npz (x), noise, which needs no data (noise:HxW where the model leaves the size free), or none (default)",
     )
     parser.add_argument(
         "--refinement", metavar="R", help="what --calibrate is used for: " + _choices(Refinement, DEFAULT.refinement)
     )
-    parser.add_argument("--calibrate-limit", metavar="N", help=f"only the first N images (default: {DEFAULT_COUNT})")
+    parser.add_argument("--calibrate-limit", metavar="N", help=f"how many of them, drawn at random (default: {DEFAULT_COUNT})")
+    parser.add_argument("--seed", metavar="N", help="of the drawing, and of the noise (default: 0)")
     parser.add_argument(
         "--mean", metavar="R,G,B", help="of the calibration images; default: that of the CIFAR train split, 0 for FILE.npz"
     )
@@ -116,13 +137,6 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="for --form int8, the largest int8 weight: 64 (default), exact on every CPU; 127, finer on CPUs with VNNI",
     )
-    parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
-    parser.add_argument(
-        "--external-data", action="store_true", help="write weights to OUT.onnx.data beside OUT.onnx, as models above 2 GB need"
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
-    parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
-    parser.set_defaults(run=run)
 
 
 def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
@@ -152,8 +166,8 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     """The recipe with the options given on top.  Raises ConfigError."""
     if args.recipe not in (None, "paper"):
         raise ConfigError(f"--recipe '{args.recipe}' is not known; the one recipe is 'paper'")
-    bits = DEFAULT.bits if args.bits is None else _whole(args.bits, "--bits")
-    base = QuantConfig.paper(bits) if args.recipe == "paper" else QuantConfig(bits=bits)
+    bits = _bits(args)
+    base = QuantConfig.paper() if args.recipe == "paper" else QuantConfig()
     given: dict[str, Any] = {}
     if args.transform is not None:
         given["transform"] = Transform.parse(args.transform)
@@ -178,23 +192,41 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     for name in ("activation_range", "int8_levels"):
         if name in given and given.get("form", base.form) is not Form.INT8:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --form int8; give that too, or drop it")
+    if bits is not None:
+        given["bits"] = bits
     return dataclasses.replace(base, **given)
+
+
+def _bits(args: argparse.Namespace) -> int | Budget | None:
+    if args.bits != "auto":
+        for option in ("size", "target_sqnr"):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} belongs to --bits auto; give that, or drop it")
+        return None if args.bits is None else _whole(args.bits, "--bits")
+    if (args.size is None) == (args.target_sqnr is None):
+        raise ConfigError("--bits auto needs what to aim at: either --size, for instance 180kB, or --target-sqnr, for instance 20")
+    if args.size is None:
+        return Budget(sqnr_db=_numbers(args.target_sqnr, "--target-sqnr")[0])
+    if args.external_data:
+        raise ConfigError("--size counts one file; drop --external-data")
+    return Budget(size=Budget.parse_size(args.size))
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration | None:
     """What --calibrate asks for.  Raises ConfigError, DataError."""
-    if args.calibrate is None:
-        for option in ("calibrate_limit", "mean", "std"):
+    if args.calibrate in (None, "none"):
+        for option in ("calibrate_limit", "seed", "mean", "std"):
             if getattr(args, option) is not None:
                 raise ConfigError(f"--{option.replace('_', '-')} belongs to --calibrate; give that too, or drop it")
         return None
+    seed = 0 if args.seed is None else _whole(args.seed, "--seed")
     count = DEFAULT_COUNT if args.calibrate_limit is None else _whole(args.calibrate_limit, "--calibrate-limit")
     if args.calibrate == "noise" or args.calibrate.startswith("noise:"):
-        return Calibration(None, normalisation_of(args, "noise", None), count, size=_size(args.calibrate[6:]))
+        return Calibration(None, normalisation_of(args, "noise", None), count, seed, size=_size(args.calibrate[6:]))
     if not args.calibrate.startswith(("cifar10:", "cifar100:")) and not args.calibrate.endswith(".npz"):
         raise ConfigError(f"--calibrate '{args.calibrate}' is not understood; give cifar10:DIR, cifar100:DIR, FILE.npz or noise")
-    images = load_images(args.calibrate, split="train").first(count)
-    return Calibration(images, normalisation_of(args, args.calibrate, images), count)
+    images = load_images(args.calibrate, split="train")
+    return Calibration(images, normalisation_of(args, args.calibrate, images), count, seed)
 
 
 def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalisation | None:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from requant_onnx.config import AUTO_BITS, EXPONENTS, EdgeLayers, Form, Granularity, Int8Levels, QuantConfig, RangeMode, Space
+from requant_onnx.config import (
+    AUTO_BITS,
+    EXPONENTS,
+    MAX_BITS,
+    MIN_BITS,
+    Budget,
+    EdgeLayers,
+    Form,
+    Granularity,
+    Int8Levels,
+    QuantConfig,
+    RangeMode,
+    Space,
+)
 from requant_onnx.graph.forms import required_opset
 from requant_onnx.graph.weights import LeftAlone, View, Weight
 from requant_onnx.numerics.quantize import Grid
 
 EDGE_BITS = 8
+REFERENCE_BITS = 4
+SHORT_CHANNEL = 600  # weights; in longer ones, scales take less than 2 % of the codes
 SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 
 
@@ -18,7 +34,8 @@ SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 class PlannedWeight:
     """A weight, the grid it goes on, and how it is stored.
 
-    others: grids to take instead where calibration inputs say that they are better.
+    others: grids that may be taken instead: of other exponents, where calibration inputs say that they are better, and, within
+    a budget, of other bits and granularity.
     """
 
     weight: Weight
@@ -51,10 +68,10 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 
 def opset_for(config: QuantConfig, narrow: bool) -> int:
     """The opset that the decodes of such a conversion need.  narrow: see graph.forms.Target."""
-    inner, edge = _bits(config, False), _bits(config, True)
-    exponents = [1.0, *_others(config, config.form, inner)] if config.transform.exponent is None else [config.transform.exponent]
-    needed = [required_opset(config.form, inner, exponent, narrow) for exponent in exponents]
-    return max(*needed, required_opset(config.form, edge, 1.0, narrow))
+    cases = [
+        (bits, exponent) for edge in (False, True) for bits in _widths(config, edge) for exponent in _exponents(config, bits, edge)
+    ]
+    return max(required_opset(config.form, bits, exponent, narrow) for bits, exponent in cases)
 
 
 def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
@@ -63,29 +80,51 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
 
 
 def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeight:
-    """Edge layers are never transformed (REQuant, arXiv 2510.04044)."""
     form = config.form if config.form is not Form.INT8 or integer else Form.FOLDED
-    grid = Grid(
-        bits=_bits(config, weight.is_edge),
-        exponent=1.0 if weight.is_edge else config.transform.exponent or 1.0,
-        axis=weight.channel_axis if config.granularity is Granularity.PER_CHANNEL else None,
-        search=config.range_mode is RangeMode.SEARCH,
-        objective_in_weights=config.objective is Space.WEIGHT,
-        round_in_weights=config.rounding is Space.WEIGHT,
-        limit=int(config.int8_levels.value) if form is Form.INT8 else None,
-        half_scales=form is not Form.QDQ,
-    )
-    exponents = () if weight.is_edge else _others(config, form, grid.bits)
-    return PlannedWeight(weight, grid, form, tuple(replace(grid, exponent=exponent) for exponent in exponents))
+    grids = [
+        Grid(
+            bits=bits,
+            exponent=exponent,
+            axis=weight.channel_axis if granularity is Granularity.PER_CHANNEL else None,
+            search=config.range_mode is RangeMode.SEARCH,
+            objective_in_weights=config.objective is Space.WEIGHT,
+            round_in_weights=config.rounding is Space.WEIGHT,
+            limit=int(config.int8_levels.value) if form is Form.INT8 else None,
+            half_scales=form is not Form.QDQ,
+        )
+        for bits in _widths(config, weight.is_edge)
+        for granularity in _granularities(weight, config)
+        for exponent in _exponents(config, bits, weight.is_edge)
+    ]
+    return PlannedWeight(weight, grids[0], form, tuple(grids[1:]))
 
 
-def _others(config: QuantConfig, form: Form, bits: int) -> tuple[float, ...]:
-    """What the automatic transform may take instead of the exponent 1."""
-    fixed = config.transform.exponent is not None or form is Form.QDQ or bits > AUTO_BITS
-    return () if fixed else tuple(exponent for exponent in EXPONENTS if exponent != 1.0)
-
-
-def _bits(config: QuantConfig, is_edge: bool) -> int:
-    bits = EDGE_BITS if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT else config.bits
+def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
+    """Bits, the one to measure by first where they are to be chosen."""
+    if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT:
+        asked = [EDGE_BITS]
+    elif isinstance(config.bits, Budget):
+        asked = [REFERENCE_BITS, *(bits for bits in range(MIN_BITS, MAX_BITS + 1) if bits != REFERENCE_BITS)]
+    else:
+        asked = [config.bits]
     safe = config.form is Form.INT8 and config.int8_levels is Int8Levels.SAFE
-    return min(bits, SAFE_BITS) if safe else bits
+    return list(dict.fromkeys(min(bits, SAFE_BITS) for bits in asked)) if safe else asked
+
+
+def _granularities(weight: Weight, config: QuantConfig) -> list[Granularity]:
+    """Within a budget, short channels may share one scale (not in int8, whose biases are counted in those of channels)."""
+    per_channel = config.granularity is Granularity.PER_CHANNEL
+    channels = weight.shape[weight.channel_axis]
+    short = math.prod(weight.shape) < SHORT_CHANNEL * channels
+    if per_channel and isinstance(config.bits, Budget) and config.form is not Form.INT8 and short:
+        return [Granularity.PER_CHANNEL, Granularity.PER_TENSOR]
+    return [config.granularity]
+
+
+def _exponents(config: QuantConfig, bits: int, is_edge: bool) -> list[float]:
+    """Edge layers are never transformed (REQuant, arXiv 2510.04044); the automatic transform takes 1 or another."""
+    if is_edge:
+        return [1.0]
+    if config.transform.exponent is not None:
+        return [config.transform.exponent]
+    return [1.0] if config.form is Form.QDQ or bits > AUTO_BITS else list(EXPONENTS)

@@ -34,6 +34,11 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
         console.print(f"BatchNormalization folded into the layer before it: {report.folded_batchnorms}")
     if report.opset[0] != report.opset[1]:
         console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which the decode needs")
+    if report.front:
+        table = Table("file of about", "SQNR dB", box=None, header_style="bold", pad_edge=False)
+        for point in report.front:
+            table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")
+        console.print(table)
     before, after = report.bytes_before, report.bytes_after
     console.print(f"weights: {len(report.converted)} converted, {before:,} -> {after:,} bytes{_ratio(before, after)}")
     console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")

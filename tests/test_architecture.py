@@ -17,8 +17,11 @@ LAYERS = (
     {"calibrate", "explain"},
     {"plan", "report"},
     {"execute", "lockstep"},
-    {"feedback", "integers"},
+    {"feedback", "integers", "sensitivity"},
     {"layerwise"},
+    {"allocate"},
+    {"build"},
+    {"budget"},
     {"convert"},
     {"validate", "tables"},
     {"options"},
@@ -69,12 +72,11 @@ def test_forbidden_packages() -> None:
 
 def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
-        "ActivationRange", "ActivationReport", "Calibration", "ConfigError", "DataError", "EdgeLayers", "Explanation", "Form",
-        "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError", "Normalisation", "OutputError", "QuantConfig",
-        "QuantReport", "RangeMode", "Refinement", "RequantError", "Space", "Transform", "ValidationReport", "Version",
-        "WeightReport",
-        "explain",
-        "inspect_model", "load_images", "load_session", "quantize_model", "save_model", "validate",
+        "ActivationRange", "ActivationReport", "Budget", "Calibration", "ConfigError", "DataError", "EdgeLayers",
+        "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError",
+        "Normalisation", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Space",
+        "Transform", "ValidationReport", "Version", "WeightReport", "explain", "inspect_model", "load_images",
+        "load_session", "quantize_model", "save_model", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from conftest import OWN_MODEL, ROOT, laplace, parse, small_cnn
 
 from requant_onnx.cli import main
 from requant_onnx.config import METADATA_KEY
+from requant_onnx.execute import Progress
 
 
 @pytest.fixture
@@ -244,8 +247,46 @@ def test_int8_with_images_noise_and_external_data(model: Path, capsys: pytest.Ca
     assert "weights: 4 fused" in capsys.readouterr().out
 
 
+def test_a_budget_of_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, report = model.with_name("out.onnx"), model.with_name("r.json")
+    budget = ["--bits", "auto", "--size", "7kB", "--form", "folded", "--json", str(report)]
+    assert main(["convert", str(model), str(output), *budget]) == 0
+    assert output.stat().st_size <= 7_000
+    front = json.loads(report.read_text())["front"]
+    printed = capsys.readouterr().out
+    assert f"{front[0]['bytes']:,}" in printed
+    assert "without --calibrate nothing is known of the output" in printed
+
+
+def test_an_interrupted_conversion_writes_nothing(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def interrupted(_: str) -> Iterator[Progress]:
+        def report(_: str, done: int, __: int) -> None:
+            if done == 2:
+                raise KeyboardInterrupt
+
+        yield report
+
+    monkeypatch.setattr("requant_onnx.cli._progress", interrupted)
+    before = set(model.parent.iterdir())
+    for options in ([], ["--calibrate", "noise"], ["--bits", "auto", "--size", "7kB"]):
+        assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 130
+        assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert set(model.parent.iterdir()) == before
+
+
 def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
+        (["--bits", "auto"], "either --size, for instance 180kB, or --target-sqnr"),
+        (["--bits", "auto", "--size", "1kB", "--target-sqnr", "20"], "either --size"),
+        (["--size", "180kB"], "--size belongs to --bits auto"),
+        (["--bits", "4", "--target-sqnr", "20"], "--target-sqnr belongs to --bits auto"),
+        (["--bits", "auto", "--size", "big"], "the size 'big' is not understood"),
+        (["--bits", "auto", "--size", "180kB", "--external-data"], "--size counts one file"),
+        (["--bits", "auto", "--target-sqnr", "20"], "give --calibrate"),
+        (["--bits", "auto", "--size", "1kB"], "the smallest file that bits can make is"),
         (["--form", "int8"], "give --calibrate with images, or --calibrate noise"),
         (["--calibrate", "noise", "--refinement", "none"], "drop --calibrate"),
         (["--calibrate", "noisy"], "FILE.npz or noise"),

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from render_sample import render
 
-from requant_onnx import DataError, load_images
+from requant_onnx import DataError, ImageSet, load_images
 from requant_onnx.data import load_cifar
 
 
@@ -89,3 +89,13 @@ def test_the_sample_is_what_the_tool_renders() -> None:
     shipped = load_images(str(ROOT / "models" / "sample_images.npz")).x
     rendered = render(20, 2026).transpose(0, 3, 1, 2)
     assert np.abs(shipped[:20].astype(int) - rendered.astype(int)).max() <= 1
+
+
+def test_images_are_drawn_the_same_for_the_same_seed() -> None:
+    images = ImageSet(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40))
+    drawn = images.drawn(10, seed=1)
+    assert drawn.x.ravel().tolist() == sorted(set(drawn.x.ravel().tolist()))
+    assert drawn.y is not None
+    assert drawn.y.tolist() == drawn.x.ravel().tolist() == images.drawn(10, seed=1).x.ravel().tolist()
+    assert drawn.y.tolist() != images.drawn(10, seed=2).x.ravel().tolist()
+    assert len(images.drawn(99, seed=1)) == 40

@@ -10,7 +10,7 @@ import pytest
 from conftest import small_cnn
 from onnxruntime import InferenceSession, SessionOptions
 
-from requant_onnx import Form, Granularity, QuantConfig, Transform, Version, quantize_model
+from requant_onnx import Form, Granularity, QuantConfig, Refinement, Transform, Version, quantize_model
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.load import ModelLike, load_model
@@ -24,15 +24,16 @@ ROUNDING = 1e-5
 since Conv behind DequantizeLinear runs without the blocked layout: 6e-8 an addition, sqrt(4608 additions) a layer is 4e-6,
 and normalised layers pass errors on without growth; 9e-7 measured at most on the trained models."""
 SPATIAL = {"rapidocr_cls": (48, 192)}
+PLAIN = Refinement.NONE  # biases stay; what changes them is tested in test_channel_means.py and test_feedback.py
 CONFIGS = {
-    "default": QuantConfig(),
+    "default": QuantConfig(refinement=PLAIN),
     "paper4": QuantConfig.paper(4),
     "paper6": QuantConfig.paper(6),
     "paper8": QuantConfig.paper(8),
-    "channel4": QuantConfig(bits=4, transform=Transform(0.5)),
-    "uniform4": QuantConfig(bits=4, granularity=Granularity.PER_TENSOR),
-    "folded3": QuantConfig(bits=3, transform=Transform(0.5), form=Form.FOLDED, min_ort=Version(1, 20)),
-    "power5": QuantConfig(bits=5, transform=Transform(0.7)),
+    "channel4": QuantConfig(bits=4, transform=Transform(0.5), refinement=PLAIN),
+    "uniform4": QuantConfig(bits=4, granularity=Granularity.PER_TENSOR, refinement=PLAIN),
+    "folded3": QuantConfig(bits=3, transform=Transform(0.5), form=Form.FOLDED, min_ort=Version(1, 20), refinement=PLAIN),
+    "power5": QuantConfig(bits=5, transform=Transform(0.7), refinement=PLAIN),
 }
 
 

@@ -69,13 +69,22 @@ def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded,
     groups: dict[object, list[Coded]] = {}
     rooms: dict[object, int] = {}
     for weight in weights:
-        key: object = _group_key(weight, target)
+        key: object = group_key(weight, target)
         rooms[key] = rooms.get(key, 0) + weight.quantized.codes.size
         if rooms[key] > GROUP_ELEMENTS and key in groups:
             groups[weight.name, key] = groups.pop(key)  # full: any other name
             rooms[key] = weight.quantized.codes.size
         groups.setdefault(key, []).append(weight)
     return [tuple(group) for group in groups.values()]
+
+
+def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
+    """What weights that can be decoded together have in common."""
+    q = weight.quantized
+    if weight.form is Form.QDQ and target.stores_natively(Form.QDQ, q.table.bits, q.table.exponent) and q.table.exponent == 1.0:
+        return (weight.name,)  # a single node reads the codes
+    shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
+    return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
 
 
 def decode_of(group: Sequence[Coded], target: Target, constants: Constants) -> Decode:
@@ -107,14 +116,6 @@ class _Stack:
     quantized: QuantizedWeight
     sizes: tuple[int, ...]
     added_axis: bool
-
-
-def _group_key(weight: Coded, target: Target) -> tuple[object, ...]:
-    q = weight.quantized
-    if weight.form is Form.QDQ and target.stores_natively(Form.QDQ, q.table.bits, q.table.exponent) and q.table.exponent == 1.0:
-        return (weight.name,)  # a single node reads the codes
-    shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
-    return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
 
 
 def _stack(group: Sequence[Coded]) -> _Stack:

@@ -82,6 +82,29 @@ class Layer:
         matrix = matrices[0] if self._rows_first else matrices[0].T
         return np.ascontiguousarray(matrix).reshape(self.shape)
 
+    def corrected_bias(self, difference: npt.NDArray[np.float32], means: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
+        """(oc,) the bias that makes up for what an error of the weights adds to the mean of the output.
+
+        difference: shape of the weight; means: (ic,) of the input.  None where they do not fit, and for ConvTranspose, where it
+        depends on the place.
+        """
+        parts = self.matrices(difference)
+        kernel = int(np.prod(self.shape[2:])) if self.op == "Conv" else 1
+        if self.op == "ConvTranspose" or means.size * kernel != self.group * parts[0].shape[1]:
+            return None
+        inputs = np.repeat(means, kernel).reshape(self.group, -1)
+        added = [part.astype(np.float64) @ own for part, own in zip(parts, inputs, strict=True)]
+        return (self.bias_values - np.concatenate(added)).astype(np.float32)
+
+    def importance(self, powers: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+        """What the squared error of each weight counts in that of the output: the power of its input, 1 on average.
+
+        powers: (n,) for each group.
+        """
+        mean = max(float(np.mean(powers)), 1e-30)
+        floored = [np.maximum(power / mean, 1e-6) for power in powers]
+        return self.tensor([np.tile(power.astype(np.float32), (self.matrix_rows, 1)) for power in floored])
+
     def by_row(self, parameter: npt.NDArray[T]) -> list[npt.NDArray[T]]:
         """A scale or zero point, () or (channels,), for each row of each group.  ConvTranspose: all groups share its channels."""
         rows = self.matrix_rows

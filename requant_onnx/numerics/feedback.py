@@ -67,6 +67,17 @@ def feedback(w: FloatArray, h: FloatArray, grid: RowGrid) -> npt.NDArray[np.uint
     return found
 
 
+def conditional_variances(h: FloatArray) -> FloatArray:
+    """(n,) what is left of the variance of each input once all that come later in `feedback` are known: 1 / U_jj**2.
+
+    Sum over j of (error of w_j)**2 times this is the error of the output after feedback.
+    """
+    order = np.argsort(-np.diag(h), kind="stable")
+    found = np.empty(len(h))
+    found[order] = np.diag(_upper_of_inverse(h[np.ix_(order, order)])) ** -2.0
+    return found
+
+
 def refine(
     w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[np.uint8], *, refit: bool
 ) -> tuple[npt.NDArray[np.uint8], RowGrid]:

@@ -1,0 +1,163 @@
+"""Conversions within a budget: the best file of at most so many bytes, or the smallest that reaches an output SQNR."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import onnx
+
+from requant_onnx.allocate import Market, Picks, open_market
+from requant_onnx.build import Prepared, copied, quantize, write
+from requant_onnx.calibrate import Calibration, calibration_chunks
+from requant_onnx.config import Budget
+from requant_onnx.errors import ConfigError
+from requant_onnx.execute import Progress, Result, quantize_all
+from requant_onnx.feedback import HELD_BACK
+from requant_onnx.lockstep import Chunk
+from requant_onnx.numerics.quantize import Grid
+from requant_onnx.report import FrontPoint, QuantReport
+from requant_onnx.sensitivity import outputs, relative_noise
+
+IMAGES = 64  # on which sensitivities are measured
+TRIES = 8
+CLOSE_BYTES = 32  # a file this little below the size is good enough
+CLOSE_DB = 0.2  # an SQNR this little above the target is good enough
+FRONT_POINTS = 12
+OF_OUTPUT = (
+    "the SQNR of the front is that of the output with nearest levels, by the sum of what each weight does; refinement adds to it"
+)
+OF_WEIGHTS = "the SQNR of the front is that of the weights, for without --calibrate nothing is known of the output"
+Built = tuple[onnx.ModelProto, QuantReport]
+
+
+def write_within(
+    prepared: Prepared, budget: Budget, calibration: Calibration | None, progress: Progress | None, threads: int | None
+) -> Built:
+    """Choose grids within the budget, quantize and write.  The model is never larger than `budget.size`.
+
+    Raises ConfigError when no choice of bits keeps the budget.
+    """
+    if not prepared.plan.planned:
+        return write(prepared, [], {})
+    chunks: Sequence[Chunk] = ()
+    if calibration is not None:
+        chunks = calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES)))
+    floors = prepared.integers.floors
+    refinement = prepared.config.refinement
+    market = open_market(prepared.model, prepared.plan.planned, floors, prepared.target, chunks, refinement, progress, threads)
+    search = _Search(prepared, market, progress, threads, {})
+    if budget.size is not None:
+        picks, (model, report) = search.small_enough(budget.size)
+    else:
+        assert calibration is not None
+        assert budget.sqnr_db is not None
+        held = calibration_chunks(prepared.model, calibration)
+        picks, (model, report) = search.good_enough(budget.sqnr_db, held[HELD_BACK - 1 :: HELD_BACK] or held)
+    rest = model.ByteSize() - market.bytes(picks)
+    weights = 1 if chunks else len(market.planned)
+    points = [FrontPoint(market.bytes(p) + rest, _decibels(market.noise(p) / weights)) for p in market.front(picks, FRONT_POINTS)]
+    return model, replace(report, front=tuple(points), notes=(OF_OUTPUT if chunks else OF_WEIGHTS,))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """nearest: what has been rounded already, by weight and grid."""
+
+    prepared: Prepared
+    market: Market
+    progress: Progress | None
+    threads: int | None
+    nearest: dict[tuple[str, Grid], Result]
+
+    def small_enough(self, size: int) -> tuple[Picks, Built]:
+        """The file of least noise that is at most so large."""
+        limit = size
+        for _ in range(TRIES):
+            picks = self._fitting(limit)
+            built = self._built(picks)
+            excess = built[0].ByteSize() - size
+            if excess <= 0:
+                return picks, built
+            limit -= excess
+        raise ConfigError(f"no choice of bits found for a file of {size:,} bytes; give a little more")
+
+    def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
+        """The smallest file with that output SQNR on `chunks`, of those tried."""
+        exact = outputs(self.prepared.model, chunks)
+        best: tuple[Picks, Built] | None = None
+        reached, reaches, misses = -math.inf, -math.inf, math.inf  # the aims of least and most noise that did and did not
+        aim, seen = -sqnr_db, set()
+        for _ in range(TRIES):
+            picks = self.market.reaching(10 ** (aim / 10)) or self.market.least_noise()
+            if picks in seen:
+                break
+            seen.add(picks)
+            built = self._built(picks)
+            found = _decibels(relative_noise(exact, outputs(built[0], chunks)))
+            reached = max(reached, found)
+            if found >= sqnr_db:
+                reaches = max(reaches, aim)
+                if best is None or built[0].ByteSize() < best[1][0].ByteSize():
+                    best = picks, built
+                if found <= sqnr_db + CLOSE_DB:
+                    break
+            else:
+                misses = min(misses, aim)
+            aim += found - sqnr_db
+            if not reaches < aim < misses:
+                aim = (reaches + misses) / 2 if math.isfinite(reaches + misses) else aim
+        if best is None:
+            raise ConfigError(
+                f"the best output SQNR found is {reached:.1f} dB, not {sqnr_db:g}; ask for less, or see --form and --edge-layers"
+            )
+        return best
+
+    def _fitting(self, size: int) -> Picks:
+        """The picks of least noise whose file, with nearest levels, is at most so large."""
+        smallest = self.market.smallest()
+        least = self._size(smallest)
+        if least > size:
+            raise ConfigError(
+                f"the smallest file that bits can make is {least:,} bytes, not {size:,}; give more, or see --edge-layers"
+            )
+        best, low, high = (
+            smallest,
+            self.market.bytes(smallest),
+            sys.maxsize,
+        )  # limits on the bytes of decodes that do and do not fit
+        limit, seen = size - (least - low), set()
+        for _ in range(TRIES):
+            picks = self.market.within(limit)
+            if picks is None:
+                break
+            excess = self._size(picks) - size
+            if excess <= 0:
+                best = min(best, picks, key=self.market.noise)
+                low = limit
+            else:
+                high = min(high, self.market.bytes(picks))
+            limit = min(limit - excess, high - 1)
+            if limit <= low:
+                limit = (low + high) // 2
+            if -excess in range(CLOSE_BYTES) or high - low <= 1 or (excess <= 0 and picks in seen):
+                break
+            seen.add(picks)
+        return best
+
+    def _built(self, picks: Picks) -> Built:
+        return write(copied(self.prepared), *quantize(self.prepared, self.market.chosen(picks), self.progress, self.threads))
+
+    def _size(self, picks: Picks) -> int:
+        chosen = self.market.chosen(picks)
+        missing = tuple(item for item in chosen if (item.weight.name, item.grid) not in self.nearest)
+        for result in quantize_all(missing, self.prepared.integers.floors, None, self.threads):
+            self.nearest[result.planned.weight.name, result.planned.grid] = result
+        model, _ = write(copied(self.prepared), [self.nearest[item.weight.name, item.grid] for item in chosen], {})
+        return int(model.ByteSize())
+
+
+def _decibels(noise: float) -> float:
+    return -10 * math.log10(noise) if noise > 0.0 else math.inf

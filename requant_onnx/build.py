@@ -1,0 +1,194 @@
+"""One conversion, step by step: prepare (normalise, view, watch, plan), quantize, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.calibrate import Calibration
+from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
+from requant_onnx.errors import ModelError
+from requant_onnx.execute import Progress, Result, quantize_all
+from requant_onnx.graph.activations import biases_of, quantize_activations
+from requant_onnx.graph.channel_means import channel_means
+from requant_onnx.graph.decode import Constants, Decode
+from requant_onnx.graph.edit import set_initializer
+from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
+from requant_onnx.graph.full_pads import write_full_pads
+from requant_onnx.graph.layers import find_layers, give_biases
+from requant_onnx.graph.load import opset_of
+from requant_onnx.graph.names import FreshNames
+from requant_onnx.graph.normalise import normalise
+from requant_onnx.graph.rewrite import replace_weights, set_metadata
+from requant_onnx.graph.transpose_gemm import transpose_gemm
+from requant_onnx.graph.weights import LeftAlone, find_weights
+from requant_onnx.integers import Integers, watch_integers
+from requant_onnx.layerwise import quantize_layers
+from requant_onnx.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion
+from requant_onnx.report import QuantReport, WeightReport
+
+Biases = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready for its weights to be quantized, and what was decided about it.
+
+    source: as it was given; model: normalised.  opset: of the source.  folded: BatchNormalizations.  refining: the calibration,
+    if rounding is to follow it.  means: without it, what BatchNormalization says of the means of activations.
+    """
+
+    source: onnx.ModelProto
+    model: onnx.ModelProto
+    config: QuantConfig
+    opset: int
+    folded: int
+    integers: Integers
+    plan: Plan
+    refining: Calibration | None
+    means: Mapping[str, npt.NDArray[np.float64]]
+
+    @property
+    def target(self) -> Target:
+        """What the file is written for."""
+        return Target(opset_of(self.model), _is_narrow(self.config))
+
+
+def prepare(
+    loaded: onnx.ModelProto,
+    config: QuantConfig,
+    calibration: Calibration | None,
+    excluded: Collection[str],
+    progress: Progress | None,
+) -> Prepared:
+    """Everything up to the weights themselves.  excluded: weights that integer kernels are not planned for."""
+    source, opset = onnx.ModelProto(), opset_of(loaded)
+    source.CopyFrom(loaded)
+    refining = calibration if config.refinement is not Refinement.NONE else None
+    if not find_weights(loaded).weights:
+        return Prepared(source, loaded, config, opset, 0, Integers(), plan_conversion(find_weights(loaded), config), refining, {})
+    analytic = refining is None and config.refinement is not Refinement.NONE
+    means = channel_means(loaded) if analytic else {}
+    raised, folded = normalise(loaded, opset_for(config, _is_narrow(config)))
+    wanted = {w.name for w in find_weights(raised).weights if not kept_in_float(w, config)}
+    if config.form is Form.QDQ:
+        transpose_gemm(raised, wanted)
+    if config.form is Form.INT8:
+        write_full_pads(raised)
+    give_biases(
+        raised, wanted if refining is not None else {layer.weight for layer in find_layers(raised, wanted) if layer.x in means}
+    )
+    view = find_weights(raised)
+    integers = Integers()
+    if config.form is Form.INT8 and calibration is not None:
+        integers = watch_integers(raised, view, config, calibration, excluded, progress)
+    plan = plan_conversion(view, config, integers.plan.weights)
+    return Prepared(source, raised, config, opset, folded, integers, plan, refining, means)
+
+
+def quantize(
+    prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None
+) -> tuple[list[Result], Biases]:
+    """Every planned weight, in order, on calibration inputs where a layer can be; and the biases that change with them."""
+    refined: dict[str, Result] = {}
+    biases: dict[str, npt.NDArray[np.float32]] = {}
+    floors = prepared.integers.floors
+    if prepared.refining is not None and planned:
+        refinement = prepared.config.refinement
+        for done in quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, floors, progress):
+            refined[done.layer.weight] = done.result
+            if done.choice.bias is not None:
+                biases[done.layer.bias] = done.choice.bias
+    rest = tuple(item for item in planned if item.weight.name not in refined)
+    nearest = {result.planned.weight.name: result for result in quantize_all(rest, floors, progress, threads)}
+    if prepared.means:
+        _correct(prepared, nearest, biases)
+    return [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned], biases
+
+
+def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, npt.NDArray[np.float32]]) -> None:
+    """Take out of each bias what the error of the weight adds to the mean of the output, where the means of inputs are known.
+
+    Nagel et al. 2019 (arXiv 1906.04721), equation 16.  Changes `results` and `biases`.
+    """
+    for layer in find_layers(prepared.model, results.keys()):
+        if layer.x in prepared.means and layer.can_correct:
+            result = results[layer.weight]
+            w = result.planned.weight.load()
+            bias = layer.corrected_bias(result.quantized.dequantize() - w, prepared.means[layer.x])
+            if bias is not None and result.finite:
+                biases[layer.bias] = bias
+                results[layer.weight] = replace(result, step="nearest, bias from BatchNormalization")
+
+
+def write(prepared: Prepared, results: Sequence[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
+    """The converted model and its report; the source where no weight is worth it.  Changes `prepared.model`, and returns it."""
+    _require_finite(results)
+    model, config, integers, target = prepared.model, prepared.config, prepared.integers, prepared.target
+    for name, values in biases.items():
+        set_initializer(model.graph, values, name)
+    decodes, converted, left = _decode(results, target, Constants(FreshNames(model)))
+    everything = (*prepared.plan.left_alone, *left)
+    opsets = (prepared.opset, target.opset)
+    report = QuantReport(config.to_dict(), opsets, prepared.folded, converted, everything, integers.reports())
+    if not decodes:
+        return prepared.source, report
+    replace_weights(model, {weight.name for weight in converted}, decodes)
+    quantized = {result.planned.weight.name: result.quantized for result in results}
+    quantize_activations(model, integers.plan, integers.grids, biases_of(model, integers.plan), quantized)
+    set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
+    return model, report
+
+
+def copied(prepared: Prepared) -> Prepared:
+    """One that may be written while the other stays."""
+    model = onnx.ModelProto()
+    model.CopyFrom(prepared.model)
+    return replace(prepared, model=model)
+
+
+def _is_narrow(config: QuantConfig) -> bool:
+    return (config.min_ort.major, config.min_ort.minor) > NARROW_ORT
+
+
+def _require_finite(results: Sequence[Result]) -> None:
+    """A graph planned for integers has no way back."""
+    for result in results:
+        if not result.finite and result.planned.form is Form.INT8:
+            name = result.planned.weight.name
+            raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or take --form folded")
+
+
+def _decode(
+    results: Sequence[Result], target: Target, constants: Constants
+) -> tuple[list[Decode], tuple[WeightReport, ...], list[LeftAlone]]:
+    """The decodes of all weights that are worth it, and for each weight its report or the reason why it stays."""
+    finite = [result for result in results if result.finite]
+    left = [_left(result, "has levels beyond the largest float") for result in results if not result.finite]
+    by_name = {result.planned.weight.name: result for result in finite}
+    decodes, sizes = [], {}
+    for group in group_weights([result.coded() for result in finite], target):
+        decode = decode_of(group, target, constants)
+        stored = sum(by_name[weight.name].planned.weight.stored_bytes for weight in group)
+        if decode.bytes < stored or group[0].form is Form.INT8:
+            decodes.append(decode)
+            sizes.update(bytes_of_each(group, decode))
+        else:
+            left += [_left(by_name[w.name], _not_smaller(group, decode, stored)) for w in group]
+    return decodes, tuple(r.report(sizes[r.planned.weight.name]) for r in finite if r.planned.weight.name in sizes), left
+
+
+def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
+    together = f", together with {len(group) - 1} others" if len(group) > 1 else ""
+    return f"would not get smaller ({stored} bytes, {decode.bytes} with its decode{together})"
+
+
+def _left(result: Result, reason: str) -> LeftAlone:
+    weight = result.planned.weight
+    return LeftAlone(weight.name, weight.op, weight.shape, reason)

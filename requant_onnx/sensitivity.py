@@ -1,0 +1,59 @@
+"""What errors in the weights do to the outputs of a model: measured in ONNX Runtime, on a few calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from requant_onnx.graph.edit import delete_where
+from requant_onnx.lockstep import Chunk, constants_to_initializers
+from requant_onnx.runtime import open_session
+
+Values = npt.NDArray[np.float32]
+Outputs = list[list[npt.NDArray[np.float64]]]
+"""For each chunk of inputs, the outputs."""
+
+
+def noise_of_each(
+    model: onnx.ModelProto, replacements: Iterable[Mapping[str, Values]], names: Collection[str], chunks: Sequence[Chunk]
+) -> Iterator[float]:
+    """Error of the outputs, relative to their power, for each set of stored tensors replaced.  names: all of those in the sets."""
+    work = onnx.ModelProto()
+    work.CopyFrom(model)
+    constants_to_initializers(work)
+    stored: Chunk = {}
+    for initializer in work.graph.initializer:
+        if initializer.name in names:
+            stored[initializer.name] = numpy_helper.to_array(initializer)
+            kind, shape = initializer.data_type, initializer.dims
+            work.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, kind, shape))
+    delete_where(work.graph.initializer, [k for k, item in enumerate(work.graph.initializer) if item.name in stored])
+    session = open_session(work, "the model")
+
+    def run(feeds: Mapping[str, npt.NDArray[np.generic]]) -> Outputs:
+        return [[np.asarray(y, np.float64) for y in session.run(None, {**feeds, **chunk})] for chunk in chunks]
+
+    exact = run(stored)
+    for replaced in replacements:
+        others = {name: values.astype(stored[name].dtype) for name, values in replaced.items()}
+        yield relative_noise(exact, run({**stored, **others}))
+
+
+def outputs(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
+    """What a model gives for each chunk of inputs."""
+    session = open_session(model, "the model")
+    return [[np.asarray(y, np.float64) for y in session.run(None, dict(chunk))] for chunk in chunks]
+
+
+def relative_noise(exact: Outputs, others: Outputs) -> float:
+    """Squared error over squared values, summed over all chunks, the mean over the outputs."""
+    ratios = []
+    for own, theirs in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):
+        signal = sum(float((y**2).sum()) for y in own)
+        noise = sum(float(((y - z) ** 2).sum()) for y, z in zip(own, theirs, strict=True))
+        ratios.append(noise / signal if signal > 0.0 else 0.0)
+    return float(np.mean(ratios)) if ratios else 0.0
