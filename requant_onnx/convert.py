@@ -21,6 +21,8 @@ from requant_onnx.graph.weights import find_weights
 from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.runtime import loads
 
+COARSE_BITS = 5  # up to here, refinement is worth more than the noise of a test set
+
 
 def quantize_model(
     model: ModelLike,
@@ -45,7 +47,7 @@ def quantize_model(
         made, report = _convert(load_model(model), config, calibration, excluded, progress, threads)
         notes, broken = _broken_promises(model, made, report.converted)
         if not broken:
-            return made, replace(report, notes=(*report.notes, *_notes(calibration), *notes, *excluded.values()))
+            return made, replace(report, notes=(*report.notes, *_notes(config, calibration, report), *notes, *excluded.values()))
         for name, fate in broken.items():
             if config.form is not Form.INT8 or name in excluded:
                 raise ModelError(
@@ -99,8 +101,13 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
 
-def _notes(calibration: Calibration | None) -> tuple[str, ...]:
-    if calibration is None or calibration.images is not None or calibration.normalisation is not None:
+def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
+    """What could be better: calibration inputs at few bits, and the right ones."""
+    if calibration is None:
+        blind = isinstance(config.bits, int) and config.refinement is not Refinement.NONE
+        coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
+        return ("few bits cost less accuracy with --calibrate: images, or noise, which needs no data",) if coarse else ()
+    if calibration.images is not None or calibration.normalisation is not None:
         return ()
     return (
         "the noise was normalised as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",

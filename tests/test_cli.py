@@ -258,6 +258,14 @@ def test_a_budget_of_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "without --calibrate nothing is known of the output" in printed
 
 
+def test_few_bits_without_calibration_are_noted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noted = {}
+    for options in ("--bits 4", "--bits 8", "--bits 4 --calibrate noise", "--bits 4 --refinement none"):
+        assert main(["convert", str(model), str(model.with_name("out.onnx")), "--force", *options.split()]) == 0
+        noted[options] = "few bits cost less accuracy with --calibrate" in capsys.readouterr().out
+    assert [options for options, was in noted.items() if was] == ["--bits 4"]
+
+
 def test_an_interrupted_conversion_writes_nothing(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
