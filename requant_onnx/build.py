@@ -19,6 +19,7 @@ from requant_onnx.graph.activations import biases_of, quantize_activations
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.decode import Constants, Decode
 from requant_onnx.graph.edit import set_initializer
+from requant_onnx.graph.expose import expose_weights
 from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.full_pads import write_full_pads
 from requant_onnx.graph.layers import find_layers, give_biases
@@ -70,6 +71,7 @@ def prepare(
     """Everything up to the weights themselves.  excluded: weights that integer kernels are not planned for."""
     source, opset = onnx.ModelProto(), opset_of(loaded)
     source.CopyFrom(loaded)
+    loaded = expose_weights(loaded)
     refining = calibration if config.refinement is not Refinement.NONE else None
     if not find_weights(loaded).weights:
         return Prepared(source, loaded, config, opset, 0, Integers(), plan_conversion(find_weights(loaded), config), refining, {})
@@ -191,4 +193,4 @@ def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
 
 def _left(result: Result, reason: str) -> LeftAlone:
     weight = result.planned.weight
-    return LeftAlone(weight.name, weight.op, weight.shape, reason)
+    return LeftAlone(weight.name, weight.op, weight.shape, reason, weight.stored_bytes)

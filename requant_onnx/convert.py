@@ -15,6 +15,7 @@ from requant_onnx.config import Budget, Form, QuantConfig, Refinement
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress
 from requant_onnx.explain import WeightFate, broken_promises
+from requant_onnx.graph.expose import expose_weights
 from requant_onnx.graph.load import ModelLike, is_large, load_model, opset_of
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.weights import find_weights
@@ -75,11 +76,12 @@ def _convert(
 def inspect_model(model: ModelLike) -> InspectReport:
     """What a model holds and what `quantize_model` would do with it.  Raises ModelError when it cannot be loaded."""
     loaded = load_model(model)
-    view = find_weights(loaded)
+    opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
+    view = find_weights(expose_weights(loaded))
     return InspectReport(
-        opset=opset_of(loaded),
-        ir_version=loaded.ir_version,
+        opset=opset,
+        ir_version=ir_version,
         producer=f"{loaded.producer_name} {loaded.producer_version}".strip(),
         ops=dict(ops.most_common()),
         weights=tuple(InspectedWeight(w.name, w.op, w.shape, w.is_edge, w.stored_bytes) for w in view.weights),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from requant_onnx.config import Form
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.load import ModelLike, is_large, load_model
+from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
 from requant_onnx.runtime import optimised_graph
 
@@ -96,8 +97,9 @@ def explain(model: ModelLike) -> Explanation:
     with tempfile.TemporaryDirectory() as folder:
         runtime, optimised = optimised_graph(model, name, Path(folder))
     graph = import_graph(loaded)
+    nodes = [*graph.nodes, *(inner for node in graph.nodes for body in node.subgraphs(recursive=True) for inner in body.nodes)]
     fates = _Fates.of(optimised.graph)
-    weights, shapes = _weights(graph), _shapes(loaded)
+    weights, shapes = _weights(nodes), _shapes(loaded)
     decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
     times = Counter(name for own in decoded.values() for name in own)
     found = []
@@ -105,8 +107,8 @@ def explain(model: ModelLike) -> Explanation:
         behind = decoded[tensor.name]
         fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates)
         found.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
-    found += [fate for node in graph.nodes for fate in _integer_operators(node)]
-    operators = Counter(node.op_type for node in optimised.graph.node)
+    found += [fate for node in nodes for fate in _integer_operators(node)]
+    operators = Counter(node.op_type for each in all_graphs(optimised.graph) for node in each.node)
     return Explanation(runtime, tuple(found), dict(operators.most_common()))
 
 
@@ -119,14 +121,15 @@ class _Fates:
 
     @classmethod
     def of(cls, graph: onnx.GraphProto) -> _Fates:
-        kernels = {name: n.op_type for n in graph.node if n.op_type in KERNELS for name in (*n.input[1:], *n.output)}
-        decoders = {name: n.op_type for n in graph.node if n.op_type not in NO_DECODE for name in (*n.input, *n.output)}
+        nodes = [node for each in all_graphs(graph) for node in each.node]
+        kernels = {name: n.op_type for n in nodes if n.op_type in KERNELS for name in (*n.input[1:], *n.output)}
+        decoders = {name: n.op_type for n in nodes if n.op_type not in NO_DECODE for name in (*n.input, *n.output)}
         return cls(kernels, decoders)
 
 
-def _weights(graph: gs.Graph) -> list[tuple[gs.Node, gs.Tensor]]:
+def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
     found = []
-    for node in graph.nodes:
+    for node in nodes:
         operand = weight_operand(node) if node.op in CONVERTIBLE and is_standard(node) else None
         if operand is not None and from_constants(node.inputs[operand]):
             found.append((node, node.inputs[operand]))

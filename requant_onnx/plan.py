@@ -60,7 +60,8 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
     planned, left = [], list(view.left_alone)
     for weight in view.weights:
         if kept_in_float(weight, config):
-            left.append(LeftAlone(weight.name, weight.op, weight.shape, "is a first or last layer, kept in float as asked"))
+            reason = "is a first or last layer, kept in float as asked"
+            left.append(LeftAlone(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
         else:
             planned.append(_planned(weight, config, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
@@ -114,6 +115,8 @@ def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
 def _granularities(weight: Weight, config: QuantConfig) -> list[Granularity]:
     """Within a budget, short channels may share one scale (not in int8, whose biases are counted in those of channels)."""
     per_channel = config.granularity is Granularity.PER_CHANNEL
+    if weight.channel_axis is None:
+        return [Granularity.PER_TENSOR]
     channels = weight.shape[weight.channel_axis]
     short = math.prod(weight.shape) < SHORT_CHANNEL * channels
     if per_channel and isinstance(config.bits, Budget) and config.form is not Form.INT8 and short:

@@ -85,9 +85,16 @@ class QuantReport:
         """Bytes of the converted weights in the output."""
         return sum(weight.bytes_after for weight in self.converted)
 
+    @property
+    def coverage(self) -> float:
+        """Share of the bytes of all weights, those left alone included, that was converted, 0 .. 1; 0 where there are none."""
+        total = self.bytes_before + sum(item.bytes for item in self.left_alone)
+        return self.bytes_before / total if total else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the totals, for JSON."""
-        return {**_fields(self), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "coverage": self.coverage}
+        return {**_fields(self), **totals}
 
 
 @dataclass(frozen=True)

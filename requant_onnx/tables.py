@@ -40,7 +40,8 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
             table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")
         console.print(table)
     before, after = report.bytes_before, report.bytes_after
-    console.print(f"weights: {len(report.converted)} converted, {before:,} -> {after:,} bytes{_ratio(before, after)}")
+    covered = f", {report.coverage:.1%} of the bytes of all weights" if report.converted else ""
+    console.print(f"weights: {len(report.converted)} converted{covered}, {before:,} -> {after:,} bytes{_ratio(before, after)}")
     console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
 
 

@@ -7,6 +7,7 @@ Gemm, MatMul   (oc, ic) or (ic, oc)    -> (oc, ic)
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ def find_layers(model: onnx.ModelProto, weights: Collection[str]) -> list[Layer]
     for index, node in enumerate(import_graph(model).nodes):
         operand = weight_operand(node) if node.op in CONVERTIBLE and is_standard(node) else None
         root = find_root(node.inputs[operand]) if operand == 1 else None
-        if root is None or root.name not in weights or readers[root.name] != 1 or not _is_plain(node):
+        if root is None or root.name not in weights or readers[root.name] != 1 or not _is_plain(node, root.tensor.shape):
             continue
         bias, values = _bias(node, readers)
         if values is not None:
@@ -238,7 +239,9 @@ def _added_to(node: Any) -> str:
     return str(others[0]) if len(others) == 1 else ""
 
 
-def _is_plain(node: Any) -> bool:
+def _is_plain(node: Any, shape: Sequence[int]) -> bool:
+    if node.op == "MatMul":
+        return math.prod(shape[:-2]) == 1
     if node.op == "Gemm":
         return not node.attrs.get("transA", 0) and node.attrs.get("alpha", 1.0) == 1.0
     if node.op == "ConvTranspose":

@@ -19,16 +19,26 @@ def weight_operand(node: gs.Node) -> int | None:
 
 def from_constants(tensor: gs.Tensor) -> bool:
     """Whether the tensor is computed from constants only: a weight that is decoded in the graph."""
+    return constants_behind(tensor) is not None
+
+
+def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
+    """The constants that the tensor is computed from; None where it is computed from others too."""
+    found: list[gs.Constant] = []
     behind, seen = [tensor], set()
     while behind:
         each = behind.pop()
-        if isinstance(each, gs.Constant) or id(each) in seen:
+        if id(each) in seen:
             continue
-        if not each.inputs:
-            return False
         seen.add(id(each))
-        behind.extend(each.inputs[0].inputs)
-    return True
+        if isinstance(each, gs.Constant):
+            found.append(each)
+        elif not each.inputs:
+            return None
+        else:
+            found += [value for value in each.inputs[0].attrs.values() if isinstance(value, gs.Constant)]
+            behind.extend(each.inputs[0].inputs)
+    return found
 
 
 def edge_nodes(graph: gs.Graph) -> set[int]:

@@ -8,6 +8,7 @@ The channel axis is that of the output channel in the stored layout (https://onn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -17,8 +18,17 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.constants import FLOATS, Root, find_root, import_graph, is_standard, load_values
-from requant_onnx.graph.operands import CONVERTIBLE, edge_nodes, from_constants, weight_operand
+from requant_onnx.graph.constants import (
+    FLOATS,
+    Root,
+    find_stored,
+    import_graph,
+    is_standard,
+    load_values,
+    seen_shape,
+    stored_axis,
+)
+from requant_onnx.graph.operands import CONVERTIBLE, constants_behind, edge_nodes, from_constants, weight_operand
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
@@ -30,6 +40,7 @@ class Weight:
 
     name: the tensor that holds the values, whose name the decoded weight takes over.  op: the operator that reads it.
     in_node: the values sit in a Constant node.  channel_axis: see above.  emit: ONNX type that its readers expect.
+    channel_axis is None where the readers see no axis of the stored tensor as output channels.
     is_edge: no other weight lies before it, or none behind it (the first and last layers).
     """
 
@@ -37,7 +48,7 @@ class Weight:
     op: str
     shape: tuple[int, ...]
     in_node: bool
-    channel_axis: int
+    channel_axis: int | None
     emit: int
     is_edge: bool
     stored_bytes: int
@@ -54,12 +65,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A weight that stays as it is, and why (a sentence without its subject)."""
+    """A weight that stays as it is, and why (a sentence without its subject).  bytes: stored, 0 where it is no constant."""
 
     name: str
     op: str
     shape: tuple[int, ...]
     reason: str
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,53 +85,65 @@ class View:
 def find_weights(model: onnx.ModelProto) -> View:
     """Look at every node that has a weight.  Raises ModelError when the graph cannot be followed."""
     graph = import_graph(model)
-    edges = edge_nodes(graph)
+    bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
+    edges = edge_nodes(graph) or {edge for body in bodies for edge in edge_nodes(body)}
     interface = _Interface.of(model)
     weights: dict[str, Weight] = {}
     left: dict[tuple[str, str], LeftAlone] = {}
-    for node in graph.nodes:
+    for node in (node for each in (graph, *bodies) for node in each.nodes):
         for found in _look_at(node, interface, id(node) in edges):
             if isinstance(found, LeftAlone):
                 left.setdefault((found.name, found.op), found)
             elif found.name not in weights or found.is_edge:  # shared: the first reader decides, any edge makes an edge
                 weights[found.name] = replace(weights.get(found.name, found), is_edge=found.is_edge)
+    for function in model.functions:
+        for inner in (inner for inner in function.node if inner.op_type in CONVERTIBLE):
+            reason = f"is used inside the function '{function.name}', whose opset is not that of the model"
+            left.setdefault(
+                (inner.name or function.name, inner.op_type), LeftAlone(inner.name or function.name, inner.op_type, (), reason)
+            )
     return View(tuple(weights.values()), tuple(item for item in left.values() if item.name not in weights))
 
 
 @dataclass(frozen=True)
 class _Interface:
-    """Names that callers of the model know.  overridable: initializers that a caller may replace (IR 4 and later)."""
+    """Names that callers of the model know.  overridable: initializers that a caller may replace (IR 4 and later).
+
+    stored: the constants of the main graph, which alone can be replaced.  counted: constants whose bytes were told already.
+    """
 
     outputs: frozenset[str]
     overridable: frozenset[str]
     sparse: frozenset[str]
+    stored: frozenset[str]
+    counted: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> _Interface:
         inputs = frozenset(item.name for item in model.graph.input) if model.ir_version >= 4 else frozenset()
         sparse = frozenset(item.values.name for item in model.graph.sparse_initializer)
-        return cls(frozenset(item.name for item in model.graph.output), inputs, sparse)
+        nodes = (node.output[0] for node in model.graph.node if node.op_type == "Constant" and node.output)
+        stored = frozenset(item.name for item in model.graph.initializer) | frozenset(nodes) | sparse
+        return cls(frozenset(item.name for item in model.graph.output), inputs, sparse, stored)
+
+    def bytes_behind(self, tensor: gs.Tensor) -> int:
+        """What the constants take that a tensor is computed from, 0 if from others too.  Each constant counts once."""
+        found = [each for each in constants_behind(tensor) or () if id(each) not in self.counted]
+        self.counted.update(id(each) for each in found)
+        return sum(_bytes(each) for each in found)
 
 
 def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
     if is_standard(node) and node.op in CONVERTIBLE:
         yield from _weight_of(node, interface, is_edge)
     elif node.op in RECURRENT:
-        yield from (LeftAlone(t.name, node.op, _shape(t), f"{node.op} weights are not converted") for t in node.inputs[1:3])
+        yield from (
+            LeftAlone(t.name, node.op, _shape(t), f"{node.op} weights are not converted", interface.bytes_behind(t))
+            for t in node.inputs[1:3]
+        )
     elif node.op in QUANTIZED:
         operand = node.inputs[3] if node.op.startswith("QLinear") else node.inputs[1]
         yield LeftAlone(operand.name, node.op, _shape(operand), f"is already quantized ({node.op})")
-    for body in node.subgraphs(recursive=True):
-        for inner in body.nodes:
-            yield from _nested(inner, node)
-
-
-def _nested(inner: gs.Node, node: gs.Node) -> Iterator[LeftAlone]:
-    """The weight of a node in a body of If, Loop or Scan."""
-    operand = weight_operand(inner) if inner.op in CONVERTIBLE else None
-    root = None if operand is None else find_root(inner.inputs[operand])
-    if root is not None:
-        yield LeftAlone(root.name, inner.op, tuple(root.tensor.shape), f"is used inside a body of {node.op} '{node.name}'")
 
 
 def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
@@ -127,26 +151,26 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
     if operand is None:
         return
     tensor = node.inputs[operand]
-    root = find_root(tensor)
+    root = find_stored(tensor)
     if root is None:
         reason = _why_computed(tensor)
         if reason is not None:
-            yield LeftAlone(tensor.name, node.op, _shape(tensor), reason)
+            yield LeftAlone(tensor.name, node.op, _shape(tensor), reason, interface.bytes_behind(tensor))
         return
     shape = tuple(int(n) for n in root.tensor.shape)
-    reason = _refusal(node, root, shape, interface)
+    reason = _refusal(root, shape, interface)
     if reason is not None:
-        yield LeftAlone(root.name, node.op, shape, reason)
+        yield LeftAlone(root.name, node.op, shape, reason, interface.bytes_behind(tensor))
         return
     yield Weight(
         name=root.name,
         op=node.op,
         shape=shape,
         in_node=root.in_node,
-        channel_axis=channel_axis(node, operand, len(shape)),
+        channel_axis=_stored_channel_axis(node, operand, root),
         emit=_emitted_type(root, node.inputs[operand]),
         is_edge=is_edge,
-        stored_bytes=int(np.prod(shape)) * np.dtype(root.tensor.dtype).itemsize,
+        stored_bytes=_bytes(root.tensor),
         tensor=root.tensor,
     )
 
@@ -163,27 +187,30 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
     return f"is computed by {producer.op} '{producer.name}', not a constant"
 
 
-def _refusal(node: gs.Node, root: Root, shape: tuple[int, ...], interface: _Interface) -> str | None:
+def _refusal(root: Root, shape: tuple[int, ...], interface: _Interface) -> str | None:
     if root.dtype not in FLOATS or root.edge_dtype not in FLOATS:
         name = onnx.TensorProto.DataType.Name(root.dtype) if root.dtype else "other than these"
-        return f"has type {name}, and only FLOAT and FLOAT16 are converted"
+        return f"has type {name}, and only FLOAT, FLOAT16 and BFLOAT16 are converted"
+    if root.name not in interface.stored:
+        return "is an output of a body of If, Loop or Scan"
     if root.name in interface.sparse:
         return "is a sparse initializer"
     if root.name in interface.outputs:
         return "is an output of the model, so its values are part of the interface"
     if root.name in interface.overridable:
         return "is also an input of the model, so a caller may replace it"
-    return _unfit_shape(shape, node.op)
+    return _unfit_shape(shape)
 
 
-def _unfit_shape(shape: tuple[int, ...], op: str) -> str | None:
+def _unfit_shape(shape: tuple[int, ...]) -> str | None:
     if 0 in shape:
         return "has no elements"
-    if len(shape) < 2:
-        return f"has {len(shape)} dimensions, and a weight has at least 2"
-    if op == "MatMul" and any(n != 1 for n in shape[:-2]):
-        return "is a batch of matrices"
-    return None
+    return f"has {len(shape)} dimensions, and a weight has at least 2" if len(shape) < 2 else None
+
+
+def _stored_channel_axis(node: gs.Node, operand: int, root: Root) -> int | None:
+    seen = seen_shape(root)
+    return None if seen is None or len(seen) < 2 else stored_axis(root, channel_axis(node, operand, len(seen)))
 
 
 def channel_axis(node: gs.Node, operand: int, rank: int) -> int:
@@ -212,7 +239,13 @@ def _casts_to_float(node: gs.Node) -> bool:
     return node.attrs["to"] in (onnx.TensorProto.FLOAT, np.float32)
 
 
+def _bytes(tensor: gs.Constant) -> int:
+    """What the values take in the file."""
+    kind = tensor.dtype if isinstance(tensor.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return math.prod(int(n) for n in tensor.shape) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+
+
 def _shape(tensor: gs.Tensor) -> tuple[int, ...]:
-    root = find_root(tensor)
+    root = find_stored(tensor)
     shape = tensor.shape if root is None else root.tensor.shape
     return tuple(n if isinstance(n, int) else -1 for n in shape or ())

@@ -1,0 +1,185 @@
+"""Bring constant weights to where they can be converted: the main graph, in the shape that their reader takes.
+
+1. Initializers leave the list of inputs, where IR 3 demands them.
+2. Model-local functions that hold Conv, ConvTranspose, Gemm or MatMul are inlined, as ONNX Runtime does when it loads them
+   (https://onnx.ai/onnx/api/inliner.html).
+3. Transpose, Reshape, Unsqueeze, Squeeze and Flatten between a constant and its only reader are computed once and for all.
+4. Weights in bodies of If, Loop and Scan move to the main graph, which bodies can read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import inliner, numpy_helper
+
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto
+from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, tensor_proto
+from requant_onnx.graph.load import first_line
+from requant_onnx.graph.names import FreshNames, all_graphs, reads_in, subgraphs_of
+from requant_onnx.graph.operands import CONVERTIBLE
+from requant_onnx.graph.reshapes import RESHAPING, reshaped
+
+MAX_CHAIN = 16
+
+
+def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its weights where `find_weights` sees them.  May change and return the model given.
+
+    Raises ModelError when its functions cannot be inlined.
+    """
+    if model.ir_version < 4:
+        stored = {item.name for item in model.graph.initializer}
+        delete_where(model.graph.input, [k for k, item in enumerate(model.graph.input) if item.name in stored])
+        model.ir_version = 4
+    model = _inline(model)
+    for graph in all_graphs(model.graph):
+        _apply_reshapes(model, graph)
+    names = FreshNames(model)
+    defined = Counter(name for graph in all_graphs(model.graph) for name in _defined_in(graph))
+    for body in [body for graph in all_graphs(model.graph) for node in graph.node for body in subgraphs_of(node)]:
+        _hoist(model.graph, body, names, defined)
+    return model
+
+
+def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    if not any(node.op_type in CONVERTIBLE for function in model.functions for node in function.node):
+        return model
+    try:
+        return inliner.inline_local_functions(model)
+    except Exception as error:  # the inliner raises many types
+        raise ModelError(f"the functions of the model cannot be inlined ({first_line(error)}); export it without them") from None
+
+
+def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
+    """(node, index) of every input that may be a weight."""
+    for node in graph.node:
+        if node.op_type in CONVERTIBLE and is_standard_proto(node):
+            yield from ((node, k) for k in ((0, 1) if node.op_type == "MatMul" else (1,)) if k < len(node.input))
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The constants of a graph itself that no caller can replace, by the name of the tensor."""
+    found = {item.name: item for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and is_standard_proto(node) and node.output:
+            found.update((node.output[0], item.t) for item in node.attribute if item.name == "value" and item.HasField("t"))
+    inputs = {item.name for item in graph.input}
+    return {name: tensor for name, tensor in found.items() if name not in inputs}
+
+
+def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
+    """Step 3 of one graph."""
+    producers = {output: node for node in graph.node for output in node.output}
+    constants, readers = _constants(graph), Counter(reads_in(model.graph))
+    outer = {**_constants(model.graph), **constants}
+    stale: list[str] = []
+    for reader, operand in list(_operands(graph)):
+        chain = _chain(reader.input[operand], producers, readers)
+        root = chain[-1].input[0] if chain else ""
+        steps = [node for node in reversed(chain) if node.op_type in RESHAPING]
+        if not steps or root not in constants or readers[root] != 1 or constants[root].data_type not in FLOATS:
+            continue
+        values = _stepped(load_proto(constants[root]), steps, outer)
+        if values is None:
+            continue
+        constants[root].CopyFrom(tensor_proto(values, constants[root].name))
+        _bypass(reader, operand, chain, root)
+        stale += [name for node in steps for name in (*node.output, *node.input[1:])]
+        drop_stale_types(graph, [root, *(output for node in chain for output in node.output)])
+    dead = {name for name in stale if name in producers}
+    delete_where(graph.node, [k for k, node in enumerate(graph.node) if node.op_type in RESHAPING and dead.issuperset(node.output)])
+    drop_unread(graph, set(stale) - dead)
+
+
+def _chain(name: str, producers: dict[str, onnx.NodeProto], readers: Counter[str]) -> list[onnx.NodeProto]:
+    """The nodes from a reader back to a constant, as long as each has but one reader."""
+    chain: list[onnx.NodeProto] = []
+    while name in producers and readers[name] == 1 and len(chain) < MAX_CHAIN:
+        node = producers[name]
+        if node.op_type not in (*RESHAPING, *PASS_THROUGH) or not is_standard_proto(node) or not node.input:
+            break
+        chain.append(node)
+        name = node.input[0]
+    return chain
+
+
+def _stepped(
+    values: npt.NDArray[np.generic], steps: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]
+) -> npt.NDArray[np.generic] | None:
+    """The values after each of the nodes; None when one of them is not constant, or does not fit."""
+    for node in steps:
+        given = [constants.get(name) for name in node.input[1:] if name]
+        if None in given:
+            return None
+        operand = numpy_helper.to_array(given[0]) if given and given[0] is not None else None
+        after = reshaped(node.op_type, values.shape, _attributes(node), operand)
+        if after is None:
+            return None
+        values = values.transpose(after.permutation) if after.permutation is not None else values.reshape(after.shape)
+    return values
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, object]:
+    return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+
+
+def _bypass(reader: onnx.NodeProto, operand: int, chain: list[onnx.NodeProto], root: str) -> None:
+    """Let each node that stays in the chain read the one that stays before it."""
+    source = root
+    for node in reversed(chain):
+        if node.op_type not in RESHAPING:
+            node.input[0], source = source, node.output[0]
+    reader.input[operand] = source
+
+
+def _defined_in(graph: onnx.GraphProto) -> Iterator[str]:
+    yield from (item.name for item in graph.initializer)
+    for node in graph.node:
+        yield from node.output
+
+
+def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, defined: Counter[str]) -> None:
+    """Move the float constants that are weights in this body to the main graph `graph`."""
+    constants = _constants(body)
+    interface = {item.name for each in all_graphs(body) for item in each.output}
+    wanted: dict[str, None] = {}
+    for each in all_graphs(body):  # bodies in it read its constants too
+        own = set(_defined_in(each)) if each is not body else set()
+        for name in _sources(each):
+            fits = name in constants and constants[name].data_type in FLOATS and math.prod(constants[name].dims) > 0
+            if fits and name not in own and name not in interface:
+                wanted[name] = None
+    for name in wanted:
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(constants[name])
+        tensor.name = name if defined[name] == 1 else names.take(name)
+        _rename_reads(body, name, tensor.name)
+    delete_where(body.initializer, [k for k, item in enumerate(body.initializer) if item.name in wanted])
+    delete_where(body.node, [k for k, node in enumerate(body.node) if node.op_type == "Constant" and node.output[0] in wanted])
+    drop_stale_types(body, wanted)
+
+
+def _sources(graph: onnx.GraphProto) -> Iterator[str]:
+    """The tensors that the operands of its nodes come from, through nodes that change no value."""
+    producers = {output: node for node in graph.node for output in node.output}
+    for node, operand in _operands(graph):
+        name, steps = node.input[operand], 0
+        while name in producers and producers[name].op_type in (*RESHAPING, *PASS_THROUGH) and steps < MAX_CHAIN:
+            name, steps = producers[name].input[0], steps + 1
+        yield name
+
+
+def _rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """In a graph and the bodies in it."""
+    for each in all_graphs(graph):
+        for node in each.node:
+            for k, name in enumerate(node.input):
+                if name == old:
+                    node.input[k] = new
