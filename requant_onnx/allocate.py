@@ -35,6 +35,7 @@ from requant_onnx.plan import PlannedWeight
 from requant_onnx.sensitivity import noise_of_each
 
 Values = npt.NDArray[np.float32]
+BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README, "Bits ...")
 ROUNDS = 12
 MAX_POINTS = 4_000
 CONSTANT_BYTES = 64  # below it, a constant that decodes share is one that all of them read
@@ -97,6 +98,12 @@ class Market:
         fitting = [picks for picks in found if self.bytes(picks) <= size]
         return min(fitting, key=self.noise, default=None)
 
+    def alike_within(self, size: int) -> list[Picks]:
+        """The picks of the same bits for all, each with the best of its grids, in at most `size` bytes; least noise first."""
+        widths = {offer.grid.bits for own in self.offers for offer in own}
+        found = (tuple(_best_of(own, bits) for own in self.offers) for bits in sorted(widths))
+        return sorted((picks for picks in found if self.bytes(picks) <= size), key=self.noise)
+
     def reaching(self, noise: float) -> Picks | None:
         """The smallest picks with at most so much noise; None where nothing has so little."""
         found = self._settled(lambda front: front.smallest_within(noise))
@@ -142,6 +149,11 @@ class Market:
         return tuple(front.choices_at(point))
 
 
+def _best_of(offers: Sequence[Offer], bits: int) -> int:
+    """The offer of least noise of those nearest in bits."""
+    return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].noise))
+
+
 def _nearest(offers: Sequence[Offer], bits: int, exponent: float, whole: bool) -> int:
     """The offer most alike."""
 
@@ -162,8 +174,8 @@ def open_market(
     progress: Progress | None,
     threads: int | None,
 ) -> Market:
-    """Measure every offer.  chunks: of calibration inputs; without, errors of all weights count by their relative size, and their
-    exponent is not a choice, for the weights alone do not tell which is better (README, "Defaults").
+    """Measure every offer.  chunks: of calibration inputs; without, errors of all weights count by the square of their relative
+    size, and their exponent is not a choice, for the weights alone do not tell which is better (README, "Defaults").
 
     floors: least scales, by weight.  refinement: what rounding will do later.
     """
@@ -178,7 +190,7 @@ def open_market(
         known = [(errors[grid], found) for grid, found in zip(grids[name], noise.get(name, ()), strict=bool(noise))]
         rate = float(np.square(w, dtype=np.float64).sum())
         return tuple(
-            replace(offer, noise=_noise_at(offer.error, known) if known else offer.error / rate if rate else 0.0)
+            replace(offer, noise=_noise_at(offer.error, known) if known else (offer.error / rate) ** BLIND_POWER if rate else 0.0)
             for offer in offers
         )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from requant_onnx.allocate import Market, Picks, open_market
+from requant_onnx.allocate import BLIND_POWER, Market, Picks, open_market
 from requant_onnx.build import Prepared, copied, quantize, write
 from requant_onnx.calibrate import Calibration, calibration_chunks
 from requant_onnx.config import Budget
@@ -25,6 +25,7 @@ IMAGES = 64  # on which sensitivities are measured
 TRIES = 8
 CLOSE_BYTES = 32  # a file this little below the size is good enough
 CLOSE_DB = 0.2  # an SQNR this little above the target is good enough
+SLACK = 2_000  # by which the bytes of decodes may be estimated too high
 FRONT_POINTS = 12
 OF_OUTPUT = (
     "the SQNR of the front is that of the output with nearest levels, by the sum of what each weight does; refinement adds to it"
@@ -49,17 +50,24 @@ def write_within(
     refinement = prepared.config.refinement
     market = open_market(prepared.model, prepared.plan.planned, floors, prepared.target, chunks, refinement, progress, threads)
     search = _Search(prepared, market, progress, threads, {})
-    if budget.size is not None:
-        picks, (model, report) = search.small_enough(budget.size)
-    else:
-        assert calibration is not None
-        assert budget.sqnr_db is not None
+    held: Sequence[Chunk] = ()
+    if calibration is not None:
         held = calibration_chunks(prepared.model, calibration)
-        picks, (model, report) = search.good_enough(budget.sqnr_db, held[HELD_BACK - 1 :: HELD_BACK] or held)
+        held = held[HELD_BACK - 1 :: HELD_BACK] or held
+    if budget.size is not None:
+        picks, (model, report) = search.small_enough(budget.size, held)
+    else:
+        assert budget.sqnr_db is not None
+        picks, (model, report) = search.good_enough(budget.sqnr_db, held)
     rest = model.ByteSize() - market.bytes(picks)
-    weights = 1 if chunks else len(market.planned)
-    points = [FrontPoint(market.bytes(p) + rest, _decibels(market.noise(p) / weights)) for p in market.front(picks, FRONT_POINTS)]
+    points = [FrontPoint(market.bytes(p) + rest, _decibels(_shown(market, p, chunks))) for p in market.front(picks, FRONT_POINTS)]
     return model, replace(report, front=tuple(points), notes=(OF_OUTPUT if chunks else OF_WEIGHTS,))
+
+
+def _shown(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:
+    """The noise of picks as users see it: of the output, or, without calibration, of the weights on average."""
+    noise = market.noise(picks)
+    return noise if chunks else (noise / len(market.planned)) ** (1 / BLIND_POWER)
 
 
 @dataclass(frozen=True)
@@ -72,17 +80,31 @@ class _Search:
     threads: int | None
     nearest: dict[tuple[str, Grid], Result]
 
-    def small_enough(self, size: int) -> tuple[Picks, Built]:
-        """The file of least noise that is at most so large."""
+    def small_enough(self, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
+        """The file of least noise that is at most so large.
+
+        chunks: on which it is compared with the best file of one grid for all, for the additive model is not the network.
+        """
         limit = size
         for _ in range(TRIES):
             picks = self._fitting(limit)
             built = self._built(picks)
             excess = built[0].ByteSize() - size
             if excess <= 0:
-                return picks, built
+                return self._better(picks, built, size, chunks) if chunks else (picks, built)
             limit -= excess
         raise ConfigError(f"no choice of bits found for a file of {size:,} bytes; give a little more")
+
+    def _better(self, picks: Picks, built: Built, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
+        """These, or one grid for all if that has the better outputs."""
+        room = self.market.bytes(picks) + size - built[0].ByteSize() + SLACK
+        for alike in self.market.alike_within(room)[:TRIES]:
+            other = self._built(alike)
+            if other[0].ByteSize() <= size and alike != picks:
+                exact = outputs(self.prepared.model, chunks)
+                noises = [relative_noise(exact, outputs(model, chunks)) for model, _ in (built, other)]
+                return (picks, built) if noises[0] <= noises[1] else (alike, other)
+        return picks, built
 
     def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
         """The smallest file with that output SQNR on `chunks`, of those tried."""
@@ -123,11 +145,8 @@ class _Search:
             raise ConfigError(
                 f"the smallest file that bits can make is {least:,} bytes, not {size:,}; give more, or see --edge-layers"
             )
-        best, low, high = (
-            smallest,
-            self.market.bytes(smallest),
-            sys.maxsize,
-        )  # limits on the bytes of decodes that do and do not fit
+        # limits on the bytes of decodes that do and do not fit
+        best, low, high = smallest, self.market.bytes(smallest), sys.maxsize
         limit, seen = size - (least - low), set()
         for _ in range(TRIES):
             picks = self.market.within(limit)
