@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from requant_onnx.layerwise import quantize_layers
 from requant_onnx.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion
 from requant_onnx.report import QuantReport, WeightReport
 
+T = TypeVar("T")
 Biases = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -129,10 +131,14 @@ def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, n
                 results[layer.weight] = replace(result, step="nearest, bias from BatchNormalization")
 
 
-def write(prepared: Prepared, results: Sequence[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
-    """The converted model and its report; the source where no weight is worth it.  Changes `prepared.model`, and returns it."""
+def write(prepared: Prepared, results: list[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
+    """The converted model and its report; the source where no weight is worth it.  Changes `prepared.model`, and returns it.
+
+    Takes the results out of their list one by one, so that codes and the nodes that hold them are never all in memory at once.
+    """
     _require_finite(results)
     model, config, integers, target = prepared.model, prepared.config, prepared.integers, prepared.target
+    quantized = {result.planned.weight.name: result.quantized for result in results if result.planned.form is Form.INT8}
     for name, values in biases.items():
         set_initializer(model.graph, values, name)
     decodes, converted, left = _decode(results, target, Constants(FreshNames(model)))
@@ -142,7 +148,6 @@ def write(prepared: Prepared, results: Sequence[Result], biases: Biases) -> tupl
     if not decodes:
         return prepared.source, report
     replace_weights(model, {weight.name for weight in converted}, decodes)
-    quantized = {result.planned.weight.name: result.quantized for result in results}
     quantize_activations(model, integers.plan, integers.grids, biases_of(model, integers.plan), quantized)
     set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
     return model, report
@@ -168,22 +173,34 @@ def _require_finite(results: Sequence[Result]) -> None:
 
 
 def _decode(
-    results: Sequence[Result], target: Target, constants: Constants
+    results: list[Result], target: Target, constants: Constants
 ) -> tuple[list[Decode], tuple[WeightReport, ...], list[LeftAlone]]:
-    """The decodes of all weights that are worth it, and for each weight its report or the reason why it stays."""
-    finite = [result for result in results if result.finite]
+    """The decodes of all weights that are worth it, and of each weight its report or why it stays.  Empties `results`."""
     left = [_left(result, "has levels beyond the largest float") for result in results if not result.finite]
-    by_name = {result.planned.weight.name: result for result in finite}
-    decodes, sizes = [], {}
-    for group in group_weights([result.coded() for result in finite], target):
+    by_name = {result.planned.weight.name: result for result in results if result.finite}
+    order = list(by_name)
+    results.clear()
+    decodes: list[Decode] = []
+    reports: dict[str, WeightReport] = {}
+    groups = group_weights([result.coded() for result in by_name.values()], target)
+    for group in _taken(groups):
         decode = decode_of(group, target, constants)
-        stored = sum(by_name[weight.name].planned.weight.stored_bytes for weight in group)
+        own = [by_name.pop(weight.name) for weight in group]
+        stored = sum(result.planned.weight.stored_bytes for result in own)
         if decode.bytes < stored or group[0].form is Form.INT8:
             decodes.append(decode)
-            sizes.update(bytes_of_each(group, decode))
+            sizes = bytes_of_each(group, decode)
+            reports.update((weight.name, result.report(sizes[weight.name])) for weight, result in zip(group, own, strict=True))
         else:
-            left += [_left(by_name[w.name], _not_smaller(group, decode, stored)) for w in group]
-    return decodes, tuple(r.report(sizes[r.planned.weight.name]) for r in finite if r.planned.weight.name in sizes), left
+            left += [_left(result, _not_smaller(group, decode, stored)) for result in own]
+    return decodes, tuple(reports[name] for name in order if name in reports), left
+
+
+def _taken(items: list[T]) -> Iterator[T]:
+    """The items one by one, out of their list."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:

@@ -20,7 +20,7 @@ from requant_onnx import convert, execute, tables
 from requant_onnx.data import load_images
 from requant_onnx.errors import OutputError, RequantError
 from requant_onnx.explain import explain
-from requant_onnx.graph.load import data_files, file_bytes
+from requant_onnx.graph.load import data_files, file_bytes, is_large
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.options import calibration_of, config_of, limit_of, normalisation_of, parser_of
 from requant_onnx.validate import validate
@@ -53,10 +53,10 @@ def _convert(args: argparse.Namespace) -> None:
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     _check_json(args.json, args.input, args.output, *data)
     with _progress("quantizing") as progress:
-        model, report = convert.quantize_model(args.input, config, calibration=calibration, progress=progress)
+        model, report = convert.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # external data moves: a copy would point to where it is not
-        after = save_model(model, args.output, external_data=args.external_data)
+        after = save_model(model, args.output, external_data=args.external_data or is_large(model))
     else:
         after = stored
         write_atomically(args.output, args.input.read_bytes())

@@ -16,7 +16,7 @@ from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress
 from requant_onnx.explain import WeightFate, broken_promises
 from requant_onnx.graph.expose import expose_weights
-from requant_onnx.graph.load import ModelLike, is_large, load_model, opset_of
+from requant_onnx.graph.load import LARGE_BYTES, ModelLike, is_large, load_model, materialise, opset_of
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport
@@ -35,13 +35,26 @@ def quantize_model(
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantize the weights of a model.  The model given never changes; the same input gives the same output, whatever `threads` is.
 
+    The result holds all its values, those that were external data too.
+
     calibration: for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
     `report.converted` is empty.
     Raises ModelError when the model cannot be loaded, holds NaN or infinite weights, or ONNX Runtime does not do with a weight what
     the form promises; ConfigError when threads is below 1 or the int8 form has no calibration; DataError when the calibration
     images do not fit the model.
     """
-    config = config or QuantConfig()
+    made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads)
+    return materialise(made), report
+
+
+def convert_model(
+    model: ModelLike,
+    config: QuantConfig,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> tuple[onnx.ModelProto, QuantReport]:
+    """As quantize_model, but external data left alone may still lie in the files of the input, where save_model finds them."""
     _check(config, calibration, threads)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
@@ -123,7 +136,7 @@ def _broken_promises(
     promised = {weight.name: Form(weight.form) for weight in converted if weight.form != Form.QDQ.value}
     if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
         return (), {}
-    if is_large(model):
+    if is_large(model) or sum(weight.bytes_before for weight in converted) > LARGE_BYTES:
         return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",), {}
     try:
         return (), broken_promises(model, promised)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ Progress = Callable[[str, int, int], None]
 """Called with what is under way, how many steps are done, and how many there are."""
 
 FloatArray = npt.NDArray[np.float64]
+PIECE = 1 << 20
+ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # bytes of a weight from which on memory counts for more than threads
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,13 @@ def workers(threads: int | None) -> int:
 
 
 def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
+    if planned.weight.stored_bytes > ONE_AT_A_TIME:
+        with LARGE:
+            return _quantize_loaded(planned, min_scale)
+    return _quantize_loaded(planned, min_scale)
+
+
+def _quantize_loaded(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
     w = planned.weight.load()
     return measure(planned, w, quantize_weight(w, planned.grid, min_scale))
 
@@ -98,11 +108,18 @@ def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
 def measure(planned: PlannedWeight, w: npt.NDArray[np.float32], quantized: QuantizedWeight) -> Result:
     """The error of a quantized weight as its readers see it."""
     with np.errstate(over="ignore"):  # an overflow is found below and the weight left alone
-        w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit))
-    finite = bool(np.isfinite(w_hat).all())
-    noise = _energy(w_hat.astype(np.float64) - w) if finite else float("inf")
-    return Result(planned, quantized, _energy(w.astype(np.float64)), noise, finite)
+        w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit), copy=False)
+    finite = bool(np.isfinite(w_hat.min()) and np.isfinite(w_hat.max()))
+    noise = _energy(w_hat.ravel(), w.ravel()) if finite else float("inf")
+    return Result(planned, quantized, _energy(w.ravel()), noise, finite)
 
 
-def _energy(values: FloatArray) -> float:
-    return float(np.vdot(values, values))
+def _energy(values: npt.NDArray[np.generic], less: npt.NDArray[np.float32] | None = None) -> float:
+    """Sum of squares of flat values, or of a difference, in pieces: float64 copies of the whole would take most of the memory."""
+    total = 0.0
+    for start in range(0, values.size, PIECE):
+        piece = values[start : start + PIECE].astype(np.float64)
+        if less is not None:
+            piece -= less[start : start + PIECE]
+        total += float(np.vdot(piece, piece))
+    return total

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.load import ModelLike, is_large, load_model
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
+from requant_onnx.leftovers import scratch_folder
 from requant_onnx.runtime import optimised_graph
 
 KERNELS = (
@@ -94,8 +93,8 @@ def explain(model: ModelLike) -> Explanation:
     """
     loaded = load_model(model)
     name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
-    with tempfile.TemporaryDirectory() as folder:
-        runtime, optimised = optimised_graph(model, name, Path(folder))
+    with scratch_folder() as folder:
+        runtime, optimised = optimised_graph(model, name, folder)
     graph = import_graph(loaded)
     nodes = [*graph.nodes, *(inner for node in graph.nodes for body in node.subgraphs(recursive=True) for inner in body.nodes)]
     fates = _Fates.of(optimised.graph)

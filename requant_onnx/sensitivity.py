@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 
+from requant_onnx.graph.constants import load_proto
 from requant_onnx.graph.edit import delete_where
 from requant_onnx.lockstep import Chunk, constants_to_initializers
 from requant_onnx.runtime import open_session
@@ -28,7 +28,7 @@ def noise_of_each(
     stored: Chunk = {}
     for initializer in work.graph.initializer:
         if initializer.name in names:
-            stored[initializer.name] = numpy_helper.to_array(initializer)
+            stored[initializer.name] = np.asarray(load_proto(initializer))
             kind, shape = initializer.data_type, initializer.dims
             work.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, kind, shape))
     delete_where(work.graph.initializer, [k for k, item in enumerate(work.graph.initializer) if item.name in stored])

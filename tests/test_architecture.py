@@ -9,7 +9,7 @@ import requant_onnx
 
 PACKAGE = Path(requant_onnx.__file__).parent
 LAYERS = (
-    {"errors", "config"},
+    {"errors", "config", "leftovers"},
     {"numerics"},
     {"graph"},
     {"data", "noise"},

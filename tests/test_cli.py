@@ -139,7 +139,7 @@ def broken_inputs(folder: Path) -> dict[str, Path]:
         ("future", "uses opset 999"),
         ("invalid", "is not valid ONNX"),
         ("external", "weights.bin"),
-        ("long", "the values of 'w' do not fit its shape"),
+        ("long", "bytes where its shape and type FLOAT ask for 720"),
         ("missing", "does not exist"),
         ("folder", "is a folder"),
     ],

@@ -14,6 +14,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from requant_onnx.errors import ModelError
+from requant_onnx.graph.external import values_of
 from requant_onnx.graph.load import first_line
 from requant_onnx.graph.reshapes import RESHAPING, Reshaped, reshaped
 
@@ -53,7 +54,7 @@ def load_values(tensor: gs.Constant) -> npt.NDArray[np.generic]:
 def load_proto(tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:
     """The values of a tensor.  Raises ModelError when they do not fit its shape."""
     try:
-        return np.asarray(onnx.numpy_helper.to_array(tensor))
+        return values_of(tensor)
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"the values of '{tensor.name}' do not fit its shape ({first_line(error)}); export the model again"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import inliner, numpy_helper
+from onnx import inliner
 
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto
@@ -118,7 +118,7 @@ def _stepped(
         given = [constants.get(name) for name in node.input[1:] if name]
         if None in given:
             return None
-        operand = numpy_helper.to_array(given[0]) if given and given[0] is not None else None
+        operand = load_proto(given[0]) if given and given[0] is not None else None
         after = reshaped(node.op_type, values.shape, _attributes(node), operand)
         if after is None:
             return None

@@ -10,36 +10,60 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from requant_onnx.errors import ModelError
+from requant_onnx.graph.external import check_tensors, fetch, is_external, resolve, stored_bytes, stored_tensors
 
 ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 MIN_OPSET = 7
 MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # 27 is the newest whose operators ONNX Runtime 1.32 has
 MAX_BYTES = 2**31 - 1  # of one protobuf message
+FETCHED_BYTES = 1 << 28  # of external data
 LARGE_BYTES = MAX_BYTES - 2**26  # of initializers; leaves 64 MB for the rest
 
 
 def load_model(source: ModelLike) -> onnx.ModelProto:
     """A valid model that the caller may change: read from a path, or copied from a ModelProto.
 
+    External data of more than FETCHED_BYTES stay in their files, for graph.external to read: see `materialise`.
     Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
     """
     if isinstance(source, onnx.ModelProto):
-        name, model = "the model", onnx.ModelProto()
+        name, model, path = "the model", onnx.ModelProto(), None
         model.CopyFrom(source)
     else:
-        name, model = f"'{source}'", _parse(Path(source))
-    _check(model, name, None if isinstance(source, onnx.ModelProto) else Path(source))
+        name, path = f"'{source}'", Path(source)
+        model = _parse(path)
+    _check_head(model, name)
+    check_tensors(model, name)
+    outside = next((tensor for tensor in stored_tensors(model) if is_external(tensor)), None)
+    if outside is not None and path is None:
+        raise ModelError(
+            f"the values of '{outside.name}' lie in a file that {name} alone does not tell; give the path of the model"
+        )
+    stays = path is not None and resolve(model, path.parent, name) > FETCHED_BYTES
+    for tensor in stored_tensors(model, skip_main=stays):
+        fetch(tensor)
+    if not stays and not is_large(model):
+        _check(model, name)
+    elif path is not None:  # the checker reads what is too large to be handed over, and looks for data files
+        _check(str(path), name)
+    return model
+
+
+def materialise(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with all external data in it.  Changes and returns `model`."""
+    for tensor in stored_tensors(model):
+        fetch(tensor)
     return model
 
 
 def is_large(model: onnx.ModelProto) -> bool:
     """Whether the model may be more than one protobuf message can hold: it cannot be serialized then, nor be measured."""
-    return sum(len(item.raw_data) for item in model.graph.initializer) > LARGE_BYTES
+    return sum(stored_bytes(item) for item in model.graph.initializer) > LARGE_BYTES
 
 
 def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
     """The model of a file without its external data, unchecked.  Raises ModelError when it is missing, damaged or not ONNX."""
-    return _parse(Path(path), external=False)
+    return _parse(Path(path))
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -55,8 +79,8 @@ def data_files(path: Path) -> list[Path]:
         return []
     outside = {
         entry.value
-        for tensor in model.graph.initializer
-        if onnx.external_data_helper.uses_external_data(tensor)
+        for tensor in stored_tensors(model)
+        if is_external(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
     }
@@ -68,25 +92,24 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
 
 
-def _parse(path: Path, external: bool = True) -> onnx.ModelProto:
+def _parse(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise ModelError(f"'{path}' is a folder; give the .onnx file in it")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
-        return onnx.load(path, format="protobuf", load_external_data=external)
-    except FileNotFoundError as error:
-        missing = error.filename or path
-        raise ModelError(f"'{missing}' does not exist; give the path of an .onnx file") from None
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except FileNotFoundError:
+        raise ModelError(f"'{path}' does not exist; give the path of an .onnx file") from None
     except OSError as error:
         raise ModelError(f"cannot read '{path}' ({error.strerror or error}); check the path and its permissions") from None
     except DecodeError:
         raise ModelError(f"'{path}' is not an ONNX file or is cut short; export or download it again") from None
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); export it again") from None
+    except ValueError as error:  # a path with a zero byte
+        raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); check the path") from None
 
 
-def _check(model: onnx.ModelProto, name: str, path: Path | None) -> None:
+def _check_head(model: onnx.ModelProto, name: str) -> None:
     if not model.graph.node and not model.graph.initializer:
         raise ModelError(f"{name} holds no ONNX graph; give a file exported as .onnx")
     opset = opset_of(model)
@@ -94,12 +117,12 @@ def _check(model: onnx.ModelProto, name: str, path: Path | None) -> None:
         raise ModelError(
             f"{name} uses opset {opset}, and opsets {MIN_OPSET} to {MAX_OPSET} are supported; export it with another opset"
         )
+
+
+def _check(model: onnx.ModelProto | str, name: str) -> None:
     try:
-        if not is_large(model):
-            onnx.checker.check_model(model)
-        elif path is not None:  # the checker reads what is too large to be handed over
-            onnx.checker.check_model(str(path))
-    except (onnx.checker.ValidationError, ValueError) as error:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError, DecodeError) as error:
         raise ModelError(f"{name} is not valid ONNX ({first_line(error)}); export it again") from None
 
 

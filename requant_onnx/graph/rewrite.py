@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import onnx
 
@@ -10,17 +10,24 @@ from requant_onnx.graph.decode import Decode
 from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
-def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Sequence[Decode]) -> None:
-    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader."""
+def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: list[Decode]) -> None:
+    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader.
+
+    Takes the decodes out of their list, so that their values are not in memory twice.
+    """
     graph = model.graph
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in names])
-    for decode in decodes:
-        graph.initializer.extend(decode.initializers)
-    shared = {name: tensor for decode in decodes for name, tensor in decode.shared.items()}
-    graph.initializer.extend(shared.values())
     drop_stale_types(graph, names)  # a float16 weight may have become float32
     kept = [node for node in graph.node if not (node.op_type == "Constant" and node.output[0] in names)]
-    decoders = [node for decode in decodes for node in decode.nodes]
+    shared: dict[str, onnx.TensorProto] = {}
+    decoders: list[onnx.NodeProto] = []
+    decodes.reverse()
+    while decodes:
+        decode = decodes.pop()
+        graph.initializer.extend(decode.initializers)
+        decoders += decode.nodes
+        shared.update(decode.shared)
+    graph.initializer.extend(shared.values())
     del graph.node[:]
     graph.node.extend(decoders + kept)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -14,9 +14,12 @@ from typing import IO, Any
 import onnx
 
 from requant_onnx.errors import ModelError, OutputError
+from requant_onnx.graph.external import chunks_of, fetch, is_external, stored_bytes
 from requant_onnx.graph.load import data_files, first_line, is_large
+from requant_onnx.leftovers import claim, remove_unclaimed
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
+MAGIC = b"requant_onnx\0\0\0\0"  # at the start of our data files: what a killed run left is known by it
 PAGE, WORD = 4096, 16  # alignment in the data file of tensors that are worth mapping into memory, and of others
 MAPPED_BYTES = 1 << 20
 
@@ -32,12 +35,13 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
         return _save_externally(model, path)
     if is_large(model):
         raise ModelError(f"the model for '{path}' is larger than 2 GB, more than one ONNX file can hold; use --external-data")
-    _check(model)
-    data = model.SerializeToString(deterministic=True)
+    _check(_slim(model))
     former = _data_files(path)
-    write_atomically(path, data)
-    _delete(former)
-    return len(data)
+    with _writing(path), _replacing(path) as file:
+        for piece in _wire(model):
+            file.write(piece)
+    _delete([*former, *_orphans(path, ())])
+    return path.stat().st_size
 
 
 def _check(model: onnx.ModelProto | str) -> None:
@@ -45,6 +49,57 @@ def _check(model: onnx.ModelProto | str) -> None:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"the converted model is not valid ONNX ({first_line(error)}); please report it") from None
+
+
+def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or, to check a large one in little memory, a copy with its larger initializers as inputs."""
+    large = {item.name for item in model.graph.initializer if stored_bytes(item) >= MAPPED_BYTES}
+    if not large:
+        return model
+    slim = onnx.ModelProto()
+    _copy_fields(model, slim, but="graph")
+    _copy_fields(model.graph, slim.graph, but="initializer")
+    listed = {item.name for item in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.name not in large:
+            slim.graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            slim.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return slim
+
+
+def _wire(model: onnx.ModelProto) -> Iterator[bytes]:
+    """The model as protobuf has it (https://protobuf.dev/programming-guides/encoding/), without a second copy of its values."""
+    rest, graph = onnx.ModelProto(), onnx.GraphProto()
+    _copy_fields(model, rest, but="graph")
+    _copy_fields(model.graph, graph, but="initializer")
+    heads = []
+    for tensor in model.graph.initializer:
+        head = onnx.TensorProto()
+        _copy_fields(tensor, head, but="raw_data")
+        size = stored_bytes(tensor)
+        if is_external(tensor):
+            head.ClearField("data_location")
+            del head.external_data[:]
+        own = head.SerializeToString(deterministic=True)
+        own += _tag(tensor, "raw_data", size) if size or tensor.HasField("raw_data") else b""
+        heads.append((_tag(graph, "initializer", len(own) + size) + own, size))
+    nodes = graph.SerializeToString(deterministic=True)
+    yield rest.SerializeToString(deterministic=True)
+    yield _tag(model, "graph", len(nodes) + sum(len(head) + size for head, size in heads))
+    yield nodes
+    for tensor, (own, _) in zip(model.graph.initializer, heads, strict=True):
+        yield own
+        yield from chunks_of(tensor)
+
+
+def _tag(message: Any, field: str, length: int) -> bytes:
+    """What stands before a field of that length: its number, wire type 2, and the length, as varints."""
+    coded = b""
+    for rest in [message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length]:
+        sevens = [rest >> k & 127 for k in range(0, max(rest.bit_length(), 1), 7)]
+        coded += bytes([*(seven | 128 for seven in sevens[:-1]), sevens[-1]])
+    return coded
 
 
 def _save_externally(model: onnx.ModelProto, path: Path) -> int:
@@ -55,9 +110,11 @@ def _save_externally(model: onnx.ModelProto, path: Path) -> int:
     data = path.parent / location
     try:
         with _writing(data), _replacing(data) as file:
+            file.write(MAGIC)
             for offset, tensor in outside:
                 file.seek(offset)
-                file.write(tensor.raw_data)
+                for piece in chunks_of(tensor):
+                    file.write(piece)
         with _writing(path), _replacing(path) as file:
             file.write(skeleton.SerializeToString(deterministic=True))
             file.flush()
@@ -65,27 +122,29 @@ def _save_externally(model: onnx.ModelProto, path: Path) -> int:
     except BaseException:
         _delete([data])
         raise
-    _delete([name for name in former if name != data])
+    _delete([*(name for name in former if name != data), *_orphans(path, [data])])
     return path.stat().st_size + data.stat().st_size
 
 
 def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[tuple[int, onnx.TensorProto]]]:
     """A copy of the model whose larger initializers refer to `location`, and these with their offsets there."""
-    skeleton, outside, end = onnx.ModelProto(), [], 0
+    skeleton, outside, end = onnx.ModelProto(), [], len(MAGIC)
     _copy_fields(model, skeleton, but="graph")
     _copy_fields(model.graph, skeleton.graph, but="initializer")
     for tensor in model.graph.initializer:
         stub = skeleton.graph.initializer.add()
-        if len(tensor.raw_data) < EXTERNAL_BYTES:
+        size = stored_bytes(tensor)
+        if size < EXTERNAL_BYTES:
             stub.CopyFrom(tensor)
+            fetch(stub)
             continue
         _copy_fields(tensor, stub, but="raw_data")
-        alignment = PAGE if len(tensor.raw_data) >= MAPPED_BYTES else WORD
+        alignment = PAGE if size >= MAPPED_BYTES else WORD
         offset = -(-end // alignment) * alignment
-        onnx.external_data_helper.set_external_data(_mark(stub), location, offset, len(tensor.raw_data))
+        onnx.external_data_helper.set_external_data(_mark(stub), location, offset, size)
         stub.ClearField("raw_data")
         outside.append((offset, tensor))
-        end = offset + len(tensor.raw_data)
+        end = offset + size
     return skeleton, outside
 
 
@@ -113,8 +172,22 @@ def _data_names(path: Path) -> Iterator[str]:
 
 def _data_files(path: Path) -> list[Path]:
     """The external data files of a model that was written here before, and will be replaced."""
-    ours = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+    ours = _own_data(path)
     return [file for file in data_files(path) if file.parent == path.parent and ours.fullmatch(file.name)]
+
+
+def _orphans(path: Path, used: Collection[Path]) -> list[Path]:
+    """Data files that a run killed before its last step left for this model, which nothing refers to."""
+    found = []
+    for file in path.parent.iterdir():
+        if file not in used and _own_data(path).fullmatch(file.name) and file.is_file():
+            with contextlib.suppress(OSError), open(file, "rb") as opened:
+                found += [file] if opened.read(len(MAGIC)) == MAGIC else []
+    return found
+
+
+def _own_data(path: Path) -> re.Pattern[str]:
+    return re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
 
 
 def _delete(files: Iterable[Path]) -> None:
@@ -140,10 +213,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    prefix, suffix = f".{path.name}.", ".partial"
+    remove_unclaimed(file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.name.endswith(suffix))
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     try:
         os.close(descriptor)
         with open(partial, "wb") as file:  # its name is the path, which os.fdopen would not give
+            claim(file)
             yield file
             file.flush()
             os.fsync(file.fileno())

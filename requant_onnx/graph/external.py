@@ -1,0 +1,211 @@
+"""The values of stored tensors: in the model itself, or in a data file beside it (external data).
+
+Data files are attacked ground: a path may lead outside the model's folder, an offset behind the end of the file.
+https://onnx.ai/onnx/repo-docs/ExternalData.html
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.names import all_graphs, subgraphs_of
+
+MAX_ELEMENTS = 1 << 40
+CHUNK = 1 << 24
+WIDTHS = {"4": ("UINT4", "INT4", "FLOAT4E2M1"), "2": ("UINT2", "INT2")}  # bits of types narrower than a byte
+TYPED = {
+    "float_data": ("FLOAT", "COMPLEX64"),
+    "double_data": ("DOUBLE", "COMPLEX128"),
+    "int64_data": ("INT64",),
+    "uint64_data": ("UINT32", "UINT64"),
+    "string_data": ("STRING",),
+}  # int32_data holds all others
+
+
+def stored_tensors(model: onnx.ModelProto, skip_main: bool = False) -> Iterator[TensorProto]:
+    """Every tensor in the model: initializers and attributes, in bodies, functions and training information too.
+
+    skip_main: without the initializers of the main graph.
+    """
+    training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
+    bodies = [body for function in model.functions for node in function.node for body in subgraphs_of(node)]
+    for root in (model.graph, *training, *bodies):
+        for graph in all_graphs(root):
+            if not (skip_main and graph is model.graph):
+                yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            yield from _in_attributes(graph.node)
+    for function in model.functions:
+        yield from _in_attributes(function.node)
+
+
+def _in_attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from ((attribute.t,) if attribute.HasField("t") else ())
+            yield from attribute.tensors
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+
+
+def is_external(tensor: TensorProto) -> bool:
+    """Whether the values lie in a data file."""
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """Size of the raw values, wherever they are; 0 for values in typed fields."""
+    return _length(tensor) if is_external(tensor) else len(tensor.raw_data)
+
+
+def values_of(tensor: TensorProto) -> npt.NDArray[np.generic]:
+    """The values; of external data that `resolve` has seen, read from the file.  Raises ModelError when they cannot be read."""
+    if not is_external(tensor):
+        return np.asarray(numpy_helper.to_array(tensor))
+    here = TensorProto()
+    here.CopyFrom(tensor)
+    fetch(here)
+    return np.asarray(numpy_helper.to_array(here))
+
+
+def chunks_of(tensor: TensorProto) -> Iterator[bytes]:
+    """The raw values, piece by piece.  Raises ModelError when a data file cannot be read."""
+    if not is_external(tensor):
+        yield tensor.raw_data
+        return
+    location, offset, left = _location(tensor), _offset(tensor), _length(tensor)
+    try:
+        with open(location, "rb") as file:
+            file.seek(offset)
+            while left:
+                piece = file.read(min(CHUNK, left))
+                if not piece:
+                    raise ModelError(f"the data file '{location}' of '{tensor.name}' got shorter; keep it until the work is done")
+                left -= len(piece)
+                yield piece
+    except OSError as error:
+        raise ModelError(f"cannot read the data file '{location}' of '{tensor.name}' ({error.strerror or error})") from None
+
+
+def fetch(tensor: TensorProto) -> None:
+    """Move external data into the tensor."""
+    if is_external(tensor):
+        tensor.raw_data = b"".join(chunks_of(tensor))
+        tensor.ClearField("data_location")
+        del tensor.external_data[:]
+
+
+def resolve(model: onnx.ModelProto, folder: Path, name: str) -> int:
+    """Check every reference to a data file, and make its path absolute.  Changes `model`.  Returns the bytes outside.
+
+    Raises ModelError when a path leads outside `folder`, a file is missing, or offset and length do not fit file and shape.
+    """
+    total = 0
+    for tensor in stored_tensors(model):
+        if is_external(tensor):
+            _check_reference(tensor, folder, name)
+            total += _length(tensor)
+    return total
+
+
+def _check_reference(tensor: TensorProto, folder: Path, name: str) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location, label = entries.get("location", ""), f"the data of '{tensor.name}' in {name}"
+    parts = PureWindowsPath(location)
+    if not location or "\0" in location or parts.is_absolute() or parts.drive or parts.root or ".." in parts.parts:
+        raise ModelError(
+            f"{label} is said to be at '{location}', and only files in the folder of the model are read; move it there"
+        )
+    path = folder / location
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+        size = path.stat().st_size if inside and path.is_file() else -1
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{label} cannot be read ({getattr(error, 'strerror', None) or error}); check '{path}'") from None
+    if not inside:
+        raise ModelError(f"{label} is a link to outside the folder of the model, which is not followed; copy '{path}' into it")
+    if size < 0:
+        raise ModelError(f"'{path}' does not exist or is no file, and holds {label}; put it beside the model")
+    expected = raw_bytes(tensor)
+    offset, length = (_number(entries.get(key, default), label) for key, default in (("offset", "0"), ("length", str(expected))))
+    if expected is None or length != expected or offset + length > size:
+        raise ModelError(
+            f"{label} has {length} bytes at {offset} of a file of {size}, which does not fit its shape; export the model again"
+        )
+    del tensor.external_data[:]
+    for key, value in (("location", os.path.abspath(path)), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def _number(text: str, label: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ModelError(f"{label} has the offset or length '{text[:40]}', which is no number; export the model again")
+    return int(text)
+
+
+def raw_bytes(tensor: TensorProto) -> int | None:
+    """How many bytes the values take as raw data; None for strings and unknown types."""
+    bits = _bits(tensor.data_type)
+    return None if bits is None else -(-math.prod(tensor.dims) * bits // 8)
+
+
+def check_tensors(model: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError where a tensor's values are not as many as its shape says."""
+    for tensor in stored_tensors(model):
+        label, count = f"the tensor '{tensor.name}' in {name}", math.prod(tensor.dims)
+        if min(tensor.dims, default=0) < 0 or count > MAX_ELEMENTS:
+            shape = "x".join(map(str, tensor.dims))
+            raise ModelError(f"{label} has the impossible shape {shape[:80]}; export the model again")
+        if not is_external(tensor):
+            _check_count(tensor, count, label)
+
+
+def _check_count(tensor: TensorProto, count: int, label: str) -> None:
+    kind = _kind(tensor.data_type)
+    field = next((name for name, kinds in TYPED.items() if kind in kinds), "int32_data")
+    if tensor.HasField("raw_data"):
+        expected, found, unit = raw_bytes(tensor), len(tensor.raw_data), "bytes"
+    else:
+        bits = _bits(tensor.data_type)
+        expected, found, unit = count * (2 if kind.startswith("COMPLEX") else 1), len(getattr(tensor, field)), "values"
+        expected = -(-expected * bits // 8) if bits in (2, 4) else expected
+    if expected != found:
+        raise ModelError(f"{label} has {found} {unit} where its shape and type {kind} ask for {expected}; export the model again")
+
+
+def _kind(data_type: int) -> str:
+    return str(TensorProto.DataType.Name(data_type)) if data_type in TensorProto.DataType.values() else f"number {data_type}"
+
+
+def _bits(data_type: int) -> int | None:
+    kind = _kind(data_type)
+    narrow = next((int(bits) for bits, kinds in WIDTHS.items() if kind in kinds), None)
+    if narrow is not None or kind in ("UNDEFINED", "STRING") or kind.startswith("number"):
+        return narrow
+    return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type)).itemsize) * 8
+
+
+def _entry(tensor: TensorProto, key: str) -> str:
+    return next((str(entry.value) for entry in tensor.external_data if entry.key == key), "")
+
+
+def _location(tensor: TensorProto) -> str:
+    return _entry(tensor, "location")
+
+
+def _offset(tensor: TensorProto) -> int:
+    return int(_entry(tensor, "offset") or 0)
+
+
+def _length(tensor: TensorProto) -> int:
+    return int(_entry(tensor, "length") or 0)

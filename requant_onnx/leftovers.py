@@ -1,0 +1,50 @@
+"""Files that a killed run leaves behind: claimed by a lock while a run lives, removed by a later run when nobody claims them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is removed
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX, CLAIM = "requant_onnx-", ".claim"
+
+
+def claim(file: IO[Any]) -> bool:
+    """Mark an open file as in use until it is closed, or the process ends.  False where another process has claimed it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_unclaimed(files: Iterable[Path]) -> None:
+    """Delete those of the files that no living process has claimed."""
+    for file in files:
+        with contextlib.suppress(OSError), open(file, "r+b") as opened:
+            if claim(opened):
+                file.unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder; those that killed runs left are removed first."""
+    base = Path(tempfile.gettempdir())
+    for claimed in base.glob(f"{PREFIX}*/{CLAIM}"):
+        with contextlib.suppress(OSError), open(claimed, "r+b") as opened:
+            if claim(opened):
+                shutil.rmtree(claimed.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, open(os.path.join(name, CLAIM), "wb") as opened:
+        claim(opened)
+        yield Path(name)
