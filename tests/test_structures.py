@@ -153,6 +153,18 @@ def test_weights_of_the_same_name_in_two_branches(config: QuantConfig, taken: bo
     assert {item.name for item in inspect_model(model).weights} == {weight.name for weight in report.converted}
 
 
+def test_what_a_branch_computes_from_activations_is_no_weight() -> None:
+    """Even where its condition is constant: the decode of `v` is what is folded, not the product's other operand."""
+    text = "() => (float[n, k, h, w] z) { z = Conv(x, w) }"
+    branch = with_if(body("a " + text, w=W), body("b " + text, w=W), c=np.array(True))
+    del branch.graph.input[1:]
+    branch.graph.node[0].output[0] = "z"
+    branch.graph.node.append(helper.make_node("MatMul", ["v", "z"], ["y"]))
+    branch.graph.initializer.append(numpy_helper.from_array(laplace(40, 4), "v"))
+    report = check(branch, CONFIGS["folded4"])
+    assert report.coverage == 1.0
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_weights_of_a_branch_in_a_constant_and_outside(config: QuantConfig) -> None:
     inner = body("a () => (float[n, k, h, w] z) { t = Transpose<perm = [3, 2, 0, 1]>(w) z = Conv(x, t) }")

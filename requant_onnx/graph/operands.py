@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -33,7 +35,7 @@ def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
         seen.add(id(each))
         if isinstance(each, gs.Constant):
             found.append(each)
-        elif not each.inputs:
+        elif not each.inputs or any(each.inputs[0].subgraphs()):  # bodies read what they like
             return None
         else:
             found += [value for value in each.inputs[0].attrs.values() if isinstance(value, gs.Constant)]
@@ -49,7 +51,7 @@ def edge_nodes(graph: gs.Graph) -> set[int]:
     behind: set[int] = set()  # tensors computed from the output of a weighted node
     first = set()
     for node in graph.nodes:
-        reached = any(id(tensor) in behind for tensor in node.inputs)
+        reached = any(id(tensor) in behind for tensor in reads_of(node))
         if id(node) in weighted and not reached:
             first.add(id(node))
         if reached or id(node) in weighted:
@@ -61,8 +63,16 @@ def edge_nodes(graph: gs.Graph) -> set[int]:
         if id(node) in weighted and not needed:
             last.add(id(node))
         if needed or id(node) in weighted:
-            ahead.update(id(tensor) for tensor in node.inputs)
+            ahead.update(id(tensor) for tensor in reads_of(node))
     return first | last
+
+
+def reads_of(node: gs.Node) -> Iterator[gs.Tensor]:
+    """The inputs of a node, and of all nodes in its bodies."""
+    yield from node.inputs
+    for body in node.subgraphs(recursive=True):
+        for inner in body.nodes:
+            yield from inner.inputs
 
 
 def matmuls_with_int8_activations(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -1,0 +1,108 @@
+"""Convert random CNNs with random options and hold every one to the oracle.  Needs: pip install '.[test]'
+
+    python tools/soak.py --count 1000              # about 5 minutes on 2 cores; a failure prints its seed
+    python tools/soak.py --seed 417 --count 1      # that one again
+
+Each model is converted without refinement, and its answers must be those of the float model with the decoded weights in
+the place of the weights; in the int8 form, which quantizes activations too, its answers must lie near the float ones.  The
+same conversion in another number of threads must give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import onnx
+from oracle import check, feeds_for, run
+from random_models import random_model
+
+from requant_onnx import Calibration, Form, Granularity, QuantConfig, QuantReport, Transform, quantize_model
+from requant_onnx.data import ImageSet
+
+INT8_SQNR_DB = 12.0
+"""What 8-bit weights and activations keep at least in a random network of up to 20 layers; one of 4 bits has no bound."""
+
+
+def random_config(seed: int) -> QuantConfig:
+    random = np.random.default_rng([seed, 1])
+    form = (Form.QDQ, Form.FOLDED, Form.INT8)[random.integers(3)]
+    bits = int(random.integers(2, 9))
+    transforms = (Transform(None), Transform(1.0), Transform(0.5), Transform(0.75))
+    return QuantConfig(
+        bits=bits,
+        granularity=(Granularity.PER_CHANNEL, Granularity.PER_TENSOR)[random.integers(2)],
+        transform=transforms[random.integers(4)],
+        form=form,
+    )
+
+
+def soak(seed: int) -> QuantReport:
+    """Convert one model.  Raises AssertionError, or whatever the conversion raises, when something is wrong."""
+    model, config = random_model(seed), random_config(seed)
+    if config.form is Form.INT8 and len(model.graph.input[0].type.tensor_type.shape.dim) != 4:
+        config = replace(config, form=Form.FOLDED)  # calibration is for images
+    report = near(model, config) if config.form is Form.INT8 else check(model, config)
+    assert all(item.reason for item in report.left_alone)
+    again = [converted(model, config, threads) for threads in (1, 2)]
+    assert again[0] == again[1], "two runs gave different bytes"
+    return report
+
+
+def converted(model: onnx.ModelProto, config: QuantConfig, threads: int) -> bytes:
+    calibration = Calibration(count=8) if config.form is Form.INT8 else None
+    made, _ = quantize_model(model, config, calibration=calibration, threads=threads)
+    return bytes(made.SerializeToString(deterministic=True))
+
+
+def near(model: onnx.ModelProto, config: QuantConfig) -> QuantReport:
+    """The int8 form: it runs, and with 8-bit weights it answers nearly as the float model does."""
+    feeds = feeds_for(model)
+    seen = ImageSet(np.random.default_rng(0).normal(size=(64, *feeds["x"].shape[1:])).astype(np.float32), None)
+    made, report = quantize_model(model, config, calibration=Calibration(seen))
+    expected, found = run(model, feeds)[0], run(made, feeds)[0]
+    assert np.isfinite(found).all()
+    noise = float(np.mean((found - expected) ** 2))
+    if config.bits == 8 and noise:
+        sqnr = 10 * np.log10(float(np.mean(expected**2)) / noise)
+        assert sqnr > INT8_SQNR_DB, f"output SQNR {sqnr:.1f} dB"
+    return report
+
+
+def attempt(seed: int) -> tuple[int, str, int, int]:
+    """(seed, what went wrong, bytes converted, bytes of weights)"""
+    try:
+        report = soak(seed)
+    except Exception:
+        return seed, traceback.format_exc(), 0, 0
+    done = sum(weight.bytes_before for weight in report.converted)
+    return seed, "", done, done + sum(item.bytes for item in report.left_alone)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first model")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    failures: Counter[str] = Counter()
+    sums = np.zeros(2, np.int64)
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for seed, wrong, done, whole in pool.map(attempt, range(args.seed, args.seed + args.count), chunksize=4):
+            sums += (done, whole)
+            if wrong:
+                failures[wrong.strip().splitlines()[-1][:100]] += 1
+                print(f"seed {seed}: {random_config(seed)}\n{wrong}", flush=True)
+    print(f"{args.count} models, {failures.total()} failures; {100 * sums[0] / max(sums[1], 1):.1f} % of weight bytes converted")
+    for text, count in failures.most_common():
+        print(f"{count} x {text}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
