@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ CHUNK = 32  # images
 DEFAULT_COUNT = 256
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
 NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
+MAX_VALUES = 1 << 30  # of noise; 4 GB
 Watch = Callable[[int, int], None]
 
 
@@ -120,6 +122,10 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     if image is None:
         raise DataError(
             "the model leaves the size of its images free; give noise of a size, for instance --calibrate noise:224x224, or images"
+        )
+    if calibration.count * math.prod(image) > MAX_VALUES:
+        raise DataError(
+            f"{calibration.count} images of {image[1]}x{image[2]} are too much noise to hold; make fewer with --calibrate-limit"
         )
     return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
 

@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that cannot even be looked at, or a full disk under standard output
         print(f"error: cannot use '{error.filename}' ({error.strerror}); check the path and its permissions", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: there is not enough memory for this; calibrate with fewer images, or use a larger machine", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -41,7 +41,7 @@ def quantize_layers(
     min_scales: Mapping[str, FloatArray],
     progress: Progress | None,
 ) -> list[LayerResult]:
-    """Those of the planned weights that one node alone multiplies with.  The model does not change."""
+    """Those of the planned weights that one node alone multiplies with finite values.  The model does not change."""
     work = onnx.ModelProto()
     work.CopyFrom(model)
     constants_to_initializers(work)
@@ -56,6 +56,8 @@ def quantize_layers(
         rounded.advance(layer.index, replaced)
         plan = plans[layer.weight]
         fitted, held = _moments(layer, exact, rounded)
+        if not all(moments.is_finite for moments in (*fitted, *held)):
+            continue
         w = plan.weight.load()
         choice = choose(layer, w, (plan.grid, *plan.others), fitted, held, refinement, min_scales.get(layer.weight))
         taken = replace(plan, grid=choice.grid, others=())
@@ -108,7 +110,10 @@ def probe_layers(
     refinement: Refinement,
     min_scales: Mapping[str, FloatArray],
 ) -> Iterator[Probe]:
-    """Those of the planned weights that one node alone multiplies with, on the inputs of the float model.  grids: by weight."""
+    """Those of the planned weights that one node alone multiplies with finite values, on the inputs of the float model.
+
+    grids: by weight.
+    """
     work = onnx.ModelProto()
     work.CopyFrom(model)
     constants_to_initializers(work)
@@ -117,6 +122,8 @@ def probe_layers(
     for layer in find_layers(work, plans.keys()):
         stream.advance(layer.index, {})
         fitted, held = _moments(layer, stream, stream)
+        if not all(moments.is_finite for moments in (*fitted, *held)):
+            continue
         item, floor = plans[layer.weight], min_scales.get(layer.weight)
         w = item.weight.load()
         triples = [m.centred() if layer.can_correct and refinement is not Refinement.NONE else m.uncentred() for m in fitted]

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from requant_onnx.graph.constants import FLOATS, Root, find_root, import_graph, is_standard
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, set_initializer
 from requant_onnx.graph.names import FreshNames, reads_in
+from requant_onnx.graph.operands import fits
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -72,24 +73,30 @@ def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int], inputs: set[str
     parameters = [root.load().astype(np.float64) for root in roots if root is not None]
     weight, bias = roots[4], (roots[5] if len(roots) > 5 else None)
     assert weight is not None
-    folded = _folded(conv, parameters, norm.attrs.get("epsilon", 1e-5))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.edge_dtype)
+    folded = _folded(conv, parameters, norm.attrs.get("epsilon", 1e-5), dtype)
     if folded is None:
         return None
-    new_weight, new_bias = folded
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.edge_dtype)
-    return _Fold(index[id(conv)], index[id(norm)], weight, bias, new_weight.astype(dtype), new_bias.astype(dtype))
+    return _Fold(index[id(conv)], index[id(norm)], weight, bias, *folded)
 
 
-def _folded(conv: gs.Node, parameters: list[FloatArray], epsilon: float) -> tuple[FloatArray, FloatArray] | None:
-    """The new weight and bias; None when the parameters do not fit the weight, or have a negative variance."""
+def _folded(
+    conv: gs.Node, parameters: list[FloatArray], epsilon: float, dtype: npt.DTypeLike
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] | None:
+    """The new weight and bias; None when parameters do not fit the weight, have a negative variance, or give infinite values."""
     gamma, beta, mean, var, weight = parameters[:5]
     bias = parameters[5] if len(parameters) > 5 else np.zeros_like(mean)
-    channels = weight.shape[0] if conv.op == "Conv" else weight.shape[1] * conv.attrs.get("group", 1)
-    fits = all(values.shape == (channels,) for values in (gamma, beta, mean, var, bias))
-    if not fits or (conv.op == "ConvTranspose" and weight.shape[0] % conv.attrs.get("group", 1)) or (var + epsilon <= 0.0).any():
+    if weight.ndim < 2:
         return None
-    factor = gamma / np.sqrt(var + epsilon)
-    return scale_output_channels(weight, factor, conv), factor * (bias - mean) + beta
+    channels = weight.shape[0] if conv.op == "Conv" else weight.shape[1] * conv.attrs.get("group", 1)
+    consistent = fits(conv, weight.shape) and all(values.shape == (channels,) for values in (gamma, beta, mean, var, bias))
+    if not consistent or not (var + epsilon > 0.0).all():
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = gamma / np.sqrt(var + epsilon)
+        found = (scale_output_channels(weight, factor, conv), factor * (bias - mean) + beta)
+        made = (found[0].astype(dtype), found[1].astype(dtype))
+    return made if all(np.isfinite(values.astype(np.float32)).all() for values in made) else None
 
 
 def scale_output_channels(weight: FloatArray, factor: FloatArray, conv: gs.Node) -> FloatArray:

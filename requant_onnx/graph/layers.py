@@ -20,7 +20,7 @@ import onnx
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames, reads_in
-from requant_onnx.graph.operands import CONVERTIBLE, weight_operand
+from requant_onnx.graph.operands import CONVERTIBLE, fits, weight_operand
 from requant_onnx.numerics.moments import Values, Window, patches
 
 T = TypeVar("T", bound=np.generic)
@@ -86,8 +86,8 @@ class Layer:
     def corrected_bias(self, difference: npt.NDArray[np.float32], means: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
         """(oc,) the bias that makes up for what an error of the weights adds to the mean of the output.
 
-        difference: shape of the weight; means: (ic,) of the input.  None where they do not fit, and for ConvTranspose, where it
-        depends on the place.
+        difference: shape of the weight; means: (ic,) of the input.  None where they do not fit or are too large, and for
+        ConvTranspose, where it depends on the place.
         """
         parts = self.matrices(difference)
         kernel = int(np.prod(self.shape[2:])) if self.op == "Conv" else 1
@@ -95,7 +95,9 @@ class Layer:
             return None
         inputs = np.repeat(means, kernel).reshape(self.group, -1)
         added = [part.astype(np.float64) @ own for part, own in zip(parts, inputs, strict=True)]
-        return (self.bias_values - np.concatenate(added)).astype(np.float32)
+        with np.errstate(over="ignore"):
+            bias = (self.bias_values - np.concatenate(added)).astype(np.float32)
+        return bias if np.isfinite(bias).all() else None
 
     def importance(self, powers: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
         """What the squared error of each weight counts in that of the output: the power of its input, 1 on average.
@@ -240,6 +242,8 @@ def _added_to(node: Any) -> str:
 
 
 def _is_plain(node: Any, shape: Sequence[int]) -> bool:
+    if not fits(node, shape):
+        return False
     if node.op == "MatMul":
         return math.prod(shape[:-2]) == 1
     if node.op == "Gemm":

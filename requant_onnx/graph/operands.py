@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,6 +17,23 @@ def weight_operand(node: gs.Node) -> int | None:
     if node.op != "MatMul":
         return 1
     return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or from_constants(node.inputs[k])), None)
+
+
+def fits(node: gs.Node, shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape, as the node reads it, and the node's attributes can be true together."""
+    if node.op not in ("Conv", "ConvTranspose"):
+        return node.op != "Gemm" or len(shape) == 2
+    kernel, group = tuple(shape[2:]), node.attrs.get("group", 1)
+    steps = [node.attrs.get(name, (1,) * len(kernel)) for name in ("strides", "dilations")]
+    pads = node.attrs.get("pads", (0,) * 2 * len(kernel))
+    return (
+        len(kernel) >= 1
+        and group >= 1
+        and shape[0] % group == 0
+        and tuple(node.attrs.get("kernel_shape", kernel)) == kernel
+        and all(len(values) == len(kernel) and min(values) >= 1 for values in steps)
+        and len(pads) == 2 * len(kernel)
+    )
 
 
 def from_constants(tensor: gs.Tensor) -> bool:

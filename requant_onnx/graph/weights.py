@@ -28,7 +28,7 @@ from requant_onnx.graph.constants import (
     seen_shape,
     stored_axis,
 )
-from requant_onnx.graph.operands import CONVERTIBLE, constants_behind, edge_nodes, from_constants, weight_operand
+from requant_onnx.graph.operands import CONVERTIBLE, constants_behind, edge_nodes, fits, from_constants, weight_operand
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
@@ -83,7 +83,7 @@ class View:
 
 
 def find_weights(model: onnx.ModelProto) -> View:
-    """Look at every node that has a weight.  Raises ModelError when the graph cannot be followed."""
+    """Look at every node that has a weight.  Raises ModelError when the graph cannot be followed, or a shape cannot be right."""
     graph = import_graph(model)
     bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
     edges = edge_nodes(graph) or {edge for body in bodies for edge in edge_nodes(body)}
@@ -158,6 +158,11 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
             yield LeftAlone(tensor.name, node.op, _shape(tensor), reason, interface.bytes_behind(tensor))
         return
     shape = tuple(int(n) for n in root.tensor.shape)
+    seen = seen_shape(root)
+    if seen is not None and not fits(node, seen):
+        raise ModelError(
+            f"the weight '{root.name}' of {node.op} '{node.name}' has a shape that does not fit its node; export the model again"
+        )
     reason = _refusal(root, shape, interface)
     if reason is not None:
         yield LeftAlone(root.name, node.op, shape, reason, interface.bytes_behind(tensor))

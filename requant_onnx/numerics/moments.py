@@ -48,12 +48,18 @@ class Moments:
 
     def add(self, x: Values, y: Values) -> None:
         """x: (places, n), y: (places, rows)."""
-        self.xx += x.T @ x
-        self.xy += y.T @ x
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.xx += x.T @ x
+            self.xy += y.T @ x
         self.yy += np.einsum("pr,pr->r", y, y, dtype=np.float64)
         self.x += x.sum(0, dtype=np.float64)
         self.y += y.sum(0, dtype=np.float64)
         self.count += len(x)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input and no output was NaN, infinite, or beyond what float32 can sum."""
+        return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all() and np.isfinite(self.yy).all())
 
     def centred(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
