@@ -11,11 +11,13 @@ from google.protobuf.message import DecodeError
 
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.external import check_tensors, fetch, is_external, resolve, stored_bytes, stored_tensors
+from requant_onnx.graph.wire import has_more_parts
 
 ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 MIN_OPSET = 7
 MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # 27 is the newest whose operators ONNX Runtime 1.32 has
 MAX_BYTES = 2**31 - 1  # of one protobuf message
+MAX_PARTS = 1 << 20  # what a model of 65,000 nodes has
 FETCHED_BYTES = 1 << 28  # of external data
 LARGE_BYTES = MAX_BYTES - 2**26  # of initializers; leaves 64 MB for the rest
 
@@ -74,8 +76,8 @@ def opset_of(model: onnx.ModelProto) -> int:
 def data_files(path: Path) -> list[Path]:
     """The external data files of a model; none when it is no model."""
     try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-    except (OSError, DecodeError):
+        model = _parse(path)
+    except ModelError:
         return []
     outside = {
         entry.value
@@ -98,6 +100,10 @@ def _parse(path: Path) -> onnx.ModelProto:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
+        if has_more_parts(path, MAX_PARTS):
+            raise ModelError(
+                f"'{path}' has more than {MAX_PARTS:,} parts (nodes, attributes, names, ...), more than is handled here"
+            )
         return onnx.load(path, format="protobuf", load_external_data=False)
     except FileNotFoundError:
         raise ModelError(f"'{path}' does not exist; give the path of an .onnx file") from None

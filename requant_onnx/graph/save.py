@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import onnx
 
 from requant_onnx.errors import ModelError, OutputError
-from requant_onnx.graph.external import chunks_of, fetch, is_external, stored_bytes
+from requant_onnx.graph.external import chunks_of, fetch, stored_bytes
 from requant_onnx.graph.load import data_files, first_line, is_large
+from requant_onnx.graph.wire import copy_fields, pieces_of
 from requant_onnx.leftovers import claim, remove_unclaimed
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
@@ -38,7 +39,7 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
     _check(_slim(model))
     former = _data_files(path)
     with _writing(path), _replacing(path) as file:
-        for piece in _wire(model):
+        for piece in pieces_of(model):
             file.write(piece)
     _delete([*former, *_orphans(path, ())])
     return path.stat().st_size
@@ -57,8 +58,8 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
     if not large:
         return model
     slim = onnx.ModelProto()
-    _copy_fields(model, slim, but="graph")
-    _copy_fields(model.graph, slim.graph, but="initializer")
+    copy_fields(model, slim, but="graph")
+    copy_fields(model.graph, slim.graph, but="initializer")
     listed = {item.name for item in model.graph.input}
     for tensor in model.graph.initializer:
         if tensor.name not in large:
@@ -66,40 +67,6 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
         elif tensor.name not in listed:
             slim.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     return slim
-
-
-def _wire(model: onnx.ModelProto) -> Iterator[bytes]:
-    """The model as protobuf has it (https://protobuf.dev/programming-guides/encoding/), without a second copy of its values."""
-    rest, graph = onnx.ModelProto(), onnx.GraphProto()
-    _copy_fields(model, rest, but="graph")
-    _copy_fields(model.graph, graph, but="initializer")
-    heads = []
-    for tensor in model.graph.initializer:
-        head = onnx.TensorProto()
-        _copy_fields(tensor, head, but="raw_data")
-        size = stored_bytes(tensor)
-        if is_external(tensor):
-            head.ClearField("data_location")
-            del head.external_data[:]
-        own = head.SerializeToString(deterministic=True)
-        own += _tag(tensor, "raw_data", size) if size or tensor.HasField("raw_data") else b""
-        heads.append((_tag(graph, "initializer", len(own) + size) + own, size))
-    nodes = graph.SerializeToString(deterministic=True)
-    yield rest.SerializeToString(deterministic=True)
-    yield _tag(model, "graph", len(nodes) + sum(len(head) + size for head, size in heads))
-    yield nodes
-    for tensor, (own, _) in zip(model.graph.initializer, heads, strict=True):
-        yield own
-        yield from chunks_of(tensor)
-
-
-def _tag(message: Any, field: str, length: int) -> bytes:
-    """What stands before a field of that length: its number, wire type 2, and the length, as varints."""
-    coded = b""
-    for rest in [message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length]:
-        sevens = [rest >> k & 127 for k in range(0, max(rest.bit_length(), 1), 7)]
-        coded += bytes([*(seven | 128 for seven in sevens[:-1]), sevens[-1]])
-    return coded
 
 
 def _save_externally(model: onnx.ModelProto, path: Path) -> int:
@@ -129,8 +96,8 @@ def _save_externally(model: onnx.ModelProto, path: Path) -> int:
 def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[tuple[int, onnx.TensorProto]]]:
     """A copy of the model whose larger initializers refer to `location`, and these with their offsets there."""
     skeleton, outside, end = onnx.ModelProto(), [], len(MAGIC)
-    _copy_fields(model, skeleton, but="graph")
-    _copy_fields(model.graph, skeleton.graph, but="initializer")
+    copy_fields(model, skeleton, but="graph")
+    copy_fields(model.graph, skeleton.graph, but="initializer")
     for tensor in model.graph.initializer:
         stub = skeleton.graph.initializer.add()
         size = stored_bytes(tensor)
@@ -138,7 +105,7 @@ def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProt
             stub.CopyFrom(tensor)
             fetch(stub)
             continue
-        _copy_fields(tensor, stub, but="raw_data")
+        copy_fields(tensor, stub, but="raw_data")
         alignment = PAGE if size >= MAPPED_BYTES else WORD
         offset = -(-end // alignment) * alignment
         onnx.external_data_helper.set_external_data(_mark(stub), location, offset, size)
@@ -151,18 +118,6 @@ def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProt
 def _mark(stub: onnx.TensorProto) -> onnx.TensorProto:
     stub.raw_data = b""  # set_external_data wants the field to be there
     return stub
-
-
-def _copy_fields(source: Any, target: Any, but: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == but:
-            continue
-        if isinstance(value, (str, bytes, int, float)):
-            setattr(target, field.name, value)
-        elif hasattr(value, "extend"):
-            getattr(target, field.name).extend(value)
-        else:
-            getattr(target, field.name).CopyFrom(value)
 
 
 def _data_names(path: Path) -> Iterator[str]:

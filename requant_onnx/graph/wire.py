@@ -1,0 +1,112 @@
+"""Models in the wire format of protobuf, without a second copy of their values.
+
+https://protobuf.dev/programming-guides/encoding/
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from requant_onnx.graph.external import chunks_of, is_external, stored_bytes
+
+SMALL_BYTES = 1 << 22  # of a file: as many parts as it can have take no more than 0.4 GB
+FIXED = {1: 8, 5: 4}  # bytes of a value by wire type
+
+
+def pieces_of(model: onnx.ModelProto) -> Iterator[bytes]:
+    """The serialized model, piece by piece, external data of its initializers included."""
+    rest, graph = onnx.ModelProto(), onnx.GraphProto()
+    copy_fields(model, rest, but="graph")
+    copy_fields(model.graph, graph, but="initializer")
+    heads = []
+    for tensor in model.graph.initializer:
+        head = onnx.TensorProto()
+        copy_fields(tensor, head, but="raw_data")
+        size = stored_bytes(tensor)
+        if is_external(tensor):
+            head.ClearField("data_location")
+            del head.external_data[:]
+        own = head.SerializeToString(deterministic=True)
+        own += _tag(tensor, "raw_data", size) if size or tensor.HasField("raw_data") else b""
+        heads.append((_tag(graph, "initializer", len(own) + size) + own, size))
+    nodes = graph.SerializeToString(deterministic=True)
+    yield rest.SerializeToString(deterministic=True)
+    yield _tag(model, "graph", len(nodes) + sum(len(head) + size for head, size in heads))
+    yield nodes
+    for tensor, (own, _) in zip(model.graph.initializer, heads, strict=True):
+        yield own
+        yield from chunks_of(tensor)
+
+
+def copy_fields(source: Any, target: Any, but: str) -> None:
+    """Copy all fields of a message except one."""
+    for field, value in source.ListFields():
+        if field.name == but:
+            continue
+        if isinstance(value, (str, bytes, int, float)):
+            setattr(target, field.name, value)
+        elif hasattr(value, "extend"):
+            getattr(target, field.name).extend(value)
+        else:
+            getattr(target, field.name).CopyFrom(value)
+
+
+def has_more_parts(path: Path, limit: int) -> bool:
+    """Whether the model in a file has more than `limit` messages, strings and other values, counted without making them.
+
+    A file of tiny parts takes a hundred times its size when it is parsed.  What is no protobuf counts up to its first error.
+    """
+    if path.stat().st_size <= SMALL_BYTES:
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return any(count > limit for count, _ in enumerate(_parts(data), 1))
+        except IndexError:
+            return False
+
+
+def _parts(data: mmap.mmap) -> Iterator[None]:
+    waiting = [(0, len(data), onnx.ModelProto.DESCRIPTOR)]
+    while waiting:
+        at, end, message = waiting.pop()
+        fields = message.fields_by_number
+        while at < end:
+            key, at = _varint(data, at)
+            kind = key & 7
+            yield
+            if kind == 2:
+                size, at = _varint(data, at)
+                field = fields.get(key >> 3)
+                if field is not None and field.message_type is not None and size:
+                    waiting.append((at, at + size, field.message_type))
+                at += size
+            elif kind == 0:
+                _, at = _varint(data, at)
+            else:
+                at += FIXED.get(kind, end)
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """(value, where it ends).  Raises IndexError where there is none."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+    raise IndexError(at)
+
+
+def _tag(message: Any, field: str, length: int) -> bytes:
+    """What stands before a field of that length: its number, wire type 2, and the length, as varints."""
+    coded = b""
+    for rest in [message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length]:
+        sevens = [rest >> k & 127 for k in range(0, max(rest.bit_length(), 1), 7)]
+        coded += bytes([*(seven | 128 for seven in sevens[:-1]), sevens[-1]])
+    return coded
