@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.data import ImageSet, Normalisation, batches
+from requant_onnx.data import MAX_VALUES, ImageSet, Normalisation, batches
 from requant_onnx.errors import ConfigError, DataError, ModelError
 from requant_onnx.noise import noise_images
 from requant_onnx.numerics.activation import Histogram
@@ -22,7 +22,6 @@ CHUNK = 32  # images
 DEFAULT_COUNT = 256
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
 NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
-MAX_VALUES = 1 << 30  # of noise; 4 GB
 Watch = Callable[[int, int], None]
 
 

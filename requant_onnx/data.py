@@ -6,6 +6,7 @@ CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -20,6 +21,7 @@ from requant_onnx.errors import ConfigError, DataError
 Images: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
 FloatArray = npt.NDArray[np.float32]
 PIXELS = 3 * 32 * 32
+MAX_VALUES = 1 << 30  # of images made or put together; 4 GB
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
@@ -89,7 +91,12 @@ class Normalisation:
 
 
 def batches(images: ImageSet, normalisation: Normalisation, size: int, *, fixed: bool) -> Iterator[tuple[int, FloatArray]]:
-    """(start, x) of `size` images, the last batch smaller; or, where the size is fixed, padded with its own last image."""
+    """(start, x) of `size` images, the last batch smaller; or, where the size is fixed, padded with its own last image.
+
+    Raises DataError where a fixed size is too large to be held.
+    """
+    if fixed and size * math.prod(images.x.shape[1:]) > MAX_VALUES:
+        raise DataError(f"the model takes batches of {size} images, too many to hold; export it with a smaller batch")
     for start in range(0, len(images), size):
         x = images.x[start : start + size]
         if len(x) < size and fixed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from requant_onnx.graph.operands import CONVERTIBLE
 from requant_onnx.graph.reshapes import RESHAPING, reshaped
 
 MAX_CHAIN = 16
+MAX_NODES = 200_000
 
 
 def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -51,10 +52,35 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     if not any(node.op_type in CONVERTIBLE for function in model.functions for node in function.node):
         return model
+    if _inlined_nodes(model) > MAX_NODES:
+        raise ModelError(
+            f"the functions of the model make more than {MAX_NODES:,} nodes when inlined, too many nodes; export it without them"
+        )
     try:
         return inliner.inline_local_functions(model)
     except Exception as error:  # the inliner raises many types
         raise ModelError(f"the functions of the model cannot be inlined ({first_line(error)}); export it without them") from None
+
+
+def _inlined_nodes(model: onnx.ModelProto) -> int:
+    """How many nodes the model has when its functions are inlined."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size_of(nodes: Collection[onnx.NodeProto]) -> int:
+        bodies = [body for node in nodes for body in subgraphs_of(node)]
+        return sum(size_of_call(node) for node in nodes) + sum(size_of(body.node) for body in bodies)
+
+    def size_of_call(node: onnx.NodeProto) -> int:
+        name = (node.domain, node.op_type)
+        if name not in functions:
+            return 1
+        if name not in sizes:
+            sizes[name] = MAX_NODES + 1  # while it is counted, for functions that call themselves
+            sizes[name] = size_of(functions[name].node)
+        return sizes[name]
+
+    return size_of(model.graph.node)
 
 
 def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
