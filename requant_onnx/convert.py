@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import onnx
+from threadpoolctl import threadpool_limits
 
 from requant_onnx.budget import write_within
 from requant_onnx.build import prepare, quantize, write
@@ -79,11 +80,15 @@ def _convert(
     progress: Progress | None,
     threads: int | None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """One conversion, unchecked.  excluded: weights that integer kernels are not planned for."""
-    prepared = prepare(loaded, config, calibration, excluded, progress)
-    if isinstance(config.bits, Budget):
-        return write_within(prepared, config.bits, calibration, progress, threads)
-    return write(prepared, *quantize(prepared, prepared.plan.planned, progress, threads))
+    """One conversion, unchecked.  excluded: weights that integer kernels are not planned for.
+
+    BLAS gets one thread: the last bits of its sums, and by them the codes, depend on how many there are.
+    """
+    with threadpool_limits(limits=1, user_api="blas"):
+        prepared = prepare(loaded, config, calibration, excluded, progress)
+        if isinstance(config.bits, Budget):
+            return write_within(prepared, config.bits, calibration, progress, threads)
+        return write(prepared, *quantize(prepared, prepared.plan.planned, progress, threads))
 
 
 def inspect_model(model: ModelLike) -> InspectReport:

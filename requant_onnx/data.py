@@ -21,7 +21,7 @@ from requant_onnx.errors import ConfigError, DataError
 Images: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
 FloatArray = npt.NDArray[np.float32]
 PIXELS = 3 * 32 * 32
-MAX_VALUES = 1 << 30  # of images made or put together; 4 GB
+MAX_VALUES = 1 << 29  # of images made or put together; 2 GB
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),

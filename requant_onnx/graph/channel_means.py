@@ -47,7 +47,8 @@ def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
     if node.op == "BatchNormalization":
         roots = [find_root(tensor) for tensor in node.inputs[1:3]]
         gamma, beta = (None if root is None else root.load().astype(np.float64) for root in roots)
-        return None if gamma is None or beta is None else _Normal(beta, gamma**2)
+        usable = gamma is not None and beta is not None and beta.ndim == 1 and gamma.shape == beta.shape
+        return _Normal(beta, gamma**2) if usable else None
     operands = [known.get(tensor.name) for tensor in node.inputs]
     if node.op in ("Add", "Concat"):
         own = [item for item in operands if item is not None]

@@ -1,0 +1,163 @@
+"""A conversion that is killed, or meets a full disk or a folder it may not write to, leaves what was there.
+
+The next one tidies up.  The same input and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import OWN_MODEL, laplace, parse, small_cnn
+
+from requant_onnx import save_model
+from requant_onnx.cli import main
+from requant_onnx.graph.load import load_model
+
+KILLS = 12
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {item.name: hashlib.sha256(item.read_bytes()).hexdigest() for item in folder.iterdir() if item.is_file()}
+
+
+def large_model(folder: Path) -> Path:
+    """8 MB, so that writing takes a while."""
+    text = "net (float[n, 512] x) => (float[n, 512] y) { a = MatMul(x, u) b = MatMul(a, v) c = MatMul(b, w) y = MatMul(c, z) }"
+    save_model(parse(text, **{name: laplace(512, 1024 // 2, seed=k) for k, name in enumerate("uvwz")}), folder / "in.onnx")
+    return folder / "in.onnx"
+
+
+CHILD = """
+import sys
+from requant_onnx.cli import main
+main(["convert", sys.argv[1], sys.argv[1], "--bits", "8"])  # imports and compiled code are there; the input is refused
+print("ready", flush=True)
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("options", [["--form", "folded"], ["--external-data"]], ids=["one file", "external data"])
+def test_killed_at_any_moment(tmp_path: Path, options: list[str]) -> None:
+    """The output is the old file or the new one, whole; after one more run there is nothing else."""
+    home = tmp_path / "home"
+    home.mkdir()
+    source, output = large_model(home), home / "out.onnx"
+    assert main(["convert", str(source), str(output), *options]) == 0
+    settled = len(contents(home))
+    kept = [item.name for item in scratch()]
+    command = [sys.executable, "-c", CHILD, str(source), str(output), "--force", *options]
+    moments = random.Random(0)
+    started = time.monotonic()
+    whole = run_until(command, None)
+    duration = whole - started
+    for _ in range(KILLS):
+        run_until(command, moments.uniform(0.0, min(duration, 2.0)))
+        load_model(output)  # whole, and its data are there
+        assert contents(home)["in.onnx"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert main(["convert", str(source), str(output), "--force", *options]) == 0
+    assert len(contents(home)) == settled
+    assert [item.name for item in scratch()] == kept
+
+
+def scratch() -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob("requant_onnx-*"))
+
+
+def run_until(command: list[str], seconds: float | None) -> float:
+    """Kill the process that long after it is ready; without a time, wait for it.  Returns the time of being ready."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        ready = time.monotonic()
+        if seconds is not None:
+            time.sleep(seconds)
+            child.send_signal(signal.SIGKILL)
+        child.stdout.read()
+    return ready if seconds is not None else time.monotonic()
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Path]:
+    """A folder on a file system with room for little more than nothing."""
+    folder = Path(tempfile.mkdtemp())
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True, check=False)
+    if made.returncode:
+        folder.rmdir()
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("options", [[], ["--external-data"], ["--json"]], ids=["one file", "external data", "report"])
+def test_a_full_disk(full_disk: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(small_cnn(), full_disk / "out.onnx")
+    used = sum(-(-item.stat().st_size // 4096) * 4096 for item in full_disk.iterdir())
+    (full_disk / "filler").write_bytes(bytes(100 * 1024 - used))
+    before = contents(full_disk)
+    if options == ["--json"]:
+        options = ["--json", str(full_disk / "report.json")]
+    assert main(["convert", str(OWN_MODEL), str(full_disk / "out.onnx"), "--force", *options]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert contents(full_disk) == before
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
+    """As somebody who is not the administrator, who may write everywhere."""
+    shutil.copy(OWN_MODEL, tmp_path / "in.onnx")
+    home = tmp_path / "home"
+    home.mkdir()
+    home.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    command = [sys.executable, "-m", "requant_onnx", "convert", str(tmp_path / "in.onnx"), str(home / "out.onnx")]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=without_rights)
+    assert made.returncode == 2
+    assert made.stderr.startswith("error: cannot write")
+    assert "Permission denied" in made.stderr or "Read-only" in made.stderr
+    assert not list(home.iterdir())
+
+
+def without_rights() -> None:
+    """Drop the capability of writing everywhere (PR_CAPBSET_DROP is not enough for the one who has it: exec then takes it away)."""
+    if os.geteuid() == 0:
+        import ctypes  # noqa: PLC0415
+
+        libc = ctypes.CDLL(None)
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            assert libc.prctl(24, capability, 0, 0, 0) == 0
+
+
+@pytest.mark.parametrize("options", [["--bits", "4", "--form", "folded"], ["--bits", "3", "--calibrate", "noise"]])
+def test_the_same_bytes_every_time(tmp_path: Path, options: list[str]) -> None:
+    """In another process, with another hash seed and another number of threads."""
+    save_model(small_cnn(), tmp_path / "in.onnx")
+    found = set()
+    for k, threads in enumerate(("1", "2", "3")):
+        command = [
+            sys.executable,
+            "-m",
+            "requant_onnx",
+            "convert",
+            str(tmp_path / "in.onnx"),
+            str(tmp_path / f"{k}.onnx"),
+            *options,
+        ]
+        limits = {"PYTHONHASHSEED": str(k), **{f"{name}_NUM_THREADS": threads for name in ("OMP", "NUMBA", "OPENBLAS")}}
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **limits})
+        found.add((tmp_path / f"{k}.onnx").read_bytes())
+    assert len(found) == 1
+    onnx.checker.check_model(onnx.load_from_string(found.pop()))
