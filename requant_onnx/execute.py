@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import numpy as np
@@ -96,13 +97,22 @@ def workers(threads: int | None) -> int:
 def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
     if planned.weight.stored_bytes > ONE_AT_A_TIME:
         with LARGE:
-            return _quantize_loaded(planned, min_scale)
+            result = _quantize_loaded(planned, min_scale)
+            return replace(result, quantized=replace(result.quantized, codes=_on_disk(result.quantized.codes)))
     return _quantize_loaded(planned, min_scale)
 
 
 def _quantize_loaded(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
     w = planned.weight.load()
     return measure(planned, w, quantize_weight(w, planned.grid, min_scale))
+
+
+def _on_disk(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The codes in a file without a name, which is gone with them, or with the process."""
+    with tempfile.TemporaryFile() as file:
+        codes.tofile(file)
+        file.flush()
+        return np.memmap(file, np.uint8, "r", shape=codes.shape)
 
 
 def measure(planned: PlannedWeight, w: npt.NDArray[np.float32], quantized: QuantizedWeight) -> Result:

@@ -47,8 +47,8 @@ def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
     if node.op == "BatchNormalization":
         roots = [find_root(tensor) for tensor in node.inputs[1:3]]
         gamma, beta = (None if root is None else root.load().astype(np.float64) for root in roots)
-        usable = gamma is not None and beta is not None and beta.ndim == 1 and gamma.shape == beta.shape
-        return _Normal(beta, gamma**2) if usable else None
+        usable = None if gamma is None or beta is None or beta.ndim != 1 or gamma.shape != beta.shape else (beta, gamma**2)
+        return None if usable is None else _Normal(*usable)
     operands = [known.get(tensor.name) for tensor in node.inputs]
     if node.op in ("Add", "Concat"):
         own = [item for item in operands if item is not None]
