@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 
 from requant_onnx.graph.names import reads_in, subgraphs_of
-from requant_onnx.runtime import open_session
+from requant_onnx.runtime import open_session, run_session
 
 Chunk = dict[str, npt.NDArray[np.generic]]
 
@@ -45,14 +45,14 @@ class Stream:
         """What node `index`, the next one, gives for each chunk; it is not advanced over."""
         node = self._model.graph.node[index]
         session, feeds = self._session([node], set(node.output), [node.output[0]], {})
-        return [session.run(None, {name: chunk[name] for name in feeds})[0] for chunk in self.values]
+        return [run_session(session, "the model", None, {name: chunk[name] for name in feeds})[0] for chunk in self.values]
 
     def _run(
         self, nodes: Iterable[onnx.NodeProto], made: set[str], wanted: list[str], replaced: Mapping[str, onnx.TensorProto]
     ) -> None:
         session, feeds = self._session(nodes, made, wanted, replaced)
         for chunk in self.values:
-            chunk.update(zip(wanted, session.run(None, {name: chunk[name] for name in feeds}), strict=True))
+            chunk.update(zip(wanted, run_session(session, "the model", None, {name: chunk[name] for name in feeds}), strict=True))
 
     def _session(
         self, nodes: Iterable[onnx.NodeProto], made: set[str], wanted: list[str], replaced: Mapping[str, onnx.TensorProto]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +66,7 @@ class Classifier:
         return (time.perf_counter() - started) * 1000
 
     def _run(self, outputs: list[str] | None, feed: dict[str, npt.NDArray[np.floating]]) -> list[object]:
-        try:
-            return list(self.session.run(outputs, feed))
-        except Exception as error:  # onnxruntime raises many types of its own
-            raise ModelError(f"{self.name} fails in ONNX Runtime on {len(feed[self.input])} images ({first_line(error)})") from None
+        return run_session(self.session, self.name, outputs, feed)
 
     def image_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int] | None:
         """(c, h, w) of the images it takes, None where it leaves one free.  size: (h, w) to take where they are free."""
@@ -148,6 +147,17 @@ def load_session(path: str | os.PathLike[str], options: onnxruntime.SessionOptio
 def open_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:
     """A session with default options.  Raises ModelError when the model does not load."""
     return _open(_serialized(model, name), name, quiet_options())
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, name: str, outputs: list[str] | None, feed: Mapping[str, npt.NDArray[np.generic]]
+) -> list[Any]:
+    """The outputs named (None: all).  Raises ModelError when the model does not take the feed."""
+    try:
+        return list(session.run(outputs, dict(feed)))
+    except Exception as error:  # onnxruntime raises many types of its own
+        sizes = ", ".join("x".join(map(str, values.shape)) for values in feed.values())
+        raise ModelError(f"{name} fails in ONNX Runtime on inputs of {sizes} ({first_line(error)})") from None
 
 
 def _settings(model: onnx.ModelProto) -> dict[str, object]:

@@ -11,7 +11,7 @@ import onnx
 from requant_onnx.graph.constants import load_proto
 from requant_onnx.graph.edit import delete_where
 from requant_onnx.lockstep import Chunk, constants_to_initializers
-from requant_onnx.runtime import open_session
+from requant_onnx.runtime import open_session, run_session
 
 Values = npt.NDArray[np.float32]
 Outputs = list[list[npt.NDArray[np.float64]]]
@@ -35,7 +35,9 @@ def noise_of_each(
     session = open_session(work, "the model")
 
     def run(feeds: Mapping[str, npt.NDArray[np.generic]]) -> Outputs:
-        return [[np.asarray(y, np.float64) for y in session.run(None, {**feeds, **chunk})] for chunk in chunks]
+        return [
+            [np.asarray(y, np.float64) for y in run_session(session, "the model", None, {**feeds, **chunk})] for chunk in chunks
+        ]
 
     exact = run(stored)
     for replaced in replacements:
@@ -46,7 +48,7 @@ def noise_of_each(
 def outputs(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
     """What a model gives for each chunk of inputs."""
     session = open_session(model, "the model")
-    return [[np.asarray(y, np.float64) for y in session.run(None, dict(chunk))] for chunk in chunks]
+    return [[np.asarray(y, np.float64) for y in run_session(session, "the model", None, chunk)] for chunk in chunks]
 
 
 def relative_noise(exact: Outputs, others: Outputs) -> float:

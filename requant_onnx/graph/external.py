@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +169,19 @@ def check_tensors(model: onnx.ModelProto, name: str) -> None:
             raise ModelError(f"{label} has the impossible shape {shape[:80]}; export the model again")
         if not is_external(tensor):
             _check_count(tensor, count, label)
+
+
+def check_texts(message: Any, name: str) -> None:
+    """Raise ModelError where a text is not UTF-8."""
+    for descriptor, value in message.ListFields():
+        values = value if hasattr(value, "extend") else (value,)
+        if descriptor.message_type is not None:
+            for each in values:
+                check_texts(each, name)
+        elif descriptor.type == descriptor.TYPE_STRING and not all(
+            isinstance(text, str) for text in values
+        ):  # protobuf gives bytes
+            raise ModelError(f"{name} holds a name or text that is not UTF-8; export the model again")
 
 
 def _check_count(tensor: TensorProto, count: int, label: str) -> None:

@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.external import check_tensors, fetch, is_external, resolve, stored_bytes, stored_tensors
+from requant_onnx.graph.external import check_tensors, check_texts, fetch, is_external, resolve, stored_bytes, stored_tensors
 from requant_onnx.graph.wire import has_more_parts
 
 ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
@@ -34,6 +34,7 @@ def load_model(source: ModelLike) -> onnx.ModelProto:
     else:
         name, path = f"'{source}'", Path(source)
         model = _parse(path)
+    check_texts(model, name)
     _check_head(model, name)
     check_tensors(model, name)
     outside = next((tensor for tensor in stored_tensors(model) if is_external(tensor)), None)

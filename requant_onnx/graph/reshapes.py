@@ -29,7 +29,7 @@ def reshaped(
     https://onnx.ai/onnx/operators/, Transpose, Reshape, Unsqueeze, Squeeze, Flatten
     """
     given = attributes.get("axes") if operand is None else operand.ravel().tolist()
-    numbers = None if given is None else [int(n) for n in given]
+    numbers = [int(n) for n in given] if given is not None and (operand is None or operand.dtype.kind == "i") else None
     if op == "Transpose":
         wanted = attributes.get("perm")
         order = tuple(int(n) for n in wanted) if isinstance(wanted, Sequence) else tuple(reversed(range(len(shape))))
