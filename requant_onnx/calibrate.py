@@ -1,20 +1,23 @@
-"""Run a float model on calibration images and watch its activations."""
+"""Run a float model on calibration inputs (images, noise, or any inputs by name) and watch its activations."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnxruntime import InferenceSession
 
 from requant_onnx.data import MAX_VALUES, ImageSet, Normalisation, batches
 from requant_onnx.errors import ConfigError, DataError, ModelError
 from requant_onnx.noise import noise_images
 from requant_onnx.numerics.activation import Histogram
-from requant_onnx.runtime import Classifier, open_classifier, require_image
+from requant_onnx.runtime import Classifier, open_classifier, open_session, require_image, run_session
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
@@ -23,11 +26,21 @@ DEFAULT_COUNT = 256
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
 NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
 Watch = Callable[[int, int], None]
+Feed: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What onnxruntime.quantization.CalibrationDataReader is used for here."""
+
+    def get_next(self) -> Feed | None:
+        """The next inputs by name, None after the last."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the activations are watched on: `count` images drawn at random, or as many images of noise where there are none.
+    """What the activations are watched on: `count` images drawn at random; or the first `count` feeds, which are inputs by name
+    for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
 
     normalisation: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
     seed: of the drawing, and of the noise.  size: of the noise; it (height, width) is needed where the model leaves it free.
@@ -38,11 +51,31 @@ class Calibration:
     count: int = DEFAULT_COUNT
     seed: int = 0
     size: tuple[int, int] | None = None
+    feeds: tuple[Feed, ...] = ()
+
+    @classmethod
+    def from_feeds(cls, source: Iterable[Feed] | Reader, count: int = DEFAULT_COUNT) -> Calibration:
+        """Calibrate on inputs by name: dictionaries from any iterable, or from a CalibrationDataReader of ONNX Runtime.
+
+        Reads until it has `count` feeds.  Raises DataError when there is none, or one is no dictionary of arrays.
+        https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+        """
+        if isinstance(source, Reader):
+            source = iter(source.get_next, None)
+        feeds = tuple(_checked(feed) for feed in itertools.islice(source, count))
+        if not feeds:
+            raise DataError("there are no calibration inputs; give at least one")
+        return cls(feeds=feeds, count=count)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the inputs are made up."""
+        return self.images is None and not self.feeds
 
     @property
     def headroom(self) -> float:
         """Factor on the ranges seen."""
-        return NOISE_HEADROOM if self.images is None else 1.0
+        return NOISE_HEADROOM if self.is_noise else 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, ImageSet | None):
@@ -53,6 +86,8 @@ class Calibration:
             raise ConfigError(f"the seed must be a whole number from 0 on, not {self.seed!r}")
         if self.size is not None and (len(self.size) != 2 or not all(_is_whole(n) and n > 0 for n in self.size)):
             raise ConfigError(f"the size of noise must be (height, width), both 1 or more, not {self.size!r}")
+        if self.feeds and (self.images is not None or self.normalisation is not None or self.size is not None):
+            raise ConfigError("calibration takes images or feeds, not both, and feeds are not normalised")
         if self.images is not None and len(self.images) == 0:
             raise DataError("there are no calibration images; give at least one")
         if self.images is not None and self.images.x.dtype != "uint8" and self.normalisation is not None:
@@ -64,10 +99,10 @@ class Calibration:
 def watch_activations(
     model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration, progress: Watch | None = None
 ) -> dict[str, Histogram]:
-    """The histogram of each named tensor over all calibration images.  Memory: BATCH_BYTES of activations at a time.
+    """The histogram of each named tensor over all calibration inputs.  Memory: BATCH_BYTES of activations at a time.
 
-    progress: called with the images done and their number.  Raises ModelError when the model has another number of inputs than
-    one image input or gives NaN or infinity, DataError when the images do not fit it.
+    progress: called with the inputs done and their number.  Raises ModelError when the model does not take the inputs, or images
+    where it has another number of inputs than one image input, or gives NaN or infinity; DataError when images do not fit it.
     """
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -76,29 +111,68 @@ def watch_activations(
     if computed:
         del watched.graph.output[:]
         watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
-    classifier = open_classifier(watched, "the model")
-    images = _images_for(classifier, calibration)
-    normalisation = _normalisation(calibration, images)
     histograms = {name: Histogram() for name in tensors}
-    size = classifier.batch or _batch_size(classifier, images, normalisation)
-    for start, x in batches(images, normalisation, size, fixed=classifier.batch is not None):
-        for name, values in zip(computed, classifier.tensors(x) if computed else (), strict=True):
-            _add(histograms[name], name, values)
+    source = _feeds_source(watched, calibration) if calibration.feeds else _image_source(watched, calibration)
+    for done, feed in source.feeds(BATCH_BYTES):
+        values = run_session(source.session, "the model", None, feed) if computed else ()
+        for name, own in zip(computed, values, strict=True):
+            _add(histograms[name], name, np.asarray(own))
         for name in inputs.intersection(tensors):
-            _add(histograms[name], name, x)
+            _add(histograms[name], name, feed[name])
         if progress is not None:
-            progress(min(start + size, len(images)), len(images))
+            progress(done, source.total)
     return histograms
 
 
-def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, npt.NDArray[np.generic]]]:
-    """The calibration images as inputs of the model, CHUNK at a time.  Raises as `watch_activations`."""
+def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, npt.NDArray[Any]]]:
+    """The calibration inputs, images CHUNK at a time.  Raises as `watch_activations`."""
+    source = _feeds_source(model, calibration) if calibration.feeds else _image_source(model, calibration)
+    return [dict(feed) for _, feed in source.feeds(None)]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model, open, and how to make its inputs.
+
+    feeds: bytes of all outputs of one batch, or None for CHUNK images -> (inputs done, inputs by name).  total: how many there are.
+    """
+
+    session: InferenceSession
+    feeds: Callable[[int | None], Iterator[tuple[int, Feed]]]
+    total: int
+
+
+def _feeds_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
+    feeds, session = calibration.feeds[: calibration.count], open_session(model, "the model")
+    wanted = sorted(item.name for item in session.get_inputs())
+    for feed in feeds:
+        if sorted(feed) != wanted:
+            raise DataError(f"the calibration inputs hold {sorted(feed)} and the model takes {wanted}; give each by its name")
+    return _Source(session, lambda _: iter(enumerate(feeds, 1)), len(feeds))
+
+
+def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     classifier = open_classifier(model, "the model")
     images = _images_for(classifier, calibration)
     normalisation = _normalisation(calibration, images)
-    size = classifier.batch or min(CHUNK, max(1, len(images) // 4))
-    parts = batches(images, normalisation, size, fixed=classifier.batch is not None)
-    return [{classifier.input: classifier.fit(x)} for _, x in parts]
+
+    def feeds(limit: int | None) -> Iterator[tuple[int, Feed]]:
+        chunk = min(CHUNK, max(1, len(images) // 4))
+        size = classifier.batch or (chunk if limit is None else _batch_size(classifier, images, normalisation, limit))
+        for start, x in batches(images, normalisation, size, fixed=classifier.batch is not None):
+            yield min(start + size, len(images)), {classifier.input: classifier.fit(x)}
+
+    return _Source(classifier.session, feeds, len(images))
+
+
+def _checked(feed: object) -> Feed:
+    if not isinstance(feed, Mapping) or not feed:
+        raise DataError(f"calibration inputs must be dictionaries from the names of inputs to arrays, not {type(feed).__name__}")
+    arrays = {str(name): np.asarray(values) for name, values in feed.items()}
+    for name, values in arrays.items():
+        if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+            raise DataError(f"the calibration input '{name}' must be an array of finite numbers, not of {values.dtype}")
+    return arrays
 
 
 def _is_whole(value: object) -> bool:
@@ -129,13 +203,13 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
 
 
-def _batch_size(classifier: Classifier, images: ImageSet, normalisation: Normalisation) -> int:
+def _batch_size(classifier: Classifier, images: ImageSet, normalisation: Normalisation, limit: int) -> int:
     _, x = next(batches(images.first(1), normalisation, 1, fixed=False))
     bytes_each = sum(values.nbytes for values in classifier.tensors(x))
-    return max(1, min(len(images), MAX_BATCH, BATCH_BYTES // max(1, bytes_each)))
+    return max(1, min(len(images), MAX_BATCH, limit // max(1, bytes_each)))
 
 
-def _add(histogram: Histogram, name: str, values: npt.NDArray[np.float32]) -> None:
+def _add(histogram: Histogram, name: str, values: npt.NDArray[Any]) -> None:
     if not np.isfinite(values).all():
-        raise ModelError(f"'{name}' is NaN or infinite on the calibration images; check the images and their normalisation")
+        raise ModelError(f"'{name}' is NaN or infinite on the calibration inputs; check them and their normalisation")
     histogram.add(values.astype(np.float32, copy=False))

@@ -17,7 +17,7 @@ from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress
 from requant_onnx.explain import WeightFate, broken_promises
 from requant_onnx.graph.expose import expose_weights
-from requant_onnx.graph.load import LARGE_BYTES, ModelLike, is_large, load_model, materialise, opset_of
+from requant_onnx.graph.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialise, opset_of, source_of
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport
@@ -57,6 +57,7 @@ def convert_model(
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """As quantize_model, but external data left alone may still lie in the files of the input, where save_model finds them."""
     _check(config, calibration, threads)
+    model = source_of(model)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
         made, report = _convert(load_model(model), config, calibration, excluded, progress, threads)
@@ -127,7 +128,7 @@ def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantRe
         blind = isinstance(config.bits, int) and config.refinement is not Refinement.NONE
         coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
         return ("few bits cost less accuracy with --calibrate: images, or noise, which needs no data",) if coarse else ()
-    if calibration.images is not None or calibration.normalisation is not None:
+    if not calibration.is_noise or calibration.normalisation is not None:
         return ()
     return (
         "the noise was normalised as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",
@@ -135,7 +136,7 @@ def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantRe
 
 
 def _broken_promises(
-    source: ModelLike, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
+    source: Source, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
 ) -> tuple[tuple[str, ...], dict[str, WeightFate]]:
     """(notes, weights that ONNX Runtime does not treat as their form promises); a note where it loads not even the input."""
     promised = {weight.name: Form(weight.form) for weight in converted if weight.form != Form.QDQ.value}

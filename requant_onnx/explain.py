@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.config import Form
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.load import ModelLike, is_large, load_model
+from requant_onnx.graph.load import ModelLike, is_large, load_model, source_of
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
 from requant_onnx.leftovers import scratch_folder
@@ -91,6 +91,7 @@ def explain(model: ModelLike) -> Explanation:
 
     Raises ModelError when it cannot be loaded.
     """
+    model = source_of(model)
     loaded = load_model(model)
     name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
     with scratch_folder() as folder:

@@ -11,7 +11,7 @@ import onnx
 from requant_onnx.data import ImageSet, Normalisation, batches
 from requant_onnx.errors import DataError
 from requant_onnx.execute import Progress
-from requant_onnx.graph.load import ModelLike, load_model
+from requant_onnx.graph.load import ModelLike, Source, load_model, source_of
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.report import ValidationReport, sqnr_db
 from requant_onnx.runtime import Classifier, open_classifier, require_image
@@ -35,6 +35,7 @@ def validate(
     normalisation: for uint8 images (default: pixel / 255); float images are taken as they are.
     Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
     """
+    reference, candidate = source_of(reference), source_of(candidate)
     load_model(reference)  # its errors say more than ONNX Runtime's
     notes = _notes(load_model(candidate))
     models = (_open(reference, "the reference"), _open(candidate, "the candidate"))
@@ -103,7 +104,7 @@ class _Tally:
         )
 
 
-def _open(model: ModelLike, role: str) -> Classifier:
+def _open(model: Source, role: str) -> Classifier:
     name = role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
     return open_classifier(model, name)
 

@@ -196,7 +196,7 @@ def test_calibration_images_must_fit() -> None:
     with pytest.raises(DataError, match="taken as normalised already"):
         Calibration(ImageSet(np.zeros((1, 3, 8, 8), np.float32), None), CIFAR)
     huge = Calibration(ImageSet(np.full((1, 3, 8, 8), 3e38, np.float32), None))
-    with pytest.raises(ModelError, match="NaN or infinite on the calibration images"):
+    with pytest.raises(ModelError, match="NaN or infinite on the calibration inputs"):
         quantize_model(small_cnn(), INT8, calibration=huge)
     free = parse("net (float[n, 3, h, v] x) => (float[n, 4, a, b] y) { y = Conv(x, w) }", w=laplace(4, 3, 3, 3))
     with pytest.raises(DataError, match="leaves the size of its images free"):

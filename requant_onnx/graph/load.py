@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -13,7 +13,8 @@ from requant_onnx.errors import ModelError
 from requant_onnx.graph.external import check_tensors, check_texts, fetch, is_external, resolve, stored_bytes, stored_tensors
 from requant_onnx.graph.wire import has_more_parts
 
-ModelLike: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
+Source: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
+ModelLike: TypeAlias = "Source | bytes | IO[bytes]"
 MIN_OPSET = 7
 MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # 27 is the newest whose operators ONNX Runtime 1.32 has
 MAX_BYTES = 2**31 - 1  # of one protobuf message
@@ -22,12 +23,33 @@ FETCHED_BYTES = 1 << 28  # of external data
 LARGE_BYTES = MAX_BYTES - 2**26  # of initializers; leaves 64 MB for the rest
 
 
+def source_of(model: ModelLike) -> Source:
+    """What can be read more than once: a path or a ModelProto as it is; bytes and what a binary file object gives, parsed.
+
+    Raises ModelError when these are no ONNX file, or the model is given as anything else.
+    """
+    if isinstance(model, onnx.ModelProto | str | PathLike):
+        return model
+    data = model if isinstance(model, bytes) else model.read() if hasattr(model, "read") else None
+    if not isinstance(data, bytes):
+        raise ModelError(f"a model is given as path, bytes, ModelProto or binary file object, not {type(model).__name__}")
+    if has_more_parts(data, MAX_PARTS):
+        raise _too_many_parts("the model")
+    parsed = onnx.ModelProto()
+    try:
+        parsed.ParseFromString(data)
+        return parsed
+    except DecodeError:
+        raise ModelError("the bytes given are not an ONNX file or are cut short; export or download it again") from None
+
+
 def load_model(source: ModelLike) -> onnx.ModelProto:
-    """A valid model that the caller may change: read from a path, or copied from a ModelProto.
+    """A valid model that the caller may change: read (`source_of`), or copied from a ModelProto.
 
     External data of more than FETCHED_BYTES stay in their files, for graph.external to read: see `materialise`.
     Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
     """
+    source = source_of(source)
     if isinstance(source, onnx.ModelProto):
         name, model, path = "the model", onnx.ModelProto(), None
         model.CopyFrom(source)
@@ -102,9 +124,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
         if has_more_parts(path, MAX_PARTS):
-            raise ModelError(
-                f"'{path}' has more than {MAX_PARTS:,} parts (nodes, attributes, names, ...), more than is handled here"
-            )
+            raise _too_many_parts(f"'{path}'")
         return onnx.load(path, format="protobuf", load_external_data=False)
     except FileNotFoundError:
         raise ModelError(f"'{path}' does not exist; give the path of an .onnx file") from None
@@ -114,6 +134,10 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelError(f"'{path}' is not an ONNX file or is cut short; export or download it again") from None
     except ValueError as error:  # a path with a zero byte
         raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); check the path") from None
+
+
+def _too_many_parts(name: str) -> ModelError:
+    return ModelError(f"{name} has more than {MAX_PARTS:,} parts (nodes, attributes, names, ...), more than is handled here")
 
 
 def _check_head(model: onnx.ModelProto, name: str) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 
 from requant_onnx.graph.external import chunks_of, is_external, stored_bytes
 
+Buffer: TypeAlias = "mmap.mmap | bytes"
 SMALL_BYTES = 1 << 22  # of a file: as many parts as it can have take no more than 0.4 GB
 FIXED = {1: 8, 5: 4}  # bytes of a value by wire type
 
@@ -56,21 +57,27 @@ def copy_fields(source: Any, target: Any, but: str) -> None:
             getattr(target, field.name).CopyFrom(value)
 
 
-def has_more_parts(path: Path, limit: int) -> bool:
-    """Whether the model in a file has more than `limit` messages, strings and other values, counted without making them.
+def has_more_parts(source: Path | bytes, limit: int) -> bool:
+    """Whether a serialized model has more than `limit` messages, strings and other values, counted without making them.
 
     A file of tiny parts takes a hundred times its size when it is parsed.  What is no protobuf counts up to its first error.
     """
-    if path.stat().st_size <= SMALL_BYTES:
+    if (len(source) if isinstance(source, bytes) else source.stat().st_size) <= SMALL_BYTES:
         return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return any(count > limit for count, _ in enumerate(_parts(data), 1))
-        except IndexError:
-            return False
+    if isinstance(source, bytes):
+        return _exceeds(source, limit)
+    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _exceeds(data, limit)
 
 
-def _parts(data: mmap.mmap) -> Iterator[None]:
+def _exceeds(data: Buffer, limit: int) -> bool:
+    try:
+        return any(count > limit for count, _ in enumerate(_parts(data), 1))
+    except IndexError:
+        return False
+
+
+def _parts(data: Buffer) -> Iterator[None]:
     waiting = [(0, len(data), onnx.ModelProto.DESCRIPTOR)]
     while waiting:
         at, end, message = waiting.pop()
@@ -91,7 +98,7 @@ def _parts(data: mmap.mmap) -> Iterator[None]:
                 at += FIXED.get(kind, end)
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def _varint(data: Buffer, at: int) -> tuple[int, int]:
     """(value, where it ends).  Raises IndexError where there is none."""
     value = 0
     for shift in range(0, 70, 7):
