@@ -1,4 +1,4 @@
-"""Labelled images for validation: CIFAR in its official binary layout, or an .npz file.
+"""Images, labelled for validation: CIFAR in its official binary layout, an .npz file, or a folder of images.
 
 CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a record is the label bytes
 (CIFAR-10: 1; CIFAR-100: coarse, fine), then 3072 bytes, channel by channel, row by row.
@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.image_folder import FolderImages, Pipeline, open_folder
 
-Images: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
+Pixels: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
+Images: TypeAlias = "Pixels | FolderImages"
 FloatArray = npt.NDArray[np.float32]
 PIXELS = 3 * 32 * 32
 MAX_VALUES = 1 << 29  # of images made or put together; 2 GB
@@ -42,6 +44,7 @@ class ImageSet:
     """Images and, where known, their labels.
 
     x: (n, c, h, w), uint8 pixels 0..255 or float32 values that are already normalised; n >= 1.
+    FolderImages look like such an array.
     y: (n,) int64 class indices, or None.
     """
 
@@ -51,16 +54,27 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def pixels(self) -> Pixels:
+        """x as an array, all of it in memory."""
+        return self.x[:]
+
     def first(self, count: int | None) -> ImageSet:
         """The first `count` images (all of them when None)."""
-        return self if count is None else ImageSet(self.x[:count], None if self.y is None else self.y[:count])
+        return self if count is None else self._subset(slice(count))
 
     def drawn(self, count: int, seed: int) -> ImageSet:
         """`count` images at random, in their order; all where there are no more.  The same for the same seed."""
         if count >= len(self.x):
             return self
-        chosen = np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False))
-        return ImageSet(self.x[chosen], None if self.y is None else self.y[chosen])
+        return self._subset(np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False)))
+
+    def _subset(self, which: slice | npt.NDArray[np.int64]) -> ImageSet:
+        if isinstance(self.x, FolderImages):
+            x: Images = self.x.subset(which if isinstance(which, slice) else which.tolist())
+        else:
+            x = self.x[which]
+        return ImageSet(x, None if self.y is None else self.y[which])
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ class Normalisation:
         if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
             raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
 
-    def apply(self, x: Images) -> FloatArray:
+    def apply(self, x: Pixels) -> FloatArray:
         """(n, c, h, w) uint8 pixels -> float32; float32 images stay as they are.  Raises DataError when c does not fit."""
         if x.dtype != np.uint8:
             return x.astype(np.float32, copy=False)
@@ -104,9 +118,10 @@ def batches(images: ImageSet, normalisation: Normalisation, size: int, *, fixed:
         yield start, normalisation.apply(x)
 
 
-def load_images(spec: str | PathLike[str], split: str = "test") -> ImageSet:
-    """Load `cifar10:DIR`, `cifar100:DIR` (that split of it, train or test) or `FILE.npz` (arrays `x` and optionally `y`).
+def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeline | None = None) -> ImageSet:
+    """Load `cifar10:DIR`, `cifar100:DIR` (that split of it, train or test), `FILE.npz` (`x`, optionally `y`) or `images:DIR`.
 
+    pipeline: of images:DIR, which are labelled where each class has a folder of its own (image_folder.py).
     Raises DataError when the files are missing, damaged, empty or of another shape.
     """
     spec = str(spec)
@@ -115,7 +130,9 @@ def load_images(spec: str | PathLike[str], split: str = "test") -> ImageSet:
         return load_cifar(dataset, Path(folder), split)
     if spec.endswith(".npz"):
         return _load_npz(Path(spec))
-    raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR or FILE.npz")
+    if colon and dataset == "images":
+        return ImageSet(*open_folder(Path(folder), pipeline or Pipeline()))
+    raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
 
 
 def load_cifar(dataset: str, folder: Path, split: str) -> ImageSet:
@@ -158,7 +175,7 @@ def _load_npz(path: Path) -> ImageSet:
     return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))
 
 
-def _nchw(x: npt.NDArray[np.generic], path: Path) -> Images:
+def _nchw(x: npt.NDArray[np.generic], path: Path) -> Pixels:
     wanted = "x must be (n, h, w, c) uint8 or (n, c, h, w) float32"
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
         raise DataError(f"'{path}' holds x of shape {x.shape} and type {x.dtype}; {wanted}")

@@ -12,6 +12,7 @@ LAYERS = (
     {"errors", "config", "leftovers"},
     {"numerics"},
     {"graph"},
+    {"image_folder"},
     {"data", "noise"},
     {"runtime"},
     {"calibrate", "explain"},

@@ -26,7 +26,7 @@ def test_cifar10_is_read_as_planes(tmp_path: Path) -> None:
     images = load_images(f"cifar10:{tmp_path}")
     assert images.y is not None
     assert images.y.tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(images.x[1].ravel(), records[1, 1:])
+    np.testing.assert_array_equal(images.pixels[1].ravel(), records[1, 1:])
 
 
 def test_cifar100_takes_the_fine_label(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_the_sample_is_what_the_tool_renders() -> None:
 def test_images_are_drawn_the_same_for_the_same_seed() -> None:
     images = ImageSet(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40))
     drawn = images.drawn(10, seed=1)
-    assert drawn.x.ravel().tolist() == sorted(set(drawn.x.ravel().tolist()))
+    assert drawn.pixels.ravel().tolist() == sorted(set(drawn.pixels.ravel().tolist()))
     assert drawn.y is not None
-    assert drawn.y.tolist() == drawn.x.ravel().tolist() == images.drawn(10, seed=1).x.ravel().tolist()
-    assert drawn.y.tolist() != images.drawn(10, seed=2).x.ravel().tolist()
+    assert drawn.y.tolist() == drawn.pixels.ravel().tolist() == images.drawn(10, seed=1).pixels.ravel().tolist()
+    assert drawn.y.tolist() != images.drawn(10, seed=2).pixels.ravel().tolist()
     assert len(images.drawn(99, seed=1)) == 40

@@ -95,7 +95,7 @@ def main() -> None:
     folder = find_or_fetch("cifar10", args.data)
     test = load_cifar("cifar10", folder, "test").first(args.limit)
     calibration = Calibration(load_cifar("cifar10", folder, "train"), pixels)
-    model, x = onnx.load(path), pixels.apply(test.x)
+    model, x = onnx.load(path), pixels.apply(test.pixels)
     kept = json.loads(args.cache.read_text()) if args.cache and args.cache.exists() else {}
     results = {}
     reference = scores(model, x)

@@ -143,7 +143,7 @@ def scores(model: onnx.ModelProto, x: npt.NDArray[np.float32]) -> npt.NDArray[np
 def rows(path: Path, normalisation: Normalisation, images: ImageSet, cases: Iterable[Case]) -> Iterator[str]:
     """The lines of one model."""
     assert images.y is not None
-    x = normalisation.apply(images.x)
+    x = normalisation.apply(images.pixels)
     model = onnx.load(path)
     reference = scores(model, x)
     tops = reference.argmax(1)
@@ -168,7 +168,7 @@ def main() -> None:
     folder = find_or_fetch("cifar10", args.data)
     images, train = load_cifar("cifar10", folder, args.split), load_cifar("cifar10", folder, "train")
     assert images.y is not None
-    images = ImageSet(images.x[args.limit :], images.y[args.limit :]) if (args.limit or 0) < 0 else images.first(args.limit)
+    images = ImageSet(images.pixels[args.limit :], images.y[args.limit :]) if (args.limit or 0) < 0 else images.first(args.limit)
     print("| model | weights | top-1 (change) | agreement | output SQNR | file | time |\n|---|---|---|---|---|---|---|", flush=True)
     for item in args.models:
         path, _, name = item.partition("=")

@@ -94,7 +94,7 @@ def save_atomically(state: dict[str, object], path: Path) -> None:
 def fit(model: nn.Module, data: ImageSet, args: argparse.Namespace) -> None:
     """Train `model` in place; continue from args.checkpoint when it is there, save it after every epoch."""
     assert data.y is not None
-    images, labels = normalise(data.x, args.dataset).to(args.device), torch.from_numpy(data.y).to(args.device)
+    images, labels = normalise(data.pixels, args.dataset).to(args.device), torch.from_numpy(data.y).to(args.device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -141,7 +141,7 @@ def onnx_accuracy(path: Path, data: ImageSet, dataset: str) -> float:
     """Top-1 of the exported file in ONNX Runtime."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    x = normalise(data.x, dataset).numpy()
+    x = normalise(data.pixels, dataset).numpy()
     scores = np.concatenate([session.run(None, {name: x[k : k + 500]})[0] for k in range(0, len(x), 500)])
     return float((scores.argmax(1) == data.y).mean())
 

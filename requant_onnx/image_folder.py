@@ -1,0 +1,132 @@
+"""Images in a folder, decoded when they are needed, with the usual steps of torchvision: resize, centre crop.
+
+https://docs.pytorch.org/vision/stable/transforms.html: Resize(n) (bilinear, antialiased, on the shorter side), CenterCrop(n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.errors import ConfigError, DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """resize: length of the shorter side, or None; crop: (height, width) cut out of the centre, or None."""
+
+    resize: int | None = None
+    crop: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = [value for value in (self.resize, *(self.crop or ())) if value is not None]
+        if not all(isinstance(value, int) and 0 < value <= 1 << 14 for value in sizes):
+            raise ConfigError(f"images are resized to {self.resize} and cropped to {self.crop}; both must be 1 .. 16384 pixels")
+
+    def apply(self, image: Any) -> Any:
+        """image: of Pillow; so is the result."""
+        if self.resize is not None:
+            image = self._resized(image, self.resize)
+        if self.crop is not None:
+            height, width = self.crop
+            left, top = (round((have - want) / 2.0) for have, want in zip(image.size, (width, height), strict=True))
+            image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
+        return image
+
+    @staticmethod
+    def _resized(image: Any, side: int) -> Any:
+        short, long = min(image.size), max(image.size)
+        other = int(side * long / short)
+        size = (side, other) if image.size[0] <= image.size[1] else (other, side)
+        return image if size == image.size else image.resize(size, _pillow().Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Looks like an array of shape (n, 3, h, w) of uint8 pixels.  size: (h, w) of every image."""
+
+    paths: tuple[Path, ...]
+    pipeline: Pipeline
+    size: tuple[int, int]
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(n, 3, h, w)."""
+        return (len(self.paths), 3, *self.size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, which: slice) -> npt.NDArray[np.uint8]:
+        pixels: npt.NDArray[np.uint8] = np.stack([self._pixels(path) for path in self.paths[which]]).transpose(0, 3, 1, 2)
+        return pixels
+
+    def subset(self, which: slice | Sequence[int]) -> FolderImages:
+        """Some of the images, still not decoded."""
+        chosen = self.paths[which] if isinstance(which, slice) else tuple(self.paths[k] for k in which)
+        return replace(self, paths=chosen)
+
+    def _pixels(self, path: Path) -> npt.NDArray[np.uint8]:
+        pixels = _decoded(path, self.pipeline)
+        if pixels.shape[:2] != self.size:
+            raise DataError(
+                f"the image '{path}' is {_listed(pixels.shape)} and '{self.paths[0].name}' is {_listed(self.size)}; "
+                "give --resize and --crop, so that all have one size"
+            )
+        return pixels
+
+
+def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, npt.NDArray[np.int64] | None]:
+    """(images, labels): as torchvision's ImageFolder, one class a subfolder, in the order of names; no labels where images lie in
+    the folder itself.
+
+    Raises DataError when there is none, some lie beside the subfolders, or the first cannot be read; others when they are decoded.
+    """
+    try:
+        own = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+        classes = [_images_below(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+    except OSError as error:
+        raise DataError(f"cannot read the folder '{folder}' ({error.strerror or error}); give a folder of images") from None
+    labelled = [(path, label) for label, paths in enumerate(classes) for path in paths]
+    if own and labelled:
+        raise DataError(f"'{folder}' holds images and subfolders of images; give a folder of one or the other")
+    paths = tuple(own or (path for path, _ in labelled))
+    if not paths:
+        raise DataError(f"'{folder}' holds no image ({', '.join(SUFFIXES)}); give a folder of images, or of one folder a class")
+    height, width, _ = _decoded(paths[0], pipeline).shape
+    return FolderImages(paths, pipeline, (height, width)), None if own else np.array([label for _, label in labelled], np.int64)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _decoded(path: Path, pipeline: Pipeline) -> npt.NDArray[np.uint8]:
+    """(h, w, 3)."""
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:
+            return np.asarray(pipeline.apply(image.convert("RGB")), np.uint8)
+    except (OSError, ValueError, SyntaxError, MemoryError, pillow.Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read the image '{path}' ({str(error).splitlines()[0]}); repair or remove it") from None
+
+
+def _pillow() -> ModuleType:
+    try:
+        import PIL.Image  # noqa: PLC0415
+    except ImportError:
+        raise DataError("a folder of images is read with Pillow; install it with: pip install 'requant_onnx[images]'") from None
+    return PIL
+
+
+def _listed(size: tuple[int, ...]) -> str:
+    return f"{size[0]}x{size[1]}"

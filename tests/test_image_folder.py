@@ -1,0 +1,122 @@
+"""Folders of images: the pipeline, labels, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_cnn
+
+from requant_onnx import Calibration, ConfigError, DataError, QuantConfig, load_images, quantize_model, validate
+from requant_onnx.image_folder import Pipeline
+
+image_module = pytest.importorskip("PIL.Image")
+
+
+def write(path: Path, height: int = 8, width: int = 8, seed: int = 0) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_module.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_images_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    pixels = [write(tmp_path / f"{name}.png", seed=k) for k, name in enumerate("abc")]
+    (tmp_path / "notes.txt").write_text("no image")
+    images = load_images(f"images:{tmp_path}")
+    assert images.y is None
+    assert images.x.shape == images.pixels.shape == (3, 3, 8, 8)
+    np.testing.assert_array_equal(images.pixels.transpose(0, 2, 3, 1), pixels)
+    np.testing.assert_array_equal(images.first(2).pixels, images.pixels[:2])
+    drawn = images.drawn(2, seed=0)
+    assert len(drawn) == 2
+    assert {image.tobytes() for image in drawn.pixels} < {image.tobytes() for image in images.pixels}
+
+
+def test_labels_are_the_places_of_the_classes(tmp_path: Path) -> None:
+    for k, name in enumerate(["dog/1.png", "cat/2.PNG", "dog/deep/3.png", "ape/0.png"]):
+        write(tmp_path / name, seed=k)
+    (tmp_path / "cow").mkdir()  # a class without images keeps its place
+    images = load_images(f"images:{tmp_path}")
+    assert images.y is not None
+    assert images.y.tolist() == [0, 1, 3, 3]
+    assert images.first(2).y is not None
+
+
+def test_grey_and_transparent_images_become_colour(tmp_path: Path) -> None:
+    image_module.new("L", (8, 8), 7).save(tmp_path / "a.png")
+    image_module.new("RGBA", (8, 8), (1, 2, 3, 0)).save(tmp_path / "b.png")
+    assert load_images(f"images:{tmp_path}").pixels[:, :, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ((500, 375), (341, 256)),
+        ((375, 500), (256, 341)),
+        ((256, 300), (256, 300)),
+        ((100, 100), (256, 256)),
+        ((10, 33), (256, 844)),
+    ],
+)
+def test_resize_sets_the_shorter_side_as_torchvision_does(size: tuple[int, int], resized: tuple[int, int]) -> None:
+    """torchvision.transforms.functional._compute_resized_output_size: (size, int(size * long / short))."""
+    assert Pipeline(resize=256).apply(image_module.new("RGB", size[::-1])).size == resized[::-1]
+
+
+def test_the_crop_is_of_the_centre(tmp_path: Path) -> None:
+    pixels = write(tmp_path / "a.png", 9, 12)
+    cropped = load_images(f"images:{tmp_path}", pipeline=Pipeline(crop=(4, 6))).pixels[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(cropped, pixels[2:6, 3:9])  # round(2.5) is 2, in Python and so in torchvision
+
+
+def test_a_crop_larger_than_the_image_is_padded_with_black(tmp_path: Path) -> None:
+    pixels = write(tmp_path / "a.png", 4, 4)
+    cropped = load_images(f"images:{tmp_path}", pipeline=Pipeline(crop=(8, 8))).pixels[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(cropped, np.pad(pixels, ((2, 2), (2, 2), (0, 0))))
+
+
+def test_images_of_several_sizes_need_a_pipeline(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", 8, 8)
+    write(tmp_path / "b.png", 16, 8)
+    images = load_images(f"images:{tmp_path}")
+    with pytest.raises(DataError, match=r"b\.png' is 16x8 and 'a\.png' is 8x8; give --resize and --crop"):
+        images.pixels  # noqa: B018
+    assert load_images(f"images:{tmp_path}", pipeline=Pipeline(8, (8, 8))).pixels.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("files", [[], ["a.txt"], ["a.png", "class/b.png"]])
+def test_folders_without_images_or_with_a_mixture_are_refused(tmp_path: Path, files: list[str]) -> None:
+    for name in files:
+        write(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
+    with pytest.raises(DataError, match="holds"):
+        load_images(f"images:{tmp_path}")
+
+
+def test_damaged_images_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read the folder"):
+        load_images(f"images:{tmp_path / 'none'}")
+    write(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot read the image .*a\.png"):
+            load_images(f"images:{tmp_path}")
+
+
+@pytest.mark.parametrize("pipeline", [{"resize": 0}, {"crop": (0, 3)}, {"resize": 1 << 20}, {"crop": (-1, 3)}])
+def test_sizes_out_of_range_are_refused(pipeline: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"1 \.\. 16384"):
+        Pipeline(**pipeline)  # type: ignore[arg-type]
+
+
+def test_a_folder_calibrates_and_validates(tmp_path: Path) -> None:
+    for k in range(12):
+        write(tmp_path / f"{'ab'[k % 2]}/{k:02}.png", 10, 14, seed=k)
+    images = load_images(f"images:{tmp_path}", pipeline=Pipeline(9, (8, 8)))
+    made, report = quantize_model(small_cnn(), QuantConfig(bits=4), calibration=Calibration(images))
+    assert all(weight.output_errors for weight in report.converted)
+    found = validate(small_cnn(), made, images)
+    assert found.images == 12
+    assert found.top1 is not None
