@@ -380,8 +380,7 @@ class Worker:
             waiting.register(self.process.stdout, selectors.EVENT_READ)
             answer = self.process.stdout.readline() if waiting.select(TIMEOUT) else None
         if not answer:
-            self.process.kill()
-            return f"no answer in {TIMEOUT:.0f} s" if answer is None else f"the process died ({self.process.wait()})"
+            return self._end(answer is None)
         code, wrong, memory = json.loads(answer)
         self.verdicts[code] += 1
         if memory > MEMORY:
@@ -389,6 +388,14 @@ class Worker:
             self.process.wait()
             return f"took {memory >> 20} MB of memory"
         return str(wrong)
+
+    def _end(self, silent: bool) -> str:
+        """Stop a process that is silent, or wait for one that is ending by itself."""
+        assert self.process is not None
+        if silent:
+            self.process.kill()
+        code = self.process.wait()
+        return f"no answer in {TIMEOUT:.0f} s" if silent else f"the process died ({code})"
 
 
 # ------------------------------------------------------------------------------------------------ the search
