@@ -17,22 +17,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from requant_onnx import convert, execute, tables
-from requant_onnx.data import load_images
-from requant_onnx.errors import OutputError, RequantError
+from requant_onnx.errors import ConfigError, OutputError, RequantError
 from requant_onnx.explain import explain
 from requant_onnx.graph.load import data_files, file_bytes, is_large
 from requant_onnx.graph.save import save_model, write_atomically
-from requant_onnx.options import calibration_of, config_of, limit_of, normalisation_of, parser_of
+from requant_onnx.options import parse, parser_of
+from requant_onnx.toml_config import write_options
 from requant_onnx.validate import validate
+from requant_onnx.values import calibration_of, config_of, images_of, limit_of, normalisation_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0, or 2 after an error that it has printed; 130 after Ctrl-C."""
     parser = parser_of(convert=_convert, validate=_validate, inspect=_inspect, explain=_explain)
-    args = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of weights that the terminal cannot show
     try:
+        args = parse(parser, arguments)
         args.run(args)
     except RequantError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,7 +56,7 @@ def _convert(args: argparse.Namespace) -> None:
     _check_output(args.input, args.output, args.force)
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     _check_json(args.json, args.input, args.output, *data)
-    with _progress("quantizing") as progress:
+    with _progress(args, "quantizing") as progress:
         model, report = convert.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # external data moves: a copy would point to where it is not
@@ -65,20 +66,24 @@ def _convert(args: argparse.Namespace) -> None:
         write_atomically(args.output, args.input.read_bytes())
     if not report.converted:
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
-    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after]}
+    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after], "toml": write_options(args)}
     _write_json(args.json, {**report.to_dict(), **paths})
-    tables.print_conversion(_console(), report, (before, after))
+    tables.print_conversion(_console(args), report, (before, after))
+    if args.verbose:
+        tables.print_tried(_console(args), report)
 
 
 def _validate(args: argparse.Namespace) -> None:
     _check_json(args.json, args.reference, args.candidate)
-    images = load_images(args.data).first(limit_of(args.limit))
+    if args.data is None:
+        raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
+    images = images_of(args, args.data, "test").first(limit_of(args.limit))
     normalisation = normalisation_of(args, args.data, images)
-    with _progress("validating") as progress:
+    with _progress(args, "validating") as progress:
         report = validate(args.reference, args.candidate, images, normalisation, progress=progress)
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
     _write_json(args.json, {**report.to_dict(), **names})
-    console = _console()
+    console = _console(args)
     if normalisation is not None:
         console.print(f"pixels normalised with mean {_listed(normalisation.mean)} and std {_listed(normalisation.std)}")
     tables.print_validation(console, report)
@@ -86,16 +91,18 @@ def _validate(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     _check_json(args.json, args.model)
-    report = convert.inspect_model(args.model)
+    with _status(args, "reading the model"):
+        report = convert.inspect_model(args.model)
     _write_json(args.json, {**report.to_dict(), "model": str(args.model)})
-    tables.print_inspection(_console(), report)
+    tables.print_inspection(_console(args), report)
 
 
 def _explain(args: argparse.Namespace) -> None:
     _check_json(args.json, args.model)
-    explanation = explain(args.model)
+    with _status(args, "loading the model in ONNX Runtime"):
+        explanation = explain(args.model)
     _write_json(args.json, {**explanation.to_dict(), "model": str(args.model)})
-    tables.print_explanation(_console(), explanation)
+    tables.print_explanation(_console(args), explanation)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
@@ -131,22 +138,28 @@ def _write_json(path: Path | None, report: dict[str, Any]) -> None:
         write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _console() -> Console:
-    """Full-width tables when the output is a file or a pipe."""
-    return Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=200)
+def _console(args: argparse.Namespace) -> Console:
+    """Full-width tables when the output is a file or a pipe.  Silent with --quiet; rich heeds NO_COLOR."""
+    return Console(emoji=False, quiet=args.quiet, width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[execute.Progress | None]:
-    """A progress bar on standard error; None when that is no terminal."""
+def _progress(args: argparse.Namespace, what: str) -> Iterator[execute.Progress | None]:
+    """A progress bar on standard error; None when that is no terminal, or with --quiet."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if args.quiet or not console.is_terminal:
         yield None
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda item, done, total: bar.update(task, description=escape(item), completed=done, total=total)
+
+
+def _status(args: argparse.Namespace, what: str) -> contextlib.AbstractContextManager[object]:
+    """A sign of life on standard error, for what has no steps to count."""
+    console = Console(stderr=True)
+    return contextlib.nullcontext() if args.quiet or not console.is_terminal else console.status(what)
 
 
 def _listed(values: tuple[float, ...]) -> str:

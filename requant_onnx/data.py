@@ -6,8 +6,9 @@ CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -160,16 +161,41 @@ def _read_records(path: Path, dataset: str) -> npt.NDArray[np.uint8]:
     return raw.reshape(-1, record)
 
 
-def _load_npz(path: Path) -> ImageSet:
+def holds_images(path: Path) -> bool:
+    """Whether an .npz file has the array x.  Raises DataError when it cannot be read."""
+    with _opened(path) as arrays:
+        return "x" in arrays
+
+
+def load_feeds(path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """The inputs of a model by name, of an .npz file that holds each as one array, stacked along the first axis.
+
+    Raises DataError when it cannot be read or the arrays are not equally many.
+    """
+    with _opened(path) as arrays:
+        inputs = {name: arrays[name] for name in arrays}
+    counts = {values.shape[0] if values.ndim else 0 for values in inputs.values()}
+    if len(counts) != 1 or not all(counts):
+        raise DataError(f"'{path}' must hold one array for each input of the model, with as many rows, at least one, in each")
+    return [{name: values[k : k + 1] for name, values in inputs.items()} for k in range(counts.pop())]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[np.generic]]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if "x" not in arrays:
-                raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
-            x, y = arrays["x"], arrays.get("y")
+            yield arrays
     except DataError:
         raise
     except Exception as error:  # zipfile, zlib, pickle and NumPy raise many types on damaged files
         raise DataError(f"cannot read '{path}' as .npz ({error}); write it with numpy.savez(x=..., y=...)") from None
+
+
+def _load_npz(path: Path) -> ImageSet:
+    with _opened(path) as arrays:
+        if "x" not in arrays:
+            raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
+        x, y = arrays["x"], arrays.get("y")
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray | None):
         raise DataError(f"'{path}' holds something else than arrays; write it with numpy.savez(x=..., y=...)")
     return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))

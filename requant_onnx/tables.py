@@ -113,6 +113,15 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
     )
 
 
+def print_tried(console: Console, report: QuantReport) -> None:
+    """The step taken for each weight, and the relative error of the layer's output after each step tried."""
+    table = Table("weight", "form", "taken", "output errors of what was tried", box=None, header_style="bold", pad_edge=False)
+    for weight in report.converted:
+        tried = ", ".join(f"{step} {error:.2e}" for step, error in weight.output_errors.items())
+        table.add_row(escape(weight.name), weight.form, weight.step, tried or "(no calibration inputs)")
+    console.print(table)
+
+
 def _table(*columns: str) -> Table:
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for column in table.columns[2:]:

@@ -25,7 +25,8 @@ LAYERS = (
     {"budget"},
     {"convert"},
     {"validate", "tables"},
-    {"options"},
+    {"toml_config"},
+    {"options", "values"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -270,8 +270,8 @@ def test_an_interrupted_conversion_writes_nothing(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
-    def interrupted(_: str) -> Iterator[Progress]:
-        def report(_: str, done: int, __: int) -> None:
+    def interrupted(_: object, __: str) -> Iterator[Progress]:
+        def report(_: str, done: int, *__: int) -> None:
             if done == 2:
                 raise KeyboardInterrupt
 

@@ -1,0 +1,89 @@
+"""Options of a command in a TOML file (https://toml.io), and the file that reproduces a run.
+
+bits = 4                       # as --bits 4
+form = "folded"
+mean = [0.485, 0.456, 0.406]   # as --mean 0.485,0.456,0.406
+force = true                   # as --force
+
+[validate]                     # for this command only
+data = "images:val"
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+from requant_onnx.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NOT_IN_FILES = ("help", "config", "json", "quiet", "verbose")
+
+
+def read_options(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options of a command in a file, as argparse holds them.  Raises ConfigError when it cannot be read, or names others.
+
+    parser: of the command.  Tables of other commands are left to them.
+    """
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read '{path}' ({error.strerror or error}); check the path") from None
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ConfigError(f"'{path}' is not TOML ({error}); write it as in the README") from None
+    known = _options(parser)
+    own = content.get(parser.prog.split()[-1], {})
+    tables = [{key: value for key, value in content.items() if not isinstance(value, dict)}, own]
+    return {known[name].dest: _value(path, known[name], value) for table in tables for name, value in _named(path, table, known)}
+
+
+def write_options(args: argparse.Namespace) -> str:
+    """The file with which a command does the same again: the options that were given."""
+    lines = []
+    for name, action in _options(args.parser).items():
+        value = getattr(args, action.dest)
+        if value not in (None, False):
+            lines.append(f"{name} = {'true' if value is True else _quoted(str(value))}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Long name, without dashes -> option."""
+    named = {text[2:]: action for action in parser._actions for text in action.option_strings if text.startswith("--")}
+    return {name: action for name, action in named.items() if name not in NOT_IN_FILES}
+
+
+def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action]) -> list[tuple[str, Any]]:
+    found = [(key.replace("_", "-"), value) for key, value in table.items()]
+    for name, _ in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"is it '{near[0]}'?" if near else "see --help, or put it into the table of another command"
+            raise ConfigError(f"'{path}' sets '{name}', which is no option here; {hint}")
+    return found
+
+
+def _value(path: Path, option: argparse.Action, value: Any) -> Any:
+    """A value of TOML as the command line gives it: text, but for switches."""
+    if option.nargs == 0:
+        if not isinstance(value, bool):
+            raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")
+        return value
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, bool) or not values or not all(isinstance(item, str | int | float) for item in values):
+        raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes a text, a number, or a list of them")
+    text = ",".join(str(item) for item in values)
+    return option.type(text) if callable(option.type) else text
+
+
+def _quoted(text: str) -> str:
+    """A basic string of TOML."""
+    escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else {"\\": "\\\\", '"': '\\"'}.get(c, c) for c in text)
+    return f'"{escaped}"'

@@ -1,0 +1,165 @@
+"""The text of options turned into values."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from requant_onnx.calibrate import DEFAULT_COUNT, NATURAL, Calibration
+from requant_onnx.config import (
+    ActivationRange,
+    Budget,
+    EdgeLayers,
+    Form,
+    Granularity,
+    Int8Levels,
+    QuantConfig,
+    RangeMode,
+    Refinement,
+    Space,
+    Transform,
+    Version,
+    parse_choice,
+)
+from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, Normalisation, holds_images, load_feeds, load_images
+from requant_onnx.errors import ConfigError
+from requant_onnx.image_folder import Pipeline
+
+
+def config_of(args: argparse.Namespace) -> QuantConfig:
+    """The recipe with the options given on top.  Raises ConfigError."""
+    if args.recipe not in (None, "paper"):
+        raise ConfigError(f"--recipe '{args.recipe}' is not known; the one recipe is 'paper'")
+    bits = _bits(args)
+    base = QuantConfig.paper() if args.recipe == "paper" else QuantConfig()
+    given: dict[str, Any] = {}
+    if args.transform is not None:
+        given["transform"] = Transform.parse(args.transform)
+    if args.min_ort is not None:
+        given["min_ort"] = Version.parse(args.min_ort)
+    enums = {
+        "granularity": Granularity,
+        "range_mode": RangeMode,
+        "edge_layers": EdgeLayers,
+        "objective": Space,
+        "rounding": Space,
+        "form": Form,
+        "refinement": Refinement,
+        "activation_range": ActivationRange,
+        "int8_levels": Int8Levels,
+    }
+    for name, kind in enums.items():
+        text = getattr(args, name)
+        if text is not None:
+            option = "--range" if name == "range_mode" else "--" + name.replace("_", "-")
+            given[name] = parse_choice(kind, text, option)
+    for name in ("activation_range", "int8_levels"):
+        if name in given and given.get("form", base.form) is not Form.INT8:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --form int8; give that too, or drop it")
+    if bits is not None:
+        given["bits"] = bits
+    return dataclasses.replace(base, **given)
+
+
+def _bits(args: argparse.Namespace) -> int | Budget | None:
+    if args.bits != "auto":
+        for option in ("size", "target_sqnr"):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} belongs to --bits auto; give that, or drop it")
+        return None if args.bits is None else _whole(args.bits, "--bits")
+    if (args.size is None) == (args.target_sqnr is None):
+        raise ConfigError("--bits auto needs what to aim at: either --size, for instance 180kB, or --target-sqnr, for instance 20")
+    if args.size is None:
+        return Budget(sqnr_db=_numbers(args.target_sqnr, "--target-sqnr")[0])
+    if args.external_data:
+        raise ConfigError("--size counts one file; drop --external-data")
+    return Budget(size=Budget.parse_size(args.size))
+
+
+def calibration_of(args: argparse.Namespace) -> Calibration | None:
+    """What --calibrate asks for.  Raises ConfigError, DataError."""
+    spec = args.calibrate
+    if spec in (None, "none"):
+        _refuse(args, ("calibrate_limit", "seed", "mean", "std", "resize", "crop"), "--calibrate; give that too")
+        return None
+    seed = 0 if args.seed is None else _whole(args.seed, "--seed")
+    count = DEFAULT_COUNT if args.calibrate_limit is None else _whole(args.calibrate_limit, "--calibrate-limit")
+    if spec == "noise" or spec.startswith("noise:"):
+        _refuse(args, ("resize", "crop"), "images:DIR")
+        return Calibration(None, normalisation_of(args, "noise", None), count, seed, size=_size(spec[6:]))
+    if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
+        raise ConfigError(f"--calibrate '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
+    if spec.endswith(".npz") and not holds_images(Path(spec)):
+        _refuse(args, ("seed", "mean", "std", "resize", "crop"), "images, and the file has no array x")
+        return Calibration.from_feeds(load_feeds(Path(spec)), count)
+    images = images_of(args, spec, "train")
+    return Calibration(images, normalisation_of(args, spec, images), count, seed)
+
+
+def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
+    """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
+    if not spec.startswith("images:"):
+        _refuse(args, ("resize", "crop"), "images:DIR")
+    resize = None if args.resize is None else _whole(args.resize, "--resize")
+    return load_images(spec, split, Pipeline(resize, None if args.crop is None else _crop(args.crop)))
+
+
+def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalisation | None:
+    """What the options ask for; None for float images, and for noise (images is None), when they ask for nothing."""
+    pixels = images is not None and images.x.dtype == "uint8"
+    if not pixels and args.mean is None and args.std is None:
+        return None
+    if images is None and (args.mean is None or args.std is None):
+        raise ConfigError("give noise both --mean and --std, or neither for those of ImageNet")
+    usual = {**CIFAR_MEAN_STD, "images": (NATURAL.mean, NATURAL.std)}
+    mean, std = usual.get(spec.partition(":")[0], ((0.0,), (1.0,)))
+    return Normalisation(
+        mean if args.mean is None else _numbers(args.mean, "--mean"), std if args.std is None else _numbers(args.std, "--std")
+    )
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], owner: str) -> None:
+    """Raise ConfigError where an option was given that has no meaning here."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, or drop it")
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} '{text}' is not a list of numbers; write it as R,G,B, for instance 0.5,0.5,0.5") from None
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    height, _, width = text.partition("x")
+    if not text:
+        return None
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ConfigError(f"--calibrate 'noise:{text}' is not a size; write it as noise:224x224, height first")
+    return int(height), int(width)
+
+
+def _crop(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (height.isdecimal() and (width.isdecimal() or not cross)):
+        raise ConfigError(f"--crop '{text}' is not a size; write it as 224 or 224x224, height first")
+    return int(height), int(width or height)
+
+
+def _whole(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{option} '{text}' is not a whole number") from None
+
+
+def limit_of(text: str | None) -> int | None:
+    """How many images, None for all.  Raises ConfigError."""
+    limit = None if text is None else _whole(text, "--limit")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} leaves no image; give 1 or more")
+    return limit

@@ -1,0 +1,194 @@
+"""Options: from a file, from the command line, and how much is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import small_cnn
+from test_image_folder import write
+
+from requant_onnx.cli import main
+from requant_onnx.config import METADATA_KEY
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    return tmp_path / "in.onnx"
+
+
+def settings_of(path: Path) -> dict[str, object]:
+    entry = {item.key: item.value for item in onnx.load(path).metadata_props}[METADATA_KEY]
+    return dict(json.loads(entry))
+
+
+def config(folder: Path, text: str) -> str:
+    (folder / "requant.toml").write_text(text, "utf-8")
+    return str(folder / "requant.toml")
+
+
+def test_a_file_sets_options_and_the_command_line_overrides_them(model: Path) -> None:
+    output = model.with_name("out.onnx")
+    written = config(model.parent, 'bits = 4\nform = "folded"\nedge-layers = "float"\n[convert]\nedge_layers = "plain"\n')
+    assert main(["convert", str(model), str(output), "--config", written, "--bits", "3"]) == 0
+    made = settings_of(output)
+    assert (made["bits"], made["form"], made["edge_layers"]) == (3, "folded", "plain")
+
+
+def test_lists_numbers_and_switches_of_a_file(model: Path) -> None:
+    np.savez(model.with_name("i.npz"), x=np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8))
+    report = model.with_name("r.json")
+    text = f"""calibrate = {json.dumps(str(model.with_name("i.npz")))}
+        mean = [0.5, 0.4, 0.3]
+        std = 0.25
+        force = true
+        [validate]
+        limit = 3"""
+    command = [
+        "convert",
+        str(model),
+        str(model.with_name("out.onnx")),
+        "--config",
+        config(model.parent, text),
+        "--json",
+        str(report),
+    ]
+    assert main(command) == 0
+    assert main(command) == 0  # force
+    assert 'mean = "0.5,0.4,0.3"' in json.loads(report.read_text())["toml"]
+
+
+def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> None:
+    first, second, report = (model.with_name(name) for name in ("1.onnx", "2.onnx", "r.json"))
+    options = ["--bits", "3", "--form", "folded", "--calibrate", "noise", "--calibrate-limit", "16", "--seed", "5"]
+    assert main(["convert", str(model), str(first), "--json", str(report), *options]) == 0
+    again = config(model.parent, json.loads(report.read_text())["toml"])
+    assert main(["convert", str(model), str(second), "--config", again]) == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bits = ", "is not TOML"),
+        ("bit = 4", "'bit', which is no option here; is it 'bits'?"),
+        ("zzz = 4", "see --help"),
+        ("bits = true", "it takes a text, a number"),
+        ("mean = []", "it takes a text, a number"),
+        ("force = 1", "takes true or false"),
+        ("bits = 9", "bits"),
+        ("help = true", "no option here"),
+        ("[convert]\nbits = 'x'", "not a whole number"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(model: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    written = config(model.parent, text)
+    assert main(["convert", str(model), str(model.with_name("out.onnx")), "--config", written]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not model.with_name("out.onnx").exists()
+
+
+def test_files_that_cannot_be_read_are_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model.parent / "bad.toml").write_bytes(b"\xff\xfe")
+    for name in ("none.toml", "bad.toml", "."):
+        assert main(["inspect", str(model), "--config", str(model.parent / name)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_quiet_prints_nothing_and_verbose_more(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--force", "--bits", "4", "--calibrate", "noise"]
+    printed = {}
+    for option in ("-q", "-v", ""):
+        assert main([*command, *option.split()]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        printed[option] = captured.out
+    assert printed["-q"] == ""
+    assert printed[""] in printed["-v"]
+    assert "nearest" in printed["-v"].removeprefix(printed[""])
+    for name in ("inspect", "explain"):
+        assert main([name, str(model), "-q"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["convert", str(model), str(model.with_name("out.onnx")), "-q"]) == 2  # errors are printed
+    assert "exists" in capsys.readouterr().err
+
+
+def test_no_colour_codes_without_a_terminal_or_with_no_color(model: Path) -> None:
+    script = shutil.which("script")
+    command = [sys.executable, "-m", "requant_onnx", "inspect", str(model)]
+    assert b"\x1b" not in subprocess.run(command, capture_output=True, check=True).stdout
+    if script is not None:  # a terminal
+        shown = {
+            name: subprocess.run(
+                [script, "-qec", " ".join(command), "/dev/null"], capture_output=True, check=True, env={"TERM": "xterm", **extra}
+            ).stdout
+            for name, extra in (("colour", {}), ("none", {"NO_COLOR": "1"}))
+        }
+        assert b"\x1b[1m" in shown["colour"]
+        assert b"\x1b[3" not in shown["none"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts_know_the_commands(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", shell])
+    assert stopped.value.code == 0
+    assert "calibrate-limit" in capsys.readouterr().out
+
+
+def test_bash_completes_options(tmp_path: Path) -> None:
+    script = subprocess.run([sys.executable, "-m", "requant_onnx", "--print-completion", "bash"], capture_output=True, check=True)
+    (tmp_path / "c.sh").write_bytes(script.stdout)
+    asked = 'source c.sh; COMP_WORDS=(requant convert --cali); COMP_CWORD=2; _shtab_requant; echo "${COMPREPLY[@]}"'
+    found = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["--calibrate", "--calibrate-limit"]
+
+
+def test_images_are_resized_and_cropped_as_asked(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in range(8):
+        write(model.parent / f"photos/{'ab'[k % 2]}/{k}.png", 20 + k, 30, seed=k)
+    photos, output = f"images:{model.parent / 'photos'}", str(model.with_name("out.onnx"))
+    pipeline = ["--resize", "9", "--crop", "8"]
+    assert main(["convert", str(model), output, "--bits", "4", "--calibrate", photos, *pipeline]) == 0
+    assert main(["validate", str(model), output, "--data", photos, *pipeline]) == 0
+    printed = capsys.readouterr().out
+    assert "mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225" in printed
+    assert "top-1" in printed
+    for wrong in (["--crop", "8xx"], ["--resize", "0"], ["--resize", "9", "--crop", "7"], []):
+        assert main(["validate", str(model), output, "--data", photos, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = onnx.load(model)
+    graph.graph.input[0].name = graph.graph.node[0].input[0] = "pixels"
+    onnx.save(graph, model)
+    path = model.with_name("inputs.npz")
+    np.savez(path, pixels=np.random.default_rng(0).normal(size=(20, 3, 8, 8)).astype(np.float32))
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--bits", "4", "--calibrate", str(path)]
+    assert main([*command, "-v"]) == 0
+    assert "feedback" in capsys.readouterr().out
+    for arrays in ({}, {"pixels": np.zeros(()), "b": np.zeros(3)}, {"pixels": np.zeros((2, 3)), "b": np.zeros((3, 3))}):
+        np.savez(path, **arrays)
+        assert main([*command, "--force"]) == 2
+        assert "one array for each input" in capsys.readouterr().err
+
+
+def test_every_option_of_convert_can_be_in_a_file() -> None:
+    from requant_onnx.options import parser_of  # noqa: PLC0415
+    from requant_onnx.toml_config import _options  # noqa: PLC0415
+
+    def nothing(_: argparse.Namespace) -> None: ...
+
+    args = parser_of(nothing, nothing, nothing, nothing).parse_args(["convert", "a", "b"])
+    assert {"bits", "size", "calibrate", "crop", "int8-levels", "external-data", "force"} <= set(_options(args.parser))
