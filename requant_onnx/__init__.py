@@ -23,6 +23,7 @@ from requant_onnx.graph.save import save_model
 from requant_onnx.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.runtime import load_session
 from requant_onnx.validate import validate
+from requant_onnx.webpage import html_report
 
 __all__ = [
     "ActivationRange",
@@ -53,6 +54,7 @@ __all__ = [
     "Version",
     "WeightReport",
     "explain",
+    "html_report",
     "inspect_model",
     "load_images",
     "load_session",

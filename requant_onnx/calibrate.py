@@ -15,6 +15,7 @@ from onnxruntime import InferenceSession
 
 from requant_onnx.data import MAX_VALUES, ImageSet, Normalisation, batches
 from requant_onnx.errors import ConfigError, DataError, ModelError
+from requant_onnx.graph.load import Source
 from requant_onnx.noise import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.runtime import Classifier, open_classifier, open_session, require_image, run_session
@@ -173,6 +174,15 @@ def _checked(feed: object) -> Feed:
         if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
             raise DataError(f"the calibration input '{name}' must be an array of finite numbers, not of {values.dtype}")
     return arrays
+
+
+def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSet, Normalisation | None]:
+    """The images of a calibration, or its noise, and how they become inputs; for a calibration without feeds.
+
+    Raises as `watch_activations`.
+    """
+    images = _images_for(open_classifier(model, "the model"), calibration)
+    return images, calibration.normalisation if images.x.dtype != "uint8" else _normalisation(calibration, images)
 
 
 def _is_whole(value: object) -> bool:

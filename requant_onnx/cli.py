@@ -25,11 +25,12 @@ from requant_onnx.options import parse, parser_of
 from requant_onnx.toml_config import write_options
 from requant_onnx.validate import validate
 from requant_onnx.values import calibration_of, config_of, images_of, limit_of, normalisation_of
+from requant_onnx.webpage import html_report, require
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0, or 2 after an error that it has printed; 130 after Ctrl-C."""
-    parser = parser_of(convert=_convert, validate=_validate, inspect=_inspect, explain=_explain)
+    parser = parser_of(convert=_convert, validate=_validate, report=_report, inspect=_inspect, explain=_explain)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of weights that the terminal cannot show
     try:
@@ -56,6 +57,7 @@ def _convert(args: argparse.Namespace) -> None:
     _check_output(args.input, args.output, args.force)
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     _check_json(args.json, args.input, args.output, *data)
+    _check_page(args.html, args.force, args.input, args.output, *data)
     with _progress(args, "quantizing") as progress:
         model, report = convert.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
@@ -68,6 +70,14 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
     paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after], "toml": write_options(args)}
     _write_json(args.json, {**report.to_dict(), **paths})
+    if args.html is not None:
+        with _progress(args, "drawing") as progress:
+            images = None if calibration is None else calibration.images
+            shown = None if images is None or calibration is None else images.drawn(calibration.count, calibration.seed)
+            settings = [("requant.toml, for requant convert --config", write_options(args))]
+            how = None if calibration is None else calibration.normalisation
+            page = html_report(args.input, args.output, shown, how, conversion=report, settings=settings, progress=progress)
+        write_atomically(args.html, page.encode())
     tables.print_conversion(_console(args), report, (before, after))
     if args.verbose:
         tables.print_tried(_console(args), report)
@@ -87,6 +97,15 @@ def _validate(args: argparse.Namespace) -> None:
     if normalisation is not None:
         console.print(f"pixels normalised with mean {_listed(normalisation.mean)} and std {_listed(normalisation.std)}")
     tables.print_validation(console, report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    _check_page(args.output, args.force, args.reference, args.candidate)
+    images = None if args.data is None else images_of(args, args.data, "test").first(limit_of(args.limit))
+    normalisation = normalisation_of(args, args.data or "noise", images)
+    with _progress(args, "comparing") as progress:
+        page = html_report(args.reference, args.candidate, images, normalisation, progress=progress)
+    write_atomically(args.output, page.encode())
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -122,15 +141,26 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
 
 
 def _check_json(path: Path | None, *models: Path) -> None:
+    if path is not None:
+        _check_report(path, *models)
+        if path.exists() and path.suffix != ".json":
+            raise OutputError(f"'{path}' exists and is no .json file; give the report another path")
+
+
+def _check_report(path: Path, *models: Path) -> None:
     """Refuse a report path that cannot work before the work is done."""
-    if path is None:
-        return
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write the report to '{path}'; give a file in a folder that exists")
     if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
         raise OutputError(f"the report '{path}' would replace a model; give another path")
-    if path.exists() and path.suffix != ".json":
-        raise OutputError(f"'{path}' exists and is no .json file; give the report another path")
+
+
+def _check_page(path: Path | None, force: bool, *models: Path) -> None:
+    if path is not None:
+        require()
+        _check_report(path, *models)
+        if path.exists() and not force:
+            raise OutputError(f"'{path}' exists; give another path, or --force to replace it")
 
 
 def _write_json(path: Path | None, report: dict[str, Any]) -> None:

@@ -38,6 +38,10 @@ EPILOGS = {
 pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
     "inspect": """example:
   requant inspect net.onnx --json net.json""",
+    "report": """examples:
+  requant report net.onnx net4.onnx net4.html
+  requant report net.onnx net4.onnx net4.html --data cifar10:cifar-10-batches-bin
+  requant report net.onnx by_another_tool.onnx page.html --data images:val --resize 256 --crop 224""",
     "explain": """example:
   requant explain net4.onnx
 each weight is one of: float (stored so), folded at load (decoded once, float speed), decoded every run (slow), fused (an
@@ -55,7 +59,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return args
 
 
-def parser_of(convert: Command, validate: Command, inspect: Command, explain: Command) -> argparse.ArgumentParser:
+def parser_of(convert: Command, validate: Command, report: Command, inspect: Command, explain: Command) -> argparse.ArgumentParser:
     """The parser; `args.run` is the function of the command given, `args.parser` the command's own parser."""
     parser = _command(
         argparse.ArgumentParser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining."
@@ -65,6 +69,7 @@ def parser_of(convert: Command, validate: Command, inspect: Command, explain: Co
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(convert, _command(commands.add_parser, "convert", help="write a model with quantized weights"))
     _add_validate(validate, _command(commands.add_parser, "validate", help="compare two models on images"))
+    _add_report(report, _command(commands.add_parser, "report", help="write a web page on what became of each weight"))
     _add_model(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
     _add_model(explain, _command(commands.add_parser, "explain", help="say what ONNX Runtime does with each weight of a model"))
     return parser
@@ -107,6 +112,8 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         "--external-data", action="store_true", help="write weights to OUT.onnx.data beside OUT.onnx, as models above 2 GB need"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
+    page = parser.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
+    page.complete = shtab.FILE  # type: ignore[attr-defined]
     _add_common(run, parser)
 
 
@@ -144,6 +151,17 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="only the first N images")
+    _add_common(run, parser)
+
+
+def _add_report(run: Command, parser: argparse.ArgumentParser) -> None:
+    _add_file(parser, "reference", "REF.onnx")
+    _add_file(parser, "candidate", "CANDIDATE.onnx")
+    _add_file(parser, "output", "OUT.html")
+    parser.add_argument("--data", metavar="SPEC", help="as in validate; default: noise, which shows no accuracy")
+    _add_images(parser, "of the images")
+    parser.add_argument("--limit", metavar="N", help="only the first N images")
+    parser.add_argument("--force", action="store_true", help="replace OUT.html if it exists")
     _add_common(run, parser)
 
 

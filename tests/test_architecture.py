@@ -25,6 +25,9 @@ LAYERS = (
     {"budget"},
     {"convert"},
     {"validate", "tables"},
+    {"anatomy"},
+    {"study"},
+    {"webpage"},
     {"toml_config"},
     {"options", "values"},
     {"cli"},
@@ -77,7 +80,7 @@ def test_public_names() -> None:
         "ActivationRange", "ActivationReport", "Budget", "Calibration", "ConfigError", "DataError", "EdgeLayers",
         "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError",
         "Normalisation", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Space",
-        "Transform", "ValidationReport", "Version", "WeightReport", "explain", "inspect_model", "load_images",
+        "Transform", "ValidationReport", "Version", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
         "load_session", "quantize_model", "save_model", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)

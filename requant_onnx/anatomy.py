@@ -1,0 +1,278 @@
+"""Two models side by side, weight by weight: what became of each, and where the error enters.
+
+The candidate may come from any tool: grids are inferred from the decoded values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.calibrate import Calibration, calibration_chunks
+from requant_onnx.execute import Progress
+from requant_onnx.graph.decoded import Reader, constant_part, find_readers
+from requant_onnx.graph.expose import expose_weights
+from requant_onnx.graph.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.load import Source, load_model
+from requant_onnx.lockstep import Chunk
+from requant_onnx.numerics.curve import error_curve
+from requant_onnx.numerics.infer import InferredGrid, infer_grid
+from requant_onnx.numerics.quantize import to_rows
+from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges, transform
+from requant_onnx.numerics.search import search_alpha
+from requant_onnx.report import sqnr_db
+from requant_onnx.runtime import open_session, run_session
+
+ALPHAS = np.linspace(0.3, 1.0, 71)
+BINS = 96
+MAX_ROWS, MAX_VALUES = 512, 1 << 20  # of a weight, for its curve and histograms; a regular sample of the rows
+TENSOR_BYTES = 1 << 27  # of layer outputs compared at a time
+
+FloatArray = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Signal-to-noise ratio in dB of a weight on its grid, over one alpha for all channels.
+
+    best: (alpha, dB) of the least error; full: dB at alpha = 1; own: dB with the best alpha of each channel.
+    """
+
+    alphas: FloatArray
+    sqnr_db: FloatArray
+    best: tuple[float, float]
+    full: float
+    own: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """A histogram of weights, in units in which the levels of all channels are the same.  edges: (bins+1,); counts: (bins,)."""
+
+    edges: FloatArray
+    counts: npt.NDArray[np.int64]
+    levels: FloatArray
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One weight.  name: in the candidate.  kind: "same" values, on a "grid", or "changed" in another way.
+
+    sqnr_db: of the decoded weight; output_sqnr_db: of what its node gives, nan where that was not compared.
+    alpha: (least, mean, largest) range factor of the channels as they are; scales: (channels,) or (1,).
+    densities: in weight space, and in the space of `exponent`.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    kind: str
+    sqnr_db: float
+    output_sqnr_db: float
+    bits: int = 32
+    exponent: float = 1.0
+    scales: FloatArray | None = None
+    alpha: tuple[float, float, float] | None = None
+    curve: Curve | None = None
+    densities: tuple[Density, Density] | None = None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The same node in both models, with its weight as one row a channel."""
+
+    reader: Reader
+    shape: tuple[int, ...]
+    w: Rows
+    w_hat: Rows
+    half: bool
+
+
+def dissect(
+    reference: Source, candidate: Source, calibration: Calibration | None, progress: Progress | None = None
+) -> tuple[Anatomy, ...]:
+    """Every weight of the main graph that both models have, in the order of the candidate.
+
+    calibration: the inputs on which the outputs of layers are compared; None leaves them.
+    Raises ModelError, DataError as quantize_model.
+    """
+    ours, theirs = load_model(reference), load_model(candidate)
+    pairs = _pairs(load_model(reference), theirs)
+    names = [pair.reader.output for pair in pairs]
+    outputs = {} if calibration is None else output_sqnr(ours, theirs, names, calibration_chunks(ours, calibration))
+    found = []
+    for done, pair in enumerate(pairs, 1):
+        found.append(_anatomy(pair, outputs.get(pair.reader.output, math.nan)))
+        if progress is not None:
+            progress(pair.reader.weight, done, len(pairs))
+    return tuple(found)
+
+
+def output_sqnr(
+    reference: onnx.ModelProto, candidate: onnx.ModelProto, names: Sequence[str], chunks: Sequence[Chunk]
+) -> dict[str, float]:
+    """Output SQNR in dB of each tensor that both models compute, on the same inputs."""
+    both = _made(reference) & _made(candidate)
+    common = [name for name in dict.fromkeys(names) if name in both]
+    found: dict[str, float] = {}
+    while common:
+        some = _fitting(reference, common, chunks[0])
+        common = common[len(some) :]
+        sessions = [open_session(_with_outputs(model, some), "the model") for model in (reference, candidate)]
+        sums = np.zeros((len(some), 2))
+        for chunk in chunks:
+            ours, theirs = (run_session(session, "the model", None, chunk) for session in sessions)
+            for k, (own, their) in enumerate(zip(ours, theirs, strict=True)):
+                exact = np.asarray(own, np.float64)
+                if exact.shape == np.shape(their):
+                    sums[k] += (np.square(exact).sum(), np.square(exact - np.asarray(their, np.float64)).sum())
+                else:
+                    sums[k] = np.nan
+        found.update((name, sqnr_db(*map(float, own))) for name, own in zip(some, sums, strict=True) if np.isfinite(own).all())
+    return found
+
+
+def _made(model: onnx.ModelProto) -> set[str]:
+    return {name for node in model.graph.node for name in node.output if name}
+
+
+def _fitting(model: onnx.ModelProto, names: Sequence[str], chunk: Chunk) -> list[str]:
+    """The first of the tensors, as many as TENSOR_BYTES hold, at least one."""
+    values = run_session(open_session(_with_outputs(model, names), "the model"), "the model", None, chunk)
+    sizes = np.cumsum([np.asarray(value).nbytes for value in values])
+    return list(names[: max(1, int((sizes <= TENSOR_BYTES).sum()))])
+
+
+def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.output[:]
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return changed
+
+
+def _pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[_Pair]:
+    """The weights of nodes that give the same tensor, in the reference as it is or with BatchNormalization folded."""
+    readers = find_readers(candidate)
+    exposed = expose_weights(reference)
+    sources = [_values_by_output(exposed, find_readers(exposed))]
+    fold_batchnorm(exposed)
+    sources.append(_values_by_output(exposed, find_readers(exposed)))
+    theirs = _values_by_output(candidate, readers)
+    pairs = []
+    for reader in readers:
+        w_hat = theirs[reader.output]
+        for source in sources:
+            match = source.get(reader.output)
+            if match is not None and match[0].op == reader.op and sorted(match[1].shape) == sorted(w_hat[1].shape):
+                pairs.append(_pair(reader, w_hat[1], match))
+                break
+    return pairs
+
+
+def _pair(reader: Reader, w_hat: npt.NDArray[np.generic], match: tuple[Reader, npt.NDArray[np.generic]]) -> _Pair:
+    own, w = match
+    rows = to_rows(w.astype(np.float32), own.channel_axis(w.ndim))
+    decoded = to_rows(w_hat.astype(np.float32), reader.channel_axis(w_hat.ndim))
+    return _Pair(reader, tuple(w.shape), rows, decoded, w_hat.dtype.itemsize == 2)
+
+
+def _values_by_output(model: onnx.ModelProto, readers: Sequence[Reader]) -> dict[str, tuple[Reader, npt.NDArray[np.generic]]]:
+    """Output of a node -> (the node, its decoded weight)."""
+    names = list(dict.fromkeys(reader.weight for reader in readers))
+    if not names:
+        return {}
+    session = open_session(constant_part(model, names), "the model")
+    values = dict(zip(names, (np.asarray(value) for value in run_session(session, "the model", None, {})), strict=True))
+    return {reader.output: (reader, values[reader.weight]) for reader in readers}
+
+
+def _anatomy(pair: _Pair, output: float) -> Anatomy:
+    w, w_hat = pair.w.astype(np.float64), pair.w_hat.astype(np.float64)
+    if w.shape != w_hat.shape:
+        return Anatomy(pair.reader.weight, pair.reader.op, pair.shape, "changed", math.nan, output)
+    sqnr = sqnr_db(float(np.square(w).sum()), float(np.square(w_hat - w).sum()))
+    kind = "same" if math.isinf(sqnr) else "changed"
+    per_tensor = None if kind == "same" else infer_grid(pair.w_hat.reshape(1, -1), half=pair.half)
+    grid = None if kind == "same" else per_tensor or infer_grid(pair.w_hat, half=pair.half)
+    plain = Anatomy(pair.reader.weight, pair.reader.op, pair.shape, kind, sqnr, output)
+    if grid is None:
+        return plain
+    whole = (pair.w.reshape(1, -1), pair.w_hat.reshape(1, -1)) if per_tensor else (pair.w, pair.w_hat)
+    return _on_grid(plain, *whole, grid)
+
+
+def _on_grid(plain: Anatomy, w: Rows, w_hat: Rows, grid: InferredGrid) -> Anatomy:
+    chosen = _sample(w, grid.scale)
+    rows, scale, table = np.sort(w[chosen], axis=1), grid.scale[chosen], grid.table
+    ranges = _ranges(rows, grid)
+    step = np.where(ranges.step > 0.0, ranges.step, 1.0)
+    alpha = (scale * table.unit) ** table.exponent / step
+    return Anatomy(
+        plain.name, plain.op, plain.shape, "grid", plain.sqnr_db, plain.output_sqnr_db,
+        bits=table.bits,
+        exponent=table.exponent,
+        scales=grid.scale,
+        alpha=(float(alpha.min()), float(alpha.mean()), float(alpha.max())),
+        curve=_curve(rows, ranges, grid),
+        densities=_densities(rows, w_hat[chosen], scale, grid),
+    )  # fmt: skip
+
+
+def _sample(w: Rows, scale: FloatArray) -> npt.NDArray[np.int64]:
+    """Rows with a scale, at most MAX_ROWS of them, and MAX_VALUES values."""
+    used = np.flatnonzero(scale > 0.0)
+    most = max(1, min(MAX_ROWS, MAX_VALUES // max(1, w.shape[1])))
+    return used[:: math.ceil(used.size / most)]
+
+
+def _ranges(rows: Rows, grid: InferredGrid) -> RowRanges:
+    low, high = rows[:, 0].astype(np.float64), rows[:, -1].astype(np.float64)
+    make = row_ranges if grid.table.limit is None else symmetric_ranges
+    return make(low, high, grid.table.bits, grid.table.exponent)
+
+
+def _curve(rows: Rows, ranges: RowRanges, grid: InferredGrid) -> Curve:
+    signal = float(np.square(rows, dtype=np.float64).sum())
+
+    def decibels(errors: FloatArray) -> FloatArray:
+        return np.array([sqnr_db(signal, float(error)) for error in errors])
+
+    errors = error_curve(rows, ranges, grid.table, ALPHAS).sum(0) * rows.shape[1]
+    own = search_alpha(rows, ranges, grid.table)
+    least = np.array([error_curve(rows[k : k + 1], _row(ranges, k), grid.table, own[k : k + 1])[0, 0] for k in range(len(rows))])
+    shown = decibels(errors)
+    best = int(errors.argmin())
+    return Curve(
+        ALPHAS,
+        shown,
+        (float(ALPHAS[best]), float(shown[best])),
+        float(shown[-1]),
+        decibels(least.sum(keepdims=True) * rows.shape[1])[0],
+    )
+
+
+def _row(ranges: RowRanges, k: int) -> RowRanges:
+    return RowRanges(ranges.step[k : k + 1], ranges.zero_point[k : k + 1])
+
+
+def _densities(rows: Rows, w_hat: Rows, scale: FloatArray, grid: InferredGrid) -> tuple[Density, Density]:
+    """Of w / scale, and of the same transformed: by the exponent of the grid, or by the square root where that is 1.
+
+    levels: those that are taken.
+    """
+    exponent = grid.table.exponent if grid.table.exponent != 1.0 else 0.5
+    ratios = (rows / scale[:, None]).ravel().astype(np.float64)
+    reached = np.unique(np.rint(w_hat / scale[:, None]))
+    spaces = [(ratios, reached), (transform(ratios, exponent), transform(reached, exponent))]
+    made = []
+    for values, levels in spaces:
+        counts, edges = np.histogram(values, BINS)
+        made.append(Density(edges, counts, levels))
+    return made[0], made[1]

@@ -1,0 +1,44 @@
+"""Reports as web pages.  Needs the extra: pip install 'requant_onnx[report]'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from requant_onnx.data import ImageSet, Normalisation
+from requant_onnx.errors import ConfigError
+from requant_onnx.execute import Progress
+from requant_onnx.graph.load import ModelLike, source_of
+from requant_onnx.report import QuantReport
+from requant_onnx.study import study
+
+
+def html_report(
+    reference: ModelLike,
+    candidate: ModelLike,
+    images: ImageSet | None = None,
+    normalisation: Normalisation | None = None,
+    *,
+    conversion: QuantReport | None = None,
+    settings: Sequence[tuple[str, str]] = (),
+    progress: Progress | None = None,
+) -> str:
+    """A web page, whole in one text, that shows what became of each weight and what it costs.  The candidate may be of any tool.
+
+    images: to compare the models on, with labels for accuracy; None: noise, where the model takes images of a known size.
+    conversion: the report of the conversion, if there was one.  settings: (title, text) of how the file was made.
+    Raises ModelError, DataError as `validate`; ConfigError where the extra `report` is not installed.
+    """
+    require()
+    from requant_onnx.webpage.page import render  # noqa: PLC0415
+
+    found = study(source_of(reference), source_of(candidate), images, normalisation, progress)
+    return render(replace(found, conversion=conversion, settings=settings), progress)
+
+
+def require() -> None:
+    """Raise ConfigError where the extra is not installed."""
+    try:
+        import requant_onnx.webpage.page  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError(f"a web page needs '{error.name}'; install it with: pip install 'requant_onnx[report]'") from None

@@ -1,0 +1,174 @@
+"""One self-contained page about a conversion: no network, light and dark, for screens of every width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from jinja2 import Environment
+from markupsafe import Markup
+
+from requant_onnx.anatomy import Anatomy
+from requant_onnx.config import Transform
+from requant_onnx.execute import Progress
+from requant_onnx.explain import WeightFate
+from requant_onnx.report import WeightReport
+from requant_onnx.study import Study
+from requant_onnx.webpage.figures import charts_of, growth_chart
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """value: what it is sorted by."""
+
+    shown: str
+    value: float | str = ""
+    text: bool = False
+
+
+def render(study: Study, progress: Progress | None = None) -> str:
+    """The page, as HTML."""
+    fates = {weight.name: weight for weight in study.explanation.weights} if study.explanation else {}
+    reports = {weight.name: weight for weight in study.conversion.converted} if study.conversion else {}
+    details = []
+    for number, weight in enumerate(study.weights):
+        details.append(_detail(number, weight, fates.get(weight.name), reports.get(weight.name)))
+        if progress is not None:
+            progress("drawing", number + 1, len(study.weights))
+    columns = _columns(bool(reports))
+    rows = [_row(number, weight, fates.get(weight.name), reports, columns) for number, weight in enumerate(study.weights)]
+    page: str = _template().render(
+        version=version("requant_onnx"),
+        title=Path(study.names[1]).name,
+        subtitle=f"Quantized weights beside {study.names[0]}: what became of each, and what it costs.",
+        css=Markup(_text("page.css")),
+        script=Markup(_text("page.js")),
+        cards=_cards(study),
+        notes=_notes(study),
+        growth=growth_chart(study.weights),
+        columns=columns,
+        rows=rows,
+        left=[f"{item.name} ({item.op}) {item.reason}" for item in study.conversion.left_alone] if study.conversion else [],
+        weights=details,
+        settings=[{"title": title, "text": text} for title, text in study.settings],
+        footer=f"Made by requant_onnx {version('requant_onnx')} with ONNX Runtime {onnxruntime.__version__}.",
+    )
+    return page
+
+
+def _template() -> Any:
+    return Environment(autoescape=True, trim_blocks=True).from_string(_text("page.html"))
+
+
+def _text(name: str) -> str:
+    return files("requant_onnx.webpage").joinpath(name).read_text("utf-8")
+
+
+def _cards(study: Study) -> list[dict[str, str]]:
+    before, after = study.bytes
+    found = [("file size", f"{after:,} B", f"of {before:,} B, {before / max(1, after):.2f} x smaller")]
+    result = study.validation
+    if result is not None and result.top1 is not None:
+        change = (result.top1[1] - result.top1[0]) * 100
+        found.append(("top-1 accuracy", f"{result.top1[1]:.2%}", f"of {result.top1[0]:.2%}, {change:+.2f} points"))
+    if result is not None:
+        found.append(("top-1 agreement", f"{result.agreement:.2%}", f"on {result.images:,} images"))
+        found.append(("output SQNR", _decibels(result.sqnr_db), "of the scores"))
+        ratio = result.latency_ms[1] / result.latency_ms[0]
+        note = f"{result.latency_ms[1]:.2f} ms of {result.latency_ms[0]:.2f} ms, batch {result.latency_batch}"
+        found.append(("latency", f"{ratio:.2f} x", note))
+    if study.conversion is not None:
+        made = study.conversion
+        note = f"{len(made.converted)} weights, {made.bytes_before:,} to {made.bytes_after:,} B"
+        found.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all weights; {note}"))
+    else:
+        quantized = sum(weight.kind == "grid" for weight in study.weights)
+        found.append(("weights", f"{quantized}", f"of {len(study.weights)} compared lie on a grid"))
+    return [{"label": label, "value": value, "note": note} for label, value, note in found]
+
+
+def _notes(study: Study) -> list[str]:
+    found = [*study.notes, *(study.validation.notes if study.validation else ())]
+    found += study.conversion.notes if study.conversion else ()
+    if study.validation is not None and study.validation.top1 is None:
+        found.append("the images have no labels: this says how alike the models answer, not how well")
+    found = [f"outputs of layers were compared on {study.inputs}", *found] if study.inputs else found
+    return [note[:1].upper() + note[1:].rstrip(".") + "." for note in found]
+
+
+def _columns(converted: bool) -> list[_Column]:
+    titles = [_Column("weight", True), _Column("op", True), _Column("shape"), _Column("bits"), _Column("transform", True)]
+    titles += [_Column("mean alpha"), _Column("weight SQNR, dB"), _Column("output SQNR, dB")]
+    titles += [_Column("bytes before"), _Column("after")] if converted else []
+    return [*titles, _Column("in ONNX Runtime", True)]
+
+
+def _row(
+    number: int, weight: Anatomy, fate: WeightFate | None, reports: Mapping[str, WeightReport], columns: Sequence[_Column]
+) -> dict[str, Any]:
+    report = reports.get(weight.name)
+    elements = math.prod(weight.shape)
+    cells = [
+        _Cell(weight.name),
+        _Cell(weight.op, text=True),
+        _Cell("x".join(map(str, weight.shape)), elements),
+        _Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
+        _Cell(_transform(weight.exponent) if weight.kind == "grid" else "", text=True),
+        _Cell("", "") if weight.alpha is None else _Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
+        _number(weight.sqnr_db),
+        _number(weight.output_sqnr_db),
+    ]
+    if reports:
+        cells += [_Cell(f"{n:,}", n) for n in (report.bytes_before, report.bytes_after)] if report else [_Cell(""), _Cell("")]
+    cells.append(_Cell(fate.fate.value if fate else "", text=True))
+    assert len(cells) == len(columns)
+    return {"id": f"weight-{number}", "order": number, "cells": cells}
+
+
+def _number(decibels: float) -> _Cell:
+    if math.isnan(decibels):
+        return _Cell("")
+    return _Cell("exact" if math.isinf(decibels) else f"{decibels:.1f}", min(decibels, 1e9))
+
+
+def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
+    facts = [("operator", weight.op), ("shape", " x ".join(map(str, weight.shape)))]
+    if weight.alpha is not None and weight.scales is not None:
+        transform = "no transform" if weight.exponent == 1.0 else f"transform {_transform(weight.exponent)}"
+        scales = "one scale" if weight.scales.size == 1 else f"{weight.scales.size} scales"
+        facts += [("grid", f"{weight.bits} bits, {transform}, {scales}")]
+        facts += [("alpha", f"{weight.alpha[0]:.3f} to {weight.alpha[2]:.3f}, mean {weight.alpha[1]:.3f}")]
+    kinds = {"same": "the same values", "changed": "other values, on no grid that is known here", "grid": _decibels(weight.sqnr_db)}
+    facts += [("weight SQNR", kinds[weight.kind]), ("output SQNR", _decibels(weight.output_sqnr_db))]
+    if report is not None:
+        facts += [("form", report.form), ("taken", report.step), ("bytes", f"{report.bytes_before:,} to {report.bytes_after:,}")]
+        tried = ", ".join(f"{step} {error:.2e}" for step, error in report.output_errors.items())
+        facts += [("relative output error of what was tried", tried)] if tried else []
+    if fate is not None:
+        facts += [
+            ("in ONNX Runtime", f"{fate.fate.value}, read by {fate.kernel or weight.op}{f': {fate.why}' if fate.why else ''}")
+        ]
+    line = f"{weight.bits} bits, {_decibels(weight.sqnr_db)}" if weight.kind == "grid" else kinds[weight.kind]
+    return {"id": f"weight-{number}", "title": weight.name, "line": line, "facts": facts, "charts": charts_of(weight, number)}
+
+
+def _transform(exponent: float) -> str:
+    text = str(Transform(exponent))
+    return f"power {Fraction(exponent).limit_denominator(12)}" if text.startswith("power") else text
+
+
+def _decibels(value: float) -> str:
+    return "not compared" if math.isnan(value) else "exact" if math.isinf(value) and value > 0 else f"{value:.1f} dB"
