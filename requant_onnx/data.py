@@ -7,6 +7,7 @@ CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,16 @@ class ImageSet:
     def first(self, count: int | None) -> ImageSet:
         """The first `count` images (all of them when None)."""
         return self if count is None else self._subset(slice(count))
+
+    def part(self, start: int, end: int) -> ImageSet:
+        """The images from `start` to before `end`."""
+        return self._subset(slice(start, end))
+
+    def fingerprint(self) -> bytes:
+        """What tells these images from others, but for their labels: pixels, or names, sizes and times of the files of a folder."""
+        if isinstance(self.x, FolderImages):
+            return self.x.fingerprint()
+        return repr((self.x.shape, self.x.dtype.str)).encode() + hashlib.sha256(np.ascontiguousarray(self.x).data).digest()
 
     def drawn(self, count: int, seed: int) -> ImageSet:
         """`count` images at random, in their order; all where there are no more.  The same for the same seed."""

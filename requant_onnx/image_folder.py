@@ -75,6 +75,11 @@ class FolderImages:
         chosen = self.paths[which] if isinstance(which, slice) else tuple(self.paths[k] for k in which)
         return replace(self, paths=chosen)
 
+    def fingerprint(self) -> bytes:
+        """The pipeline, and names, sizes and times of the files."""
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        return repr((self.pipeline, self.size, stats)).encode("utf-8", "surrogateescape")
+
     def _pixels(self, path: Path) -> npt.NDArray[np.uint8]:
         pixels = _decoded(path, self.pipeline)
         if pixels.shape[:2] != self.size:

@@ -42,6 +42,12 @@ pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --m
   requant report net.onnx net4.onnx net4.html
   requant report net.onnx net4.onnx net4.html --data cifar10:cifar-10-batches-bin
   requant report net.onnx by_another_tool.onnx page.html --data images:val --resize 256 --crop 224""",
+    "compare": """examples:
+  requant compare net.onnx --data cifar10:cifar-10-batches-bin
+  requant compare net.onnx --bits 4,3 --recipes max,paper,best --data images:val --resize 256 --crop 224 --calibrate images:photos
+  requant compare net.onnx --html net.html --csv net.csv --dask tcp://scheduler:8786
+recipes: max (one scale a weight, full range), range (searched), transform (square root, full range), paper (both: REQuant), channel
+(one searched scale a channel), best (the same, refined on calibration inputs)""",
     "explain": """example:
   requant explain net4.onnx
 each weight is one of: float (stored so), folded at load (decoded once, float speed), decoded every run (slow), fused (an
@@ -59,7 +65,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return args
 
 
-def parser_of(convert: Command, validate: Command, report: Command, inspect: Command, explain: Command) -> argparse.ArgumentParser:
+def parser_of(
+    convert: Command, validate: Command, report: Command, compare: Command, inspect: Command, explain: Command
+) -> argparse.ArgumentParser:
     """The parser; `args.run` is the function of the command given, `args.parser` the command's own parser."""
     parser = _command(
         argparse.ArgumentParser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining."
@@ -70,6 +78,9 @@ def parser_of(convert: Command, validate: Command, report: Command, inspect: Com
     _add_convert(convert, _command(commands.add_parser, "convert", help="write a model with quantized weights"))
     _add_validate(validate, _command(commands.add_parser, "validate", help="compare two models on images"))
     _add_report(report, _command(commands.add_parser, "report", help="write a web page on what became of each weight"))
+    _add_compare(
+        compare, _command(commands.add_parser, "compare", help="try recipes and bits on a model, and list what each costs")
+    )
     _add_model(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
     _add_model(explain, _command(commands.add_parser, "explain", help="say what ONNX Runtime does with each weight of a model"))
     return parser
@@ -162,6 +173,31 @@ def _add_report(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="only the first N images")
     parser.add_argument("--force", action="store_true", help="replace OUT.html if it exists")
+    _add_common(run, parser, json=False)
+
+
+def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
+    _add_file(parser, "model", "IN.onnx")
+    parser.add_argument("--bits", metavar="N,N", help="widths, 2 to 8 (default: 8,6,4,3)")
+    parser.add_argument("--recipes", metavar="NAME,NAME", help="see below (default: max,paper,best)")
+    parser.add_argument("--form", metavar="F", help=_choices(Form, DEFAULT.form))
+    parser.add_argument("--data", metavar="SPEC", help="as in validate; default: noise, which shows no accuracy")
+    parser.add_argument("--limit", metavar="N", help="only the first N images")
+    parser.add_argument("--calibrate", metavar="SPEC", help="for best, and for --form int8: as in convert (default: noise)")
+    parser.add_argument("--calibrate-limit", metavar="N", help=f"how many inputs, drawn at random (default: {DEFAULT_COUNT})")
+    parser.add_argument("--seed", metavar="N", help="of the drawing, and of the noise (default: 0)")
+    _add_images(parser, "of the images")
+    parser.add_argument("--jobs", metavar="N", help="processes on this machine (default: one a core)")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="run on a Dask cluster instead: address of its scheduler, tcp://HOST:PORT"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, help="where results are kept, 2 GB at most (default: the user's cache)"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="keep and use no results of earlier runs")
+    parser.add_argument("--force", action="store_true", help="replace the files of --csv and --html if they exist")
+    for name in ("csv", "html"):
+        parser.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"also write the table as {name.upper()}")
     _add_common(run, parser)
 
 
@@ -183,9 +219,10 @@ def _add_file(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:
     parser.add_argument(name, metavar=metavar, type=Path).complete = shtab.FILE  # type: ignore[attr-defined]
 
 
-def _add_common(run: Command, parser: argparse.ArgumentParser) -> None:
+def _add_common(run: Command, parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     """What every command has.  parser.get_default("parser") is the command's own."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here").complete = shtab.FILE  # type: ignore[attr-defined]
+    if json:
+        parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here").complete = shtab.FILE  # type: ignore[attr-defined]
     config = parser.add_argument(
         "--config", metavar="FILE.toml", type=Path, help="options from a file; those given here override it"
     )

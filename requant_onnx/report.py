@@ -148,15 +148,15 @@ class InspectReport:
 
 
 def _fields(report: Any) -> dict[str, Any]:
-    return {key: _as_json(value) for key, value in asdict(report).items()}
+    return {key: as_json(value) for key, value in asdict(report).items()}
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Tuples as lists; infinity and NaN, which JSON lacks, as the strings inf, -inf and nan."""
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -88,14 +88,16 @@ class Classifier:
         return np.ascontiguousarray(x, self.dtype)
 
 
-def open_classifier(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> Classifier:
-    """Load a model in ONNX Runtime's CPU provider with default options.
+def open_classifier(
+    model: onnx.ModelProto | str | os.PathLike[str], name: str, options: onnxruntime.SessionOptions | None = None
+) -> Classifier:
+    """Load a model in ONNX Runtime's CPU provider, with default options where none are given.
 
     Raises ModelError when it does not load, or has another number of inputs than one, or an input that is no image.
     """
     source = _serialized(model, name)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-    session = _open(source, name, quiet_options())
+    session = _open(source, name, options or quiet_options())
     inputs = session.get_inputs()
     if len(inputs) != 1:
         listed = ", ".join(f"'{item.name}'" for item in inputs)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from requant_onnx.comparison import Comparison
 from requant_onnx.config import Form, Transform
 from requant_onnx.explain import Explanation
 from requant_onnx.graph.weights import LeftAlone
@@ -66,6 +67,21 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         console.print(escape(f"note: {note}"))
     if report.top1 is None:
         console.print("the images have no labels: this says how alike the models answer, not how well")
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """One row a trial, the float model first."""
+    table = _table(
+        "recipe", "bits", "bytes", "x smaller", *(["top-1", "change"] if found.top1 is not None else []), "agreement", "SQNR dB"
+    )
+    table.columns[1].justify = "right"
+    table.add_row("float", "32", f"{found.bytes:,}", "", *([] if found.top1 is None else [f"{found.top1:.2%}", ""]), "", "")
+    for trial in found.trials:
+        accuracy = [] if trial.top1 is None or trial.change is None else [f"{trial.top1:.2%}", f"{trial.change * 100:+.2f} points"]
+        cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *accuracy]
+        table.add_row(*cells, f"{trial.agreement:.2%}", f"{trial.sqnr_db:.1f}")
+    console.print(table)
+    console.print(f"{found.images:,} images" + ("" if found.top1 is not None else " without labels: alike, not right"))
 
 
 def print_inspection(console: Console, report: InspectReport) -> None:

@@ -24,7 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NOT_IN_FILES = ("help", "config", "json", "html", "quiet", "verbose")
+NOT_IN_FILES = ("help", "config", "json", "html", "csv", "quiet", "verbose")
 
 
 def read_options(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _bits(args: argparse.Namespace) -> int | Budget | None:
         for option in ("size", "target_sqnr"):
             if getattr(args, option) is not None:
                 raise ConfigError(f"--{option.replace('_', '-')} belongs to --bits auto; give that, or drop it")
-        return None if args.bits is None else _whole(args.bits, "--bits")
+        return None if args.bits is None else whole_of(args.bits, "--bits")
     if (args.size is None) == (args.target_sqnr is None):
         raise ConfigError("--bits auto needs what to aim at: either --size, for instance 180kB, or --target-sqnr, for instance 20")
     if args.size is None:
@@ -84,8 +84,8 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     if spec in (None, "none"):
         _refuse(args, ("calibrate_limit", "seed", "mean", "std", "resize", "crop"), "--calibrate; give that too")
         return None
-    seed = 0 if args.seed is None else _whole(args.seed, "--seed")
-    count = DEFAULT_COUNT if args.calibrate_limit is None else _whole(args.calibrate_limit, "--calibrate-limit")
+    seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
+    count = DEFAULT_COUNT if args.calibrate_limit is None else whole_of(args.calibrate_limit, "--calibrate-limit")
     if spec == "noise" or spec.startswith("noise:"):
         _refuse(args, ("resize", "crop"), "images:DIR")
         return Calibration(None, normalisation_of(args, "noise", None), count, seed, size=_size(spec[6:]))
@@ -102,7 +102,7 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
     if not spec.startswith("images:"):
         _refuse(args, ("resize", "crop"), "images:DIR")
-    resize = None if args.resize is None else _whole(args.resize, "--resize")
+    resize = None if args.resize is None else whole_of(args.resize, "--resize")
     return load_images(spec, split, Pipeline(resize, None if args.crop is None else _crop(args.crop)))
 
 
@@ -150,7 +150,13 @@ def _crop(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def _whole(text: str, option: str) -> int:
+def list_of(text: str) -> list[str]:
+    """Parts between commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+def whole_of(text: str, option: str) -> int:
+    """A whole number.  Raises ConfigError."""
     try:
         return int(text)
     except ValueError:
@@ -159,7 +165,7 @@ def _whole(text: str, option: str) -> int:
 
 def limit_of(text: str | None) -> int | None:
     """How many images, None for all.  Raises ConfigError."""
-    limit = None if text is None else _whole(text, "--limit")
+    limit = None if text is None else whole_of(text, "--limit")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} leaves no image; give 1 or more")
     return limit

@@ -9,7 +9,8 @@ import requant_onnx
 
 PACKAGE = Path(requant_onnx.__file__).parent
 LAYERS = (
-    {"errors", "config", "leftovers"},
+    {"errors", "config", "leftovers", "cache"},
+    {"jobs"},
     {"numerics"},
     {"graph"},
     {"image_folder"},
@@ -24,12 +25,15 @@ LAYERS = (
     {"build"},
     {"budget"},
     {"convert"},
-    {"validate", "tables"},
-    {"anatomy"},
+    {"validate"},
+    {"anatomy", "comparison"},
+    {"tables"},
     {"study"},
     {"webpage"},
     {"toml_config"},
     {"options", "values"},
+    {"terminal", "outputs"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 )

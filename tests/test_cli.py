@@ -277,11 +277,11 @@ def test_an_interrupted_conversion_writes_nothing(
 
         yield report
 
-    monkeypatch.setattr("requant_onnx.cli._progress", interrupted)
+    monkeypatch.setattr("requant_onnx.commands.progress_bar", interrupted)
     before = set(model.parent.iterdir())
     for options in ([], ["--calibrate", "noise"], ["--bits", "auto", "--size", "7kB"]):
         assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 130
-        assert capsys.readouterr().err == "interrupted; nothing was written\n"
+        assert capsys.readouterr().err == "interrupted; no file was left half-written\n"
     assert set(model.parent.iterdir()) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from requant_onnx.comparison import Comparison
 from requant_onnx.data import ImageSet, Normalisation
 from requant_onnx.errors import ConfigError
 from requant_onnx.execute import Progress
@@ -34,6 +35,14 @@ def html_report(
 
     found = study(source_of(reference), source_of(candidate), images, normalisation, progress)
     return render(replace(found, conversion=conversion, settings=settings), progress)
+
+
+def html_comparison(found: Comparison, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
+    """A web page with the table of a comparison, and charts.  Raises ConfigError where the extra `report` is not installed."""
+    require()
+    from requant_onnx.webpage.trials import render_comparison  # noqa: PLC0415
+
+    return render_comparison(found, name, settings)
 
 
 def require() -> None:

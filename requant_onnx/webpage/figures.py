@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from requant_onnx.anatomy import Anatomy, Curve, Density
+from requant_onnx.comparison import Trial
 
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}
+MARKERS, LINES = "os^Dvx", ("-", "--")
 SMALL, WIDE = (3.6, 2.4), (9.0, 2.7)  # inches, at 72 units an inch
 STYLE = {
     "svg.fonttype": "none",
@@ -83,6 +85,34 @@ def growth_chart(weights: Sequence[Anatomy]) -> Chart | None:
         ends = [f"{value:.1f} dB after {weights[k].name}" for k, value in (known[0], known[-1], worst)]
         text = f"Output SQNR after each of {len(known)} layers: {ends[0]}, the first; {ends[1]}, the last; the least is {ends[2]}."
         return Chart("Where the error enters, and how it grows", text, _svg(figure, "growth"))
+
+
+MEASURES = {"sqnr_db": ("output SQNR, dB", 1.0), "top1": ("top-1 accuracy, %", 100.0), "agreement": ("top-1 agreement, %", 100.0)}
+
+
+def trials_chart(trials: Sequence[Trial], measure: str) -> Chart:
+    """A measure over the size of the file, one line a recipe.  measure: a key of MEASURES."""
+    label, factor = MEASURES[measure]
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(WIDE)
+        for k, recipe in enumerate(dict.fromkeys(trial.recipe for trial in trials)):
+            own = sorted(
+                (trial.bytes / 1000, min(getattr(trial, measure), 1e3) * factor) for trial in trials if trial.recipe == recipe
+            )
+            axes.plot(
+                *zip(*own, strict=True),
+                MARKERS[k % 6],
+                ls=LINES[k // 3 % 2],
+                color=(FIRST, SECOND, THIRD)[k % 3],
+                label=recipe,
+                lw=1.2,
+            )
+        axes.set(xlabel="file, kB", ylabel=label)
+        axes.grid(axis="y")
+        axes.legend(loc="lower right", ncols=3)
+        best = max(trials, key=lambda trial: float(getattr(trial, measure)))
+        text = f"{label[:1].upper()}{label[1:]} over the size of the file; the highest is {best.recipe} at {best.bits} bits."
+        return Chart(label, text, _svg(figure, measure))
 
 
 def _curve_chart(curve: Curve, alpha: tuple[float, float, float], key: str) -> Chart:

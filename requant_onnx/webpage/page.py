@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from requant_onnx.anatomy import Anatomy
@@ -25,13 +25,15 @@ from requant_onnx.webpage.figures import charts_of, growth_chart
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """Of a table."""
+
     title: str
     text: bool = False
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """value: what it is sorted by."""
 
     shown: str
@@ -50,12 +52,10 @@ def render(study: Study, progress: Progress | None = None) -> str:
             progress("drawing", number + 1, len(study.weights))
     columns = _columns(bool(reports))
     rows = [_row(number, weight, fates.get(weight.name), reports, columns) for number, weight in enumerate(study.weights)]
-    page: str = _template().render(
-        version=version("requant_onnx"),
+    return fill(
+        "page.html",
         title=Path(study.names[1]).name,
         subtitle=f"Quantized weights beside {study.names[0]}: what became of each, and what it costs.",
-        css=Markup(_text("page.css")),
-        script=Markup(_text("page.js")),
         cards=_cards(study),
         notes=_notes(study),
         growth=growth_chart(study.weights),
@@ -64,13 +64,20 @@ def render(study: Study, progress: Progress | None = None) -> str:
         left=[f"{item.name} ({item.op}) {item.reason}" for item in study.conversion.left_alone] if study.conversion else [],
         weights=details,
         settings=[{"title": title, "text": text} for title, text in study.settings],
+    )
+
+
+def fill(name: str, **values: Any) -> str:
+    """A page made from a template."""
+    templates = Environment(loader=PackageLoader("requant_onnx", "webpage"), autoescape=True, trim_blocks=True)
+    page: str = templates.get_template(name).render(
+        version=version("requant_onnx"),
+        css=Markup(_text("page.css")),
+        script=Markup(_text("page.js")),
         footer=f"Made by requant_onnx {version('requant_onnx')} with ONNX Runtime {onnxruntime.__version__}.",
+        **values,
     )
     return page
-
-
-def _template() -> Any:
-    return Environment(autoescape=True, trim_blocks=True).from_string(_text("page.html"))
 
 
 def _text(name: str) -> str:
@@ -109,39 +116,39 @@ def _notes(study: Study) -> list[str]:
     return [note[:1].upper() + note[1:].rstrip(".") + "." for note in found]
 
 
-def _columns(converted: bool) -> list[_Column]:
-    titles = [_Column("weight", True), _Column("op", True), _Column("shape"), _Column("bits"), _Column("transform", True)]
-    titles += [_Column("mean alpha"), _Column("weight SQNR, dB"), _Column("output SQNR, dB")]
-    titles += [_Column("bytes before"), _Column("after")] if converted else []
-    return [*titles, _Column("in ONNX Runtime", True)]
+def _columns(converted: bool) -> list[Column]:
+    titles = [Column("weight", True), Column("op", True), Column("shape"), Column("bits"), Column("transform", True)]
+    titles += [Column("mean alpha"), Column("weight SQNR, dB"), Column("output SQNR, dB")]
+    titles += [Column("bytes before"), Column("after")] if converted else []
+    return [*titles, Column("in ONNX Runtime", True)]
 
 
 def _row(
-    number: int, weight: Anatomy, fate: WeightFate | None, reports: Mapping[str, WeightReport], columns: Sequence[_Column]
+    number: int, weight: Anatomy, fate: WeightFate | None, reports: Mapping[str, WeightReport], columns: Sequence[Column]
 ) -> dict[str, Any]:
     report = reports.get(weight.name)
     elements = math.prod(weight.shape)
     cells = [
-        _Cell(weight.name),
-        _Cell(weight.op, text=True),
-        _Cell("x".join(map(str, weight.shape)), elements),
-        _Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
-        _Cell(_transform(weight.exponent) if weight.kind == "grid" else "", text=True),
-        _Cell("", "") if weight.alpha is None else _Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
+        Cell(weight.name),
+        Cell(weight.op, text=True),
+        Cell("x".join(map(str, weight.shape)), elements),
+        Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
+        Cell(_transform(weight.exponent) if weight.kind == "grid" else "", text=True),
+        Cell("", "") if weight.alpha is None else Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
         _number(weight.sqnr_db),
         _number(weight.output_sqnr_db),
     ]
     if reports:
-        cells += [_Cell(f"{n:,}", n) for n in (report.bytes_before, report.bytes_after)] if report else [_Cell(""), _Cell("")]
-    cells.append(_Cell(fate.fate.value if fate else "", text=True))
+        cells += [Cell(f"{n:,}", n) for n in (report.bytes_before, report.bytes_after)] if report else [Cell(""), Cell("")]
+    cells.append(Cell(fate.fate.value if fate else "", text=True))
     assert len(cells) == len(columns)
     return {"id": f"weight-{number}", "order": number, "cells": cells}
 
 
-def _number(decibels: float) -> _Cell:
+def _number(decibels: float) -> Cell:
     if math.isnan(decibels):
-        return _Cell("")
-    return _Cell("exact" if math.isinf(decibels) else f"{decibels:.1f}", min(decibels, 1e9))
+        return Cell("")
+    return Cell("exact" if math.isinf(decibels) else f"{decibels:.1f}", min(decibels, 1e9))
 
 
 def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Results kept on disk by what they were made from, so that a second run need not make them again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+MAX_BYTES = 2 << 30  # of all results; the oldest go first
+
+
+def default_folder() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME or what the system has in its place."""
+    return Path(user_cache_path("requant_onnx"))
+
+
+def key_of(*parts: bytes | str) -> str:
+    """A name for what is made from these."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+class Cache:
+    """Files in a folder.  A folder of None keeps nothing.  What cannot be read or written counts as missing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def get(self, key: str) -> bytes | None:
+        """The result, None where there is none."""
+        if self.folder is None:
+            return None
+        with contextlib.suppress(OSError):
+            path = self.folder / key
+            data = path.read_bytes()
+            os.utime(path)  # used now: the last to go
+            return data
+        return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep a result; it appears whole or not at all."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self.folder, prefix="tmp-")
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(data)
+                os.replace(name, self.folder / key)
+            except BaseException:
+                os.unlink(name)
+                raise
+
+    def trim(self, limit: int = MAX_BYTES) -> None:
+        """Delete the results not used for longest, until all together are below the limit."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        with contextlib.suppress(OSError):
+            found = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.iterdir()), reverse=True)
+            total = 0
+            for _, size, path in found:
+                total += size
+                if total > limit:
+                    path.unlink()

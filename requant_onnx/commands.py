@@ -1,0 +1,160 @@
+"""The commands: each reads its options, calls the library, writes and prints what it found."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from requant_onnx import convert, tables
+from requant_onnx.cache import Cache, default_folder
+from requant_onnx.calibrate import Calibration, calibration_images
+from requant_onnx.comparison import Comparison, compare
+from requant_onnx.config import Form, parse_choice
+from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.explain import explain
+from requant_onnx.graph.load import data_files, file_bytes, is_large, load_model, materialise
+from requant_onnx.graph.save import save_model, write_atomically
+from requant_onnx.jobs import open_executor
+from requant_onnx.outputs import check_json, check_new, check_output, check_page, write_json
+from requant_onnx.terminal import console_for, progress_bar, status_line
+from requant_onnx.toml_config import write_options
+from requant_onnx.validate import validate
+from requant_onnx.values import calibration_of, config_of, images_of, limit_of, list_of, normalisation_of, whole_of
+from requant_onnx.webpage import html_comparison, html_report
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """requant convert: a model with quantized weights, its report and its page."""
+    config = config_of(args)
+    calibration = calibration_of(args)
+    check_output(args.input, args.output, args.force)
+    data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
+    check_json(args.json, args.input, args.output, *data)
+    check_page(args.html, args.force, args.input, args.output, *data)
+    with progress_bar(args, "quantizing") as progress:
+        model, report = convert.convert_model(args.input, config, calibration, progress)
+    before, stored = file_bytes(args.input), args.input.stat().st_size
+    if report.converted or before != stored or args.external_data:  # external data moves: a copy would point to where it is not
+        after = save_model(model, args.output, external_data=args.external_data or is_large(model))
+    else:
+        after = stored
+        write_atomically(args.output, args.input.read_bytes())
+    if not report.converted:
+        print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
+    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after], "toml": write_options(args)}
+    write_json(args.json, {**report.to_dict(), **paths})
+    if args.html is not None:
+        with progress_bar(args, "drawing") as progress:
+            images = None if calibration is None else calibration.images
+            shown = None if images is None or calibration is None else images.drawn(calibration.count, calibration.seed)
+            settings = [("requant.toml, for requant convert --config", write_options(args))]
+            how = None if calibration is None else calibration.normalisation
+            page = html_report(args.input, args.output, shown, how, conversion=report, settings=settings, progress=progress)
+        write_atomically(args.html, page.encode())
+    tables.print_conversion(console_for(args), report, (before, after))
+    if args.verbose:
+        tables.print_tried(console_for(args), report)
+
+
+def run_validate(args: argparse.Namespace) -> None:
+    """requant validate: two models on the same images."""
+    check_json(args.json, args.reference, args.candidate)
+    if args.data is None:
+        raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
+    images = images_of(args, args.data, "test").first(limit_of(args.limit))
+    normalisation = normalisation_of(args, args.data, images)
+    with progress_bar(args, "validating") as progress:
+        report = validate(args.reference, args.candidate, images, normalisation, progress=progress)
+    names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
+    write_json(args.json, {**report.to_dict(), **names})
+    console = console_for(args)
+    if normalisation is not None:
+        console.print(f"pixels normalised with mean {_listed(normalisation.mean)} and std {_listed(normalisation.std)}")
+    tables.print_validation(console, report)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """requant report: a page on what became of each weight."""
+    check_page(args.output, args.force, args.reference, args.candidate)
+    images = None if args.data is None else images_of(args, args.data, "test").first(limit_of(args.limit))
+    normalisation = normalisation_of(args, args.data or "noise", images)
+    with progress_bar(args, "comparing") as progress:
+        page = html_report(args.reference, args.candidate, images, normalisation, progress=progress)
+    write_atomically(args.output, page.encode())
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """requant inspect: the weights of a model."""
+    check_json(args.json, args.model)
+    with status_line(args, "reading the model"):
+        report = convert.inspect_model(args.model)
+    write_json(args.json, {**report.to_dict(), "model": str(args.model)})
+    tables.print_inspection(console_for(args), report)
+
+
+def run_explain(args: argparse.Namespace) -> None:
+    """requant explain: what ONNX Runtime does with the weights of a model."""
+    check_json(args.json, args.model)
+    with status_line(args, "loading the model in ONNX Runtime"):
+        explanation = explain(args.model)
+    write_json(args.json, {**explanation.to_dict(), "model": str(args.model)})
+    tables.print_explanation(console_for(args), explanation)
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """requant compare: every recipe at every width."""
+    check_json(args.json, args.model)
+    check_page(args.html, args.force, args.model)
+    check_new(args.csv, args.force, args.model)
+    widths = [whole_of(text, "--bits") for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
+    form = Form.QDQ if args.form is None else parse_choice(Form, args.form, "--form")
+    args.calibrate = args.calibrate or "noise"
+    calibration = calibration_of(args) or Calibration()
+    model = _whole_file(args.model)
+    if args.data is None:
+        seed = calibration.seed + 1  # other noise than that of the calibration
+        images, normalisation = calibration_images(args.model, Calibration(normalisation=calibration.normalisation, seed=seed))
+    else:
+        images = images_of(args, args.data, "test").first(limit_of(args.limit))
+        normalisation = normalisation_of(args, args.data, images)
+    cache = Cache(None if args.no_cache else args.cache or default_folder())
+    jobs = None if args.jobs is None else whole_of(args.jobs, "--jobs")
+    with open_executor(jobs, args.dask) as executor, progress_bar(args, "comparing") as progress:
+        recipes = list_of("max,paper,best" if args.recipes is None else args.recipes)
+        found = compare(
+            model, widths, recipes, images, normalisation, calibration, executor, form=form, cache=cache, progress=progress
+        )
+    cache.trim()
+    write_json(args.json, {**found.to_dict(), "model": str(args.model), "toml": write_options(args)})
+    if args.csv is not None:
+        write_atomically(args.csv, _as_csv(found).encode())
+    if args.html is not None:
+        settings = [("requant.toml, for requant compare --config", write_options(args))]
+        write_atomically(args.html, html_comparison(found, args.model.name, settings).encode())
+    tables.print_comparison(console_for(args), found)
+
+
+def _whole_file(path: Path) -> bytes:
+    """The model in one piece, external data included."""
+    model = materialise(load_model(path))
+    if is_large(model):
+        raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; convert it with requant convert")
+    data: bytes = model.SerializeToString() if data_files(path) else path.read_bytes()
+    return data
+
+
+def _as_csv(found: Comparison) -> str:
+    rows = [asdict(trial) for trial in found.trials]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,245 @@
+"""The ablation for a user's own model: recipes and bits, each converted and compared with the float model.
+
+Work items are one conversion, or one model on one shard of the images.  Their results depend on nothing but their arguments, so
+that the table is the same wherever they run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+
+from requant_onnx.cache import Cache, key_of
+from requant_onnx.calibrate import Calibration
+from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
+from requant_onnx.convert import quantize_model
+from requant_onnx.data import ImageSet, Normalisation, batches
+from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.execute import Progress
+from requant_onnx.jobs import run_all
+from requant_onnx.report import as_json, sqnr_db
+from requant_onnx.runtime import open_classifier, quiet_options, require_image
+
+SHARD = 500  # images of a work item
+BATCH = 100
+
+Scores = npt.NDArray[np.float32]
+Case: TypeAlias = "tuple[str, int]"
+FLOAT: Case = ("float", 32)
+
+
+def _one_scale(bits: int, exponent: float, mode: RangeMode) -> QuantConfig:
+    return replace(QuantConfig.paper(bits), transform=Transform(exponent), range_mode=mode)
+
+
+RECIPES: dict[str, Callable[[int], QuantConfig]] = {
+    "max": lambda bits: _one_scale(bits, 1.0, RangeMode.MAX),
+    "range": lambda bits: _one_scale(bits, 1.0, RangeMode.SEARCH),
+    "transform": lambda bits: _one_scale(bits, 0.5, RangeMode.MAX),
+    "paper": QuantConfig.paper,
+    "channel": lambda bits: QuantConfig(bits, Granularity.PER_CHANNEL, refinement=Refinement.NONE),
+    "best": lambda bits: QuantConfig(bits, refinement=Refinement.DESCENT),
+}
+"""Name -> configuration for so many bits.
+
+max: one scale a weight over the full range; range: the range searched; transform: the square root over the full range; paper: both
+(REQuant); channel: one searched scale a channel, 8 bits in the first and last layer; best: the same, refined on calibration inputs.
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One line of the table: a recipe at some bits, and what came of it.
+
+    top1, change: accuracy in 0..1 and its difference to float, None without labels.  bytes: of the file; ratio: float / bytes.
+    """
+
+    recipe: str
+    bits: int
+    bytes: int
+    ratio: float
+    top1: float | None
+    change: float | None
+    agreement: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All trials of one model.  top1: of the float model, None without labels; bytes: of its file."""
+
+    bytes: int
+    top1: float | None
+    images: int
+    trials: tuple[Trial, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return {key: as_json(value) for key, value in asdict(self).items()}
+
+
+def compare(
+    model: bytes,
+    bits: Sequence[int],
+    recipes: Sequence[str],
+    images: ImageSet,
+    normalisation: Normalisation | None,
+    calibration: Calibration,
+    executor: Executor,
+    *,
+    form: Form = Form.QDQ,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Convert with every recipe at every width, and compare with the float model on the images.
+
+    model: a whole ONNX file.  calibration: for `best`, and for every recipe in the int8 form.
+    The trials are sorted by bits, then by output SQNR, best first.
+    Raises ConfigError on an unknown recipe; ModelError, DataError as quantize_model and validate.
+    """
+    _check(model, recipes, images)
+    cases = [(recipe, width) for width in dict.fromkeys(bits) for recipe in dict.fromkeys(recipes)]
+    shards = [(start, images.part(start, start + SHARD)) for start in range(0, len(images), SHARD)]
+    work = _Work(executor, cache or Cache(None), len(cases) + len(shards) * (len(cases) + 1), progress)
+    wanted = {
+        case: (replace(RECIPES[case[0]](case[1]), form=form), calibration if case[0] == "best" or form is Form.INT8 else None)
+        for case in cases
+    }
+    made = work.conversions(model, wanted)
+    scores = work.scores({FLOAT: model, **made}, shards, normalisation)
+    exact = scores[FLOAT]
+    hits = _hits(exact, images)
+    trials = [_trial(case, len(model), len(made[case]), exact, scores[case], images, hits) for case in cases]
+    trials.sort(key=lambda trial: (-trial.bits, -trial.sqnr_db))
+    return Comparison(len(model), hits, len(images), tuple(trials))
+
+
+def _check(model: bytes, recipes: Sequence[str], images: ImageSet) -> None:
+    unknown = [recipe for recipe in recipes if recipe not in RECIPES]
+    if unknown or not recipes:
+        raise ConfigError(f"the recipe '{', '.join(unknown)}' is not known; give some of {', '.join(RECIPES)}")
+    classifier = open_classifier(onnx.ModelProto.FromString(model), "the model")
+    require_image(classifier, images.x.shape[1:])
+
+
+@dataclass
+class _Work:
+    """Items on their way.  total: their number; done: how many have ended."""
+
+    executor: Executor
+    cache: Cache
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def conversions(self, model: bytes, wanted: Mapping[Case, tuple[QuantConfig, Calibration | None]]) -> dict[Case, bytes]:
+        keys = {case: _conversion_key(model, *asked) for case, asked in wanted.items()}
+        found = {case: data for case, key in keys.items() if (data := self._known(key, f"{case[0]} {case[1]}")) is not None}
+        items = {case: (convert_item, (model, *asked)) for case, asked in wanted.items() if case not in found}
+        made = run_all(self.executor, items, lambda case: self._step(f"{case[0]} {case[1]}"))
+        for case, data in made.items():
+            self.cache.put(keys[case], data)
+        return {**found, **made}
+
+    def scores(
+        self,
+        models: Mapping[Case, bytes],
+        shards: Sequence[tuple[int, ImageSet]],
+        normalisation: Normalisation | None,
+    ) -> dict[Case, Scores]:
+        digests = {start: _digest(shard, normalisation) for start, shard in shards}
+        keys = {(case, start): key_of("scores", data, digests[start]) for case, data in models.items() for start, _ in shards}
+        found = {}
+        for key, name in keys.items():
+            data = self._known(name, "validating")
+            if data is not None:
+                found[key] = np.load(io.BytesIO(data), allow_pickle=False)
+        items = {
+            (case, start): (score_item, (data, shard, normalisation))
+            for start, shard in shards
+            for case, data in models.items()
+            if (case, start) not in found
+        }
+        made = run_all(self.executor, items, lambda _: self._step("validating"))
+        for key, values in made.items():
+            stored = io.BytesIO()
+            np.save(stored, values)
+            self.cache.put(keys[key], stored.getvalue())
+        found.update(made)
+        return {case: np.concatenate([found[case, start] for start, _ in shards]) for case in models}
+
+    def _known(self, key: str, what: str) -> bytes | None:
+        data = self.cache.get(key)
+        if data is not None:
+            self._step(what)
+        return data
+
+    def _step(self, what: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(what, self.done, self.total)
+
+
+def convert_item(model: bytes, config: QuantConfig, calibration: Calibration | None) -> bytes:
+    """A work item: the converted file."""
+    made, _ = quantize_model(model, config, calibration=calibration, threads=1)
+    data: bytes = made.SerializeToString(deterministic=True)
+    return data
+
+
+def score_item(model: bytes, images: ImageSet, normalisation: Normalisation | None) -> Scores:
+    """A work item: the scores of some images, (n, classes).  One thread: sums in another order are other sums."""
+    options = quiet_options()
+    options.intra_op_num_threads = 1
+    classifier = open_classifier(onnx.ModelProto.FromString(model), "the model", options)
+    fixed = classifier.batch is not None
+    parts = batches(images, normalisation or Normalisation(), classifier.batch or BATCH, fixed=fixed)
+    return np.concatenate([classifier.scores(x)[: len(images) - start] for start, x in parts])
+
+
+def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:
+    how = b"" if calibration is None else _calibration_digest(calibration)
+    return key_of("conversion", version("requant_onnx"), onnxruntime.__version__, json.dumps(config.to_dict()), how, model)
+
+
+def _calibration_digest(calibration: Calibration) -> bytes:
+    shown = repr(replace(calibration, images=None, feeds=()))
+    inputs = [item for feed in calibration.feeds for item in feed.items()]
+    feeds = [key_of(name, str(values.dtype), str(values.shape), values.tobytes()) for name, values in inputs]
+    images = b"" if calibration.images is None else _digest(calibration.images.drawn(calibration.count, calibration.seed), None)
+    return key_of(shown, *feeds, images).encode()
+
+
+def _digest(images: ImageSet, normalisation: Normalisation | None) -> bytes:
+    return key_of(onnxruntime.__version__, repr(normalisation), images.fingerprint()).encode()
+
+
+def _hits(scores: Scores, images: ImageSet) -> float | None:
+    return None if images.y is None else float((scores.argmax(1) == images.y).mean())
+
+
+def _trial(case: Case, before: int, after: int, exact: Scores, scores: Scores, images: ImageSet, top1: float | None) -> Trial:
+    if exact.shape != scores.shape:
+        raise ModelError(f"the converted model gives scores of shape {scores.shape}, and the float model {exact.shape}")
+    own = _hits(scores, images)
+    noise = np.square(exact.astype(np.float64) - scores).sum()
+    return Trial(
+        recipe=case[0],
+        bits=case[1],
+        bytes=after,
+        ratio=before / after,
+        top1=own,
+        change=None if own is None or top1 is None else own - top1,
+        agreement=float((exact.argmax(1) == scores.argmax(1)).mean()),
+        sqnr_db=sqnr_db(float(np.square(exact, dtype=np.float64).sum()), float(noise)),
+    )

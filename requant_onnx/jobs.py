@@ -1,0 +1,95 @@
+"""Where work items run: in this process, in processes of this machine, or on a Dask cluster.
+
+All are executors of concurrent.futures.  https://docs.python.org/3/library/concurrent.futures.html,
+https://distributed.dask.org/en/stable/api.html#distributed.Client.get_executor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from requant_onnx.errors import ConfigError, RequantError
+
+K = TypeVar("K")
+PATIENCE = "20s"  # for a scheduler to answer
+
+
+@contextlib.contextmanager
+def open_executor(jobs: int | None = None, dask: str | None = None) -> Iterator[Executor]:
+    """An executor; what it has not begun when its block is left by an error is given up.
+
+    jobs: processes on this machine; 1 runs everything in this one; None: one a core.  dask: address of a scheduler, tcp://HOST:PORT.
+    Raises ConfigError when there is no such scheduler, or distributed is not installed.
+    """
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"--jobs {jobs} runs nothing; give 1 or more")
+    executor = _dask_executor(dask) if dask is not None else _local_executor(jobs or os.cpu_count() or 1)
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    executor.shutdown()
+
+
+def run_all(
+    executor: Executor, items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]], done: Callable[[K], None]
+) -> dict[K, Any]:
+    """The result of each item, function and arguments; `done` is called with each key as it ends.
+
+    Raises what an item raises; RequantError when a process dies.
+    """
+    futures: dict[Future[Any], K] = {executor.submit(function, *arguments): key for key, (function, arguments) in items.items()}
+    results = {}
+    try:
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            done(futures[future])
+    except BrokenProcessPool:
+        raise RequantError(
+            "a process that worked on this was ended from outside, perhaps for want of memory; use fewer --jobs"
+        ) from None
+    return results
+
+
+def _local_executor(jobs: int) -> Executor:
+    if jobs == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn")
+    )  # ONNX Runtime's threads do not survive a fork
+
+
+class _DaskExecutor(Executor):
+    """The executor of a client that is closed with it."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._executor = client.get_executor(pure=False)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = self._executor.submit(fn, *args, **kwargs)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._executor.shutdown(wait=wait and not cancel_futures)
+        self._client.close()
+
+
+def _dask_executor(address: str) -> Executor:
+    try:
+        from distributed import Client  # noqa: PLC0415
+    except ImportError:
+        raise ConfigError("--dask needs dask.distributed; install it with: pip install 'requant_onnx[distributed]'") from None
+    try:
+        client = Client(address, timeout=PATIENCE, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"no Dask scheduler answers at '{address}' ({text}); start one with: dask scheduler") from None
+    return _DaskExecutor(client)

@@ -1,0 +1,67 @@
+"""Paths that a command is to write: refused before the work is done when they cannot, or must not, be written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from requant_onnx.errors import OutputError
+from requant_onnx.graph.load import data_files
+from requant_onnx.graph.save import write_atomically
+from requant_onnx.webpage import require
+
+
+def check_output(source: Path, output: Path, force: bool) -> None:
+    """Refuse the path of a model that cannot be written, or would replace the input or, without --force, any file."""
+    if output.is_dir():
+        raise OutputError(f"'{output}' is a folder; give the path of the file to write")
+    if not output.parent.is_dir():
+        raise OutputError(f"the folder '{output.parent}' does not exist; create it first")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise OutputError(f"the output '{output}' is the input, which is never changed; give another path")
+    used = [file.absolute() for file in data_files(source)]
+    if output.absolute() in used:
+        raise OutputError(f"the output '{output}' holds the weights of the input, which is never changed; give another path")
+    if set(used) & {file.absolute() for file in data_files(output)}:
+        raise OutputError(f"the data file of '{output}' holds the weights of the input too; give another path")
+    if output.exists() and not force:
+        raise OutputError(f"'{output}' exists; give another path, or --force to replace it")
+
+
+def check_json(path: Path | None, *models: Path) -> None:
+    """Refuse the path of a report; one may replace a .json file, but nothing else."""
+    if path is not None:
+        _check_place(path, *models)
+        if path.exists() and path.suffix != ".json":
+            raise OutputError(f"'{path}' exists and is no .json file; give the report another path")
+
+
+def _check_place(path: Path, *models: Path) -> None:
+    """Refuse a report path that cannot work before the work is done."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write the report to '{path}'; give a file in a folder that exists")
+    if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
+        raise OutputError(f"the report '{path}' would replace a model; give another path")
+
+
+def check_page(path: Path | None, force: bool, *models: Path) -> None:
+    """Refuse the path of a web page, or the page where its libraries are missing."""
+    if path is not None:
+        require()
+        check_new(path, force, *models)
+
+
+def check_new(path: Path | None, force: bool, *models: Path) -> None:
+    """Refuse the path of another report, which replaces a file only with --force."""
+    if path is not None:
+        _check_place(path, *models)
+        if path.exists() and not force:
+            raise OutputError(f"'{path}' exists; give another path, or --force to replace it")
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report whole or not at all; nothing where there is no path."""
+    if path is not None:
+        write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())

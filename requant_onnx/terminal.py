@@ -1,0 +1,38 @@
+"""What a person sees of a command: tables on standard output, signs of life on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from requant_onnx import execute
+
+
+def console_for(args: argparse.Namespace) -> Console:
+    """Full-width tables when the output is a file or a pipe.  Silent with --quiet; rich heeds NO_COLOR."""
+    return Console(emoji=False, quiet=args.quiet, width=None if sys.stdout.isatty() else 200)
+
+
+@contextlib.contextmanager
+def progress_bar(args: argparse.Namespace, what: str) -> Iterator[execute.Progress | None]:
+    """A progress bar on standard error; None when that is no terminal, or with --quiet."""
+    console = Console(stderr=True)
+    if args.quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda item, done, total: bar.update(task, description=escape(item), completed=done, total=total)
+
+
+def status_line(args: argparse.Namespace, what: str) -> contextlib.AbstractContextManager[object]:
+    """A sign of life on standard error, for what has no steps to count."""
+    console = Console(stderr=True)
+    return contextlib.nullcontext() if args.quiet or not console.is_terminal else console.status(what)

@@ -1,0 +1,240 @@
+"""The comparison: one table, wherever its items run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import small_cnn
+
+from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
+from requant_onnx.cache import Cache
+from requant_onnx.cli import main
+from requant_onnx.comparison import RECIPES, Comparison, compare
+from requant_onnx.jobs import open_executor, run_all
+
+RNG = np.random.default_rng(0)
+IMAGES = ImageSet(RNG.integers(0, 256, (1200, 3, 8, 8)).astype(np.uint8), RNG.integers(0, 10, 1200))
+CALIBRATION = Calibration(IMAGES.first(40))
+MODEL = small_cnn().SerializeToString()
+
+
+def table(executor: Executor, **options: Any) -> Comparison:
+    return compare(MODEL, [4, 3], ["max", "paper", "best"], IMAGES, None, CALIBRATION, executor, **options)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Comparison:
+    with open_executor(1) as executor:
+        return table(executor)
+
+
+def test_each_line_is_what_convert_and_validate_say(expected: Comparison) -> None:
+    assert expected.images == 1200
+    assert [trial.bits for trial in expected.trials] == [4, 4, 4, 3, 3, 3]
+    for few in (expected.trials[:3], expected.trials[3:]):
+        assert [trial.sqnr_db for trial in few] == sorted((trial.sqnr_db for trial in few), reverse=True)
+    for trial in expected.trials:
+        calibration = CALIBRATION if trial.recipe == "best" else None
+        made, _ = quantize_model(MODEL, RECIPES[trial.recipe](trial.bits), calibration=calibration)
+        found = validate(MODEL, made, IMAGES)
+        assert found.top1 == pytest.approx((expected.top1, trial.top1))
+        assert (found.agreement, found.sqnr_db) == pytest.approx((trial.agreement, trial.sqnr_db), rel=1e-5)
+        assert found.bytes == (expected.bytes, trial.bytes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_differ_from_each_other(recipe: str) -> None:
+    others = [QuantConfig.paper(4) if name == "paper" else make(4) for name, make in RECIPES.items() if name != recipe]
+    assert RECIPES[recipe](4) not in others
+
+
+def test_processes_give_the_same_table(expected: Comparison) -> None:
+    with open_executor(2) as executor:
+        assert table(executor) == expected
+
+
+class _Refusing(ThreadPoolExecutor):
+    def submit(self, fn: Any, /, *_: Any, **__: Any) -> Future[Any]:
+        raise AssertionError(f"{fn.__name__} is done again")
+
+
+def test_a_second_run_does_nothing_again(tmp_path: Path, expected: Comparison) -> None:
+    cache = Cache(tmp_path / "cache")
+    with open_executor(1) as executor:
+        assert table(executor, cache=cache) == expected
+    steps = []
+    assert table(_Refusing(), cache=cache, progress=lambda *step: steps.append(step)) == expected
+    assert [done for _, done, _ in steps] == list(range(1, 6 + 3 * 7 + 1))
+    with pytest.raises(AssertionError, match="convert_item"):
+        table(_Refusing(), cache=cache, form=Form.FOLDED)
+    other = ImageSet(IMAGES.pixels[::-1], IMAGES.y)
+    with pytest.raises(AssertionError, match="score_item"):
+        compare(MODEL, [4], ["max"], other, None, CALIBRATION, _Refusing(), cache=cache)
+
+
+def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for k in range(5):
+        cache.put(f"{k}", bytes(100))
+        os.utime(tmp_path / f"{k}", (k, k))
+    assert cache.get("0") == bytes(100)  # and now it is the newest
+    cache.trim(250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "4"]
+    Cache(tmp_path / "no" / "folder").trim()
+    (tmp_path / "file").write_text("")
+    Cache(tmp_path / "file").put("a", b"b")  # what cannot be kept is not
+    assert Cache(tmp_path / "file").get("a") is None
+    assert Cache(None).get("a") is None
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refuse() -> None:
+    raise DataError("one sentence")
+
+
+def test_a_process_that_is_killed_is_an_error_and_others_pass_through() -> None:
+    with pytest.raises(RequantError, match="ended from outside"), open_executor(2) as executor:
+        run_all(executor, {1: (_end, ())}, lambda _: None)
+    with pytest.raises(DataError, match="one sentence"), open_executor(2) as executor:
+        run_all(executor, {1: (_refuse, ())}, lambda _: None)
+    with pytest.raises(ConfigError, match="--jobs 0"), open_executor(0):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------ Dask
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and two workers on loopback: its address, the workers."""
+    pytest.importorskip("distributed")
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    dask = [sys.executable, "-m", "distributed.cli.dask_"]
+    scheduler = [
+        *dask[:2],
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        address.rpartition(":")[2],
+        "--no-dashboard",
+    ]
+    worker = [
+        *dask[:2],
+        "distributed.cli.dask_worker",
+        address,
+        "--nthreads",
+        "1",
+        "--no-nanny",
+        "--no-dashboard",
+        "--host",
+        "127.0.0.1",
+    ]
+    started = [subprocess.Popen(command, **quiet) for command in (scheduler, worker, worker)]  # type: ignore[call-overload]
+    yield address, started[1:]
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_cluster_gives_the_same_table_though_a_worker_is_killed(
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], expected: Comparison
+) -> None:
+    from distributed import Client  # noqa: PLC0415
+
+    address, workers = cluster
+    with Client(address, timeout="30s", set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+
+    def kill_one(_: str, done: int, total: int) -> None:
+        if done == total // 2:
+            workers[0].send_signal(signal.SIGKILL)
+
+    with open_executor(dask=address) as executor:
+        assert table(executor, progress=kill_one) == expected
+    assert workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert workers[1].poll() is None
+
+
+def test_no_scheduler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("requant_onnx.jobs.PATIENCE", "1s")
+    started = time.monotonic()
+    for address in (f"tcp://127.0.0.1:{_free_port()}", "nonsense://"):
+        with pytest.raises(ConfigError, match="no Dask scheduler answers"), open_executor(dask=address):
+            pass
+    assert time.monotonic() - started < 30
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_writes_the_table_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    assert IMAGES.y is not None
+    np.savez(tmp_path / "i.npz", x=IMAGES.pixels[:300].transpose(0, 2, 3, 1), y=IMAGES.y[:300])
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "html")}
+    command = ["compare", str(tmp_path / "in.onnx"), "--data", str(tmp_path / "i.npz"), "--cache", str(tmp_path / "cache")]
+    command += ["--bits", "4,2", "--recipes", "max,channel", "--jobs", "1"]
+    assert main([*command, *(part for kind, path in files.items() for part in (f"--{kind}", str(path)))]) == 0
+    printed = capsys.readouterr().out
+    told = json.loads(files["json"].read_text())
+    with files["csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["recipe"], row["bits"]) for row in rows] == [(trial["recipe"], str(trial["bits"])) for trial in told["trials"]]
+    assert len(rows) == 4
+    for row in rows:
+        assert f"{int(row['bytes']):,}" in printed
+        assert f"{int(row['bytes']):,}" in files["html"].read_text()
+    assert main([*command, "--csv", str(files["csv"])]) == 2  # is there
+    assert main([*command, "--csv", str(files["csv"]), "--force", "-q"]) == 0
+
+
+def test_without_data_the_models_are_compared_on_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    assert main(["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "without labels" in printed
+    assert "top-1" not in printed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits", "9"],
+        ["--bits", "x"],
+        ["--recipes", "nothing"],
+        ["--recipes", ""],
+        ["--jobs", "0"],
+        ["--form", "x"],
+        ["--data", "x"],
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
