@@ -59,10 +59,16 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     """The options given, on top of those of --config.  Raises ConfigError when that file is not what it should be."""
     args = parser.parse_args(arguments)
     if args.config is not None:
-        command = args.parser
-        command.set_defaults(**read_options(args.config, command))
+        commands = _commands(parser)
+        name = next(name for name, command in commands.items() if command is args.parser)
+        args.parser.set_defaults(**read_options(args.config, name, commands))
         args = parser.parse_args(arguments)
     return args
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(groups[0].choices)
 
 
 def parser_of(

@@ -5,7 +5,7 @@ form = "folded"
 mean = [0.485, 0.456, 0.406]   # as --mean 0.485,0.456,0.406
 force = true                   # as --force
 
-[validate]                     # for this command only
+[validate]                     # for this command only; what stands above is for each command that has it
 data = "images:val"
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ else:
 NOT_IN_FILES = ("help", "config", "json", "html", "csv", "quiet", "verbose")
 
 
-def read_options(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options of a command in a file, as argparse holds them.  Raises ConfigError when it cannot be read, or names others.
+def read_options(path: Path, command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, Any]:
+    """The options of a command in a file, as argparse holds them.  Raises ConfigError when it cannot be read, or names none.
 
-    parser: of the command.  Tables of other commands are left to them.
+    parsers: of all commands.  Options and tables of other commands are left to them.
     """
     try:
         content = tomllib.loads(path.read_text("utf-8"))
@@ -38,10 +39,14 @@ def read_options(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise ConfigError(f"cannot read '{path}' ({error.strerror or error}); check the path") from None
     except ValueError as error:  # not UTF-8, or not TOML
         raise ConfigError(f"'{path}' is not TOML ({error}); write it as in the README") from None
-    known = _options(parser)
-    own = content.get(parser.prog.split()[-1], {})
-    tables = [{key: value for key, value in content.items() if not isinstance(value, dict)}, own]
-    return {known[name].dest: _value(path, known[name], value) for table in tables for name, value in _named(path, table, known)}
+    known = _options(parsers[command])
+    anywhere = {**{name: action for parser in parsers.values() for name, action in _options(parser).items()}, **known}
+    shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    strange = sorted(content.keys() - shared.keys() - parsers.keys())
+    if strange:
+        raise ConfigError(f"'{path}' has a table '{strange[0]}', which is no command; they are {', '.join(parsers)}")
+    found = [*_named(path, shared, anywhere), *_named(path, content.get(command, {}), known)]
+    return {known[name].dest: _value(path, known[name], value) for name, value in found if name in known}
 
 
 def write_options(args: argparse.Namespace) -> str:
@@ -65,7 +70,7 @@ def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action])
     for name, _ in found:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"is it '{near[0]}'?" if near else "see --help, or put it into the table of another command"
+            hint = f"is it '{near[0]}'?" if near else "see --help"
             raise ConfigError(f"'{path}' sets '{name}', which is no option here; {hint}")
     return found
 

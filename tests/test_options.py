@@ -81,6 +81,8 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("bits = ", "is not TOML"),
         ("bit = 4", "'bit', which is no option here; is it 'bits'?"),
         ("zzz = 4", "see --help"),
+        ("[validate]\nbits = 4\n[convrt]\nbits = 4", "a table 'convrt', which is no command"),
+        ("[convert]\ndata = 'x'", "'data', which is no option here"),
         ("bits = true", "it takes a text, a number"),
         ("mean = []", "it takes a text, a number"),
         ("force = 1", "takes true or false"),
@@ -96,6 +98,11 @@ def test_files_that_make_no_sense_are_refused(model: Path, text: str, message: s
     assert message in printed
     assert printed.count("\n") == 1
     assert not model.with_name("out.onnx").exists()
+
+
+def test_options_of_other_commands_are_left_to_them(model: Path) -> None:
+    written = config(model.parent, "data = 'none.npz'\nbits = 9\n[validate]\nlimit = 'x'")
+    assert main(["inspect", str(model), "--config", written, "-q"]) == 0
 
 
 def test_files_that_cannot_be_read_are_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
