@@ -74,9 +74,10 @@ def test_float16_readers_get_float16(form: Form) -> None:
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_payload_is_3_per_cent_above_the_true_size_at_most(bits: int, narrow: bool, form: Form) -> None:
+def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read(bits: int, narrow: bool, form: Form) -> None:
     q = quantize_weight(laplace(64, 64, 3, 3), grid(bits, 0.5, 0, form))
     made = decode(q, form, Target(21, narrow))
+    assert {*made.shared, *(item.name for item in made.initializers)} <= {name for node in made.nodes for name in node.input}
     payload = sum(len(item.raw_data) for item in made.initializers)
     assert payload <= 1.03 * q.codes.size * bits / 8 + 5 * 64  # scales and zero points of 64 channels
 

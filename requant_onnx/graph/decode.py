@@ -122,7 +122,7 @@ class DecodeWriter:
 
 def write_unpack(writer: DecodeWriter, parts: Sequence[npt.NDArray[np.uint8]], bits: int) -> list[str]:
     """Packed fields -> uint8 tensors in their shapes.  parts: what is to be packed, one behind the other."""
-    flat, size = writer.shared(np.array([-1], np.int64)), sum(part.size for part in parts)
+    size = sum(part.size for part in parts)
     shapes = [writer.shared(np.array(part.shape, np.int64)) for part in parts]
     low, joined = 0, ""
     for packed, width in zip(pack(np.concatenate([part.ravel() for part in parts]), bits), FIELDS[bits], strict=True):
@@ -130,7 +130,7 @@ def write_unpack(writer: DecodeWriter, parts: Sequence[npt.NDArray[np.uint8]], b
         left = writer.node("BitShift", writer.own(f"field{width}", packed), writer.shared(amounts), direction="LEFT")
         planes = writer.node("BitShift", left, writer.shared(np.uint8(8 - width)), direction="RIGHT")
         finished = len(parts) == 1 and size % (8 // width) == 0
-        field = writer.node("Reshape", planes, shapes[0] if finished else flat)
+        field = writer.node("Reshape", planes, shapes[0] if finished else writer.shared(np.array([-1], np.int64)))
         if size % (8 // width):
             field = writer.node("Slice", field, writer.shared(np.array([0], np.int64)), writer.shared(np.array([size], np.int64)))
         if len(parts) == 1 and not finished:
