@@ -53,7 +53,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Density:
-    """A histogram of weights, in units in which the levels of all channels are the same.  edges: (bins+1,); counts: (bins,)."""
+    """A histogram of weights, in units of the level next to zero, so that the levels of all channels are the same.
+
+    edges: (bins+1,); counts: (bins,); levels: those that are taken.
+    """
 
     edges: FloatArray
     counts: npt.NDArray[np.int64]
@@ -263,13 +266,12 @@ def _row(ranges: RowRanges, k: int) -> RowRanges:
 
 
 def _densities(rows: Rows, w_hat: Rows, scale: FloatArray, grid: InferredGrid) -> tuple[Density, Density]:
-    """Of w / scale, and of the same transformed: by the exponent of the grid, or by the square root where that is 1.
-
-    levels: those that are taken.
-    """
+    """Of the weights, and of the same transformed: by the exponent of the grid, or by the square root where that is 1."""
     exponent = grid.table.exponent if grid.table.exponent != 1.0 else 0.5
-    ratios = (rows / scale[:, None]).ravel().astype(np.float64)
-    reached = np.unique(np.rint(w_hat / scale[:, None]))
+    ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit
+    known = np.unique(grid.table.integers)
+    taken = np.searchsorted((known[1:] + known[:-1]) / 2, np.unique(w_hat / scale[:, None]))
+    reached = known[np.unique(taken)] / grid.table.unit
     spaces = [(ratios, reached), (transform(ratios, exponent), transform(reached, exponent))]
     made = []
     for values, levels in spaces:

@@ -97,3 +97,14 @@ def test_outputs_are_compared_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("requant_onnx.anatomy.TENSOR_BYTES", 1 << 18)
     assert output_sqnr(model, made, names, chunks) == pytest.approx(whole)
     assert len(whole) == len(names)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2 / 3, 0.75])
+def test_in_transformed_space_levels_are_one_apart(exponent: float) -> None:
+    config = QuantConfig(bits=4, form=Form.FOLDED, transform=Transform(exponent))
+    made, _ = quantize_model(small_cnn(), config)
+    for weight in dissect(small_cnn(), made, None)[1:-1]:  # the first and last layer have no transform
+        assert weight.densities is not None
+        levels = weight.densities[1].levels
+        np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
+        assert 8 < levels.size == np.unique(np.rint(levels)).size

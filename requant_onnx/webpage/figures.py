@@ -61,9 +61,9 @@ def charts_of(weight: Anatomy, number: int) -> list[Chart]:
     plain, transformed = weight.densities
     charts = [
         _curve_chart(weight.curve, weight.alpha, f"w{number}a"),
-        _density_chart(plain, "weights and levels", "weight / scale", f"w{number}b"),
+        _density_chart(plain, "weights and levels", "weight / first level", f"w{number}b"),
         _density_chart(
-            transformed, f"the same in the space of |w|^{exponent:.3g}", f"sign(w) |w / scale|^{exponent:.3g}", f"w{number}c"
+            transformed, f"the same in the space of |w|^{exponent:.3g}", f"sign(w) |w / first level|^{exponent:.3g}", f"w{number}c"
         ),
     ]
     return charts + ([_scales_chart(weight, f"w{number}d")] if weight.scales.size > 1 else [])
