@@ -14,9 +14,10 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.config import Form
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.load import ModelLike, is_large, load_model, source_of
+from requant_onnx.graph.load import ModelLike, load_model, source_of
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
+from requant_onnx.graph.shapes import find_shapes
 from requant_onnx.leftovers import scratch_folder
 from requant_onnx.runtime import optimised_graph
 
@@ -99,7 +100,7 @@ def explain(model: ModelLike) -> Explanation:
     graph = import_graph(loaded)
     nodes = [*graph.nodes, *(inner for node in graph.nodes for body in node.subgraphs(recursive=True) for inner in body.nodes)]
     fates = _Fates.of(optimised.graph)
-    weights, shapes = _weights(nodes), _shapes(loaded)
+    weights, shapes = _weights(nodes), find_shapes(loaded)
     decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
     times = Counter(name for own in decoded.values() for name in own)
     found = []
@@ -134,15 +135,6 @@ def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
         if operand is not None and from_constants(node.inputs[operand]):
             found.append((node, node.inputs[operand]))
     return found
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors by inference, which follows decodes; {} for a model too large for it."""
-    if is_large(model):
-        return {}
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {item.name: tuple(d.dim_value or -1 for d in item.type.tensor_type.shape.dim) for item in graph.value_info}
-    return {**shapes, **{item.name: tuple(item.dims) for item in graph.initializer}}
 
 
 def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:

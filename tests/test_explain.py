@@ -108,3 +108,14 @@ def test_load_session_decodes_qdq_at_load(tmp_path: Path) -> None:
     assert abs(results[0] - results[1]).max() <= 0.01 * abs(results[0]).max()  # folded rounds its scales to float16
     with pytest.raises(ModelError, match="does not exist"):
         load_session(tmp_path / "nothing.onnx")
+
+
+def test_declared_shapes_that_contradict_each_other_do_no_harm() -> None:
+    """ONNX Runtime loads such a model, and shape inference refuses it (found by tools/fuzz.py)."""
+    model = small_cnn()
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("b2", onnx.TensorProto.FLOAT, [4, 4]))
+    with pytest.raises(onnx.shape_inference.InferenceError):
+        onnx.shape_inference.infer_shapes(model)
+    made, report = quantize_model(model, QuantConfig(bits=4, form=Form.FOLDED))
+    assert len(report.converted) == 4
+    assert {weight.fate for weight in explain(made).weights} == {Fate.FOLDED}

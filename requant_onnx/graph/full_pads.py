@@ -11,6 +11,7 @@ import onnx
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.graph.shapes import find_shapes
 
 
 def write_full_pads(model: onnx.ModelProto) -> int:
@@ -19,12 +20,11 @@ def write_full_pads(model: onnx.ModelProto) -> int:
     if not pads:
         return 0
     names, done = FreshNames(model), 0
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in (*inferred.value_info, *inferred.input)}
+    shapes = find_shapes(model)
     nodes = {node.output[0]: node for node in model.graph.node if node.op_type == "Pad"}
     for pad in pads:
         amounts, axes = (find_root(pad.inputs[k]) for k in (1, 3))
-        rank, node = ranks.get(pad.inputs[0].name, 0), nodes.get(pad.outputs[0].name)
+        rank, node = len(shapes.get(pad.inputs[0].name, ())), nodes.get(pad.outputs[0].name)
         if amounts is None or axes is None or node is None or rank == 0:
             continue
         full = np.zeros((2, rank), np.int64)
