@@ -6,7 +6,7 @@ The candidate may come from any tool: grids are inferred from the decoded values
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +15,14 @@ import onnx
 
 from requant_onnx.calibrate import Calibration, calibration_chunks
 from requant_onnx.execute import Progress
-from requant_onnx.graph.decoded import Reader, constant_part, find_readers
-from requant_onnx.graph.expose import expose_weights
-from requant_onnx.graph.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.decoded import Reader
 from requant_onnx.graph.load import Source, load_model
 from requant_onnx.lockstep import Chunk
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.infer import InferredGrid, infer_grid
-from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges, transform
 from requant_onnx.numerics.search import search_alpha
+from requant_onnx.pairing import Pair, find_pairs
 from requant_onnx.report import sqnr_db
 from requant_onnx.runtime import open_session, run_session
 
@@ -65,7 +63,8 @@ class Density:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """One weight.  name: in the candidate.  kind: "same" values, on a "grid", or "changed" in another way.
+    """One weight.  name: in the candidate.  kind: "same" values, on a "grid", "changed" in another way, or "unknown": without a
+    counterpart in the reference, or inside an integer kernel that does not say how it is decoded.
 
     sqnr_db: of the decoded weight; output_sqnr_db: of what its node gives, nan where that was not compared.
     alpha: (least, mean, largest) range factor of the channels as they are; scales: (channels,) or (1,).
@@ -86,48 +85,41 @@ class Anatomy:
     densities: tuple[Density, Density] | None = None
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The same node in both models, with its weight as one row a channel."""
-
-    reader: Reader
-    shape: tuple[int, ...]
-    w: Rows
-    w_hat: Rows
-    half: bool
-
-
 def dissect(
     reference: Source, candidate: Source, calibration: Calibration | None, progress: Progress | None = None
 ) -> tuple[Anatomy, ...]:
-    """Every weight of the main graph that both models have, in the order of the candidate.
+    """Every weight of the candidate, in the order of its graph.
 
     calibration: the inputs on which the outputs of layers are compared; None leaves them.
     Raises ModelError, DataError as quantize_model.
     """
     ours, theirs = load_model(reference), load_model(candidate)
-    pairs = _pairs(load_model(reference), theirs)
-    names = [pair.reader.output for pair in pairs]
+    pairs = find_pairs(reference, candidate)
+    names = {pair.outputs[0]: pair.outputs[1] for _, pair in pairs if pair is not None and pair.outputs}
     outputs = {} if calibration is None else output_sqnr(ours, theirs, names, calibration_chunks(ours, calibration))
     found = []
-    for done, pair in enumerate(pairs, 1):
-        found.append(_anatomy(pair, outputs.get(pair.reader.output, math.nan)))
+    for done, (reader, pair) in enumerate(pairs, 1):
+        if pair is None:
+            shape = tuple(n if isinstance(n, int) else -1 for n in reader.node.inputs[reader.operand].shape or ())
+            found.append(Anatomy(reader.weight, reader.op, shape, "unknown", math.nan, math.nan))
+        else:
+            found.append(_anatomy(reader, pair, outputs.get(pair.outputs[0], math.nan) if pair.outputs else math.nan))
         if progress is not None:
-            progress(pair.reader.weight, done, len(pairs))
+            progress(reader.weight, done, len(pairs))
     return tuple(found)
 
 
 def output_sqnr(
-    reference: onnx.ModelProto, candidate: onnx.ModelProto, names: Sequence[str], chunks: Sequence[Chunk]
+    reference: onnx.ModelProto, candidate: onnx.ModelProto, names: Mapping[str, str], chunks: Sequence[Chunk]
 ) -> dict[str, float]:
-    """Output SQNR in dB of each tensor that both models compute, on the same inputs."""
-    both = _made(reference) & _made(candidate)
-    common = [name for name in dict.fromkeys(names) if name in both]
+    """Output SQNR in dB of tensors of the reference on the same inputs.  names: of the tensor -> of its like in the candidate."""
+    left = list(names)
     found: dict[str, float] = {}
-    while common:
-        some = _fitting(reference, common, chunks[0])
-        common = common[len(some) :]
-        sessions = [open_session(_with_outputs(model, some), "the model") for model in (reference, candidate)]
+    while left:
+        some = _fitting(reference, left, chunks[0])
+        left = left[len(some) :]
+        both = ((reference, some), (candidate, [names[name] for name in some]))
+        sessions = [open_session(_with_outputs(model, own), "the model") for model, own in both]
         sums = np.zeros((len(some), 2))
         for chunk in chunks:
             ours, theirs = (run_session(session, "the model", None, chunk) for session in sessions)
@@ -139,10 +131,6 @@ def output_sqnr(
                     sums[k] = np.nan
         found.update((name, sqnr_db(*map(float, own))) for name, own in zip(some, sums, strict=True) if np.isfinite(own).all())
     return found
-
-
-def _made(model: onnx.ModelProto) -> set[str]:
-    return {name for node in model.graph.node for name in node.output if name}
 
 
 def _fitting(model: onnx.ModelProto, names: Sequence[str], chunk: Chunk) -> list[str]:
@@ -160,51 +148,15 @@ def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return changed
 
 
-def _pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[_Pair]:
-    """The weights of nodes that give the same tensor, in the reference as it is or with BatchNormalization folded."""
-    readers = find_readers(candidate)
-    exposed = expose_weights(reference)
-    sources = [_values_by_output(exposed, find_readers(exposed))]
-    fold_batchnorm(exposed)
-    sources.append(_values_by_output(exposed, find_readers(exposed)))
-    theirs = _values_by_output(candidate, readers)
-    pairs = []
-    for reader in readers:
-        w_hat = theirs[reader.output]
-        for source in sources:
-            match = source.get(reader.output)
-            if match is not None and match[0].op == reader.op and sorted(match[1].shape) == sorted(w_hat[1].shape):
-                pairs.append(_pair(reader, w_hat[1], match))
-                break
-    return pairs
-
-
-def _pair(reader: Reader, w_hat: npt.NDArray[np.generic], match: tuple[Reader, npt.NDArray[np.generic]]) -> _Pair:
-    own, w = match
-    rows = to_rows(w.astype(np.float32), own.channel_axis(w.ndim))
-    decoded = to_rows(w_hat.astype(np.float32), reader.channel_axis(w_hat.ndim))
-    return _Pair(reader, tuple(w.shape), rows, decoded, w_hat.dtype.itemsize == 2)
-
-
-def _values_by_output(model: onnx.ModelProto, readers: Sequence[Reader]) -> dict[str, tuple[Reader, npt.NDArray[np.generic]]]:
-    """Output of a node -> (the node, its decoded weight)."""
-    names = list(dict.fromkeys(reader.weight for reader in readers))
-    if not names:
-        return {}
-    session = open_session(constant_part(model, names), "the model")
-    values = dict(zip(names, (np.asarray(value) for value in run_session(session, "the model", None, {})), strict=True))
-    return {reader.output: (reader, values[reader.weight]) for reader in readers}
-
-
-def _anatomy(pair: _Pair, output: float) -> Anatomy:
+def _anatomy(reader: Reader, pair: Pair, output: float) -> Anatomy:
     w, w_hat = pair.w.astype(np.float64), pair.w_hat.astype(np.float64)
     if w.shape != w_hat.shape:
-        return Anatomy(pair.reader.weight, pair.reader.op, pair.shape, "changed", math.nan, output)
+        return Anatomy(reader.weight, reader.op, pair.shape, "changed", math.nan, output)
     sqnr = sqnr_db(float(np.square(w).sum()), float(np.square(w_hat - w).sum()))
     kind = "same" if math.isinf(sqnr) else "changed"
     per_tensor = None if kind == "same" else infer_grid(pair.w_hat.reshape(1, -1), half=pair.half)
     grid = None if kind == "same" else per_tensor or infer_grid(pair.w_hat, half=pair.half)
-    plain = Anatomy(pair.reader.weight, pair.reader.op, pair.shape, kind, sqnr, output)
+    plain = Anatomy(reader.weight, reader.op, pair.shape, kind, sqnr, output)
     if grid is None:
         return plain
     whole = (pair.w.reshape(1, -1), pair.w_hat.reshape(1, -1)) if per_tensor else (pair.w, pair.w_hat)

@@ -48,20 +48,53 @@ def study(
 ) -> Study:
     """Everything but the conversion.  images: None for noise, where the model takes images of a known size.
 
-    Raises ModelError, DataError as `validate`.
+    Raises ModelError where a model does not load, DataError as `validate`.
     """
     notes: list[str] = []
     chosen = _noise(reference, notes) if images is None else (images, normalisation)
     validation, calibration, inputs = None, None, ""
     if chosen is not None:
-        validation = validate(reference, candidate, *chosen, progress=progress)
+        validation = _validation(reference, candidate, *chosen, notes, progress)
         some = chosen[0].first(COMPARED)
         calibration = Calibration(some, chosen[1], COMPARED)
         inputs = f"{len(some)} images" + (" of noise" if images is None else "")
     weights = dissect(reference, candidate, calibration, progress)
+    notes += _doubts(weights, _bytes(reference), _bytes(candidate))
     explanation = _explanation(candidate, notes)
     sizes = (_bytes(reference), _bytes(candidate))
     return Study((_name(reference), _name(candidate)), sizes, weights, explanation, validation, None, inputs, notes)
+
+
+def _validation(
+    reference: Source,
+    candidate: Source,
+    images: ImageSet,
+    normalisation: Normalisation | None,
+    notes: list[str],
+    progress: Progress | None,
+) -> ValidationReport | None:
+    """None, and a note, for models that give something else than scores: their layers can be compared all the same."""
+    try:
+        return validate(reference, candidate, images, normalisation, progress=progress)
+    except ModelError as error:
+        notes.append(f"answers were not compared: {error}")
+        return None
+
+
+def _doubts(weights: Sequence[Anatomy], before: int, after: int) -> list[str]:
+    """What the reader should know before believing the page."""
+    found = []
+    unknown = sum(weight.kind == "unknown" for weight in weights)
+    if unknown:
+        found.append(
+            f"{unknown} of {len(weights)} weights could not be compared: they have no counterpart in the reference, or lie in an "
+            "integer kernel that does not say how they are decoded"
+        )
+    if any(weight.sqnr_db < 0 for weight in weights):
+        found.append("some weights differ by more than they are large: is the candidate made from this reference?")
+    if after > before:
+        found.append("the candidate is the larger file: is the reference given first?")
+    return found
 
 
 def _noise(model: Source, notes: list[str]) -> tuple[ImageSet, Normalisation | None] | None:

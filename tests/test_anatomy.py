@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from requant_onnx import Calibration, Form, Granularity, ImageSet, QuantConfig, Transform, quantize_model
+from requant_onnx import Calibration, Form, Granularity, ImageSet, QuantConfig, Transform, html_report, quantize_model
 from requant_onnx.anatomy import dissect, output_sqnr
 from requant_onnx.graph.load import load_model
 from requant_onnx.lockstep import Chunk
@@ -88,10 +88,102 @@ def test_files_of_other_tools(tmp_path: Path) -> None:
     assert kinds == {"w1": "same", "w2": "changed", "w3": "same", "w4": "same"}
 
 
+class _Feeds(CalibrationDataReader):  # type: ignore[misc,unused-ignore]
+    def __init__(self) -> None:
+        self.feeds = iter([{"x": np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)}])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.feeds, None)
+
+
+RESIDUAL = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w1)
+    b = Relu(a)
+    c = Conv<pads = [1, 1, 1, 1]>(b, w2)
+    d = Relu(c)
+    e = Conv<pads = [1, 1, 1, 1]>(d, w3)
+    f = Add(b, e)
+    g = Relu(f)
+    h = GlobalAveragePool(g)
+    i = Flatten(h)
+    y = Gemm<transB = 1>(i, w4, b4)
+}"""
+
+
+def residual() -> onnx.ModelProto:
+    weights = {"w2": laplace(16, 16, 3, 3, seed=1), "w3": laplace(16, 16, 3, 3, seed=3), "w4": laplace(10, 16, seed=4)}
+    return parse(RESIDUAL, w1=laplace(16, 3, 3, 3), b4=laplace(10, seed=5), **weights)
+
+
+def test_no_weight_is_missed_in_the_int8_form() -> None:
+    """Whose nodes give tensors of other names than in the reference."""
+    made, report = quantize_model(residual(), QuantConfig(4, form=Form.INT8), calibration=INPUTS)
+    found = dissect(residual(), made, INPUTS)
+    assert [weight.name for weight in found] == [told.name for told in report.converted]
+    assert all(weight.kind == "grid" and 5 < weight.output_sqnr_db < 60 for weight in found)
+
+
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_no_weight_is_missed_in_files_of_onnxruntime(tmp_path: Path, form: str) -> None:
+    onnx.save(residual(), tmp_path / "in.onnx")
+    quantize_static(
+        tmp_path / "in.onnx",
+        tmp_path / "q.onnx",
+        _Feeds(),
+        quant_format=QuantFormat[form],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+    )
+    found = dissect(tmp_path / "in.onnx", tmp_path / "q.onnx", INPUTS)
+    assert [(weight.op, weight.kind) for weight in found] == [("Conv", "grid")] * 3 + [("Gemm", "grid")]
+    assert all(weight.sqnr_db > 30 for weight in found)
+    compared = [weight.output_sqnr_db for weight in found if not math.isnan(weight.output_sqnr_db)]
+    assert compared
+    assert min(compared) > 15  # Conv and Relu become one node: what is compared lies behind both
+
+
+def test_weights_that_cannot_be_told_are_shown_as_such(tmp_path: Path) -> None:
+    onnx.save(residual(), tmp_path / "in.onnx")
+    quantize_dynamic(tmp_path / "in.onnx", tmp_path / "q.onnx", weight_type=QuantType.QUInt8)
+    found = dissect(tmp_path / "in.onnx", tmp_path / "q.onnx", INPUTS)
+    assert [(weight.op, weight.kind) for weight in found] == [("ConvInteger", "unknown")] * 3 + [("MatMulInteger", "unknown")]
+    assert [weight.shape for weight in found[:3]] == [(16, 3, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3)]
+    assert "4 of 4 weights could not be compared" in html_report(tmp_path / "in.onnx", tmp_path / "q.onnx")
+
+
+def test_weights_in_bodies_are_matched() -> None:
+    text = """net (bool c, float[1, 3, 8, 8] x) => (float[1, 16, 8, 8] y) {
+        y = If(c) <
+            then_branch = t () => (float[1, 16, 8, 8] o) { o = Conv<pads = [1, 1, 1, 1]>(x, w1) },
+            else_branch = e () => (float[1, 16, 8, 8] o) { o = Conv<pads = [1, 1, 1, 1]>(x, w2) }
+        >
+    }"""
+    model = parse(text, w1=laplace(16, 3, 3, 3), w2=laplace(16, 3, 3, 3, seed=1))
+    made, report = quantize_model(model, QuantConfig(4))
+    found = dissect(model, made, None)
+    assert sorted((weight.name, weight.kind) for weight in found) == [("w1", "grid"), ("w2", "grid")]
+    assert sorted(weight.sqnr_db for weight in found) == pytest.approx(sorted(told.sqnr_db for told in report.converted), abs=0.01)
+
+
+def test_pages_join_weights_behind_a_cast_and_say_what_is_odd() -> None:
+    text = "net (float[n, 3, 8, 8] x) => (float[n, 16, 8, 8] y) { v = Cast<to = 1>(w) y = Conv<pads = [1, 1, 1, 1]>(x, v) }"
+    model = parse(text, w=laplace(16, 3, 3, 3).astype(np.float16))
+    made, report = quantize_model(model, QuantConfig(4))
+    (told,) = report.converted
+    assert f"{told.bytes_before:,} to {told.bytes_after:,}" in html_report(model, made, conversion=report)
+    page = html_report(model, made)
+    assert "is the candidate made from this reference" not in page
+    assert "Answers were not compared" in page  # it gives no scores
+    other = parse(text, w=np.float16(0.1) * laplace(16, 3, 3, 3, seed=1).astype(np.float16))
+    assert "is the candidate made from this reference" in html_report(other, made)
+    smaller, _ = quantize_model(small_cnn(), QuantConfig(4))
+    assert "is the reference given first" in html_report(smaller, small_cnn())
+
+
 def test_outputs_are_compared_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = quantize_model(OWN_MODEL, QuantConfig(bits=3))
     model = load_model(OWN_MODEL)
-    names = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
+    names = {node.output[0]: node.output[0] for node in model.graph.node if node.op_type == "Conv"}
     chunks: list[Chunk] = [{"input": np.random.default_rng(k).normal(size=(4, 3, 32, 32)).astype(np.float32)} for k in range(2)]
     whole = output_sqnr(model, made, names, chunks)
     monkeypatch.setattr("requant_onnx.anatomy.TENSOR_BYTES", 1 << 18)

@@ -25,7 +25,7 @@ LAYERS = (
     {"build"},
     {"budget"},
     {"convert"},
-    {"validate"},
+    {"validate", "pairing"},
     {"anatomy", "comparison"},
     {"tables"},
     {"study"},

@@ -23,6 +23,7 @@ from requant_onnx.comparison import Trial
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}
 MARKERS, LINES = "os^Dvx", ("-", "--")
+EXACT = 120.0  # dB, where outputs without error are drawn
 SMALL, WIDE = (3.6, 2.4), (9.0, 2.7)  # inches, at 72 units an inch
 STYLE = {
     "svg.fonttype": "none",
@@ -71,7 +72,7 @@ def charts_of(weight: Anatomy, number: int) -> list[Chart]:
 
 def growth_chart(weights: Sequence[Anatomy]) -> Chart | None:
     """Output SQNR behind each layer, in the order of the graph; None where nothing was compared."""
-    values = [min(weight.output_sqnr_db, 120.0) for weight in weights]
+    values = [min(weight.output_sqnr_db, EXACT) for weight in weights]
     known = [(k, value) for k, value in enumerate(values) if not math.isnan(value)]
     if not known:
         return None
@@ -82,7 +83,8 @@ def growth_chart(weights: Sequence[Anatomy]) -> Chart | None:
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         worst = min(known, key=lambda item: item[1])
-        ends = [f"{value:.1f} dB after {weights[k].name}" for k, value in (known[0], known[-1], worst)]
+        shown = {k: "no error" if value == EXACT else f"{value:.1f} dB" for k, value in known}
+        ends = [f"{shown[k]} after {weights[k].name}" for k, _ in (known[0], known[-1], worst)]
         text = f"Output SQNR after each of {len(known)} layers: {ends[0]}, the first; {ends[1]}, the last; the least is {ends[2]}."
         return Chart("Where the error enters, and how it grows", text, _svg(figure, "growth"))
 

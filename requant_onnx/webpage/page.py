@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -44,14 +44,14 @@ class Cell:
 def render(study: Study, progress: Progress | None = None) -> str:
     """The page, as HTML."""
     fates = {weight.name: weight for weight in study.explanation.weights} if study.explanation else {}
-    reports = {weight.name: weight for weight in study.conversion.converted} if study.conversion else {}
-    details = []
+    details, rows = [], []
     for number, weight in enumerate(study.weights):
-        details.append(_detail(number, weight, fates.get(weight.name), reports.get(weight.name)))
+        fate = fates.get(weight.name)
+        report = None if study.conversion is None else _report_of(weight, fate, study.conversion.converted)
+        details.append(_detail(number, weight, fate, report))
+        rows.append(_row(number, weight, fate, report, study.conversion is not None))
         if progress is not None:
             progress("drawing", number + 1, len(study.weights))
-    columns = _columns(bool(reports))
-    rows = [_row(number, weight, fates.get(weight.name), reports, columns) for number, weight in enumerate(study.weights)]
     return fill(
         "page.html",
         title=Path(study.names[1]).name,
@@ -59,7 +59,7 @@ def render(study: Study, progress: Progress | None = None) -> str:
         cards=_cards(study),
         notes=_notes(study),
         growth=growth_chart(study.weights),
-        columns=columns,
+        columns=_columns(study.conversion is not None),
         rows=rows,
         left=[f"{item.name} ({item.op}) {item.reason}" for item in study.conversion.left_alone] if study.conversion else [],
         weights=details,
@@ -103,7 +103,7 @@ def _cards(study: Study) -> list[dict[str, str]]:
         found.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all weights; {note}"))
     else:
         quantized = sum(weight.kind == "grid" for weight in study.weights)
-        found.append(("weights", f"{quantized}", f"of {len(study.weights)} compared lie on a grid"))
+        found.append(("weights", f"{quantized}", f"of {len(study.weights)} lie on a grid"))
     return [{"label": label, "value": value, "note": note} for label, value, note in found]
 
 
@@ -123,25 +123,27 @@ def _columns(converted: bool) -> list[Column]:
     return [*titles, Column("in ONNX Runtime", True)]
 
 
-def _row(
-    number: int, weight: Anatomy, fate: WeightFate | None, reports: Mapping[str, WeightReport], columns: Sequence[Column]
-) -> dict[str, Any]:
-    report = reports.get(weight.name)
+def _report_of(weight: Anatomy, fate: WeightFate | None, reports: Sequence[WeightReport]) -> WeightReport | None:
+    """What the conversion says of a weight, by its name or by that of a tensor it is decoded from: a Cast may stand between."""
+    names = {weight.name} if fate is None else {weight.name, *fate.behind}
+    return next((report for report in reports if report.name in names), None)
+
+
+def _row(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None, converted: bool) -> dict[str, Any]:
     elements = math.prod(weight.shape)
     cells = [
         Cell(weight.name),
         Cell(weight.op, text=True),
-        Cell("x".join(map(str, weight.shape)), elements),
+        Cell("x".join("?" if n < 0 else str(n) for n in weight.shape), elements),
         Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
         Cell(_transform(weight.exponent) if weight.kind == "grid" else "", text=True),
         Cell("", "") if weight.alpha is None else Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
         _number(weight.sqnr_db),
         _number(weight.output_sqnr_db),
     ]
-    if reports:
+    if converted:
         cells += [Cell(f"{n:,}", n) for n in (report.bytes_before, report.bytes_after)] if report else [Cell(""), Cell("")]
     cells.append(Cell(fate.fate.value if fate else "", text=True))
-    assert len(cells) == len(columns)
     return {"id": f"weight-{number}", "order": number, "cells": cells}
 
 
@@ -152,13 +154,18 @@ def _number(decibels: float) -> Cell:
 
 
 def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
-    facts = [("operator", weight.op), ("shape", " x ".join(map(str, weight.shape)))]
+    facts = [("operator", weight.op), ("shape", " x ".join("?" if n < 0 else str(n) for n in weight.shape))]
     if weight.alpha is not None and weight.scales is not None:
         transform = "no transform" if weight.exponent == 1.0 else f"transform {_transform(weight.exponent)}"
         scales = "one scale" if weight.scales.size == 1 else f"{weight.scales.size} scales"
         facts += [("grid", f"{weight.bits} bits, {transform}, {scales}")]
         facts += [("alpha", f"{weight.alpha[0]:.3f} to {weight.alpha[2]:.3f}, mean {weight.alpha[1]:.3f}")]
-    kinds = {"same": "the same values", "changed": "other values, on no grid that is known here", "grid": _decibels(weight.sqnr_db)}
+    kinds = {
+        "same": "the same values",
+        "changed": f"{_decibels(weight.sqnr_db)}, on no grid that is known here",
+        "grid": _decibels(weight.sqnr_db),
+        "unknown": "not compared",
+    }
     facts += [("weight SQNR", kinds[weight.kind]), ("output SQNR", _decibels(weight.output_sqnr_db))]
     if report is not None:
         facts += [("form", report.form), ("taken", report.step), ("bytes", f"{report.bytes_before:,} to {report.bytes_after:,}")]

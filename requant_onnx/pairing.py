@@ -1,0 +1,143 @@
+"""The same weight in two models: found by what its node gives, by its name, or by its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from requant_onnx.graph.decoded import Reader, constant_part, find_readers, settled_tensors
+from requant_onnx.graph.expose import expose_weights
+from requant_onnx.graph.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.load import Source, load_model
+from requant_onnx.numerics.quantize import to_rows
+from requant_onnx.runtime import open_session, run_session
+
+Rows = npt.NDArray[np.float32]
+Values = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A weight of the candidate and its counterpart, as one row a channel.
+
+    w: (channels, n) of the reference; w_hat: of the candidate, of another shape where the channels lie otherwise.
+    half: whether the candidate's is float16.  outputs: names of tensors of both models to compare, () where there are none.
+    """
+
+    shape: tuple[int, ...]
+    w: Rows
+    w_hat: Rows
+    half: bool
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight as its node reads it, decoded."""
+
+    reader: Reader
+    values: Values
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        return self.reader.op, tuple(sorted(self.values.shape))
+
+    @property
+    def rows(self) -> Rows:
+        return to_rows(self.values.astype(np.float32), self.reader.channel_axis(self.values.ndim))
+
+
+def find_pairs(reference: Source, candidate: Source) -> list[tuple[Reader, Pair | None]]:
+    """Every weight of the candidate, with its counterpart in the reference; None where it has none.
+
+    The reference counts as it is, and with BatchNormalization folded.  Raises ModelError where a model does not load.
+    """
+    theirs = load_model(candidate)
+    exposed = expose_weights(load_model(reference))
+    known = _weights(exposed, find_readers(exposed))
+    fold_batchnorm(exposed)
+    known += _weights(exposed, find_readers(exposed))
+    readers = find_readers(theirs)
+    decoded = {id(weight.reader): weight for weight in _weights(theirs, readers)}
+    names = _Outputs(_made(load_model(reference)), _made(theirs), settled_tensors(theirs))
+    found: list[tuple[Reader, Pair | None]] = []
+    for reader in readers:
+        weight = decoded.get(id(reader))
+        own = None if weight is None else _counterpart(weight, known)
+        found.append((reader, None if weight is None or own is None else _pair(own, weight, names)))
+    return found
+
+
+def _counterpart(weight: _Weight, known: Sequence[_Weight]) -> _Weight | None:
+    alike = [own for own in known if own.kind == weight.kind]
+    by_output = (own for own in alike if weight.reader.output and own.reader.output == weight.reader.output)
+    by_name = (own for own in alike if own.reader.weight == weight.reader.weight)
+    return next(by_output, None) or next(by_name, None) or _nearest(weight, alike)
+
+
+def _nearest(weight: _Weight, alike: Sequence[_Weight]) -> _Weight | None:
+    """The weight of least difference, if that is less than the weight itself."""
+    best, least, rows = None, 1.0, weight.rows
+    for own in alike:
+        w = own.rows
+        power = float(np.square(w, dtype=np.float64).sum())
+        if w.shape == rows.shape and power:
+            error = float(np.square(rows.astype(np.float64) - w).sum()) / power
+            best, least = (own, error) if error < least else (best, least)
+    return best
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """The tensors that the two models compute, and what those of the candidate become."""
+
+    ours: frozenset[str]
+    theirs: frozenset[str]
+    settled: Mapping[str, str]
+
+    def of(self, own: Reader, other: Reader) -> tuple[str, ...]:
+        """(reference, candidate): the same tensor in both."""
+        for name in (own.output, other.output):
+            if name in self.ours and name in self.theirs:
+                return name, self.settled.get(name, name)
+        return ()
+
+
+def _made(model: onnx.ModelProto) -> frozenset[str]:
+    return frozenset(name for node in model.graph.node for name in node.output if name)
+
+
+def _pair(own: _Weight, weight: _Weight, names: _Outputs) -> Pair:
+    half = weight.values.dtype.itemsize == 2
+    return Pair(tuple(own.values.shape), own.rows, weight.rows, half, names.of(own.reader, weight.reader))
+
+
+def _weights(model: onnx.ModelProto, readers: Sequence[Reader]) -> list[_Weight]:
+    """Those whose values can be told."""
+    there = {item.name for item in model.graph.initializer} | _made(model)
+    usable = [reader for reader in readers if not reader.bare and there.issuperset((reader.weight, *reader.scale))]
+    names = list(dict.fromkeys(name for reader in usable for name in (reader.weight, *reader.scale)))
+    if not names:
+        return []
+    session = open_session(constant_part(model, names), "the model")
+    values = dict(zip(names, map(np.asarray, run_session(session, "the model", None, {})), strict=True))
+    return list(_decoded(usable, values))
+
+
+def _decoded(readers: Sequence[Reader], values: Mapping[str, Values]) -> Iterator[_Weight]:
+    for reader in readers:
+        w = values[reader.weight]
+        if reader.scale:
+            axis = reader.channel_axis(w.ndim)
+            scale, zero_point = (_along(values[name].astype(np.float32), w.ndim, axis) for name in reader.scale)
+            w = (w.astype(np.float32) - zero_point) * scale
+        yield _Weight(reader, w)
+
+
+def _along(values: Rows, rank: int, axis: int) -> Rows:
+    """A scalar, or (oc,), in a shape that broadcasts along an axis."""
+    return values.reshape([-1 if k == axis else 1 for k in range(rank)])
