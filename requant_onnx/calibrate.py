@@ -149,7 +149,27 @@ def _feeds_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     for feed in feeds:
         if sorted(feed) != wanted:
             raise DataError(f"the calibration inputs hold {sorted(feed)} and the model takes {wanted}; give each by its name")
+        for item in session.get_inputs():
+            _require_input(item, feed[item.name])
     return _Source(session, lambda _: iter(enumerate(feeds, 1)), len(feeds))
+
+
+def _require_input(item: Any, values: npt.NDArray[Any]) -> None:
+    """Refuse what the model does not take.  item: an input of a session, with its name, type and shape."""
+    name = item.type.removeprefix("tensor(").removesuffix(")")
+    kind = {"float": "float32", "double": "float64"}.get(name, name)
+    sizes = [size if isinstance(size, int) and size > 0 else None for size in item.shape]
+    fits = len(sizes) == values.ndim and all(want in (None, have) for want, have in zip(sizes, values.shape, strict=True))
+    if not fits or str(values.dtype) != kind:
+        have, want = (_listed(shape) for shape in (values.shape, ["?" if size is None else size for size in sizes]))
+        raise DataError(
+            f"the calibration input '{item.name}' is {values.dtype} of shape {have} and the model takes {kind} of shape {want}; "
+            "make it so"
+        )
+
+
+def _listed(shape: Iterable[object]) -> str:
+    return "x".join(map(str, shape)) or "()"
 
 
 def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
@@ -171,8 +191,10 @@ def _checked(feed: object) -> Feed:
         raise DataError(f"calibration inputs must be dictionaries from the names of inputs to arrays, not {type(feed).__name__}")
     arrays = {str(name): np.asarray(values) for name, values in feed.items()}
     for name, values in arrays.items():
-        if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
-            raise DataError(f"the calibration input '{name}' must be an array of finite numbers, not of {values.dtype}")
+        if values.dtype.kind not in "biuf":
+            raise DataError(f"the calibration input '{name}' must be an array of numbers, not of {values.dtype}")
+        if not np.isfinite(values).all():
+            raise DataError(f"the calibration input '{name}' holds NaN or infinity; take them out")
     return arrays
 
 
@@ -203,13 +225,9 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     if image is not None and calibration.size not in (None, image[1:]):
         raise DataError(f"the model takes images of {image[1]}x{image[2]}, not noise of another size; drop the size")
     if image is None:
-        raise DataError(
-            "the model leaves the size of its images free; give noise of a size, for instance --calibrate noise:224x224, or images"
-        )
+        raise DataError("the model leaves the size of its images free; give noise of a size, for instance noise:224x224, or images")
     if calibration.count * math.prod(image) > MAX_VALUES:
-        raise DataError(
-            f"{calibration.count} images of {image[1]}x{image[2]} are too much noise to hold; make fewer with --calibrate-limit"
-        )
+        raise DataError(f"{calibration.count} images of {image[1]}x{image[2]} are too much noise to hold; make fewer of it")
     return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
 
 

@@ -11,19 +11,30 @@ from pathlib import Path
 
 from requant_onnx import convert, tables
 from requant_onnx.cache import Cache, default_folder
-from requant_onnx.calibrate import Calibration, calibration_images
+from requant_onnx.calibrate import DEFAULT_COUNT, Calibration, calibration_images
 from requant_onnx.comparison import Comparison, compare
 from requant_onnx.config import Form, parse_choice
+from requant_onnx.data import ImageSet, Normalisation
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.explain import explain
 from requant_onnx.graph.load import data_files, file_bytes, is_large, load_model, materialise
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.jobs import open_executor
-from requant_onnx.outputs import check_json, check_new, check_output, check_page, write_json
+from requant_onnx.outputs import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.terminal import console_for, progress_bar, status_line
 from requant_onnx.toml_config import write_options
 from requant_onnx.validate import validate
-from requant_onnx.values import calibration_of, config_of, images_of, limit_of, list_of, normalisation_of, whole_of
+from requant_onnx.values import (
+    calibration_of,
+    config_of,
+    images_of,
+    is_noise,
+    limit_of,
+    list_of,
+    noise_of,
+    normalisation_of,
+    whole_of,
+)
 from requant_onnx.webpage import html_comparison, html_report
 
 
@@ -35,6 +46,7 @@ def run_convert(args: argparse.Namespace) -> None:
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     check_json(args.json, args.input, args.output, *data)
     check_page(args.html, args.force, args.input, args.output, *data)
+    check_apart(args.json, args.html)
     with progress_bar(args, "quantizing") as progress:
         model, report = convert.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
@@ -49,11 +61,10 @@ def run_convert(args: argparse.Namespace) -> None:
     write_json(args.json, {**report.to_dict(), **paths})
     if args.html is not None:
         with progress_bar(args, "drawing") as progress:
-            images = None if calibration is None else calibration.images
-            shown = None if images is None or calibration is None else images.drawn(calibration.count, calibration.seed)
             settings = [("requant.toml, for requant convert --config", write_options(args))]
-            how = None if calibration is None else calibration.normalisation
-            page = html_report(args.input, args.output, shown, how, conversion=report, settings=settings, progress=progress)
+            page = html_report(
+                args.input, args.output, calibration=calibration, conversion=report, settings=settings, progress=progress
+            )
         write_atomically(args.html, page.encode())
     tables.print_conversion(console_for(args), report, (before, after))
     if args.verbose:
@@ -65,8 +76,7 @@ def run_validate(args: argparse.Namespace) -> None:
     check_json(args.json, args.reference, args.candidate)
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
-    images = images_of(args, args.data, "test").first(limit_of(args.limit))
-    normalisation = normalisation_of(args, args.data, images)
+    images, normalisation = _images_to_compare(args, args.reference, args.data)
     with progress_bar(args, "validating") as progress:
         report = validate(args.reference, args.candidate, images, normalisation, progress=progress)
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
@@ -80,11 +90,12 @@ def run_validate(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """requant report: a page on what became of each weight."""
     check_page(args.output, args.force, args.reference, args.candidate)
-    images = None if args.data is None else images_of(args, args.data, "test").first(limit_of(args.limit))
-    normalisation = normalisation_of(args, args.data or "noise", images)
+    calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
+    asked = args.data is not None or calibration != Calibration()  # else the weights are compared though the model takes no noise
     with progress_bar(args, "comparing") as progress:
-        page = html_report(args.reference, args.candidate, images, normalisation, progress=progress)
+        page = html_report(args.reference, args.candidate, calibration=calibration if asked else None, progress=progress)
     write_atomically(args.output, page.encode())
+    console_for(args).print(f"wrote {args.output}")
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -110,17 +121,20 @@ def run_compare(args: argparse.Namespace) -> None:
     check_json(args.json, args.model)
     check_page(args.html, args.force, args.model)
     check_new(args.csv, args.force, args.model)
+    check_apart(args.json, args.html, args.csv)
+    if args.cache is not None:
+        check_cache(args.cache)
     widths = [whole_of(text, "--bits") for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
     form = Form.QDQ if args.form is None else parse_choice(Form, args.form, "--form")
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args) or Calibration()
     model = _whole_file(args.model)
-    if args.data is None:
-        seed = calibration.seed + 1  # other noise than that of the calibration
-        images, normalisation = calibration_images(args.model, Calibration(normalisation=calibration.normalisation, seed=seed))
+    if args.data is None:  # noise as in the calibration, but not the same
+        count, seed = limit_of(args.limit) or DEFAULT_COUNT, calibration.seed + 1
+        other = Calibration(None, calibration.normalisation, count, seed, calibration.size)
+        images, normalisation = calibration_images(args.model, other)
     else:
-        images = images_of(args, args.data, "test").first(limit_of(args.limit))
-        normalisation = normalisation_of(args, args.data, images)
+        images, normalisation = _images_to_compare(args, args.model, args.data)
     cache = Cache(None if args.no_cache else args.cache or default_folder())
     jobs = None if args.jobs is None else whole_of(args.jobs, "--jobs")
     with open_executor(jobs, args.dask) as executor, progress_bar(args, "comparing") as progress:
@@ -136,6 +150,20 @@ def run_compare(args: argparse.Namespace) -> None:
         settings = [("requant.toml, for requant compare --config", write_options(args))]
         write_atomically(args.html, html_comparison(found, args.model.name, settings).encode())
     tables.print_comparison(console_for(args), found)
+
+
+def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
+    """All the images of --data, or noise."""
+    limit = limit_of(args.limit)
+    if is_noise(spec):
+        return noise_of(args, spec, limit or DEFAULT_COUNT, 0)
+    images = images_of(args, spec, "test").first(limit)
+    return Calibration(images, normalisation_of(args, spec, images), len(images))
+
+
+def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tuple[ImageSet, Normalisation | None]:
+    given = _data_to_compare(args, spec)
+    return calibration_images(model, given) if given.images is None else (given.images, given.normalisation)
 
 
 def _whole_file(path: Path) -> bytes:

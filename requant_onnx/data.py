@@ -142,7 +142,7 @@ def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeli
         return load_cifar(dataset, Path(folder), split)
     if spec.endswith(".npz"):
         return _load_npz(Path(spec))
-    if colon and dataset == "images":
+    if dataset == "images" and folder:
         return ImageSet(*open_folder(Path(folder), pipeline or Pipeline()))
     raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
 

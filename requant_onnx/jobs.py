@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from requant_onnx.errors import ConfigError, RequantError
@@ -61,9 +64,37 @@ def run_all(
 def _local_executor(jobs: int) -> Executor:
     if jobs == 1:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn")
-    )  # ONNX Runtime's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")  # ONNX Runtime's threads do not survive a fork
+    executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_on_interrupt)
+    resource_tracker.ensure_running()  # which lets interrupts through when it starts
+    with _interrupts_held():
+        wait([executor.submit(_nothing) for _ in range(jobs)])  # each starts a process
+    return executor
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until this ends, and in processes started meanwhile until `_end_on_interrupt`: it would print tracebacks."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_on_interrupt() -> None:
+    """A process that works ends silently at Ctrl-C; the one that the user started says so."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _nothing() -> None:
+    pass
 
 
 class _DaskExecutor(Executor):
@@ -87,9 +118,16 @@ def _dask_executor(address: str) -> Executor:
         from distributed import Client  # noqa: PLC0415
     except ImportError:
         raise ConfigError("--dask needs dask.distributed; install it with: pip install 'requant_onnx[distributed]'") from None
+    if not re.fullmatch(r"\w+://.+:\d+", address):
+        raise ConfigError(f"'{address}' is no address of a Dask scheduler; write it as tcp://HOST:PORT")
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"no Dask scheduler answers at '{address}' ({text}); start one with: dask scheduler") from None
+    try:
+        client.wait_for_workers(1, timeout=PATIENCE)
+    except TimeoutError:
+        client.close()
+        raise ConfigError(f"the Dask scheduler at '{address}' has no worker; start one with: dask worker {address}") from None
     return _DaskExecutor(client)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import shtab
 
@@ -55,14 +56,38 @@ integer kernel reads its codes)""",
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print and exit with code 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
+
+
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, on top of those of --config.  Raises ConfigError when that file is not what it should be."""
-    args = parser.parse_args(arguments)
+    """The options given, on top of those of --config; `from_file` names the latter where the command line does not override them.
+
+    Raises ConfigError when that file is not what it should be.
+    """
+    args = _parse(parser, arguments)
+    found: dict[str, Any] = {}
     if args.config is not None:
         commands = _commands(parser)
         name = next(name for name, command in commands.items() if command is args.parser)
-        args.parser.set_defaults(**read_options(args.config, name, commands))
-        args = parser.parse_args(arguments)
+        found = read_options(args.config, name, commands)
+        own = {name for name in found if getattr(args, name) not in (None, False)}
+        args.parser.set_defaults(**found)
+        args = _parse(parser, arguments)
+        found = {name: value for name, value in found.items() if name not in own}
+    args.from_file = frozenset(found)
+    return args
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    args, strange = parser.parse_known_args(arguments)
+    if strange:
+        near = difflib.get_close_matches(strange[0].partition("=")[0], args.parser._option_string_actions, 1)
+        args.parser.error(f"'{strange[0]}' is no option here" + (f"; is it '{near[0]}'?" if near else ""))
     return args
 
 
@@ -75,9 +100,7 @@ def parser_of(
     convert: Command, validate: Command, report: Command, compare: Command, inspect: Command, explain: Command
 ) -> argparse.ArgumentParser:
     """The parser; `args.run` is the function of the command given, `args.parser` the command's own parser."""
-    parser = _command(
-        argparse.ArgumentParser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining."
-    )
+    parser = _command(Parser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining.")
     parser.add_argument("--version", action="version", version=f"requant {version('requant_onnx')}")
     shtab.add_argument_to(parser, ["--print-completion"], help="print the completion script of a shell, for its start-up files")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -61,6 +61,24 @@ def check_new(path: Path | None, force: bool, *models: Path) -> None:
             raise OutputError(f"'{path}' exists; give another path, or --force to replace it")
 
 
+def check_apart(*paths: Path | None) -> None:
+    """Refuse one path for two reports."""
+    given = [path.absolute() for path in paths if path is not None]
+    twice = next((path for path in given if given.count(path) > 1), None)
+    if twice is not None:
+        raise OutputError(f"two reports would be written to '{twice}'; give each a path of its own")
+
+
+def check_cache(folder: Path) -> None:
+    """Make the folder for results that was asked for, or refuse it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot keep results in '{folder}' ({error.strerror or error}); give another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"cannot keep results in '{folder}' (it cannot be written to); give another folder")
+
+
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
     """Write a report whole or not at all; nothing where there is no path."""
     if path is not None:

@@ -17,7 +17,7 @@ import onnxruntime
 
 from requant_onnx.config import METADATA_KEY, Form, Int8Levels
 from requant_onnx.errors import DataError, LoadError, ModelError
-from requant_onnx.graph.load import first_line, is_large, load_skeleton
+from requant_onnx.graph.load import ModelLike, first_line, is_large, load_skeleton, source_of
 
 FloatArray = npt.NDArray[np.float32]
 INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -130,20 +130,22 @@ def optimised_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, 
     return onnxruntime.__version__, onnx.load(folder / "optimised.onnx", load_external_data=False)
 
 
-def load_session(path: str | os.PathLike[str], options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-    """An InferenceSession of ONNX Runtime's CPU provider with the options that suit the form of a converted file.
+def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+    """An InferenceSession of ONNX Runtime's CPU provider with the options that suit the form of a converted model.
 
     qdq: decode at load (`session.disable_quant_qdq`), for float speed.  int8 with levels up to 127: sums that cannot saturate on
     CPUs without VNNI (`session.x64quantprecision`).  Any other file: default options.  options: to start from.
-    Raises ModelError when the file does not load.
+    Raises ModelError when it does not load.
     """
     options = options or quiet_options()
-    settings = _settings(load_skeleton(path))
+    source = source_of(model)
+    settings = _settings(source if isinstance(source, onnx.ModelProto) else load_skeleton(source))
     if settings.get("form") == Form.QDQ.value:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if settings.get("form") == Form.INT8.value and settings.get("int8_levels") == Int8Levels.FULL.value:
         options.add_session_config_entry("session.x64quantprecision", "1")
-    return _open(str(path), f"'{path}'", options)
+    name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
+    return _open(_serialized(source, name), name, options)
 
 
 def open_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:

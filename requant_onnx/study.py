@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -39,26 +39,24 @@ class Study:
     settings: Sequence[tuple[str, str]] = ()
 
 
-def study(
-    reference: Source,
-    candidate: Source,
-    images: ImageSet | None,
-    normalisation: Normalisation | None,
-    progress: Progress | None = None,
-) -> Study:
-    """Everything but the conversion.  images: None for noise, where the model takes images of a known size.
+def study(reference: Source, candidate: Source, calibration: Calibration | None = None, progress: Progress | None = None) -> Study:
+    """Everything but the conversion.  calibration: the inputs to compare on; None for noise, where the model takes it.
 
     Raises ModelError where a model does not load, DataError as `validate`.
     """
     notes: list[str] = []
-    chosen = _noise(reference, notes) if images is None else (images, normalisation)
-    validation, calibration, inputs = None, None, ""
-    if chosen is not None:
-        validation = _validation(reference, candidate, *chosen, notes, progress)
-        some = chosen[0].first(COMPARED)
-        calibration = Calibration(some, chosen[1], COMPARED)
-        inputs = f"{len(some)} images" + (" of noise" if images is None else "")
-    weights = dissect(reference, candidate, calibration, progress)
+    validation, layers, inputs = None, None, ""
+    if calibration is not None and calibration.feeds:
+        layers = replace(calibration, count=min(COMPARED, calibration.count))
+        inputs = f"{len(layers.feeds[: layers.count])} inputs"
+    else:
+        chosen = _images(reference, calibration, notes)
+        if chosen is not None:
+            validation = _validation(reference, candidate, *chosen, notes, progress)
+            layers = Calibration(chosen[0].first(COMPARED), chosen[1], COMPARED)
+            noise = calibration is None or calibration.is_noise
+            inputs = f"{min(COMPARED, len(chosen[0]))} images" + (" of noise" if noise else "")
+    weights = dissect(reference, candidate, layers, progress)
     notes += _doubts(weights, _bytes(reference), _bytes(candidate))
     explanation = _explanation(candidate, notes)
     sizes = (_bytes(reference), _bytes(candidate))
@@ -97,14 +95,15 @@ def _doubts(weights: Sequence[Anatomy], before: int, after: int) -> list[str]:
     return found
 
 
-def _noise(model: Source, notes: list[str]) -> tuple[ImageSet, Normalisation | None] | None:
-    """Noise that the model takes; None, and a note, where it takes none."""
+def _images(model: Source, calibration: Calibration | None, notes: list[str]) -> tuple[ImageSet, Normalisation | None] | None:
+    """The images asked for, or noise that the model takes; None, and a note, where nothing was asked for and it takes none."""
+    if calibration is not None:
+        return calibration_images(model, calibration)
     try:
-        images, normalisation = calibration_images(model, Calibration())
+        return calibration_images(model, Calibration())
     except (ModelError, DataError) as error:
         notes.append(f"outputs were not compared: {error}")
         return None
-    return images, normalisation
 
 
 def _explanation(model: Source, notes: list[str]) -> Explanation | None:

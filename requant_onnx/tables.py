@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from rich.console import Console
@@ -62,7 +63,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     latency = f"latency, batch {report.latency_batch}"
     table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{ratio:.2f} x the time")
     console.print(table)
-    console.print(f"top-1 agreement {report.agreement:.2%}, output SQNR {report.sqnr_db:.1f} dB")
+    console.print(f"top-1 agreement {report.agreement:.2%}, output SQNR {decibels(report.sqnr_db)}")
     for note in report.notes:
         console.print(escape(f"note: {note}"))
     if report.top1 is None:
@@ -79,7 +80,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     for trial in found.trials:
         accuracy = [] if trial.top1 is None or trial.change is None else [f"{trial.top1:.2%}", f"{trial.change * 100:+.2f} points"]
         cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *accuracy]
-        table.add_row(*cells, f"{trial.agreement:.2%}", f"{trial.sqnr_db:.1f}")
+        table.add_row(*cells, f"{trial.agreement:.2%}", decibels(trial.sqnr_db, ""))
     console.print(table)
     console.print(f"{found.images:,} images" + ("" if found.top1 is not None else " without labels: alike, not right"))
 
@@ -123,7 +124,7 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
         _span(weight.alpha, ".3f"),
         _span(weight.scale, ".3g"),
         f"{weight.mse:.2e}",
-        f"{weight.sqnr_db:.1f}",
+        decibels(weight.sqnr_db, ""),
         f"{weight.bytes_before:,}",
         f"{weight.bytes_after:,}",
     )
@@ -149,6 +150,11 @@ def _table(*columns: str) -> Table:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join("?" if n < 0 else str(n) for n in shape) or "?"
+
+
+def decibels(value: float, unit: str = " dB") -> str:
+    """A signal-to-noise ratio as people read it."""
+    return "exact" if value == math.inf else f"{value:.1f}{unit}"
 
 
 def _span(bounds: tuple[float, float], form: str) -> str:

@@ -68,6 +68,8 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action]) -> list[tuple[str, Any]]:
     found = [(key.replace("_", "-"), value) for key, value in table.items()]
     for name, _ in found:
+        if name in NOT_IN_FILES:
+            raise ConfigError(f"'{path}' sets '{name}', which belongs on the command line, --{name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"is it '{near[0]}'?" if near else "see --help"
@@ -81,6 +83,8 @@ def _value(path: Path, option: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")
         return value
+    if option.dest == "min_ort" and isinstance(value, float):
+        raise ConfigError(f"'{path}' sets 'min-ort' to the number {value}; write the version in quotes, as \"1.20\"")
     values = value if isinstance(value, list) else [value]
     if isinstance(value, bool) or not values or not all(isinstance(item, str | int | float) for item in values):
         raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes a text, a number, or a list of them")

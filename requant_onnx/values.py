@@ -86,22 +86,32 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
         return None
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
     count = DEFAULT_COUNT if args.calibrate_limit is None else whole_of(args.calibrate_limit, "--calibrate-limit")
-    if spec == "noise" or spec.startswith("noise:"):
-        _refuse(args, ("resize", "crop"), "images:DIR")
-        return Calibration(None, normalisation_of(args, "noise", None), count, seed, size=_size(spec[6:]))
+    if is_noise(spec):
+        return noise_of(args, spec, count, seed)
     if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
         raise ConfigError(f"--calibrate '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
     if spec.endswith(".npz") and not holds_images(Path(spec)):
-        _refuse(args, ("seed", "mean", "std", "resize", "crop"), "images, and the file has no array x")
+        _refuse(args, ("seed", "mean", "std", "resize", "crop"), "images, but the file has no array x; add it")
         return Calibration.from_feeds(load_feeds(Path(spec)), count)
     images = images_of(args, spec, "train")
     return Calibration(images, normalisation_of(args, spec, images), count, seed)
 
 
+def is_noise(spec: str) -> bool:
+    """Whether a spec asks for noise."""
+    return spec == "noise" or spec.startswith("noise:")
+
+
+def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
+    """Images of noise, or of noise:HxW.  Raises ConfigError."""
+    _refuse(args, ("resize", "crop"), "images:DIR; give that")
+    return Calibration(None, normalisation_of(args, "noise", None), count, seed, size=_size(spec[6:]))
+
+
 def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
     if not spec.startswith("images:"):
-        _refuse(args, ("resize", "crop"), "images:DIR")
+        _refuse(args, ("resize", "crop"), "images:DIR; give that")
     resize = None if args.resize is None else whole_of(args.resize, "--resize")
     return load_images(spec, split, Pipeline(resize, None if args.crop is None else _crop(args.crop)))
 
@@ -109,7 +119,8 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
 def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalisation | None:
     """What the options ask for; None for float images, and for noise (images is None), when they ask for nothing."""
     pixels = images is not None and images.x.dtype == "uint8"
-    if not pixels and args.mean is None and args.std is None:
+    asked = {name for name in ("mean", "std") if getattr(args, name) is not None}
+    if not pixels and (not asked or (images is not None and asked <= args.from_file)):
         return None
     if images is None and (args.mean is None or args.std is None):
         raise ConfigError("give noise both --mean and --std, or neither for those of ImageNet")
@@ -121,9 +132,9 @@ def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], owner: str) -> None:
-    """Raise ConfigError where an option was given that has no meaning here."""
+    """Raise ConfigError where an option was given that has no meaning here; one from a file of options is for others then."""
     for name in names:
-        if getattr(args, name) is not None:
+        if getattr(args, name) is not None and name not in args.from_file:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, or drop it")
 
 
@@ -139,7 +150,7 @@ def _size(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ConfigError(f"--calibrate 'noise:{text}' is not a size; write it as noise:224x224, height first")
+        raise ConfigError(f"'noise:{text}' is not a size; write it as noise:224x224, height first")
     return int(height), int(width)
 
 

@@ -184,10 +184,23 @@ def test_no_scheduler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
     monkeypatch.setattr("requant_onnx.jobs.PATIENCE", "1s")
     started = time.monotonic()
-    for address in (f"tcp://127.0.0.1:{_free_port()}", "nonsense://"):
-        with pytest.raises(ConfigError, match="no Dask scheduler answers"), open_executor(dask=address):
+    wrong = {f"tcp://127.0.0.1:{_free_port()}": "no Dask scheduler answers", "nonsense://": "write it as", "foo": "write it as"}
+    for address, said in wrong.items():
+        with pytest.raises(ConfigError, match=said), open_executor(dask=address):
             pass
     assert time.monotonic() - started < 30
+
+
+def test_a_scheduler_without_workers_is_an_error(
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, workers = cluster
+    for worker in workers:
+        worker.kill()
+        worker.wait()
+    monkeypatch.setattr("requant_onnx.jobs.PATIENCE", "5s")
+    with pytest.raises(ConfigError, match="has no worker"), open_executor(dask=address):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -222,9 +235,42 @@ def test_without_data_the_models_are_compared_on_noise(tmp_path: Path, capsys: p
     assert "top-1" not in printed
 
 
+def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_cnn()
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "size"
+    onnx.save(model, tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--recipes", "max,best", "--no-cache", "--jobs", "1"]
+    assert main(command) == 2
+    assert "give noise of a size" in capsys.readouterr().err
+    assert main([*command, "--calibrate", "noise:9x7", "--limit", "20"]) == 0
+    assert "20 images without labels" in capsys.readouterr().out
+    assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
+def test_ctrl_c_is_one_line_while_processes_start(tmp_path: Path, seconds: float) -> None:
+    """As a terminal does it, to all processes at once; seconds: after the first of them has started."""
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    command = [sys.executable, "-m", "requant_onnx", "compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "2"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text() and started.poll() is None:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(started.pid, signal.SIGINT)
+    _, error = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert error.decode() == "interrupted; no file was left half-written\n"
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        ["--cache", "/dev/null/x"],
+        ["--csv", "same", "--json", "same"],
+        ["--limit", "0"],
+        ["--data", "images:"],
         ["--bits", "9"],
         ["--bits", "x"],
         ["--recipes", "nothing"],

@@ -87,7 +87,9 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("mean = []", "it takes a text, a number"),
         ("force = 1", "takes true or false"),
         ("bits = 9", "bits"),
-        ("help = true", "no option here"),
+        ("help = true", "belongs on the command line"),
+        ("csv = 'a.csv'", "belongs on the command line, --csv"),
+        ("min-ort = 1.20", "write the version in quotes"),
         ("[convert]\nbits = 'x'", "not a whole number"),
     ],
 )
@@ -199,3 +201,18 @@ def test_every_option_of_convert_can_be_in_a_file() -> None:
 
     args = parser_of(*[nothing] * 6).parse_args(["convert", "a", "b"])
     assert {"bits", "size", "calibrate", "crop", "int8-levels", "external-data", "force"} <= set(_options(args.parser))
+
+
+def test_what_is_for_other_commands_in_a_file_is_no_error(model: Path) -> None:
+    """The mean is for validate; and options on the command line take away what those of the file were for."""
+    images = model.with_name("images.npz")
+    np.savez(images, x=np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez(model.with_name("floats.npz"), x=np.zeros((4, 3, 8, 8), np.float32))
+    shared = "mean = [0.5, 0.5, 0.5]\nstd = [0.2, 0.2, 0.2]\n[convert]\nresize = 9\ncrop = 8\n"
+    written = config(model.parent, shared)
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--force", "--config", written]
+    for more in ([], ["--calibrate", "none"], ["--calibrate", "noise"], ["--calibrate", str(images)]):
+        assert main([*command, *more]) == 0
+    assert main([*command, "--calibrate", str(model.with_name("floats.npz"))]) == 0
+    assert main([*command, "--calibrate", "noise", "--crop", "8"]) == 2  # asked for here
+    assert main([*command, "--mean", "0.5"]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from requant_onnx.calibrate import Calibration
 from requant_onnx.comparison import Comparison
 from requant_onnx.data import ImageSet, Normalisation
 from requant_onnx.errors import ConfigError
@@ -20,20 +21,24 @@ def html_report(
     images: ImageSet | None = None,
     normalisation: Normalisation | None = None,
     *,
+    calibration: Calibration | None = None,
     conversion: QuantReport | None = None,
     settings: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> str:
     """A web page, whole in one text, that shows what became of each weight and what it costs.  The candidate may be of any tool.
 
-    images: to compare the models on, with labels for accuracy; None: noise, where the model takes images of a known size.
+    images: to compare the models on, with labels for accuracy; calibration: other inputs in their place, noise of a size or inputs
+    by name; neither: noise, where the model takes images of a known size.
     conversion: the report of the conversion, if there was one.  settings: (title, text) of how the file was made.
     Raises ModelError, DataError as `validate`; ConfigError where the extra `report` is not installed.
     """
     require()
     from requant_onnx.webpage.page import render  # noqa: PLC0415
 
-    found = study(source_of(reference), source_of(candidate), images, normalisation, progress)
+    if images is not None:
+        calibration = Calibration(images, normalisation, len(images))
+    found = study(source_of(reference), source_of(candidate), calibration, progress)
     return render(replace(found, conversion=conversion, settings=settings), progress)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from requant_onnx.comparison import Comparison
+from requant_onnx.tables import decibels
 from requant_onnx.webpage.figures import trials_chart
 from requant_onnx.webpage.page import Cell, Column, fill
 
@@ -35,5 +36,5 @@ def _row(number: int, trial: Any, labelled: bool) -> dict[str, Any]:
     cells.append(Cell(f"{trial.ratio:.2f}", trial.ratio))
     if labelled:
         cells += [Cell(f"{trial.top1:.2%}", trial.top1), Cell(f"{trial.change * 100:+.2f}", trial.change)]
-    cells += [Cell(f"{trial.agreement:.2%}", trial.agreement), Cell(f"{trial.sqnr_db:.1f}", trial.sqnr_db)]
+    cells += [Cell(f"{trial.agreement:.2%}", trial.agreement), Cell(decibels(trial.sqnr_db, ""), min(trial.sqnr_db, 1e9))]
     return {"order": number, "cells": cells}
