@@ -187,7 +187,7 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="SPEC",
-        help="cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one folder a class) or FILE.npz (x, y)",
+        help="cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one folder a class), FILE.npz (x, y) or noise",
     )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="only the first N images")
@@ -198,7 +198,11 @@ def _add_report(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "reference", "REF.onnx")
     _add_file(parser, "candidate", "CANDIDATE.onnx")
     _add_file(parser, "output", "OUT.html")
-    parser.add_argument("--data", metavar="SPEC", help="as in validate; default: noise, which shows no accuracy")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)",
+    )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="only the first N images")
     parser.add_argument("--force", action="store_true", help="replace OUT.html if it exists")
@@ -210,7 +214,11 @@ def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", metavar="N,N", help="widths, 2 to 8 (default: 8,6,4,3)")
     parser.add_argument("--recipes", metavar="NAME,NAME", help="see below (default: max,paper,best)")
     parser.add_argument("--form", metavar="F", help=_choices(Form, DEFAULT.form))
-    parser.add_argument("--data", metavar="SPEC", help="as in validate; default: noise, which shows no accuracy")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)",
+    )
     parser.add_argument("--limit", metavar="N", help="only the first N images")
     parser.add_argument("--calibrate", metavar="SPEC", help="for best, and for --form int8: as in convert (default: noise)")
     parser.add_argument("--calibrate-limit", metavar="N", help=f"how many inputs, drawn at random (default: {DEFAULT_COUNT})")
