@@ -146,10 +146,12 @@ class _Work:
         keys = {case: _conversion_key(model, *asked) for case, asked in wanted.items()}
         found = {case: data for case, key in keys.items() if (data := self._known(key, f"{case[0]} {case[1]}")) is not None}
         items = {case: (convert_item, (model, *asked)) for case, asked in wanted.items() if case not in found}
-        made = run_all(self.executor, items, lambda case: self._step(f"{case[0]} {case[1]}"))
-        for case, data in made.items():
+
+        def done(case: Case, data: bytes) -> None:
             self.cache.put(keys[case], data)
-        return {**found, **made}
+            self._step(f"{case[0]} {case[1]}")
+
+        return {**found, **run_all(self.executor, items, done)}
 
     def scores(
         self,
@@ -170,12 +172,14 @@ class _Work:
             for case, data in models.items()
             if (case, start) not in found
         }
-        made = run_all(self.executor, items, lambda _: self._step("validating"))
-        for key, values in made.items():
+
+        def done(key: tuple[Case, int], values: Scores) -> None:
             stored = io.BytesIO()
             np.save(stored, values)
             self.cache.put(keys[key], stored.getvalue())
-        found.update(made)
+            self._step("validating")
+
+        found.update(run_all(self.executor, items, done))
         return {case: np.concatenate([found[case, start] for start, _ in shards]) for case in models}
 
     def _known(self, key: str, what: str) -> bytes | None:

@@ -43,9 +43,9 @@ def open_executor(jobs: int | None = None, dask: str | None = None) -> Iterator[
 
 
 def run_all(
-    executor: Executor, items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]], done: Callable[[K], None]
+    executor: Executor, items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]], done: Callable[[K, Any], None]
 ) -> dict[K, Any]:
-    """The result of each item, function and arguments; `done` is called with each key as it ends.
+    """The result of each item, function and arguments; `done` is called with each key and result as they come.
 
     Raises what an item raises; RequantError when a process dies.
     """
@@ -54,7 +54,7 @@ def run_all(
     try:
         for future in as_completed(futures):
             results[futures[future]] = future.result()
-            done(futures[future])
+            done(futures[future], future.result())
     except BrokenProcessPool:
         raise RequantError(
             "a process that worked on this was ended from outside, perhaps for want of memory; use fewer --jobs"

@@ -86,6 +86,23 @@ def test_a_second_run_does_nothing_again(tmp_path: Path, expected: Comparison) -
         compare(MODEL, [4], ["max"], other, None, CALIBRATION, _Refusing(), cache=cache)
 
 
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, expected: Comparison) -> None:
+    cache, seen = Cache(tmp_path / "cache"), []
+
+    def interrupt(_: str, done: int, total: int) -> None:
+        seen.append(done)
+        if done == total // 2 and len(seen) == done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_executor(1) as executor:
+        table(executor, cache=cache, progress=interrupt)
+    kept = len(list((tmp_path / "cache").iterdir()))
+    assert kept >= len(seen)
+    with open_executor(1) as executor:
+        assert table(executor, cache=cache, progress=interrupt) == expected
+    assert len(list((tmp_path / "cache").iterdir())) == 6 + 3 * 7 > kept
+
+
 def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     for k in range(5):
@@ -111,9 +128,9 @@ def _refuse() -> None:
 
 def test_a_process_that_is_killed_is_an_error_and_others_pass_through() -> None:
     with pytest.raises(RequantError, match="ended from outside"), open_executor(2) as executor:
-        run_all(executor, {1: (_end, ())}, lambda _: None)
+        run_all(executor, {1: (_end, ())}, lambda *_: None)
     with pytest.raises(DataError, match="one sentence"), open_executor(2) as executor:
-        run_all(executor, {1: (_refuse, ())}, lambda _: None)
+        run_all(executor, {1: (_refuse, ())}, lambda *_: None)
     with pytest.raises(ConfigError, match="--jobs 0"), open_executor(0):
         pass
 
