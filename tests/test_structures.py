@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import check, run
 
 from requant_onnx import Form, Granularity, QuantConfig, QuantReport, Transform, inspect_model, quantize_model
+from requant_onnx.cli import main
 
 IMAGES = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
 ROWS = "net (float[n, 24] x) => (float[n, c] y)"
@@ -272,3 +275,11 @@ def test_everything_else_is_kept() -> None:
     assert model.graph.node[1] in converted.graph.node
     assert model.graph.value_info[0] in converted.graph.value_info
     assert converted.training_info[0].algorithm.name == "sgd"
+
+
+def test_a_graph_without_nodes_is_copied(tmp_path: Path) -> None:
+    """Valid ONNX, and ONNX Runtime runs it (found by tools/soak.py)."""
+    model = parse("net (float[n, 4] x) => (float[n, 4] x) { }")
+    onnx.save(model, tmp_path / "in.onnx")
+    assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "in.onnx").read_bytes()

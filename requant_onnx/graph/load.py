@@ -141,7 +141,7 @@ def _too_many_parts(name: str) -> ModelError:
 
 
 def _check_head(model: onnx.ModelProto, name: str) -> None:
-    if not model.graph.node and not model.graph.initializer:
+    if not (model.graph.node or model.graph.initializer or model.graph.output):
         raise ModelError(f"{name} holds no ONNX graph; give a file exported as .onnx")
     opset = opset_of(model)
     if not MIN_OPSET <= opset <= MAX_OPSET:
