@@ -49,9 +49,9 @@ def run_all(
 
     Raises what an item raises; RequantError when a process dies.
     """
-    futures: dict[Future[Any], K] = {executor.submit(function, *arguments): key for key, (function, arguments) in items.items()}
     results = {}
     try:
+        futures: dict[Future[Any], K] = {executor.submit(function, *arguments): key for key, (function, arguments) in items.items()}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
             done(futures[future], future.result())

@@ -75,8 +75,8 @@ def find_pairs(reference: Source, candidate: Source) -> list[tuple[Reader, Pair 
 def _counterpart(weight: _Weight, known: Sequence[_Weight]) -> _Weight | None:
     alike = [own for own in known if own.kind == weight.kind]
     by_output = (own for own in alike if weight.reader.output and own.reader.output == weight.reader.output)
-    by_name = (own for own in alike if own.reader.weight == weight.reader.weight)
-    return next(by_output, None) or next(by_name, None) or _nearest(weight, alike)
+    by_name = [own for own in alike if own.reader.weight == weight.reader.weight]  # as it is, and folded: the nearer of both
+    return next(by_output, None) or _nearest(weight, by_name) or next(iter(by_name), None) or _nearest(weight, alike)
 
 
 def _nearest(weight: _Weight, alike: Sequence[_Weight]) -> _Weight | None:

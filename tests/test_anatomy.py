@@ -123,6 +123,20 @@ def test_no_weight_is_missed_in_the_int8_form() -> None:
     assert all(weight.kind == "grid" and 5 < weight.output_sqnr_db < 60 for weight in found)
 
 
+def test_a_folded_weight_whose_output_has_another_name_is_compared_as_folded() -> None:
+    """In the int8 form of a residual block the name of the output moves behind the rounding, and that of the weight stays."""
+    text = RESIDUAL.replace(
+        "e = Conv<pads = [1, 1, 1, 1]>(d, w3)", "p = Conv<pads = [1, 1, 1, 1]>(d, w3) e = BatchNormalization(p, s, z, z, v)"
+    )
+    vectors = {"s": np.linspace(2, 9, 16, dtype=np.float32), "z": np.zeros(16, np.float32), "v": np.ones(16, np.float32)}
+    weights = {item.name: onnx.numpy_helper.to_array(item) for item in residual().graph.initializer}
+    model = parse(text, **weights, **vectors)
+    made, report = quantize_model(model, QuantConfig(4, form=Form.INT8), calibration=INPUTS)
+    assert report.folded_batchnorms == 1
+    found = {weight.name: weight.sqnr_db for weight in dissect(model, made, INPUTS)}
+    assert found == pytest.approx({told.name: told.sqnr_db for told in report.converted}, abs=0.01)
+
+
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
 def test_no_weight_is_missed_in_files_of_onnxruntime(tmp_path: Path, form: str) -> None:
     onnx.save(residual(), tmp_path / "in.onnx")
