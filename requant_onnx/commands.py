@@ -95,7 +95,7 @@ def run_report(args: argparse.Namespace) -> None:
     with progress_bar(args, "comparing") as progress:
         page = html_report(args.reference, args.candidate, calibration=calibration if asked else None, progress=progress)
     write_atomically(args.output, page.encode())
-    console_for(args).print(f"wrote {args.output}")
+    console_for(args).print(f"wrote {args.output}", markup=False, highlight=False)
 
 
 def run_inspect(args: argparse.Namespace) -> None:

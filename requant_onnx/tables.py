@@ -50,7 +50,7 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
 def print_left_alone(console: Console, items: tuple[LeftAlone, ...]) -> None:
     """One line a weight that stays as it is."""
     for item in items:
-        console.print(escape(f"left alone: {item.name} ({item.op}, {_shape(item.shape)}) {item.reason}"))
+        console.print(escape(f"left alone: {item.name} ({item.op}, {shape_text(item.shape)}) {item.reason}"))
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
@@ -93,7 +93,7 @@ def print_inspection(console: Console, report: InspectReport) -> None:
         table = _table("can be converted", "op", "shape", "layer", "bytes")
         for weight in report.weights:
             edge = "first or last" if weight.edge else ""
-            table.add_row(escape(weight.name), weight.op, _shape(weight.shape), edge, f"{weight.bytes:,}")
+            table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), edge, f"{weight.bytes:,}")
         console.print(table)
     print_left_alone(console, report.left_alone)
     console.print(f"weights: {len(report.weights)} can be converted, {sum(w.bytes for w in report.weights):,} bytes")
@@ -105,7 +105,7 @@ def print_explanation(console: Console, explanation: Explanation) -> None:
     for column in table.columns[3:]:
         column.justify = "left"
     for weight in explanation.weights:
-        table.add_row(escape(weight.name), weight.op, _shape(weight.shape), weight.fate.value, weight.kernel, weight.why)
+        table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), weight.fate.value, weight.kernel, weight.why)
     if explanation.weights:
         console.print(table)
     operators = ", ".join(f"{op} {count}" for op, count in explanation.operators.items())
@@ -118,7 +118,7 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
     return (
         escape(weight.name),
         weight.op,
-        _shape(weight.shape),
+        shape_text(weight.shape),
         str(weight.bits),
         str(Transform(weight.exponent)),
         _span(weight.alpha, ".3f"),
@@ -148,7 +148,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as people read it: 16x3x3x3, with ? for a size that is not known."""
     return "x".join("?" if n < 0 else str(n) for n in shape) or "?"
 
 

@@ -21,6 +21,7 @@ from requant_onnx.execute import Progress
 from requant_onnx.explain import WeightFate
 from requant_onnx.report import WeightReport
 from requant_onnx.study import Study
+from requant_onnx.tables import shape_text
 from requant_onnx.webpage.figures import charts_of, growth_chart
 
 
@@ -134,7 +135,7 @@ def _row(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightRe
     cells = [
         Cell(weight.name),
         Cell(weight.op, text=True),
-        Cell("x".join("?" if n < 0 else str(n) for n in weight.shape), elements),
+        Cell(shape_text(weight.shape), elements),
         Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
         Cell(_transform(weight.exponent) if weight.kind == "grid" else "", text=True),
         Cell("", "") if weight.alpha is None else Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
@@ -154,7 +155,7 @@ def _number(decibels: float) -> Cell:
 
 
 def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
-    facts = [("operator", weight.op), ("shape", " x ".join("?" if n < 0 else str(n) for n in weight.shape))]
+    facts = [("operator", weight.op), ("shape", shape_text(weight.shape))]
     if weight.alpha is not None and weight.scales is not None:
         transform = "no transform" if weight.exponent == 1.0 else f"transform {_transform(weight.exponent)}"
         scales = "one scale" if weight.scales.size == 1 else f"{weight.scales.size} scales"
