@@ -16,7 +16,7 @@ from requant_onnx.config import (
     Version,
 )
 from requant_onnx.convert import inspect_model, quantize_model
-from requant_onnx.data import ImageSet, Normalisation, load_images
+from requant_onnx.data import ImageSet, Normalization, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
 from requant_onnx.explain import Explanation, explain
 from requant_onnx.graph.save import save_model
@@ -41,7 +41,7 @@ __all__ = [
     "InspectReport",
     "Int8Levels",
     "ModelError",
-    "Normalisation",
+    "Normalization",
     "OutputError",
     "QuantConfig",
     "QuantReport",

@@ -1,4 +1,4 @@
-"""One conversion, step by step: prepare (normalise, view, watch, plan), quantize, write."""
+"""One conversion, step by step: prepare (normalize, view, watch, plan), quantize, write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from requant_onnx.graph.full_pads import write_full_pads
 from requant_onnx.graph.layers import find_layers, give_biases
 from requant_onnx.graph.load import opset_of
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.normalise import normalise
+from requant_onnx.graph.normalize import normalize
 from requant_onnx.graph.rewrite import replace_weights, set_metadata
 from requant_onnx.graph.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, find_weights
@@ -43,7 +43,7 @@ Biases = Mapping[str, npt.NDArray[np.float32]]
 class Prepared:
     """A model ready for its weights to be quantized, and what was decided about it.
 
-    source: as it was given; model: normalised.  opset: of the source.  folded: BatchNormalizations.  refining: the calibration,
+    source: as it was given; model: normalized.  opset: of the source.  folded: BatchNormalizations.  refining: the calibration,
     if rounding is to follow it.  means: without it, what BatchNormalization says of the means of activations.
     """
 
@@ -79,7 +79,7 @@ def prepare(
         return Prepared(source, loaded, config, opset, 0, Integers(), plan_conversion(find_weights(loaded), config), refining, {})
     analytic = refining is None and config.refinement is not Refinement.NONE
     means = channel_means(loaded) if analytic else {}
-    raised, folded = normalise(loaded, opset_for(config, _is_narrow(config)))
+    raised, folded = normalize(loaded, opset_for(config, _is_narrow(config)))
     wanted = {w.name for w in find_weights(raised).weights if not kept_in_float(w, config)}
     if config.form is Form.QDQ:
         transpose_gemm(raised, wanted)

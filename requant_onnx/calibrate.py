@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnxruntime import InferenceSession
 
-from requant_onnx.data import MAX_VALUES, ImageSet, Normalisation, batches
+from requant_onnx.data import MAX_VALUES, ImageSet, Normalization, batches
 from requant_onnx.errors import ConfigError, DataError, ModelError
 from requant_onnx.graph.load import Source
 from requant_onnx.noise import noise_images
@@ -24,7 +24,7 @@ BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
 CHUNK = 32  # images
 DEFAULT_COUNT = 256
-NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
+NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
 NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
 Watch = Callable[[int, int], None]
 Feed: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
@@ -43,12 +43,12 @@ class Calibration:
     """What the activations are watched on: `count` images drawn at random; or the first `count` feeds, which are inputs by name
     for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
 
-    normalisation: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
+    normalization: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
     seed: of the drawing, and of the noise.  size: of the noise; it (height, width) is needed where the model leaves it free.
     """
 
     images: ImageSet | None = None
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     count: int = DEFAULT_COUNT
     seed: int = 0
     size: tuple[int, int] | None = None
@@ -87,13 +87,13 @@ class Calibration:
             raise ConfigError(f"the seed must be a whole number from 0 on, not {self.seed!r}")
         if self.size is not None and (len(self.size) != 2 or not all(_is_whole(n) and n > 0 for n in self.size)):
             raise ConfigError(f"the size of noise must be (height, width), both 1 or more, not {self.size!r}")
-        if self.feeds and (self.images is not None or self.normalisation is not None or self.size is not None):
-            raise ConfigError("calibration takes images or feeds, not both, and feeds are not normalised")
+        if self.feeds and (self.images is not None or self.normalization is not None or self.size is not None):
+            raise ConfigError("calibration takes images or feeds, not both, and feeds are not normalized")
         if self.images is not None and len(self.images) == 0:
             raise DataError("there are no calibration images; give at least one")
-        if self.images is not None and self.images.x.dtype != "uint8" and self.normalisation is not None:
+        if self.images is not None and self.images.x.dtype != "uint8" and self.normalization is not None:
             raise DataError(
-                "the calibration images are float32, taken as normalised already; drop mean and std, or give uint8 pixels"
+                "the calibration images are float32, taken as normalized already; drop mean and std, or give uint8 pixels"
             )
 
 
@@ -175,12 +175,12 @@ def _listed(shape: Iterable[object]) -> str:
 def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     classifier = open_classifier(model, "the model")
     images = _images_for(classifier, calibration)
-    normalisation = _normalisation(calibration, images)
+    normalization = _normalization(calibration, images)
 
     def feeds(limit: int | None) -> Iterator[tuple[int, Feed]]:
         chunk = min(CHUNK, max(1, len(images) // 4))
-        size = classifier.batch or (chunk if limit is None else _batch_size(classifier, images, normalisation, limit))
-        for start, x in batches(images, normalisation, size, fixed=classifier.batch is not None):
+        size = classifier.batch or (chunk if limit is None else _batch_size(classifier, images, normalization, limit))
+        for start, x in batches(images, normalization, size, fixed=classifier.batch is not None):
             yield min(start + size, len(images)), {classifier.input: classifier.fit(x)}
 
     return _Source(classifier.session, feeds, len(images))
@@ -198,22 +198,22 @@ def _checked(feed: object) -> Feed:
     return arrays
 
 
-def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSet, Normalisation | None]:
+def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSet, Normalization | None]:
     """The images of a calibration, or its noise, and how they become inputs; for a calibration without feeds.
 
     Raises as `watch_activations`.
     """
     images = _images_for(open_classifier(model, "the model"), calibration)
-    return images, calibration.normalisation if images.x.dtype != "uint8" else _normalisation(calibration, images)
+    return images, calibration.normalization if images.x.dtype != "uint8" else _normalization(calibration, images)
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _normalisation(calibration: Calibration, images: ImageSet) -> Normalisation:
+def _normalization(calibration: Calibration, images: ImageSet) -> Normalization:
     natural = calibration.images is None and images.x.shape[1] == 3
-    return calibration.normalisation or (NATURAL if natural else Normalisation())
+    return calibration.normalization or (NATURAL if natural else Normalization())
 
 
 def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
@@ -231,13 +231,13 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
 
 
-def _batch_size(classifier: Classifier, images: ImageSet, normalisation: Normalisation, limit: int) -> int:
-    _, x = next(batches(images.first(1), normalisation, 1, fixed=False))
+def _batch_size(classifier: Classifier, images: ImageSet, normalization: Normalization, limit: int) -> int:
+    _, x = next(batches(images.first(1), normalization, 1, fixed=False))
     bytes_each = sum(values.nbytes for values in classifier.tensors(x))
     return max(1, min(len(images), MAX_BATCH, limit // max(1, bytes_each)))
 
 
 def _add(histogram: Histogram, name: str, values: npt.NDArray[Any]) -> None:
     if not np.isfinite(values).all():
-        raise ModelError(f"'{name}' is NaN or infinite on the calibration inputs; check them and their normalisation")
+        raise ModelError(f"'{name}' is NaN or infinite on the calibration inputs; check them and their normalization")
     histogram.add(values.astype(np.float32, copy=False))

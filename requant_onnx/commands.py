@@ -14,10 +14,10 @@ from requant_onnx.cache import Cache, default_folder
 from requant_onnx.calibrate import DEFAULT_COUNT, Calibration, calibration_images
 from requant_onnx.comparison import Comparison, compare
 from requant_onnx.config import Form, parse_choice
-from requant_onnx.data import ImageSet, Normalisation
+from requant_onnx.data import ImageSet, Normalization
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.explain import explain
-from requant_onnx.graph.load import data_files, file_bytes, is_large, load_model, materialise
+from requant_onnx.graph.load import data_files, file_bytes, is_large, load_model, materialize
 from requant_onnx.graph.save import save_model, write_atomically
 from requant_onnx.jobs import open_executor
 from requant_onnx.outputs import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
@@ -32,7 +32,7 @@ from requant_onnx.values import (
     limit_of,
     list_of,
     noise_of,
-    normalisation_of,
+    normalization_of,
     whole_of,
 )
 from requant_onnx.webpage import html_comparison, html_report
@@ -76,14 +76,14 @@ def run_validate(args: argparse.Namespace) -> None:
     check_json(args.json, args.reference, args.candidate)
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
-    images, normalisation = _images_to_compare(args, args.reference, args.data)
+    images, normalization = _images_to_compare(args, args.reference, args.data)
     with progress_bar(args, "validating") as progress:
-        report = validate(args.reference, args.candidate, images, normalisation, progress=progress)
+        report = validate(args.reference, args.candidate, images, normalization, progress=progress)
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
     write_json(args.json, {**report.to_dict(), **names})
     console = console_for(args)
-    if normalisation is not None:
-        console.print(f"pixels normalised with mean {_listed(normalisation.mean)} and std {_listed(normalisation.std)}")
+    if normalization is not None:
+        console.print(f"pixels normalized with mean {_listed(normalization.mean)} and std {_listed(normalization.std)}")
     tables.print_validation(console, report)
 
 
@@ -131,16 +131,16 @@ def run_compare(args: argparse.Namespace) -> None:
     model = _whole_file(args.model)
     if args.data is None:  # noise as in the calibration, but not the same
         count, seed = limit_of(args.limit) or DEFAULT_COUNT, calibration.seed + 1
-        other = Calibration(None, calibration.normalisation, count, seed, calibration.size)
-        images, normalisation = calibration_images(args.model, other)
+        other = Calibration(None, calibration.normalization, count, seed, calibration.size)
+        images, normalization = calibration_images(args.model, other)
     else:
-        images, normalisation = _images_to_compare(args, args.model, args.data)
+        images, normalization = _images_to_compare(args, args.model, args.data)
     cache = Cache(None if args.no_cache else args.cache or default_folder())
     jobs = None if args.jobs is None else whole_of(args.jobs, "--jobs")
     with open_executor(jobs, args.dask) as executor, progress_bar(args, "comparing") as progress:
         recipes = list_of("max,paper,best" if args.recipes is None else args.recipes)
         found = compare(
-            model, widths, recipes, images, normalisation, calibration, executor, form=form, cache=cache, progress=progress
+            model, widths, recipes, images, normalization, calibration, executor, form=form, cache=cache, progress=progress
         )
     cache.trim()
     write_json(args.json, {**found.to_dict(), "model": str(args.model), "toml": write_options(args)})
@@ -158,17 +158,17 @@ def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
     if is_noise(spec):
         return noise_of(args, spec, limit or DEFAULT_COUNT, 0)
     images = images_of(args, spec, "test").first(limit)
-    return Calibration(images, normalisation_of(args, spec, images), len(images))
+    return Calibration(images, normalization_of(args, spec, images), len(images))
 
 
-def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tuple[ImageSet, Normalisation | None]:
+def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tuple[ImageSet, Normalization | None]:
     given = _data_to_compare(args, spec)
-    return calibration_images(model, given) if given.images is None else (given.images, given.normalisation)
+    return calibration_images(model, given) if given.images is None else (given.images, given.normalization)
 
 
 def _whole_file(path: Path) -> bytes:
     """The model in one piece, external data included."""
-    model = materialise(load_model(path))
+    model = materialize(load_model(path))
     if is_large(model):
         raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; convert it with requant convert")
     data: bytes = model.SerializeToString() if data_files(path) else path.read_bytes()

@@ -23,7 +23,7 @@ from requant_onnx.cache import Cache, key_of
 from requant_onnx.calibrate import Calibration
 from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
 from requant_onnx.convert import quantize_model
-from requant_onnx.data import ImageSet, Normalisation, batches
+from requant_onnx.data import ImageSet, Normalization, batches
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.execute import Progress
 from requant_onnx.jobs import run_all
@@ -93,7 +93,7 @@ def compare(
     bits: Sequence[int],
     recipes: Sequence[str],
     images: ImageSet,
-    normalisation: Normalisation | None,
+    normalization: Normalization | None,
     calibration: Calibration,
     executor: Executor,
     *,
@@ -116,7 +116,7 @@ def compare(
         for case in cases
     }
     made = work.conversions(model, wanted)
-    scores = work.scores({FLOAT: model, **made}, shards, normalisation)
+    scores = work.scores({FLOAT: model, **made}, shards, normalization)
     exact = scores[FLOAT]
     hits = _hits(exact, images)
     trials = [_trial(case, len(model), len(made[case]), exact, scores[case], images, hits) for case in cases]
@@ -157,9 +157,9 @@ class _Work:
         self,
         models: Mapping[Case, bytes],
         shards: Sequence[tuple[int, ImageSet]],
-        normalisation: Normalisation | None,
+        normalization: Normalization | None,
     ) -> dict[Case, Scores]:
-        digests = {start: _digest(shard, normalisation) for start, shard in shards}
+        digests = {start: _digest(shard, normalization) for start, shard in shards}
         keys = {(case, start): key_of("scores", data, digests[start]) for case, data in models.items() for start, _ in shards}
         found = {}
         for key, name in keys.items():
@@ -167,7 +167,7 @@ class _Work:
             if data is not None:
                 found[key] = np.load(io.BytesIO(data), allow_pickle=False)
         items = {
-            (case, start): (score_item, (data, shard, normalisation))
+            (case, start): (score_item, (data, shard, normalization))
             for start, shard in shards
             for case, data in models.items()
             if (case, start) not in found
@@ -201,13 +201,13 @@ def convert_item(model: bytes, config: QuantConfig, calibration: Calibration | N
     return data
 
 
-def score_item(model: bytes, images: ImageSet, normalisation: Normalisation | None) -> Scores:
+def score_item(model: bytes, images: ImageSet, normalization: Normalization | None) -> Scores:
     """A work item: the scores of some images, (n, classes).  One thread: sums in another order are other sums."""
     options = quiet_options()
     options.intra_op_num_threads = 1
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model", options)
     fixed = classifier.batch is not None
-    parts = batches(images, normalisation or Normalisation(), classifier.batch or BATCH, fixed=fixed)
+    parts = batches(images, normalization or Normalization(), classifier.batch or BATCH, fixed=fixed)
     return np.concatenate([classifier.scores(x)[: len(images) - start] for start, x in parts])
 
 
@@ -224,8 +224,8 @@ def _calibration_digest(calibration: Calibration) -> bytes:
     return key_of(shown, *feeds, images).encode()
 
 
-def _digest(images: ImageSet, normalisation: Normalisation | None) -> bytes:
-    return key_of(onnxruntime.__version__, repr(normalisation), images.fingerprint()).encode()
+def _digest(images: ImageSet, normalization: Normalization | None) -> bytes:
+    return key_of(onnxruntime.__version__, repr(normalization), images.fingerprint()).encode()
 
 
 def _hits(scores: Scores, images: ImageSet) -> float | None:

@@ -32,7 +32,7 @@ class Granularity(Enum):
 
 
 class RangeMode(Enum):
-    """How alpha is chosen: `search` minimises the error over (0, 1], `max` takes alpha = 1."""
+    """How alpha is chosen: `search` minimizes the error over (0, 1], `max` takes alpha = 1."""
 
     SEARCH = "search"
     MAX = "max"
@@ -185,7 +185,7 @@ class QuantConfig:
     """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (README, "Defaults").
 
     bits: of each weight, or a budget to choose them by.
-    objective: the space whose mean squared error alpha minimises.
+    objective: the space whose mean squared error alpha minimizes.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
     min_ort: the oldest ONNX Runtime that has to load the file.
     refinement: what calibration inputs are used for, beside the ranges of activations.

@@ -17,7 +17,7 @@ from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.execute import Progress
 from requant_onnx.explain import WeightFate, broken_promises
 from requant_onnx.graph.expose import expose_weights
-from requant_onnx.graph.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialise, opset_of, source_of
+from requant_onnx.graph.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialize, opset_of, source_of
 from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport
@@ -45,7 +45,7 @@ def quantize_model(
     images do not fit the model.
     """
     made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads)
-    return materialise(made), report
+    return materialize(made), report
 
 
 def convert_model(
@@ -128,10 +128,10 @@ def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantRe
         blind = isinstance(config.bits, int) and config.refinement is not Refinement.NONE
         coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
         return ("few bits cost less accuracy with --calibrate: images, or noise, which needs no data",) if coarse else ()
-    if not calibration.is_noise or calibration.normalisation is not None:
+    if not calibration.is_noise or calibration.normalization is not None:
         return ()
     return (
-        "the noise was normalised as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",
+        "the noise was normalized as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",
     )
 
 

@@ -1,4 +1,4 @@
-"""Images, labelled for validation: CIFAR in its official binary layout, an .npz file, or a folder of images.
+"""Images, labeled for validation: CIFAR in its official binary layout, an .npz file, or a folder of images.
 
 CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a record is the label bytes
 (CIFAR-10: 1; CIFAR-100: coarse, fine), then 3072 bytes, channel by channel, row by row.
@@ -45,7 +45,7 @@ _LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 class ImageSet:
     """Images and, where known, their labels.
 
-    x: (n, c, h, w), uint8 pixels 0..255 or float32 values that are already normalised; n >= 1.
+    x: (n, c, h, w), uint8 pixels 0..255 or float32 values that are already normalized; n >= 1.
     FolderImages look like such an array.
     y: (n,) int64 class indices, or None.
     """
@@ -90,7 +90,7 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """x = (pixel / 255 - mean) / std, channel by channel.
 
     mean, std: one value a channel, or one for all; in units of pixel / 255.
@@ -116,7 +116,7 @@ class Normalisation:
         return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
 
 
-def batches(images: ImageSet, normalisation: Normalisation, size: int, *, fixed: bool) -> Iterator[tuple[int, FloatArray]]:
+def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, FloatArray]]:
     """(start, x) of `size` images, the last batch smaller; or, where the size is fixed, padded with its own last image.
 
     Raises DataError where a fixed size is too large to be held.
@@ -127,13 +127,13 @@ def batches(images: ImageSet, normalisation: Normalisation, size: int, *, fixed:
         x = images.x[start : start + size]
         if len(x) < size and fixed:
             x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-        yield start, normalisation.apply(x)
+        yield start, normalization.apply(x)
 
 
 def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeline | None = None) -> ImageSet:
     """Load `cifar10:DIR`, `cifar100:DIR` (that split of it, train or test), `FILE.npz` (`x`, optionally `y`) or `images:DIR`.
 
-    pipeline: of images:DIR, which are labelled where each class has a folder of its own (image_folder.py).
+    pipeline: of images:DIR, which are labeled where each class has a folder of its own (image_folder.py).
     Raises DataError when the files are missing, damaged, empty or of another shape.
     """
     spec = str(spec)

@@ -1,4 +1,4 @@
-"""What ONNX Runtime really does with each weight, read from the graph that it has optimised."""
+"""What ONNX Runtime really does with each weight, read from the graph that it has optimized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
 from requant_onnx.graph.shapes import find_shapes
 from requant_onnx.leftovers import scratch_folder
-from requant_onnx.runtime import optimised_graph
+from requant_onnx.runtime import optimized_graph
 
 KERNELS = (
     "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
@@ -56,7 +56,7 @@ class WeightFate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One model in one version of ONNX Runtime.  operators: operator -> count in the optimised graph."""
+    """One model in one version of ONNX Runtime.  operators: operator -> count in the optimized graph."""
 
     runtime: str
     weights: tuple[WeightFate, ...]
@@ -96,10 +96,10 @@ def explain(model: ModelLike) -> Explanation:
     loaded = load_model(model)
     name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
     with scratch_folder() as folder:
-        runtime, optimised = optimised_graph(model, name, folder)
+        runtime, optimized = optimized_graph(model, name, folder)
     graph = import_graph(loaded)
     nodes = [*graph.nodes, *(inner for node in graph.nodes for body in node.subgraphs(recursive=True) for inner in body.nodes)]
-    fates = _Fates.of(optimised.graph)
+    fates = _Fates.of(optimized.graph)
     weights, shapes = _weights(nodes), find_shapes(loaded)
     decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
     times = Counter(name for own in decoded.values() for name in own)
@@ -109,13 +109,13 @@ def explain(model: ModelLike) -> Explanation:
         fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates)
         found.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
     found += [fate for node in nodes for fate in _integer_operators(node)]
-    operators = Counter(node.op_type for each in all_graphs(optimised.graph) for node in each.node)
+    operators = Counter(node.op_type for each in all_graphs(optimized.graph) for node in each.node)
     return Explanation(runtime, tuple(found), dict(operators.most_common()))
 
 
 @dataclass(frozen=True)
 class _Fates:
-    """The optimised graph by what its nodes touch.  kernels: tensor -> kernel that reads it, or gives it."""
+    """The optimized graph by what its nodes touch.  kernels: tensor -> kernel that reads it, or gives it."""
 
     kernels: dict[str, str]
     decoders: dict[str, str]

@@ -78,7 +78,7 @@ def choose(
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
     if refinement in (Refinement.FEEDBACK, Refinement.DESCENT):
-        triples = [m.centred() if layer.can_correct else m.uncentred() for m in fitted]
+        triples = [m.centered() if layer.can_correct else m.uncentered() for m in fitted]
         start = _weighted(layer, w, grids, triples, min_scale)
         ladder.update(_feedback(layer, w, start, triples, fitted, held, refinement))
     errors = {name: _error(layer, candidate, fitted, held) for name, candidate in ladder.items()}
@@ -156,7 +156,7 @@ def _error(layer: Layer, candidate: _Candidate, fitted: Sequence[Moments], held:
     for g, (w_hat, own) in enumerate(zip(candidate.decoded(), held, strict=True)):
         bias = fitted[g].bias(w_hat) if candidate.corrected else layer.bias_of(g)
         mean_x, mean_y = own.x / own.count, own.y / own.count
-        noise += float((error_of(w_hat, own.uncentred()) + bias * (bias + 2 * (w_hat @ mean_x) - 2 * mean_y)).sum())
+        noise += float((error_of(w_hat, own.uncentered()) + bias * (bias + 2 * (w_hat @ mean_x) - 2 * mean_y)).sum())
         signal += float((own.yy / own.count).sum())
     return noise / signal if signal > 0.0 else 0.0
 

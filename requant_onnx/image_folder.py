@@ -1,4 +1,4 @@
-"""Images in a folder, decoded when they are needed, with the usual steps of torchvision: resize, centre crop.
+"""Images in a folder, decoded when they are needed, with the usual steps of torchvision: resize, center crop.
 
 https://docs.pytorch.org/vision/stable/transforms.html: Resize(n) (bilinear, antialiased, on the shorter side), CenterCrop(n).
 """
@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class Pipeline:
-    """resize: length of the shorter side, or None; crop: (height, width) cut out of the centre, or None."""
+    """resize: length of the shorter side, or None; crop: (height, width) cut out of the center, or None."""
 
     resize: int | None = None
     crop: tuple[int, int] | None = None
@@ -101,14 +101,14 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, npt.NDA
         classes = [_images_below(each) for each in sorted(folder.iterdir()) if each.is_dir()]
     except OSError as error:
         raise DataError(f"cannot read the folder '{folder}' ({error.strerror or error}); give a folder of images") from None
-    labelled = [(path, label) for label, paths in enumerate(classes) for path in paths]
-    if own and labelled:
+    labeled = [(path, label) for label, paths in enumerate(classes) for path in paths]
+    if own and labeled:
         raise DataError(f"'{folder}' holds images and subfolders of images; give a folder of one or the other")
-    paths = tuple(own or (path for path, _ in labelled))
+    paths = tuple(own or (path for path, _ in labeled))
     if not paths:
         raise DataError(f"'{folder}' holds no image ({', '.join(SUFFIXES)}); give a folder of images, or of one folder a class")
     height, width, _ = _decoded(paths[0], pipeline).shape
-    return FolderImages(paths, pipeline, (height, width)), None if own else np.array([label for _, label in labelled], np.int64)
+    return FolderImages(paths, pipeline, (height, width)), None if own else np.array([label for _, label in labeled], np.int64)
 
 
 def _images_below(folder: Path) -> list[Path]:

@@ -126,7 +126,7 @@ def probe_layers(
             continue
         item, floor = plans[layer.weight], min_scales.get(layer.weight)
         w = item.weight.load()
-        triples = [m.centred() if layer.can_correct and refinement is not Refinement.NONE else m.uncentred() for m in fitted]
+        triples = [m.centered() if layer.can_correct and refinement is not Refinement.NONE else m.uncentered() for m in fitted]
         feeds = refinement in (Refinement.FEEDBACK, Refinement.DESCENT)
         importance = layer.importance([conditional_variances(xx) if feeds else np.diag(xx) for xx, _, _ in triples])
         if refinement is Refinement.NONE:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from requant_onnx.numerics.compiled import FloatArray, compiled
 
 MEAN, STD = 0.47, 0.25  # of the brightness of shapes, in 0..1: about those of the train splits of CIFAR and ImageNet
-COLOUR = 0.1  # standard deviation of a channel about the brightness of its shape
+COLOR = 0.1  # standard deviation of a channel about the brightness of its shape
 SHADING = 0.2  # standard deviation of the change of brightness along the longer side, within a shape
 TEXTURE = 0.04  # standard deviation of the 1/f texture
 COMMON = 0.95  # correlation of two channels of the texture
@@ -40,12 +40,12 @@ def _leaves(generator: np.random.Generator, channels: int, height: int, width: i
     side, shapes = max(height, width), max(1, SHAPES * height * width // 32**2)
     smallest, largest = min(SMALLEST, LARGEST * side), LARGEST * side
     radius = (smallest**-2 + generator.random(shapes) * (largest**-2 - smallest**-2)) ** -0.5
-    centre = (generator.random((shapes, 2)) * 1.2 - 0.1) * (height, width)
+    center = (generator.random((shapes, 2)) * 1.2 - 0.1) * (height, width)
     angle, stretch = np.pi * generator.random(shapes), np.exp(generator.normal(0.0, 0.4, shapes))
-    colour = generator.normal(MEAN, STD, (shapes, 1)) + generator.normal(0.0, COLOUR, (shapes, channels))
+    color = generator.normal(MEAN, STD, (shapes, 1)) + generator.normal(0.0, COLOR, (shapes, channels))
     slope = generator.normal(0.0, SHADING / side, (shapes, 2))
     image = np.empty((channels, height, width))
-    _paint(image, radius, centre, angle, stretch, generator.random(shapes) < 0.5, colour, slope)
+    _paint(image, radius, center, angle, stretch, generator.random(shapes) < 0.5, color, slope)
     return image
 
 
@@ -53,11 +53,11 @@ def _leaves(generator: np.random.Generator, channels: int, height: int, width: i
 def _paint(
     image: FloatArray,
     radius: FloatArray,
-    centre: FloatArray,
+    center: FloatArray,
     angle: FloatArray,
     stretch: FloatArray,
     is_round: npt.NDArray[np.bool_],
-    colour: FloatArray,
+    color: FloatArray,
     slope: FloatArray,
 ) -> None:
     """Fill the image from front to back: ellipses and rectangles; the last shape is the background."""
@@ -70,21 +70,21 @@ def _paint(
             break
         cosine, sine = np.cos(angle[s]), np.sin(angle[s])
         reach = 2.0**0.5 * radius[s] * max(stretch[s], 1 / stretch[s])
-        top, bottom = max(0, int(centre[s, 0] - reach)), min(height, int(centre[s, 0] + reach) + 2)
-        start, end = max(0, int(centre[s, 1] - reach)), min(width, int(centre[s, 1] + reach) + 2)
+        top, bottom = max(0, int(center[s, 0] - reach)), min(height, int(center[s, 0] + reach) + 2)
+        start, end = max(0, int(center[s, 1] - reach)), min(width, int(center[s, 1] + reach) + 2)
         if s == last:
             top, bottom, start, end = 0, height, 0, width
         for i in range(top, bottom):
             for j in range(start, end):
                 if free[i, j]:
-                    y, x = i - centre[s, 0], j - centre[s, 1]
+                    y, x = i - center[s, 0], j - center[s, 1]
                     p, q = abs(x * cosine + y * sine) / stretch[s], abs(y * cosine - x * sine) * stretch[s]
                     inside = p * p + q * q < radius[s] * radius[s] if is_round[s] else max(p, q) < radius[s]
                     if inside or s == last:
                         free[i, j] = False
                         left -= 1
                         for c in range(channels):
-                            image[c, i, j] = colour[s, c] + slope[s, 0] * y + slope[s, 1] * x
+                            image[c, i, j] = color[s, c] + slope[s, 0] * y + slope[s, 1] * x
 
 
 def _fields(

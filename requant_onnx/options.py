@@ -138,7 +138,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--range", metavar="R", dest="range_mode", help=_choices(RangeMode, DEFAULT.range_mode))
     parser.add_argument("--edge-layers", metavar="E", help="first and last layers: " + _choices(EdgeLayers, DEFAULT.edge_layers))
-    parser.add_argument("--objective", metavar="S", help="space whose error alpha minimises: " + _choices(Space, DEFAULT.objective))
+    parser.add_argument("--objective", metavar="S", help="space whose error alpha minimizes: " + _choices(Space, DEFAULT.objective))
     parser.add_argument(
         "--rounding", metavar="S", help="space in which the nearest level is taken: " + _choices(Space, DEFAULT.rounding)
     )
@@ -249,7 +249,7 @@ def _add_images(parser: argparse.ArgumentParser, whose: str) -> None:
     parser.add_argument("--mean", metavar="R,G,B", help=f"{whose}; {usual} 0 for FILE.npz")
     parser.add_argument("--std", metavar="R,G,B", help=f"{whose}; {usual} 1 for FILE.npz")
     parser.add_argument("--resize", metavar="N", help=f"shorter side {whose} of images:DIR (default: as they are)")
-    parser.add_argument("--crop", metavar="N", help=f"size cut from the centre {whose} of images:DIR: 224, or HxW (default: all)")
+    parser.add_argument("--crop", metavar="N", help=f"size cut from the center {whose} of images:DIR: 224, or HxW (default: all)")
 
 
 def _add_file(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: of an image classifier, with clear refusals of anything else; of a converted file; optimised graphs."""
+"""ONNX Runtime sessions: of an image classifier, with clear refusals of anything else; of a converted file; optimized graphs."""
 
 from __future__ import annotations
 
@@ -112,22 +112,22 @@ def open_classifier(
 
 
 def quiet_options() -> onnxruntime.SessionOptions:
-    """Default options, but without warnings: those of the optimiser are not for users."""
+    """Default options, but without warnings: those of the optimizer are not for users."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return options
 
 
-def optimised_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, folder: Path) -> tuple[str, onnx.ModelProto]:
-    """ONNX Runtime's version, and the model as it has optimised it with default options.  folder: for a temporary file.
+def optimized_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, folder: Path) -> tuple[str, onnx.ModelProto]:
+    """ONNX Runtime's version, and the model as it has optimized it with default options.  folder: for a temporary file.
 
     Raises ModelError when the model does not load.
     """
     options = quiet_options()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
     _open(_serialized(model, name), name, options)
-    return onnxruntime.__version__, onnx.load(folder / "optimised.onnx", load_external_data=False)
+    return onnxruntime.__version__, onnx.load(folder / "optimized.onnx", load_external_data=False)
 
 
 def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:

@@ -10,7 +10,7 @@ import onnx
 
 from requant_onnx.anatomy import Anatomy, dissect
 from requant_onnx.calibrate import Calibration, calibration_images
-from requant_onnx.data import ImageSet, Normalisation
+from requant_onnx.data import ImageSet, Normalization
 from requant_onnx.errors import DataError, LoadError, ModelError
 from requant_onnx.execute import Progress
 from requant_onnx.explain import Explanation, explain
@@ -67,13 +67,13 @@ def _validation(
     reference: Source,
     candidate: Source,
     images: ImageSet,
-    normalisation: Normalisation | None,
+    normalization: Normalization | None,
     notes: list[str],
     progress: Progress | None,
 ) -> ValidationReport | None:
     """None, and a note, for models that give something else than scores: their layers can be compared all the same."""
     try:
-        return validate(reference, candidate, images, normalisation, progress=progress)
+        return validate(reference, candidate, images, normalization, progress=progress)
     except ModelError as error:
         notes.append(f"answers were not compared: {error}")
         return None
@@ -95,7 +95,7 @@ def _doubts(weights: Sequence[Anatomy], before: int, after: int) -> list[str]:
     return found
 
 
-def _images(model: Source, calibration: Calibration | None, notes: list[str]) -> tuple[ImageSet, Normalisation | None] | None:
+def _images(model: Source, calibration: Calibration | None, notes: list[str]) -> tuple[ImageSet, Normalization | None] | None:
     """The images asked for, or noise that the model takes; None, and a note, where nothing was asked for and it takes none."""
     if calibration is not None:
         return calibration_images(model, calibration)

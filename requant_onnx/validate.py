@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.data import ImageSet, Normalisation, batches
+from requant_onnx.data import ImageSet, Normalization, batches
 from requant_onnx.errors import DataError
 from requant_onnx.execute import Progress
 from requant_onnx.graph.load import ModelLike, Source, load_model, source_of
@@ -26,13 +26,13 @@ def validate(
     reference: ModelLike,
     candidate: ModelLike,
     images: ImageSet,
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
     *,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Run both models on all images in ONNX Runtime's CPU provider with default options.
 
-    normalisation: for uint8 images (default: pixel / 255); float images are taken as they are.
+    normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
     Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
     """
     reference, candidate = source_of(reference), source_of(candidate)
@@ -43,17 +43,17 @@ def validate(
         raise DataError("there are no images; give at least one")
     for model in models:
         require_image(model, images.x.shape[1:])
-    if images.x.dtype != np.uint8 and normalisation is not None:
-        raise DataError("the images are float32, taken as normalised already; drop mean and std, or give uint8 pixels")
-    normalisation = normalisation or Normalisation()
+    if images.x.dtype != np.uint8 and normalization is not None:
+        raise DataError("the images are float32, taken as normalized already; drop mean and std, or give uint8 pixels")
+    normalization = normalization or Normalization()
     tally = _Tally()
-    for start, x in _batches(images, normalisation, models):
+    for start, x in _batches(images, normalization, models):
         count = min(len(x), len(images) - start)
         labels = None if images.y is None else images.y[start : start + count]
         tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
         if progress is not None:
             progress("validating", start + count, len(images))
-    return tally.report(models, images, _latencies(models, images, normalisation), (*notes, *tally.notes()))
+    return tally.report(models, images, _latencies(models, images, normalization), (*notes, *tally.notes()))
 
 
 class _Tally:
@@ -128,16 +128,16 @@ def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> i
 
 
 def _batches(
-    images: ImageSet, normalisation: Normalisation, models: tuple[Classifier, Classifier]
+    images: ImageSet, normalization: Normalization, models: tuple[Classifier, Classifier]
 ) -> Iterator[tuple[int, FloatArray]]:
     """(start, x): x of the models' fixed batch size, if there is one, else of BATCH or fewer."""
     size = _common_batch(models, free=min(BATCH, len(images)))
-    return batches(images, normalisation, size, fixed=any(model.batch is not None for model in models))
+    return batches(images, normalization, size, fixed=any(model.batch is not None for model in models))
 
 
-def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalisation: Normalisation) -> tuple[float, float]:
+def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization) -> tuple[float, float]:
     """Median milliseconds of each model, the runs interleaved so that other load hits both alike."""
-    _, x = next(_batches(images.first(1), normalisation, models))
+    _, x = next(_batches(images.first(1), normalization, models))
     times = np.array([[model.latency(x) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]  # two to warm up
     reference, candidate = np.median(times, axis=0)
     return float(reference), float(candidate)

@@ -23,7 +23,7 @@ from requant_onnx.config import (
     Version,
     parse_choice,
 )
-from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, Normalisation, holds_images, load_feeds, load_images
+from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, Normalization, holds_images, load_feeds, load_images
 from requant_onnx.errors import ConfigError
 from requant_onnx.image_folder import Pipeline
 
@@ -94,7 +94,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
         _refuse(args, ("seed", "mean", "std", "resize", "crop"), "images, but the file has no array x; add it")
         return Calibration.from_feeds(load_feeds(Path(spec)), count)
     images = images_of(args, spec, "train")
-    return Calibration(images, normalisation_of(args, spec, images), count, seed)
+    return Calibration(images, normalization_of(args, spec, images), count, seed)
 
 
 def is_noise(spec: str) -> bool:
@@ -105,7 +105,7 @@ def is_noise(spec: str) -> bool:
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
     _refuse(args, ("resize", "crop"), "images:DIR; give that")
-    return Calibration(None, normalisation_of(args, "noise", None), count, seed, size=_size(spec[6:]))
+    return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]))
 
 
 def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
@@ -116,7 +116,7 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     return load_images(spec, split, Pipeline(resize, None if args.crop is None else _crop(args.crop)))
 
 
-def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalisation | None:
+def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalization | None:
     """What the options ask for; None for float images, and for noise (images is None), when they ask for nothing."""
     pixels = images is not None and images.x.dtype == "uint8"
     asked = {name for name in ("mean", "std") if getattr(args, name) is not None}
@@ -126,7 +126,7 @@ def normalisation_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
         raise ConfigError("give noise both --mean and --std, or neither for those of ImageNet")
     usual = {**CIFAR_MEAN_STD, "images": (NATURAL.mean, NATURAL.std)}
     mean, std = usual.get(spec.partition(":")[0], ((0.0,), (1.0,)))
-    return Normalisation(
+    return Normalization(
         mean if args.mean is None else _numbers(args.mean, "--mean"), std if args.std is None else _numbers(args.std, "--std")
     )
 

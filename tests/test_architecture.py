@@ -83,7 +83,7 @@ def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
         "ActivationRange", "ActivationReport", "Budget", "Calibration", "ConfigError", "DataError", "EdgeLayers",
         "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError",
-        "Normalisation", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Space",
+        "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Space",
         "Transform", "ValidationReport", "Version", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
         "load_session", "quantize_model", "save_model", "validate",
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from requant_onnx import (
     Form,
     Granularity,
     ImageSet,
-    Normalisation,
+    Normalization,
     QuantConfig,
     Refinement,
     quantize_model,
@@ -25,7 +25,7 @@ from requant_onnx import (
 from requant_onnx.calibrate import calibration_chunks
 from requant_onnx.sensitivity import noise_of_each, outputs, relative_noise
 
-NOISE = Calibration(None, Normalisation((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)), count=32)
+NOISE = Calibration(None, Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)), count=32)
 
 
 def net() -> onnx.ModelProto:
@@ -95,7 +95,7 @@ def test_a_target_is_reached_in_less_than_the_same_bits_everywhere(refinement: R
 
 def test_auto_is_no_worse_than_the_same_bits_everywhere() -> None:
     """Our ResNet-20 at the size of 3 bits, without data: the noise in the output, on other noise."""
-    others = calibration_chunks(onnx.load(OWN_MODEL), Calibration(None, NOISE.normalisation, count=64, seed=1))
+    others = calibration_chunks(onnx.load(OWN_MODEL), Calibration(None, NOISE.normalization, count=64, seed=1))
     exact = outputs(onnx.load(OWN_MODEL), others)
     same, _ = quantize_model(OWN_MODEL, QuantConfig(3, form=Form.FOLDED), calibration=NOISE)
     auto, _ = quantize_model(OWN_MODEL, QuantConfig(Budget(size=same.ByteSize()), form=Form.FOLDED), calibration=NOISE)

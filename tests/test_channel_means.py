@@ -12,7 +12,7 @@ from requant_onnx import Form, QuantConfig, Refinement, quantize_model
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.layers import find_layers
 
-NORMALISED = {"gamma": np.array([1.0, 0.5, 2.0], np.float32), "beta": np.array([0.5, -1.0, 0.0], np.float32)}
+NORMALIZED = {"gamma": np.array([1.0, 0.5, 2.0], np.float32), "beta": np.array([0.5, -1.0, 0.0], np.float32)}
 STATISTICS = {"m": np.zeros(3, np.float32), "v": np.ones(3, np.float32)}
 
 
@@ -39,7 +39,7 @@ def test_the_means_are_those_of_normal_inputs(text: str) -> None:
     head = "b = BatchNormalization<epsilon = 0.0>(x, gamma, beta, m, v)"
     two = "float[n, 3, 16, 16] x, float[n, 3, 16, 16] z" if "z" in text else "float[n, 3, 16, 16] x"
     bounds = {"low": np.float32(-0.5), "high": np.float32(1.0)}
-    model = parse(f"net ({two}) => (float[n, c, h, w] y) {{ {head} {text} }}", **NORMALISED, **STATISTICS, **bounds)
+    model = parse(f"net ({two}) => (float[n, c, h, w] y) {{ {head} {text} }}", **NORMALIZED, **STATISTICS, **bounds)
     generator = np.random.default_rng(0)
     feeds = {item.name: generator.normal(size=(400, 3, 16, 16)).astype(np.float32) for item in model.graph.input}
     y = np.asarray(InferenceSession(model.SerializeToString()).run(None, feeds)[0], np.float64)
@@ -50,7 +50,7 @@ def test_the_means_are_those_of_normal_inputs(text: str) -> None:
 def test_what_is_not_known_is_left_out(text: str) -> None:
     model = parse(
         f"net (float[n, 3, 8, 8] x) => (float[n, c, h, w] y) {{ b = BatchNormalization(x, gamma, beta, m, v) {text} }}",
-        **NORMALISED,
+        **NORMALIZED,
         **STATISTICS,
     )
     assert channel_means(model).keys() == {"b"}

@@ -101,10 +101,10 @@ def test_load_session_decodes_qdq_at_load(tmp_path: Path) -> None:
         path = tmp_path / f"{form.value}.onnx"
         save_model(quantize_model(small_cnn(), QuantConfig(form=form))[0], path)
         options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         options.log_severity_level = 3
         results.append(load_session(path, options).run(None, {"x": x})[0])
-        assert "DequantizeLinear" not in {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+        assert "DequantizeLinear" not in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert abs(results[0] - results[1]).max() <= 0.01 * abs(results[0]).max()  # folded rounds its scales to float16
     with pytest.raises(ModelError, match="does not exist"):
         load_session(tmp_path / "nothing.onnx")

@@ -18,7 +18,7 @@ from requant_onnx import (
     Form,
     Granularity,
     ImageSet,
-    Normalisation,
+    Normalization,
     QuantConfig,
     Refinement,
     Transform,
@@ -243,7 +243,7 @@ def test_accuracy_of_our_model_without_any_data(bits: int) -> None:
     folder = find_cifar("cifar10")
     if folder is None:
         missing("CIFAR-10 is neither in $CIFAR_DIR nor in the cache")
-    cifar = Normalisation((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    cifar = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
     x = cifar.apply(load_cifar("cifar10", folder, "train").x[-1000:])
     config = QuantConfig(bits, form=Form.FOLDED)
     made, _ = quantize_model(OWN_MODEL, config, calibration=Calibration(None, cifar))

@@ -135,12 +135,12 @@ def test_integer_type_of_the_levels() -> None:
 
 
 def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
-    """The operators that are left after ONNX Runtime has optimised the model with default options."""
+    """The operators that are left after ONNX Runtime has optimized the model with default options."""
     options = SessionOptions()
     options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
     InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
 
 
 @pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.75"])

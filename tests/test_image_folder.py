@@ -44,7 +44,7 @@ def test_labels_are_the_places_of_the_classes(tmp_path: Path) -> None:
     assert images.first(2).y is not None
 
 
-def test_grey_and_transparent_images_become_colour(tmp_path: Path) -> None:
+def test_gray_and_transparent_images_become_color(tmp_path: Path) -> None:
     image_module.new("L", (8, 8), 7).save(tmp_path / "a.png")
     image_module.new("RGBA", (8, 8), (1, 2, 3, 0)).save(tmp_path / "b.png")
     assert load_images(f"images:{tmp_path}").pixels[:, :, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
@@ -65,7 +65,7 @@ def test_resize_sets_the_shorter_side_as_torchvision_does(size: tuple[int, int],
     assert Pipeline(resize=256).apply(image_module.new("RGB", size[::-1])).size == resized[::-1]
 
 
-def test_the_crop_is_of_the_centre(tmp_path: Path) -> None:
+def test_the_crop_is_of_the_center(tmp_path: Path) -> None:
     pixels = write(tmp_path / "a.png", 9, 12)
     cropped = load_images(f"images:{tmp_path}", pipeline=Pipeline(crop=(4, 6))).pixels[0].transpose(1, 2, 0)
     np.testing.assert_array_equal(cropped, pixels[2:6, 3:9])  # round(2.5) is 2, in Python and so in torchvision

@@ -29,7 +29,7 @@ def test_rows_of_zeros_have_no_scale() -> None:
     assert found.scale.tolist() == [0.0, 0.5]
 
 
-def test_halves_are_recognised() -> None:
+def test_halves_are_recognized() -> None:
     q = quantize_weight(laplace(8, 64), Grid(4, 1.0, 0))
     rounded = q.dequantize().astype(np.float16).astype(np.float32)
     assert infer_grid(rounded) is None

@@ -24,7 +24,7 @@ from requant_onnx import (
     ImageSet,
     Int8Levels,
     ModelError,
-    Normalisation,
+    Normalization,
     QuantConfig,
     Refinement,
     Transform,
@@ -40,8 +40,8 @@ from requant_onnx.graph.operands import from_constants
 
 INT8 = QuantConfig(bits=4, form=Form.INT8)
 NOISE = Calibration(count=8)
-CIFAR = Normalisation((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR = Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FLOAT_OPERATORS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Concat", "AveragePool", "GlobalAveragePool"}
 RESIDUAL = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
     a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)   r = Relu(a)
@@ -193,7 +193,7 @@ def test_calibration_images_must_fit() -> None:
         quantize_model(small_cnn(), INT8, calibration=wrong)
     with pytest.raises(DataError, match="no calibration images"):
         Calibration(ImageSet(np.zeros((0, 3, 8, 8), np.uint8), None))
-    with pytest.raises(DataError, match="taken as normalised already"):
+    with pytest.raises(DataError, match="taken as normalized already"):
         Calibration(ImageSet(np.zeros((1, 3, 8, 8), np.float32), None), CIFAR)
     huge = Calibration(ImageSet(np.full((1, 3, 8, 8), 3e38, np.float32), None))
     with pytest.raises(ModelError, match="NaN or infinite on the calibration inputs"):

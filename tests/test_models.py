@@ -13,7 +13,7 @@ from cifar import find_cifar
 from conftest import ROOT, missing
 from oracle import check
 
-from requant_onnx import Form, Normalisation, QuantConfig, Transform, validate
+from requant_onnx import Form, Normalization, QuantConfig, Transform, validate
 from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
 
 FILES = sorted(path for path in (ROOT / "models").iterdir() if path.suffix in (".onnx", ".npz"))
@@ -48,6 +48,6 @@ def test_accuracy_is_that_of_the_readme(path: Path) -> None:
     assert told is not None
     share = float(told[1]) / 100
     images = load_cifar(dataset, folder, "test").first(SOME)
-    found = validate(path, path, images, Normalisation(*CIFAR_MEAN_STD[dataset])).top1
+    found = validate(path, path, images, Normalization(*CIFAR_MEAN_STD[dataset])).top1
     assert found is not None
     assert found[0] == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / SOME))

@@ -132,7 +132,7 @@ def test_quiet_prints_nothing_and_verbose_more(model: Path, capsys: pytest.Captu
     assert "exists" in capsys.readouterr().err
 
 
-def test_no_colour_codes_without_a_terminal_or_with_no_color(model: Path) -> None:
+def test_no_color_codes_without_a_terminal_or_with_no_color(model: Path) -> None:
     script = shutil.which("script")
     command = [sys.executable, "-m", "requant_onnx", "inspect", str(model)]
     assert b"\x1b" not in subprocess.run(command, capture_output=True, check=True).stdout
@@ -141,9 +141,9 @@ def test_no_colour_codes_without_a_terminal_or_with_no_color(model: Path) -> Non
             name: subprocess.run(
                 [script, "-qec", " ".join(command), "/dev/null"], capture_output=True, check=True, env={"TERM": "xterm", **extra}
             ).stdout
-            for name, extra in (("colour", {}), ("none", {"NO_COLOR": "1"}))
+            for name, extra in (("color", {}), ("none", {"NO_COLOR": "1"}))
         }
-        assert b"\x1b[1m" in shown["colour"]
+        assert b"\x1b[1m" in shown["color"]
         assert b"\x1b[3" not in shown["none"]
 
 

@@ -23,7 +23,7 @@ from requant_onnx.plan import plan_conversion
 ROUNDING = 1e-5
 """Of the largest output.  The weights are equal bit for bit (test_forms.py); what differs is the order of the float32 sums,
 since Conv behind DequantizeLinear runs without the blocked layout: 6e-8 an addition, sqrt(4608 additions) a layer is 4e-6,
-and normalised layers pass errors on without growth; 9e-7 measured at most on the trained models."""
+and normalized layers pass errors on without growth; 9e-7 measured at most on the trained models."""
 SPATIAL = {"rapidocr_cls": (48, 192)}
 PLAIN = Refinement.NONE  # biases stay; what changes them is tested in test_channel_means.py and test_feedback.py
 CONFIGS = {

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn, trained_model
 
-from requant_onnx import DataError, Form, ImageSet, ModelError, Normalisation, QuantConfig, load_images, quantize_model, validate
+from requant_onnx import DataError, Form, ImageSet, ModelError, Normalization, QuantConfig, load_images, quantize_model, validate
 from requant_onnx.errors import ConfigError
 
 SUMS = "{ s = ReduceMean<axes = [2, 3], keepdims = 0>(x) y = Mul(s, w) }"
@@ -72,15 +72,15 @@ def test_without_labels_there_is_no_accuracy() -> None:
     assert validate(model, model, pictures(0, 1)).top1 is None
 
 
-def test_normalisation() -> None:
-    x = Normalisation((0.5, 0.0, 0.0), (0.5, 1.0, 2.0)).apply(np.full((1, 3, 1, 1), 255, np.uint8))
+def test_normalization() -> None:
+    x = Normalization((0.5, 0.0, 0.0), (0.5, 1.0, 2.0)).apply(np.full((1, 3, 1, 1), 255, np.uint8))
     assert x.ravel().tolist() == [1.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("std", [(0.0,), (-1.0,), (math.nan,), ()])
-def test_impossible_normalisation(std: tuple[float, ...]) -> None:
+def test_impossible_normalization(std: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError):
-        Normalisation((0.0,), std)
+        Normalization((0.0,), std)
 
 
 def test_refusals() -> None:
@@ -95,12 +95,12 @@ def test_refusals() -> None:
         (picture, pictures(0), None, ModelError, "not one row of scores"),
         (model, ImageSet(np.zeros((1, 3, 5, 5), np.uint8), None), None, DataError, "the images are 3x5x5"),
         (model, pictures(0, labels=(7,)), None, DataError, "the labels run from 7 to 7"),
-        (model, pictures(0), Normalisation((0.0, 0.0), (1.0,)), DataError, "mean has 2 values"),
-        (model, floats, Normalisation(), DataError, "taken as normalised already"),
+        (model, pictures(0), Normalization((0.0, 0.0), (1.0,)), DataError, "mean has 2 values"),
+        (model, floats, Normalization(), DataError, "taken as normalized already"),
     ]
-    for reference, images, normalisation, error, message in cases:
+    for reference, images, normalization, error, message in cases:
         with pytest.raises(error, match=message):
-            validate(reference, reference, images, normalisation)
+            validate(reference, reference, images, normalization)
     fewer = parse(FEWER, opset=13, w=laplace(3, 2))
     with pytest.raises(DataError, match="gives 3 scores an image and the candidate 2"):
         validate(model, fewer, pictures(0))
@@ -120,7 +120,7 @@ def test_own_model_reaches_the_accuracy_it_is_published_with(cifar10: Path) -> N
     converted, _ = quantize_model(OWN_MODEL)
     images = load_images(f"cifar10:{cifar10}")
     report = validate(
-        OWN_MODEL, converted, images, Normalisation((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+        OWN_MODEL, converted, images, Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
     )
     assert report.top1 is not None
     assert report.top1[0] >= 0.91
@@ -130,7 +130,7 @@ def test_own_model_reaches_the_accuracy_it_is_published_with(cifar10: Path) -> N
 def test_published_model_keeps_its_accuracy_at_8_and_6_bits(cifar10: Path) -> None:
     path = trained_model("resnet20_cifar10")
     images = load_images(f"cifar10:{cifar10}")
-    imagenet = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    imagenet = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for bits in (8, 6):
         report = validate(path, quantize_model(path, QuantConfig(bits=bits))[0], images, imagenet)
         assert report.top1 is not None

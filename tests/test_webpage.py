@@ -136,8 +136,8 @@ def test_the_page_fits_every_screen_and_theme_without_errors(browser: Any, page:
     browser.execute_script("for (const item of document.querySelectorAll('details')) item.open = true")
     root = "document.scrollingElement"
     assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
-    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (colour == "rgb(255, 255, 255)") is (theme == "light")
+    color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (color == "rgb(255, 255, 255)") is (theme == "light")
     stroke = "return getComputedStyle(document.querySelector('figure svg path[style*=\"--c1\"]')).stroke"
     assert browser.execute_script(stroke).startswith("rgb")
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0

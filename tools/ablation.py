@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import onnx
-from accuracy_table import NORMALISATIONS, measured, scores
+from accuracy_table import NORMALIZATIONS, measured, scores
 from cifar import find_or_fetch
 
 from requant_onnx import Calibration, Form, Granularity, QuantConfig, RangeMode, Refinement, Space, Transform
@@ -67,11 +67,11 @@ def table(results: dict[tuple[str, Granularity, int], Cell], widths: list[int]) 
 def plot(results: dict[tuple[str, Granularity, int], Cell], widths: list[int], title: str, path: Path) -> None:
     """Output SQNR over bits, a line a rung, one panel a granularity."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    colours = pyplot.colormaps["viridis"].resampled(len(LADDER) + 1).colors
+    colors = pyplot.colormaps["viridis"].resampled(len(LADDER) + 1).colors
     for axis, granularity in zip(axes, Granularity, strict=True):
         for (k, name), marker in zip(enumerate(LADDER), "os^Dv<>", strict=True):
             sqnr = [results[name, granularity, bits][1] for bits in widths]
-            axis.plot(widths, sqnr, marker=marker, color=colours[k], label=name)
+            axis.plot(widths, sqnr, marker=marker, color=colors[k], label=name)
         axis.set(title=granularity.value, xlabel="bits", xticks=widths)
         axis.grid(visible=True, alpha=0.3)
     axes[0].set_ylabel("output SQNR in dB (test images)")
@@ -82,15 +82,15 @@ def plot(results: dict[tuple[str, Granularity, int], Cell], widths: list[int], t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL[=NORMALISATION]")
+    parser.add_argument("model", metavar="MODEL[=NORMALIZATION]")
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 (default: the cache, else a download)")
     parser.add_argument("--bits", default="8,6,4,3,2")
     parser.add_argument("--limit", type=int, help="only the first N test images")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--cache", type=Path, help="JSON file to keep results in, and to go on from")
     args = parser.parse_args()
-    name, _, normalisation = args.model.partition("=")
-    path, pixels = Path(name), NORMALISATIONS[normalisation or "cifar"]
+    name, _, normalization = args.model.partition("=")
+    path, pixels = Path(name), NORMALIZATIONS[normalization or "cifar"]
     widths = [int(bits) for bits in args.bits.split(",")]
     folder = find_or_fetch("cifar10", args.data)
     test = load_cifar("cifar10", folder, "test").first(args.limit)

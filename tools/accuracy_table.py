@@ -7,7 +7,7 @@
 
 Calibration is on images of the train split: with --int8 the first 256, with --refined as many as the row says, drawn by seed.
 
-A model may carry the normalisation it was trained with, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
+A model may carry the normalization it was trained with, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
 with default options.  Top-1 in per cent, beside it top-1 agreement with float, output SQNR and the size of the file.
 """
 
@@ -32,7 +32,7 @@ from requant_onnx import (
     Granularity,
     ImageSet,
     Int8Levels,
-    Normalisation,
+    Normalization,
     QuantConfig,
     RangeMode,
     Refinement,
@@ -44,9 +44,9 @@ from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
 from requant_onnx.report import sqnr_db
 from requant_onnx.runtime import open_classifier
 
-NORMALISATIONS = {
-    "cifar": Normalisation(*CIFAR_MEAN_STD["cifar10"]),
-    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+NORMALIZATIONS = {
+    "cifar": Normalization(*CIFAR_MEAN_STD["cifar10"]),
+    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 MAX_PER_TENSOR = QuantConfig(
     granularity=Granularity.PER_TENSOR, transform=Transform(1.0), range_mode=RangeMode.MAX, edge_layers=EdgeLayers.PLAIN
@@ -80,9 +80,9 @@ def grid() -> Iterator[tuple[str, QuantConfig]]:
             yield f"4 bits, per-channel, sqrt, rounding {rounding.value}, objective {objective.value}", config
 
 
-def int8(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
+def int8(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
     """The int8 form by activation range, on images and on noise, beside the same weights with float activations."""
-    images, noise = Calibration(train, normalisation), Calibration(None, normalisation)
+    images, noise = Calibration(train, normalization), Calibration(None, normalization)
     base = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
     for bits in (8, 4):
         yield f"{bits} bits, float activations", QuantConfig(min(bits, 7), form=Form.FOLDED), None
@@ -92,13 +92,13 @@ def int8(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
     yield "8 bits, int8, levels to 127", replace(base, int8_levels=Int8Levels.FULL), images
 
 
-def refined(train: ImageSet, normalisation: Normalisation) -> Iterator[Case]:
+def refined(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
     """Without data: 4 and 3 bits on noise; with 256 images the same; 2 bits with 1,024; each with three seeds."""
     for bits, count in ((4, None), (4, 256), (3, None), (3, 256), (2, 1024)):
         config = QuantConfig(bits, form=Form.FOLDED)
         for seed in range(3):
             images = None if count is None else train
-            made = Calibration(images, normalisation, count or 256, seed)
+            made = Calibration(images, normalization, count or 256, seed)
             yield f"{bits} bits, {f'{count} images' if count else 'noise'}, seed {seed}", config, made
 
 
@@ -140,10 +140,10 @@ def scores(model: onnx.ModelProto, x: npt.NDArray[np.float32]) -> npt.NDArray[np
     return np.concatenate([classifier.scores(x[k : k + 100]) for k in range(0, len(x), 100)])
 
 
-def rows(path: Path, normalisation: Normalisation, images: ImageSet, cases: Iterable[Case]) -> Iterator[str]:
+def rows(path: Path, normalization: Normalization, images: ImageSet, cases: Iterable[Case]) -> Iterator[str]:
     """The lines of one model."""
     assert images.y is not None
-    x = normalisation.apply(images.pixels)
+    x = normalization.apply(images.pixels)
     model = onnx.load(path)
     reference = scores(model, x)
     tops = reference.argmax(1)
@@ -157,7 +157,7 @@ def rows(path: Path, normalisation: Normalisation, images: ImageSet, cases: Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL[=NORMALISATION]")
+    parser.add_argument("models", nargs="+", metavar="MODEL[=NORMALIZATION]")
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 (default: the cache, else a download)")
     parser.add_argument("--split", choices=["train", "test"], default="test")
     parser.add_argument("--limit", type=int, help="the first N images, or the last N of -N")
@@ -172,10 +172,10 @@ def main() -> None:
     print("| model | weights | top-1 (change) | agreement | output SQNR | file | time |\n|---|---|---|---|---|---|---|", flush=True)
     for item in args.models:
         path, _, name = item.partition("=")
-        normalisation = NORMALISATIONS[name or "cifar"]
+        normalization = NORMALIZATIONS[name or "cifar"]
         plain = ((label, config, None) for label, config in (grid() if args.grid else acceptance()))
-        cases = int8(train.first(256), normalisation) if args.int8 else refined(train, normalisation) if args.refined else plain
-        for line in rows(Path(path), normalisation, images, cases):
+        cases = int8(train.first(256), normalization) if args.int8 else refined(train, normalization) if args.refined else plain
+        for line in rows(Path(path), normalization, images, cases):
             print(line, flush=True)
 
 

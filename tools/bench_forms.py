@@ -33,7 +33,7 @@ from requant_onnx import (
     Calibration,
     Form,
     ImageSet,
-    Normalisation,
+    Normalization,
     QuantConfig,
     Refinement,
     load_images,
@@ -44,8 +44,8 @@ from requant_onnx.data import CIFAR_MEAN_STD
 from requant_onnx.runtime import quiet_options
 
 ROOT = Path(__file__).parents[1]
-CIFAR = Normalisation(*CIFAR_MEAN_STD["cifar10"])
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR = Normalization(*CIFAR_MEAN_STD["cifar10"])
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BATCHES = {1: 40, 32: 8}  # images -> rounds
 NO_DECODE = {"session.disable_quant_qdq": "1"}
 PROBE = """
@@ -75,12 +75,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with the normalisation of its images.  labelled: whether its accuracy means anything."""
+    """A model with the normalization of its images.  labeled: whether its accuracy means anything."""
 
     name: str
     model: onnx.ModelProto
-    normalisation: Normalisation
-    labelled: bool
+    normalization: Normalization
+    labeled: bool
 
     @property
     def input(self) -> str:
@@ -89,16 +89,16 @@ class Subject:
 
 def subject_of(name: str) -> Subject:
     if name in ("resnet18", "resnet50"):
-        return Subject(f"ResNet-{name[6:]} shapes", resnet(int(name[6:])), CIFAR, labelled=False)
+        return Subject(f"ResNet-{name[6:]} shapes", resnet(int(name[6:])), CIFAR, labeled=False)
     if name == "resnet20":
-        return Subject("ResNet-20, ours", onnx.load(ROOT / "models" / "resnet20_cifar10.onnx"), CIFAR, labelled=True)
+        return Subject("ResNet-20, ours", onnx.load(ROOT / "models" / "resnet20_cifar10.onnx"), CIFAR, labeled=True)
     model = onnx.load(Path(os.environ["REQUANT_MODELS"]) / f"{name}.onnx")
-    return Subject(name, model, CIFAR if "googlenet" in name or "preact" in name else IMAGENET, labelled=True)
+    return Subject(name, model, CIFAR if "googlenet" in name or "preact" in name else IMAGENET, labeled=True)
 
 
 def rows_of(subject: Subject, train: ImageSet, folder: Path) -> list[Row]:
     """Write every form of a model."""
-    calibration = Calibration(train, subject.normalisation)
+    calibration = Calibration(train, subject.normalization)
     rows = [Row("float", folder / "float.onnx")]
     onnx.save(subject.model, rows[0].path)
 
@@ -129,7 +129,7 @@ def quantize_with_onnxruntime(subject: Subject, train: ImageSet, source: Path, o
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches = iter([subject.normalisation.apply(train.x[k : k + 32]) for k in range(0, len(train), 32)])
+            self.batches = iter([subject.normalization.apply(train.x[k : k + 32]) for k in range(0, len(train), 32)])
 
         def get_next(self) -> dict[str, object] | None:
             x = next(self.batches, None)
@@ -187,7 +187,7 @@ def accuracy(subject: Subject, row: Row, test: ImageSet) -> float:
     assert test.y is not None
     hits = 0
     for k in range(0, len(test), 100):
-        scores = session.run(None, {subject.input: subject.normalisation.apply(test.x[k : k + 100])})[0]
+        scores = session.run(None, {subject.input: subject.normalization.apply(test.x[k : k + 100])})[0]
         hits += int((np.asarray(scores).argmax(1) == test.y[k : k + 100]).sum())
     return hits / len(test)
 
@@ -219,8 +219,8 @@ def main() -> None:
         subject = subject_of(name)
         with tempfile.TemporaryDirectory() as files:
             rows = rows_of(subject, train, Path(files))
-            measure_latency(subject, rows, subject.normalisation.apply(test.x[: max(BATCHES)]))
-            measured = args.accuracy and subject.labelled
+            measure_latency(subject, rows, subject.normalization.apply(test.x[: max(BATCHES)]))
+            measured = args.accuracy and subject.labeled
             table(subject, rows, lambda row, s=subject, m=measured: f"{accuracy(s, row, test):.2%}" if m else "")  # type: ignore[misc]
 
 

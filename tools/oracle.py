@@ -40,7 +40,7 @@ def feeds_for(model: onnx.ModelProto, seed: int = 7, free: int = 2) -> Feeds:
 
 
 def with_decoded_weights(source: onnx.ModelProto, config: QuantConfig, converted: set[str]) -> onnx.ModelProto:
-    """The normalised model with w_hat from NumPy in the place of each converted weight."""
+    """The normalized model with w_hat from NumPy in the place of each converted weight."""
     prepared = prepare(load_model(source), config, None, (), None)
     results, _ = quantize(prepared, prepared.plan.planned, None, None)
     for result in results:
@@ -71,7 +71,7 @@ def same(found: list[np.ndarray], expected: list[np.ndarray], rounding: float) -
 
 
 def check(source: onnx.ModelProto, config: QuantConfig, feeds: Feeds | None = None, rounding: float = ROUNDING) -> QuantReport:
-    """Convert without refinement, and hold the rewrite to the oracle, the normalised float model to the source."""
+    """Convert without refinement, and hold the rewrite to the oracle, the normalized float model to the source."""
     config = replace(config, refinement=Refinement.NONE)
     feeds = feeds or feeds_for(source)
     converted, report = quantize_model(source, config)

@@ -46,7 +46,7 @@ class Generator:
         batch: str | int = "n" if self.random.random() < 0.7 else int(self.random.integers(1, 4))
         x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *self.shape])
         for _ in range(self.random.integers(1, 9)):
-            self.pick(self.convolution, self.convolution, self.convolution, self.transposed, self.normalised, self.activation,
+            self.pick(self.convolution, self.convolution, self.convolution, self.transposed, self.normalized, self.activation,
                       self.pool, self.residual, self.concatenation, self.branches, self.function)()  # fmt: skip
         self.head()
         outputs = [helper.make_tensor_value_info(self.tensor, TensorProto.FLOAT, [batch, *self.shape])]
@@ -81,7 +81,7 @@ class Generator:
         }
         self.add("Conv", [weight, *self.bias(oc)], (oc, *sizes), **attributes)
         if self.chance(0.3):
-            self.normalised()
+            self.normalized()
 
     def transposed(self) -> None:
         ic, rank = self.shape[0], len(self.shape) - 1
@@ -94,7 +94,7 @@ class Generator:
         attributes: dict[str, Any] = {"group": group, "strides": [stride] * rank}
         self.add("ConvTranspose", [weight, *self.bias(group * each)], (group * each, *sizes), **attributes)
 
-    def normalised(self) -> None:
+    def normalized(self) -> None:
         c = self.shape[0]
         operands = [self.constant(np.float32(self.random.uniform(0.5, 1.5, c))) for _ in range(4)]
         self.add("BatchNormalization", operands, self.shape)

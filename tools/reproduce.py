@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from accuracy_table import NORMALISATIONS, scores
+from accuracy_table import NORMALIZATIONS, scores
 from bench_forms import Subject, quantize_with_onnxruntime
 from cifar import find_or_fetch
 
-from requant_onnx import Calibration, Form, ImageSet, Normalisation
+from requant_onnx import Calibration, Form, ImageSet, Normalization
 from requant_onnx.cache import Cache, default_folder, key_of
 from requant_onnx.comparison import Trial, compare
 from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
@@ -72,7 +72,7 @@ The paper's ablation says so. Here, by more than two standard errors of the diff
 
 
 class Task:
-    """A model, its images and their normalisation.  Raises SystemExit where the name of the file does not say which."""
+    """A model, its images and their normalization.  Raises SystemExit where the name of the file does not say which."""
 
     def __init__(self, text: str, data: Path | None) -> None:
         name, _, kind = text.partition("=")
@@ -83,12 +83,12 @@ class Task:
         self.network, self.dataset = found[1], found[2]
         folder = find_or_fetch(self.dataset, data)
         self.test, self.train = (load_cifar(self.dataset, folder, split) for split in ("test", "train"))
-        self.normalisation = NORMALISATIONS[kind] if kind else Normalisation(*CIFAR_MEAN_STD[self.dataset])
+        self.normalization = NORMALIZATIONS[kind] if kind else Normalization(*CIFAR_MEAN_STD[self.dataset])
 
 
 def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
     """The lines of one model, and what they say of the paper's claim."""
-    model, how = task.path.read_bytes(), task.normalisation
+    model, how = task.path.read_bytes(), task.normalization
     images = Calibration(task.train, how)  # for the last of the recipes
     found = compare(model, BITS, RECIPES, task.test, how, images, executor, form=Form.FOLDED, cache=cache)
     trials = {(trial.recipe, trial.bits): trial for trial in found.trials}
@@ -128,7 +128,7 @@ def verdict(range_only: Trial, transform_only: Trial, both: Trial, images: int) 
 def _by_onnxruntime(task: Task, kind: str, cache: Cache) -> float:
     """Top-1 of the model as onnxruntime.quantization.quantize_static makes it, with 256 images of the train split."""
     key = key_of(
-        "reproduce", onnxruntime.__version__, kind, task.path.read_bytes(), task.test.fingerprint(), repr(task.normalisation)
+        "reproduce", onnxruntime.__version__, kind, task.path.read_bytes(), task.test.fingerprint(), repr(task.normalization)
     )
     kept = cache.get(key)
     if kept is None:
@@ -144,13 +144,13 @@ def _made_by_onnxruntime(task: Task, kind: str) -> float:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(source)
         onnxruntime.InferenceSession(task.path, options, providers=["CPUExecutionProvider"])
-        subject = Subject(task.path.stem, onnx.load(source), task.normalisation, labelled=True)
+        subject = Subject(task.path.stem, onnx.load(source), task.normalization, labeled=True)
         quantize_with_onnxruntime(subject, task.train.first(256), source, output, kind)
-        hits = _answers(onnx.load(output), task.normalisation, task.test) == task.test.y
+        hits = _answers(onnx.load(output), task.normalization, task.test) == task.test.y
     return float(np.mean(hits))
 
 
-def _answers(model: onnx.ModelProto, how: Normalisation, images: ImageSet) -> np.ndarray:
+def _answers(model: onnx.ModelProto, how: Normalization, images: ImageSet) -> np.ndarray:
     parts = [scores(model, how.apply(images.part(k, k + 1000).pixels)) for k in range(0, len(images), 1000)]
     return np.asarray(np.concatenate(parts).argmax(1))
 
@@ -172,7 +172,7 @@ def page(lines: list[str], command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="NETWORK_DATASET.onnx[=NORMALISATION]", help="default: those in models/")
+    parser.add_argument("models", nargs="*", metavar="NETWORK_DATASET.onnx[=NORMALIZATION]", help="default: those in models/")
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 and CIFAR-100 (default: the cache, else a download)")
     parser.add_argument("--limit", type=int, help="only the first N test images")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")

@@ -31,7 +31,7 @@ from requant_onnx.graph.save import save_model
 CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def normalise(x: np.ndarray, dataset: str) -> Tensor:
+def normalize(x: np.ndarray, dataset: str) -> Tensor:
     """(n, 3, 32, 32) uint8 -> float32, zero mean and unit variance over the train split."""
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in CIFAR_MEAN_STD[dataset])
     return (torch.from_numpy(x).float() / 255.0 - mean) / std
@@ -55,7 +55,7 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def train_epoch(
-    model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor, epoch: int, args: argparse.Namespace
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, epoch: int, args: argparse.Namespace
 ) -> tuple[float, float]:
     """One pass over the images.  Returns the mean loss and the accuracy, both on the augmented train images."""
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
@@ -66,14 +66,14 @@ def train_epoch(
     for step in range(steps):
         chosen = order[step * args.batch_size : (step + 1) * args.batch_size].to(args.device)
         x, y = augment(images[chosen], epoch, chosen, generator), labels[chosen]
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.mixed_precision):
             logits = model(x)
             loss = functional.cross_entropy(logits, y)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         loss_sum, hits = loss_sum + loss.item(), hits + int((logits.argmax(1) == y).sum())
         if step % 50 == 49:
             rate = (time.time() - started) / (step + 1)
@@ -94,27 +94,27 @@ def save_atomically(state: dict[str, object], path: Path) -> None:
 def fit(model: nn.Module, data: ImageSet, args: argparse.Namespace) -> None:
     """Train `model` in place; continue from args.checkpoint when it is there, save it after every epoch."""
     assert data.y is not None
-    images, labels = normalise(data.pixels, args.dataset).to(args.device), torch.from_numpy(data.y).to(args.device)
+    images, labels = normalize(data.pixels, args.dataset).to(args.device), torch.from_numpy(data.y).to(args.device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
     first = 0
     if args.checkpoint.is_file():
         state = torch.load(args.checkpoint, map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
     runner = torch.compile(model) if args.compile else model
     for epoch in range(first, args.epochs):
         started = time.time()
-        loss, accuracy = train_epoch(runner, optimiser, images, labels, epoch, args)
+        loss, accuracy = train_epoch(runner, optimizer, images, labels, epoch, args)
         print(
             f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, accuracy on augmented train images {accuracy:.4f}, "
             f"{time.time() - started:.0f} s",
             flush=True,
         )
-        save_atomically({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch + 1}, args.checkpoint)
+        save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, args.checkpoint)
 
 
 def export(model: nn.Module, path: Path) -> None:
@@ -141,7 +141,7 @@ def onnx_accuracy(path: Path, data: ImageSet, dataset: str) -> float:
     """Top-1 of the exported file in ONNX Runtime."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    x = normalise(data.pixels, dataset).numpy()
+    x = normalize(data.pixels, dataset).numpy()
     scores = np.concatenate([session.run(None, {name: x[k : k + 500]})[0] for k in range(0, len(x), 500)])
     return float((scores.argmax(1) == data.y).mean())
 

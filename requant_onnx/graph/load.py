@@ -46,7 +46,7 @@ def source_of(model: ModelLike) -> Source:
 def load_model(source: ModelLike) -> onnx.ModelProto:
     """A valid model that the caller may change: read (`source_of`), or copied from a ModelProto.
 
-    External data of more than FETCHED_BYTES stay in their files, for graph.external to read: see `materialise`.
+    External data of more than FETCHED_BYTES stay in their files, for graph.external to read: see `materialize`.
     Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
     """
     source = source_of(source)
@@ -74,7 +74,7 @@ def load_model(source: ModelLike) -> onnx.ModelProto:
     return model
 
 
-def materialise(model: onnx.ModelProto) -> onnx.ModelProto:
+def materialize(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with all external data in it.  Changes and returns `model`."""
     for tensor in stored_tensors(model):
         fetch(tensor)

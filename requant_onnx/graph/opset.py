@@ -1,7 +1,7 @@
 """Raise a model's opset, changing as little as possible.
 
 Where no operator in use changed between the two versions but for wider types and optional attributes whose absence means
-the old behaviour, only the version number changes.  Otherwise onnx.version_converter does it, and what it drops is put back.
+the old behavior, only the version number changes.  Otherwise onnx.version_converter does it, and what it drops is put back.
 https://onnx.ai/onnx/api/version_converter.html
 """
 
@@ -26,7 +26,7 @@ HARMLESS = {
     "Reshape": {"allowzero"},
     "Shape": {"end", "start"},
 }
-"""Attributes added by a newer version that keep the old behaviour when absent."""
+"""Attributes added by a newer version that keep the old behavior when absent."""
 
 
 def raise_opset(model: onnx.ModelProto, target: int) -> onnx.ModelProto:

@@ -77,7 +77,7 @@ class Histogram:
             self.width *= 2
         _count(x, 1.0 / self.width, self.counts)
 
-    def centres(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def centers(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Middle and count of every bin that is not empty, ascending."""
         (filled,) = np.nonzero(self.counts)
         middles = np.clip((filled - HALF + 0.5) * self.width, self.low, self.high)
@@ -97,7 +97,7 @@ def activation_grid(
     ranges = row_ranges(np.array([low]), np.array([high]), BITS, 1.0)
     alpha = 1.0
     if method is ActivationRange.MSE:
-        middles, counts = histogram.centres()
+        middles, counts = histogram.centers()
         alpha = float(search_alpha(middles[None], ranges, level_table(BITS, 1.0), counts[None])[0])
     scale = np.float32(headroom * alpha * ranges.step[0])
     codes_above = 255 - int(ranges.zero_point[0])
@@ -108,7 +108,7 @@ def activation_grid(
 
 def _percentile(histogram: Histogram) -> tuple[float, float]:
     """The bounds that leave (100 - PERCENTILE) per cent of the values outside, on either side."""
-    middles, counts = histogram.centres()
+    middles, counts = histogram.centers()
     if not middles.size:
         return 0.0, 0.0
     outside = histogram.seen * (1 - PERCENTILE / 100)

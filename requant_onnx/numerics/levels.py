@@ -65,7 +65,7 @@ class LevelTable:
         return self.bits, self.exponent, self.limit
 
     def thresholds(self, in_weight_space: bool) -> FloatArray:
-        """(2K,) decision thresholds between neighbouring levels, in units of step ** (1/a).
+        """(2K,) decision thresholds between neighboring levels, in units of step ** (1/a).
 
         In weight space the midpoint of two levels, else the image of `k + 1/2` (rint in transformed space).
         """

@@ -61,7 +61,7 @@ class Moments:
         """Whether no input and no output was NaN, infinite, or beyond what float32 can sum."""
         return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all() and np.isfinite(self.yy).all())
 
-    def centred(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def centered(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - np.outer(x, x)
@@ -70,7 +70,7 @@ class Moments:
         )  # what rounding errors leave of constant inputs
         return (xx + xx.T) / 2, self.xy / self.count - np.outer(y, x), np.maximum(self.yy / self.count - y * y, 0.0)
 
-    def uncentred(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def uncentered(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The same about zero, for a layer that has no bias."""
         return self.xx / self.count, self.xy / self.count, self.yy / self.count
 

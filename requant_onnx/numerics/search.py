@@ -4,7 +4,7 @@
    error seen: no skipped point of the 256 can win.
 2. Scan 16 times finer around the best point: every weight that changes its level puts a kink in the curve, and so near its
    flat bottom there are many minima.
-3. Golden-section search between the neighbours of the best point, as in the paper.
+3. Golden-section search between the neighbors of the best point, as in the paper.
 4. Exact finish: between two kinks the error is a parabola in the scale; try the vertices of the pieces next to the best point.
 
 The result is the best of all points evaluated, hence never worse than the dense scan or than alpha = 1.
@@ -97,9 +97,9 @@ def _scan(row: Row) -> tuple[float, float]:
 @compiled
 def _scan_finely(row: Row, alpha: float, best: float, reach: int) -> tuple[float, float]:
     """Best of alpha and the points FINE_STEP apart, `reach` of them to either side.  Returns (alpha, error)."""
-    centre = alpha
+    center = alpha
     for i in range(-reach, reach + 1):
-        x = centre + i * FINE_STEP
+        x = center + i * FINE_STEP
         if 0.0 < x <= 1.0:
             error = error_at(row, x)
             if error < best:

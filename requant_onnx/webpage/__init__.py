@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from requant_onnx.calibrate import Calibration
 from requant_onnx.comparison import Comparison
-from requant_onnx.data import ImageSet, Normalisation
+from requant_onnx.data import ImageSet, Normalization
 from requant_onnx.errors import ConfigError
 from requant_onnx.execute import Progress
 from requant_onnx.graph.load import ModelLike, source_of
@@ -19,7 +19,7 @@ def html_report(
     reference: ModelLike,
     candidate: ModelLike,
     images: ImageSet | None = None,
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
     *,
     calibration: Calibration | None = None,
     conversion: QuantReport | None = None,
@@ -37,7 +37,7 @@ def html_report(
     from requant_onnx.webpage.page import render  # noqa: PLC0415
 
     if images is not None:
-        calibration = Calibration(images, normalisation, len(images))
+        calibration = Calibration(images, normalization, len(images))
     found = study(source_of(reference), source_of(candidate), calibration, progress)
     return render(replace(found, conversion=conversion, settings=settings), progress)
 

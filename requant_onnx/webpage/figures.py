@@ -1,4 +1,4 @@
-"""Charts as SVG for a page (matplotlib): colours are the page's, so that they follow its theme; text stays text.
+"""Charts as SVG for a page (matplotlib): colors are the page's, so that they follow its theme; text stays text.
 
 Each has a text that says what it shows, for those who do not see it.
 """
@@ -172,7 +172,7 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, key: str) -> str:
-    """The svg element alone, its ids unique by `key`, its colours variables of the page."""
+    """The svg element alone, its ids unique by `key`, its colors variables of the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -184,6 +184,6 @@ def _svg(figure: Figure, key: str) -> str:
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
     text = re.sub(r"\s+", " ", text).replace("> <", "><")
     text = text.replace("xlink:href", "href").replace("'DejaVu Sans'", "system-ui")
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
     return text

@@ -13,28 +13,28 @@ from requant_onnx.webpage.page import Cell, Column, fill
 
 def render_comparison(found: Comparison, name: str, settings: Sequence[tuple[str, str]]) -> str:
     """The page, as HTML.  name: of the model."""
-    labelled = found.top1 is not None
-    cards = [("file size", f"{found.bytes:,} B", ""), ("images", f"{found.images:,}", "" if labelled else "without labels")]
+    labeled = found.top1 is not None
+    cards = [("file size", f"{found.bytes:,} B", ""), ("images", f"{found.images:,}", "" if labeled else "without labels")]
     cards += [("top-1 accuracy", f"{found.top1:.2%}", "")] if found.top1 is not None else []
-    measures = ["sqnr_db", *(["top1"] if labelled else ["agreement"])]
-    titles = ["recipe", "bits", "bytes", "x smaller", *(["top-1", "change, points"] if labelled else []), "agreement", "SQNR, dB"]
+    measures = ["sqnr_db", *(["top1"] if labeled else ["agreement"])]
+    titles = ["recipe", "bits", "bytes", "x smaller", *(["top-1", "change, points"] if labeled else []), "agreement", "SQNR, dB"]
     return fill(
         "comparison.html",
         title=f"Recipes for {name}",
         subtitle="Every recipe at every width, beside the float model.",
         cards=[{"label": label, "value": value, "note": note} for label, value, note in cards],
-        notes=[] if labelled else ["The images have no labels: this says how alike the models answer, not how well."],
+        notes=[] if labeled else ["The images have no labels: this says how alike the models answer, not how well."],
         charts=[trials_chart(found.trials, measure) for measure in measures],
         columns=[Column(title, title == "recipe") for title in titles],
-        rows=[_row(k, trial, labelled) for k, trial in enumerate(found.trials)],
+        rows=[_row(k, trial, labeled) for k, trial in enumerate(found.trials)],
         settings=[{"title": title, "text": text} for title, text in settings],
     )
 
 
-def _row(number: int, trial: Any, labelled: bool) -> dict[str, Any]:
+def _row(number: int, trial: Any, labeled: bool) -> dict[str, Any]:
     cells = [Cell(trial.recipe), Cell(str(trial.bits), trial.bits), Cell(f"{trial.bytes:,}", trial.bytes)]
     cells.append(Cell(f"{trial.ratio:.2f}", trial.ratio))
-    if labelled:
+    if labeled:
         cells += [Cell(f"{trial.top1:.2%}", trial.top1), Cell(f"{trial.change * 100:+.2f}", trial.change)]
     cells += [Cell(f"{trial.agreement:.2%}", trial.agreement), Cell(decibels(trial.sqnr_db, ""), min(trial.sqnr_db, 1e9))]
     return {"order": number, "cells": cells}

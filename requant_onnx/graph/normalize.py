@@ -8,7 +8,7 @@ from requant_onnx.graph.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.opset import raise_opset
 
 
-def normalise(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, int]:
+def normalize(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, int]:
     """Fold BatchNormalization, raise the opset.
 
     May change and return the model given.  Returns the model and how many BatchNormalizations were folded.
