@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Refinement
-from requant_onnx.execute import Progress, workers
+from requant_onnx.execute import workers
 from requant_onnx.graph.decode import Constants
 from requant_onnx.graph.forms import Coded, Target, decode_of, group_key
 from requant_onnx.graph.names import FreshNames
@@ -32,6 +32,7 @@ from requant_onnx.lockstep import Chunk
 from requant_onnx.numerics.knapsack import Front, pareto_front
 from requant_onnx.numerics.quantize import Grid, quantize_weight
 from requant_onnx.plan import PlannedWeight
+from requant_onnx.progress import Progress
 from requant_onnx.sensitivity import noise_of_each
 
 Values = npt.NDArray[np.float32]

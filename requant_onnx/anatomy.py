@@ -14,7 +14,6 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.calibrate import Calibration, calibration_chunks
-from requant_onnx.execute import Progress
 from requant_onnx.graph.decoded import Reader
 from requant_onnx.graph.load import Source, load_model
 from requant_onnx.lockstep import Chunk
@@ -23,6 +22,7 @@ from requant_onnx.numerics.infer import InferredGrid, infer_grid
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges, transform
 from requant_onnx.numerics.search import search_alpha
 from requant_onnx.pairing import Pair, find_pairs
+from requant_onnx.progress import Progress
 from requant_onnx.report import sqnr_db
 from requant_onnx.runtime import open_session, run_session
 

@@ -15,7 +15,7 @@ import onnx
 from requant_onnx.calibrate import Calibration
 from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
 from requant_onnx.errors import ModelError
-from requant_onnx.execute import Progress, Result, quantize_all
+from requant_onnx.execute import Result, quantize_all
 from requant_onnx.graph.activations import biases_of, quantize_activations
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.decode import Constants, Decode
@@ -33,6 +33,7 @@ from requant_onnx.graph.weights import LeftAlone, find_weights
 from requant_onnx.integers import Integers, watch_integers
 from requant_onnx.layerwise import quantize_layers
 from requant_onnx.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion
+from requant_onnx.progress import Progress
 from requant_onnx.report import QuantReport, WeightReport
 
 T = TypeVar("T")

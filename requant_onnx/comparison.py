@@ -25,8 +25,8 @@ from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refin
 from requant_onnx.convert import quantize_model
 from requant_onnx.data import ImageSet, Normalization, batches
 from requant_onnx.errors import ConfigError, ModelError
-from requant_onnx.execute import Progress
 from requant_onnx.jobs import run_all
+from requant_onnx.progress import Progress
 from requant_onnx.report import as_json, sqnr_db
 from requant_onnx.runtime import open_classifier, quiet_options, require_image
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -16,10 +16,8 @@ import onnx
 from requant_onnx.graph.forms import Coded
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
 from requant_onnx.plan import PlannedWeight
+from requant_onnx.progress import Progress
 from requant_onnx.report import WeightReport, sqnr_db
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is under way, how many steps are done, and how many there are."""
 
 FloatArray = npt.NDArray[np.float64]
 PIECE = 1 << 20

@@ -11,7 +11,7 @@ import onnx
 
 from requant_onnx.calibrate import Calibration, calibration_chunks
 from requant_onnx.config import Refinement
-from requant_onnx.execute import Progress, Result, measure
+from requant_onnx.execute import Result, measure
 from requant_onnx.feedback import HELD_BACK, Choice, choose
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
@@ -20,6 +20,7 @@ from requant_onnx.numerics.feedback import conditional_variances
 from requant_onnx.numerics.moments import Moments, Values
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 from requant_onnx.plan import PlannedWeight
+from requant_onnx.progress import Progress
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from requant_onnx.config import Form, Transform
 from requant_onnx.explain import Explanation
 from requant_onnx.graph.weights import LeftAlone
 from requant_onnx.report import InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.text import decibels, shape_text
 
 
 def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int]) -> None:
@@ -146,16 +146,6 @@ def _table(*columns: str) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     return table
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as people read it: 16x3x3x3, with ? for a size that is not known."""
-    return "x".join("?" if n < 0 else str(n) for n in shape) or "?"
-
-
-def decibels(value: float, unit: str = " dB") -> str:
-    """A signal-to-noise ratio as people read it."""
-    return "exact" if value == math.inf else f"{value:.1f}{unit}"
 
 
 def _span(bounds: tuple[float, float], form: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from requant_onnx import execute
+from requant_onnx import progress
 
 
 def console_for(args: argparse.Namespace) -> Console:
@@ -20,7 +20,7 @@ def console_for(args: argparse.Namespace) -> Console:
 
 
 @contextlib.contextmanager
-def progress_bar(args: argparse.Namespace, what: str) -> Iterator[execute.Progress | None]:
+def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progress | None]:
     """A progress bar on standard error; None when that is no terminal, or with --quiet."""
     console = Console(stderr=True)
     if args.quiet or not console.is_terminal:

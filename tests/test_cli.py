@@ -16,7 +16,7 @@ from conftest import OWN_MODEL, ROOT, laplace, parse, small_cnn
 
 from requant_onnx.cli import main
 from requant_onnx.config import METADATA_KEY
-from requant_onnx.execute import Progress
+from requant_onnx.progress import Progress
 
 
 @pytest.fixture

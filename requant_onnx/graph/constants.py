@@ -15,8 +15,8 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.external import values_of
-from requant_onnx.graph.load import first_line
 from requant_onnx.graph.reshapes import RESHAPING, Reshaped, reshaped
+from requant_onnx.text import first_line
 
 PASS_THROUGH = ("Identity", "Cast")
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.external import check_tensors, check_texts, fetch, is_external, resolve, stored_bytes, stored_tensors
 from requant_onnx.graph.wire import has_more_parts
+from requant_onnx.text import first_line
 
 Source: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 ModelLike: TypeAlias = "Source | bytes | IO[bytes]"
@@ -155,9 +156,3 @@ def _check(model: onnx.ModelProto | str, name: str) -> None:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, DecodeError) as error:
         raise ModelError(f"{name} is not valid ONNX ({first_line(error)}); export it again") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message, without its full stop, to quote inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__

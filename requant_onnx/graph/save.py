@@ -15,9 +15,10 @@ import onnx
 
 from requant_onnx.errors import ModelError, OutputError
 from requant_onnx.graph.external import chunks_of, fetch, stored_bytes
-from requant_onnx.graph.load import data_files, first_line, is_large
+from requant_onnx.graph.load import data_files, is_large
 from requant_onnx.graph.wire import copy_fields, pieces_of
 from requant_onnx.leftovers import claim, remove_unclaimed
+from requant_onnx.text import first_line
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
 MAGIC = b"requant_onnx\0\0\0\0"  # at the start of our data files: what a killed run left is known by it

@@ -17,11 +17,11 @@ from markupsafe import Markup
 
 from requant_onnx.anatomy import Anatomy
 from requant_onnx.config import Transform
-from requant_onnx.execute import Progress
 from requant_onnx.explain import WeightFate
+from requant_onnx.progress import Progress
 from requant_onnx.report import WeightReport
 from requant_onnx.study import Study
-from requant_onnx.tables import shape_text
+from requant_onnx.text import shape_text
 from requant_onnx.webpage.figures import charts_of, growth_chart
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from requant_onnx.comparison import Comparison
-from requant_onnx.tables import decibels
+from requant_onnx.text import decibels
 from requant_onnx.webpage.figures import trials_chart
 from requant_onnx.webpage.page import Cell, Column, fill
 

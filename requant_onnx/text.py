@@ -1,0 +1,30 @@
+"""Values as people read them: in sentences, tables and pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, without its full stop, to quote inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape, with ? for a size that is not known.
+
+    >>> shape_text((16, 3, -1))
+    '16x3x?'
+    """
+    return "x".join("?" if n < 0 else str(n) for n in shape) or "?"
+
+
+def decibels(value: float, unit: str = " dB") -> str:
+    """A signal-to-noise ratio.
+
+    >>> decibels(20.04), decibels(math.inf)
+    ('20.0 dB', 'exact')
+    """
+    return "exact" if value == math.inf else f"{value:.1f}{unit}"
