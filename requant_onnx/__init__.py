@@ -19,7 +19,7 @@ from requant_onnx.convert import inspect_model, quantize_model
 from requant_onnx.data import ImageSet, Normalization, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
 from requant_onnx.explain import Explanation, explain
-from requant_onnx.graph.save import save_model
+from requant_onnx.files.save import save_model
 from requant_onnx.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.runtime import load_session
 from requant_onnx.validate import validate

@@ -16,6 +16,7 @@ from requant_onnx.calibrate import Calibration
 from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
 from requant_onnx.errors import ModelError
 from requant_onnx.execute import Result, quantize_all
+from requant_onnx.files.load import opset_of
 from requant_onnx.graph.activations import biases_of, quantize_activations
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.decode import Constants, Decode
@@ -24,7 +25,6 @@ from requant_onnx.graph.expose import expose_weights
 from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.full_pads import write_full_pads
 from requant_onnx.graph.layers import find_layers, give_biases
-from requant_onnx.graph.load import opset_of
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.normalize import normalize
 from requant_onnx.graph.rewrite import replace_weights, set_metadata

@@ -15,7 +15,7 @@ from onnxruntime import InferenceSession
 
 from requant_onnx.data import MAX_VALUES, ImageSet, Normalization, batches
 from requant_onnx.errors import ConfigError, DataError, ModelError
-from requant_onnx.graph.load import Source
+from requant_onnx.files.load import Source
 from requant_onnx.noise import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.runtime import Classifier, open_classifier, open_session, require_image, run_session

@@ -17,8 +17,9 @@ from requant_onnx.config import Form, parse_choice
 from requant_onnx.data import ImageSet, Normalization
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.explain import explain
-from requant_onnx.graph.load import data_files, file_bytes, is_large, load_model, materialize
-from requant_onnx.graph.save import save_model, write_atomically
+from requant_onnx.files.atomic import write_atomically
+from requant_onnx.files.load import data_files, file_bytes, is_large, load_model, materialize
+from requant_onnx.files.save import save_model
 from requant_onnx.jobs import open_executor
 from requant_onnx.outputs import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.terminal import console_for, progress_bar, status_line

@@ -13,12 +13,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.config import Form
+from requant_onnx.files.leftovers import scratch_folder
+from requant_onnx.files.load import ModelLike, load_model, source_of
+from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.load import ModelLike, load_model, source_of
-from requant_onnx.graph.names import all_graphs
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
 from requant_onnx.graph.shapes import find_shapes
-from requant_onnx.leftovers import scratch_folder
 from requant_onnx.runtime import optimized_graph
 
 KERNELS = (

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from requant_onnx.graph.names import reads_in, subgraphs_of
+from requant_onnx.files.walk import reads_in, subgraphs_of
 from requant_onnx.runtime import open_session, run_session
 
 Chunk = dict[str, npt.NDArray[np.generic]]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from requant_onnx.errors import OutputError
-from requant_onnx.graph.load import data_files
-from requant_onnx.graph.save import write_atomically
+from requant_onnx.files.atomic import write_atomically
+from requant_onnx.files.load import data_files
 from requant_onnx.webpage import require
 
 

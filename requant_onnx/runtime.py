@@ -17,7 +17,7 @@ import onnxruntime
 
 from requant_onnx.config import METADATA_KEY, Form, Int8Levels
 from requant_onnx.errors import DataError, LoadError, ModelError
-from requant_onnx.graph.load import ModelLike, is_large, load_skeleton, source_of
+from requant_onnx.files.load import ModelLike, is_large, load_skeleton, source_of
 from requant_onnx.text import first_line
 
 FloatArray = npt.NDArray[np.float32]

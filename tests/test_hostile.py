@@ -18,7 +18,7 @@ from onnxruntime import InferenceSession
 
 from requant_onnx import Form, ModelError, QuantConfig, quantize_model
 from requant_onnx.cli import main
-from requant_onnx.graph.load import load_model
+from requant_onnx.files.load import load_model
 
 Change = Callable[[onnx.ModelProto], None]
 IMAGES = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"

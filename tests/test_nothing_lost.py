@@ -25,7 +25,7 @@ from conftest import OWN_MODEL, laplace, parse, small_cnn
 
 from requant_onnx import save_model
 from requant_onnx.cli import main
-from requant_onnx.graph.load import load_model
+from requant_onnx.files.load import load_model
 
 KILLS = 12
 

@@ -13,8 +13,8 @@ from conftest import small_cnn
 from onnxruntime import InferenceSession
 
 from requant_onnx import ModelError, OutputError, explain, save_model
-from requant_onnx.graph.load import load_model
-from requant_onnx.graph.save import write_atomically
+from requant_onnx.files.atomic import write_atomically
+from requant_onnx.files.load import load_model
 
 
 def test_saved_models_load_and_carry_ordinary_permissions(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_failing_with_external_data_keeps_the_old_model_whole(tmp_path: Path, mo
 
 def test_a_model_above_2_gb_needs_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound lowered, so that the small model passes it; a real one of that size has no place in a test."""
-    monkeypatch.setattr("requant_onnx.graph.load.LARGE_BYTES", 10_000)
+    monkeypatch.setattr("requant_onnx.files.load.LARGE_BYTES", 10_000)
     with pytest.raises(ModelError, match=r"larger than 2 GB.*use --external-data"):
         save_model(small_cnn(), tmp_path / "m.onnx")
     save_model(small_cnn(), tmp_path / "m.onnx", external_data=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from requant_onnx.graph.load import load_model
+from requant_onnx.files.load import load_model
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.levels import level_table

@@ -10,8 +10,8 @@ from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import QuantConfig, QuantReport, Refinement, quantize_model
 from requant_onnx.build import prepare, quantize
+from requant_onnx.files.load import load_model
 from requant_onnx.graph.edit import tensor_proto
-from requant_onnx.graph.load import load_model
 
 ROUNDING = 2e-5
 """Of the largest output; what differs is the order of float32 sums (test_oracle.py)."""

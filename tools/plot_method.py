@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.graph.load import load_model
+from requant_onnx.files.load import load_model
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.levels import level_table

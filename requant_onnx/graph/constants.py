@@ -14,7 +14,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.external import values_of
+from requant_onnx.files.external import values_of
 from requant_onnx.graph.reshapes import RESHAPING, Reshaped, reshaped
 from requant_onnx.text import first_line
 

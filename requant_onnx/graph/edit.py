@@ -9,8 +9,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.constants import PASS_THROUGH
-from requant_onnx.graph.names import reads_in
 
 
 def tensor_proto(values: npt.NDArray[np.generic], name: str) -> onnx.TensorProto:

@@ -19,9 +19,10 @@ import onnx
 from onnx import inliner
 
 from requant_onnx.errors import ModelError
+from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, tensor_proto
-from requant_onnx.graph.names import FreshNames, all_graphs, reads_in, subgraphs_of
+from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import CONVERTIBLE
 from requant_onnx.graph.reshapes import RESHAPING, reshaped
 from requant_onnx.text import first_line

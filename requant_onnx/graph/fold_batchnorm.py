@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.constants import FLOATS, Root, find_root, import_graph, is_standard
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, set_initializer
-from requant_onnx.graph.names import FreshNames, reads_in
+from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import fits
 
 FloatArray = npt.NDArray[np.float64]

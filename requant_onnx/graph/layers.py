@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.edit import set_initializer
-from requant_onnx.graph.names import FreshNames, reads_in
+from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import CONVERTIBLE, fits, weight_operand
 from requant_onnx.numerics.moments import Values, Window, patches
 

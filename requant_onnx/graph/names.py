@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx
 
+from requant_onnx.files.walk import all_graphs
+
 
 class FreshNames:
     """Hands out names that the model does not use yet."""
@@ -21,30 +23,6 @@ class FreshNames:
             name = f"{wanted}_{count}"
         self._used.add(name)
         return name
-
-
-def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every graph nested in attributes of its nodes."""
-    yield graph
-    for node in graph.node:
-        for body in subgraphs_of(node):
-            yield from all_graphs(body)
-
-
-def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The bodies of an If, Loop or Scan."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def reads_in(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every tensor name read in a graph, its outputs and the bodies nested in it included."""
-    for each in all_graphs(graph):
-        for node in each.node:
-            yield from node.input
-        yield from (output.name for output in each.output)
 
 
 def _names_in(graph: onnx.GraphProto) -> Iterator[str]:

@@ -11,8 +11,8 @@ import onnx
 from onnx import version_converter
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.load import opset_of
-from requant_onnx.graph.names import all_graphs
+from requant_onnx.files.load import opset_of
+from requant_onnx.files.walk import all_graphs
 from requant_onnx.text import first_line
 
 HARMLESS = {

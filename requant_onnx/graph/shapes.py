@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx.shape_inference import InferenceError, infer_shapes
 
-from requant_onnx.graph.load import is_large
+from requant_onnx.files.load import is_large
 
 
 def find_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

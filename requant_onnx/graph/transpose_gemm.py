@@ -12,9 +12,10 @@ from collections.abc import Collection
 import numpy as np
 import onnx
 
+from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.edit import drop_stale_types, drop_unread, set_initializer
-from requant_onnx.graph.names import FreshNames, reads_in
+from requant_onnx.graph.names import FreshNames
 
 
 def transpose_gemm(model: onnx.ModelProto, weights: Collection[str]) -> int:

@@ -9,7 +9,7 @@ from requant_onnx.calibrate import Calibration
 from requant_onnx.comparison import Comparison
 from requant_onnx.data import ImageSet, Normalization
 from requant_onnx.errors import ConfigError
-from requant_onnx.graph.load import ModelLike, source_of
+from requant_onnx.files.load import ModelLike, source_of
 from requant_onnx.progress import Progress
 from requant_onnx.report import QuantReport
 from requant_onnx.study import study

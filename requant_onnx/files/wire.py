@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import onnx
 
-from requant_onnx.graph.external import chunks_of, is_external, stored_bytes
+from requant_onnx.files.external import chunks_of, is_external, stored_bytes
 
 Buffer: TypeAlias = "mmap.mmap | bytes"
 SMALL_BYTES = 1 << 22  # of a file: as many parts as it can have take no more than 0.4 GB

@@ -10,8 +10,9 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.external import check_tensors, check_texts, fetch, is_external, resolve, stored_bytes, stored_tensors
-from requant_onnx.graph.wire import has_more_parts
+from requant_onnx.files.external import check_tensors, check_texts, fetch, is_external, resolve, stored_bytes
+from requant_onnx.files.walk import stored_tensors
+from requant_onnx.files.wire import has_more_parts
 from requant_onnx.text import first_line
 
 Source: TypeAlias = "onnx.ModelProto | str | PathLike[str]"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from requant_onnx.errors import ModelError
-from requant_onnx.graph.names import all_graphs, subgraphs_of
+from requant_onnx.files.walk import stored_tensors
 
 MAX_ELEMENTS = 1 << 40
 CHUNK = 1 << 24
@@ -30,33 +30,6 @@ TYPED = {
     "uint64_data": ("UINT32", "UINT64"),
     "string_data": ("STRING",),
 }  # int32_data holds all others
-
-
-def stored_tensors(model: onnx.ModelProto, skip_main: bool = False) -> Iterator[TensorProto]:
-    """Every tensor in the model: initializers and attributes, in bodies, functions and training information too.
-
-    skip_main: without the initializers of the main graph.
-    """
-    training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
-    bodies = [body for function in model.functions for node in function.node for body in subgraphs_of(node)]
-    for root in (model.graph, *training, *bodies):
-        for graph in all_graphs(root):
-            if not (skip_main and graph is model.graph):
-                yield from graph.initializer
-            for sparse in graph.sparse_initializer:
-                yield from (sparse.values, sparse.indices)
-            yield from _in_attributes(graph.node)
-    for function in model.functions:
-        yield from _in_attributes(function.node)
-
-
-def _in_attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from ((attribute.t,) if attribute.HasField("t") else ())
-            yield from attribute.tensors
-            if attribute.HasField("sparse_tensor"):
-                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
 
 
 def is_external(tensor: TensorProto) -> bool:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO
 
 import onnx
 
-from requant_onnx.errors import ModelError, OutputError
-from requant_onnx.graph.external import chunks_of, fetch, stored_bytes
-from requant_onnx.graph.load import data_files, is_large
-from requant_onnx.graph.wire import copy_fields, pieces_of
-from requant_onnx.leftovers import claim, remove_unclaimed
+from requant_onnx.errors import ModelError
+from requant_onnx.files.atomic import replacing, reporting_errors
+from requant_onnx.files.external import chunks_of, fetch, stored_bytes
+from requant_onnx.files.load import data_files, is_large
+from requant_onnx.files.wire import copy_fields, pieces_of
 from requant_onnx.text import first_line
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
@@ -39,7 +37,7 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
         raise ModelError(f"the model for '{path}' is larger than 2 GB, more than one ONNX file can hold; use --external-data")
     _check(_slim(model))
     former = _data_files(path)
-    with _writing(path), _replacing(path) as file:
+    with reporting_errors(path), replacing(path) as file:
         for piece in pieces_of(model):
             file.write(piece)
     _delete([*former, *_orphans(path, ())])
@@ -77,13 +75,13 @@ def _save_externally(model: onnx.ModelProto, path: Path) -> int:
     skeleton, outside = _without_data(model, location)
     data = path.parent / location
     try:
-        with _writing(data), _replacing(data) as file:
+        with reporting_errors(data), replacing(data) as file:
             file.write(MAGIC)
             for offset, tensor in outside:
                 file.seek(offset)
                 for piece in chunks_of(tensor):
                     file.write(piece)
-        with _writing(path), _replacing(path) as file:
+        with reporting_errors(path), replacing(path) as file:
             file.write(skeleton.SerializeToString(deterministic=True))
             file.flush()
             _check(file.name)
@@ -149,45 +147,3 @@ def _own_data(path: Path) -> re.Pattern[str]:
 def _delete(files: Iterable[Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync, rename.  Raises OutputError; leaves nothing behind when it fails or is interrupted."""
-    with _writing(path), _replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write '{path}' ({error.strerror or error}); check the folder, its permissions and space"
-        ) from None
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    prefix, suffix = f".{path.name}.", ".partial"
-    remove_unclaimed(file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.name.endswith(suffix))
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
-    try:
-        os.close(descriptor)
-        with open(partial, "wb") as file:  # its name is the path, which os.fdopen would not give
-            claim(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,57 @@
+"""Write a file so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from requant_onnx.errors import OutputError
+from requant_onnx.files.leftovers import claim, remove_unclaimed
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write, fsync, rename.  Raises OutputError; leaves nothing behind when it fails or is interrupted."""
+    with reporting_errors(path), replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def reporting_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses becomes an OutputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write '{path}' ({error.strerror or error}); check the folder, its permissions and space"
+        ) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of `path` at the end of the block, and is gone where the block fails."""
+    prefix, suffix = f".{path.name}.", ".partial"
+    remove_unclaimed(file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.name.endswith(suffix))
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
+    try:
+        os.close(descriptor)
+        with open(partial, "wb") as file:  # its name is the path, which os.fdopen would not give
+            claim(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
