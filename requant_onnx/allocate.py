@@ -24,8 +24,8 @@ import onnx
 
 from requant_onnx.config import Refinement
 from requant_onnx.execute import workers
-from requant_onnx.graph.decode import Constants
-from requant_onnx.graph.forms import Coded, Target, decode_of, group_key
+from requant_onnx.graph.decode.forms import Coded, Target, decode_of, group_key
+from requant_onnx.graph.decode.nodes import Constants
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.layerwise import probe_layers
 from requant_onnx.lockstep import Chunk

@@ -15,7 +15,7 @@ import onnx
 
 from requant_onnx.calibrate import Calibration, calibration_chunks
 from requant_onnx.files.load import Source, load_model
-from requant_onnx.graph.decoded import Reader
+from requant_onnx.graph.readers import Reader
 from requant_onnx.lockstep import Chunk
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.infer import InferredGrid, infer_grid

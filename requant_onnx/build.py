@@ -17,18 +17,18 @@ from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Ref
 from requant_onnx.errors import ModelError
 from requant_onnx.execute import Result, quantize_all
 from requant_onnx.files.load import opset_of
-from requant_onnx.graph.activations import biases_of, quantize_activations
 from requant_onnx.graph.channel_means import channel_means
-from requant_onnx.graph.decode import Constants, Decode
+from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights
+from requant_onnx.graph.decode.nodes import Constants, Decode
+from requant_onnx.graph.decode.replace import replace_weights, set_metadata
 from requant_onnx.graph.edit import set_initializer
-from requant_onnx.graph.expose import expose_weights
-from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights
-from requant_onnx.graph.full_pads import write_full_pads
+from requant_onnx.graph.integer.nodes import biases_of, quantize_activations
 from requant_onnx.graph.layers import find_layers, give_biases
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.normalize import normalize
-from requant_onnx.graph.rewrite import replace_weights, set_metadata
-from requant_onnx.graph.transpose_gemm import transpose_gemm
+from requant_onnx.graph.prepare.expose import expose_weights
+from requant_onnx.graph.prepare.full_pads import write_full_pads
+from requant_onnx.graph.prepare.normalize import normalize
+from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, find_weights
 from requant_onnx.integers import Integers, watch_integers
 from requant_onnx.layerwise import quantize_layers

@@ -17,7 +17,7 @@ from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.explain import WeightFate, broken_promises
 from requant_onnx.files.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialize, opset_of, source_of
 from requant_onnx.files.walk import all_graphs
-from requant_onnx.graph.expose import expose_weights
+from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.progress import Progress
 from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.graph.forms import Coded
+from requant_onnx.graph.decode.forms import Coded
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
 from requant_onnx.plan import PlannedWeight
 from requant_onnx.progress import Progress

@@ -12,8 +12,8 @@ import onnx
 
 from requant_onnx.calibrate import Calibration, watch_activations
 from requant_onnx.config import Granularity, QuantConfig
-from requant_onnx.graph.activations import biases_of, min_scales
-from requant_onnx.graph.integer import IntegerPlan, plan_integers
+from requant_onnx.graph.integer.nodes import biases_of, min_scales
+from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
 from requant_onnx.graph.weights import View
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
 from requant_onnx.plan import kept_in_float

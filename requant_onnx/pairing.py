@@ -10,9 +10,9 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.files.load import Source, load_model
-from requant_onnx.graph.decoded import Reader, constant_part, find_readers, settled_tensors
-from requant_onnx.graph.expose import expose_weights
-from requant_onnx.graph.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.prepare.expose import expose_weights
+from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.readers import Reader, constant_part, find_readers, settled_tensors
 from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.runtime import open_session, run_session
 

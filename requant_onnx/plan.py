@@ -20,7 +20,7 @@ from requant_onnx.config import (
     RangeMode,
     Space,
 )
-from requant_onnx.graph.forms import required_opset
+from requant_onnx.graph.decode.forms import required_opset
 from requant_onnx.graph.weights import LeftAlone, View, Weight
 from requant_onnx.numerics.quantize import Grid
 

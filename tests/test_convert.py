@@ -13,7 +13,7 @@ from onnxruntime import InferenceSession
 from requant_onnx import EdgeLayers, Granularity, QuantConfig, RangeMode, Transform, quantize_model
 from requant_onnx.config import METADATA_KEY
 from requant_onnx.errors import ConfigError
-from requant_onnx.graph.opset import raise_opset
+from requant_onnx.graph.prepare.opset import raise_opset
 
 
 def nodes_of(model: onnx.ModelProto) -> list[bytes]:

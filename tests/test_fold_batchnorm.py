@@ -8,7 +8,7 @@ import pytest
 from conftest import laplace, parse
 from onnxruntime import InferenceSession
 
-from requant_onnx.graph.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 
 FLOAT32_SUMS = 1e-5  # relative: a dot product of 27 to 144 float32 terms, 6e-8 each
 

@@ -15,8 +15,8 @@ from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import Granularity, QuantConfig, Transform, quantize_model
 from requant_onnx.config import Form, Version
-from requant_onnx.graph.decode import Constants, Decode
-from requant_onnx.graph.forms import Coded, Target, bytes_of_each, decode_of, group_weights, level_type, required_opset
+from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights, level_type, required_opset
+from requant_onnx.graph.decode.nodes import Constants, Decode
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
@@ -107,7 +107,7 @@ def test_weights_decoded_together_are_exact(form: Form, bits: int, exponent: flo
 
 
 def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("requant_onnx.graph.forms.GROUP_ELEMENTS", 100)
+    monkeypatch.setattr("requant_onnx.graph.decode.forms.GROUP_ELEMENTS", 100)
     q = quantize_weight(laplace(4, 10), Grid(3, 1.0, 0))
     coded = [Coded(f"w{k}", q, onnx.TensorProto.FLOAT, Form.FOLDED) for k in range(5)]
     assert [len(group) for group in group_weights(coded, Target(18, False))] == [2, 2, 1]

@@ -35,7 +35,7 @@ from requant_onnx import (
 )
 from requant_onnx.graph.constants import import_graph
 from requant_onnx.graph.edit import delete_where
-from requant_onnx.graph.integer import plan_integers
+from requant_onnx.graph.integer.plan import plan_integers
 from requant_onnx.graph.operands import from_constants
 
 INT8 = QuantConfig(bits=4, form=Form.INT8)

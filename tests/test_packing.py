@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from requant_onnx.graph.packing import pack, packed_bytes, unpack
+from requant_onnx.graph.decode.packing import pack, packed_bytes, unpack
 
 
 @given(bits=st.integers(2, 8), count=st.integers(0, 70), seed=st.integers(0, 99))

@@ -1,1 +1,1 @@
-"""Reading and rewriting ONNX graphs: onnx to write, onnx_graphsurgeon to navigate.  No ONNX Runtime here."""
+"""What a model means: its operators, constants, weights and layers; onnx to write, onnx_graphsurgeon to navigate."""

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from requant_onnx.graph.decode.packing import FIELDS, pack, shifts
 from requant_onnx.graph.edit import tensor_proto, uint4_proto
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.packing import FIELDS, pack, shifts
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
 

@@ -18,7 +18,15 @@ import numpy as np
 import onnx
 
 from requant_onnx.config import Form
-from requant_onnx.graph.decode import Constants, Decode, DecodeWriter, packs_zero_point, write_levels, write_scale, write_unpack
+from requant_onnx.graph.decode.nodes import (
+    Constants,
+    Decode,
+    DecodeWriter,
+    packs_zero_point,
+    write_levels,
+    write_scale,
+    write_unpack,
+)
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear

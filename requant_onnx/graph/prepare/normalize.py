@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx
 
-from requant_onnx.graph.fold_batchnorm import fold_batchnorm
-from requant_onnx.graph.opset import raise_opset
+from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.prepare.opset import raise_opset
 
 
 def normalize(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, int]:

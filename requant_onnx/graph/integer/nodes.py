@@ -21,7 +21,7 @@ from onnx import helper
 from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.constants import find_root, import_graph
 from requant_onnx.graph.edit import drop_unread, tensor_proto
-from requant_onnx.graph.integer import IntegerPlan, WeightedNode
+from requant_onnx.graph.integer.plan import IntegerPlan, WeightedNode
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.activation import ActivationGrid
 from requant_onnx.numerics.quantize import QuantizedWeight

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import onnx
 
-from requant_onnx.graph.decode import Decode
+from requant_onnx.graph.decode.nodes import Decode
 from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
