@@ -1,6 +1,5 @@
 """requant_onnx: low-bit weights for exported ONNX CNNs, without retraining (REQuant, arXiv 2510.04044)."""
 
-from requant_onnx.calibrate import Calibration
 from requant_onnx.config import (
     ActivationRange,
     Budget,
@@ -16,10 +15,11 @@ from requant_onnx.config import (
     Version,
 )
 from requant_onnx.convert import inspect_model, quantize_model
-from requant_onnx.data import ImageSet, Normalization, load_images
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
 from requant_onnx.explain import Explanation, explain
 from requant_onnx.files.save import save_model
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.images import ImageSet, Normalization, load_images
 from requant_onnx.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.runtime import load_session
 from requant_onnx.validate import validate

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.calibrate import Calibration, calibration_chunks
+from requant_onnx.calibrate import calibration_chunks
 from requant_onnx.files.load import Source, load_model
 from requant_onnx.graph.readers import Reader
+from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.lockstep import Chunk
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.infer import InferredGrid, infer_grid

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.calibrate import Calibration
 from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
 from requant_onnx.errors import ModelError
 from requant_onnx.execute import Result, quantize_all
@@ -30,6 +29,7 @@ from requant_onnx.graph.prepare.full_pads import write_full_pads
 from requant_onnx.graph.prepare.normalize import normalize
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, find_weights
+from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.integers import Integers, watch_integers
 from requant_onnx.layerwise import quantize_layers
 from requant_onnx.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion

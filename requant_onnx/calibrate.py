@@ -2,99 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnxruntime import InferenceSession
 
-from requant_onnx.data import MAX_VALUES, ImageSet, Normalization, batches
-from requant_onnx.errors import ConfigError, DataError, ModelError
+from requant_onnx.errors import DataError, ModelError
 from requant_onnx.files.load import Source
-from requant_onnx.noise import noise_images
+from requant_onnx.inputs.calibration import NATURAL, Calibration, Feed
+from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches
+from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.runtime import Classifier, open_classifier, open_session, require_image, run_session
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
 CHUNK = 32  # images
-DEFAULT_COUNT = 256
-NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
-NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
 Watch = Callable[[int, int], None]
-Feed: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """What onnxruntime.quantization.CalibrationDataReader is used for here."""
-
-    def get_next(self) -> Feed | None:
-        """The next inputs by name, None after the last."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the activations are watched on: `count` images drawn at random; or the first `count` feeds, which are inputs by name
-    for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
-
-    normalization: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
-    seed: of the drawing, and of the noise.  size: of the noise; it (height, width) is needed where the model leaves it free.
-    """
-
-    images: ImageSet | None = None
-    normalization: Normalization | None = None
-    count: int = DEFAULT_COUNT
-    seed: int = 0
-    size: tuple[int, int] | None = None
-    feeds: tuple[Feed, ...] = ()
-
-    @classmethod
-    def from_feeds(cls, source: Iterable[Feed] | Reader, count: int = DEFAULT_COUNT) -> Calibration:
-        """Calibrate on inputs by name: dictionaries from any iterable, or from a CalibrationDataReader of ONNX Runtime.
-
-        Reads until it has `count` feeds.  Raises DataError when there is none, or one is no dictionary of arrays.
-        https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
-        """
-        if isinstance(source, Reader):
-            source = iter(source.get_next, None)
-        feeds = tuple(_checked(feed) for feed in itertools.islice(source, count))
-        if not feeds:
-            raise DataError("there are no calibration inputs; give at least one")
-        return cls(feeds=feeds, count=count)
-
-    @property
-    def is_noise(self) -> bool:
-        """Whether the inputs are made up."""
-        return self.images is None and not self.feeds
-
-    @property
-    def headroom(self) -> float:
-        """Factor on the ranges seen."""
-        return NOISE_HEADROOM if self.is_noise else 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.images, ImageSet | None):
-            raise ConfigError(f"calibration images must be an ImageSet (load_images makes one), not {type(self.images).__name__}")
-        if not _is_whole(self.count) or self.count < 1:
-            raise ConfigError(f"calibration needs 1 image or more, not {self.count!r}")
-        if not _is_whole(self.seed) or self.seed < 0:
-            raise ConfigError(f"the seed must be a whole number from 0 on, not {self.seed!r}")
-        if self.size is not None and (len(self.size) != 2 or not all(_is_whole(n) and n > 0 for n in self.size)):
-            raise ConfigError(f"the size of noise must be (height, width), both 1 or more, not {self.size!r}")
-        if self.feeds and (self.images is not None or self.normalization is not None or self.size is not None):
-            raise ConfigError("calibration takes images or feeds, not both, and feeds are not normalized")
-        if self.images is not None and len(self.images) == 0:
-            raise DataError("there are no calibration images; give at least one")
-        if self.images is not None and self.images.x.dtype != "uint8" and self.normalization is not None:
-            raise DataError(
-                "the calibration images are float32, taken as normalized already; drop mean and std, or give uint8 pixels"
-            )
 
 
 def watch_activations(
@@ -186,18 +115,6 @@ def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     return _Source(classifier.session, feeds, len(images))
 
 
-def _checked(feed: object) -> Feed:
-    if not isinstance(feed, Mapping) or not feed:
-        raise DataError(f"calibration inputs must be dictionaries from the names of inputs to arrays, not {type(feed).__name__}")
-    arrays = {str(name): np.asarray(values) for name, values in feed.items()}
-    for name, values in arrays.items():
-        if values.dtype.kind not in "biuf":
-            raise DataError(f"the calibration input '{name}' must be an array of numbers, not of {values.dtype}")
-        if not np.isfinite(values).all():
-            raise DataError(f"the calibration input '{name}' holds NaN or infinity; take them out")
-    return arrays
-
-
 def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSet, Normalization | None]:
     """The images of a calibration, or its noise, and how they become inputs; for a calibration without feeds.
 
@@ -205,10 +122,6 @@ def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSe
     """
     images = _images_for(open_classifier(model, "the model"), calibration)
     return images, calibration.normalization if images.x.dtype != "uint8" else _normalization(calibration, images)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _normalization(calibration: Calibration, images: ImageSet) -> Normalization:

@@ -20,11 +20,11 @@ import onnx
 import onnxruntime
 
 from requant_onnx.cache import Cache, key_of
-from requant_onnx.calibrate import Calibration
 from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
 from requant_onnx.convert import quantize_model
-from requant_onnx.data import ImageSet, Normalization, batches
 from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.jobs import run_all
 from requant_onnx.progress import Progress
 from requant_onnx.report import as_json, sqnr_db

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.calibrate import Calibration, watch_activations
+from requant_onnx.calibrate import watch_activations
 from requant_onnx.config import Granularity, QuantConfig
 from requant_onnx.graph.integer.nodes import biases_of, min_scales
 from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
 from requant_onnx.graph.weights import View
+from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
 from requant_onnx.plan import kept_in_float
 from requant_onnx.progress import Progress

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import shtab
 
-from requant_onnx.calibrate import DEFAULT_COUNT
 from requant_onnx.config import ActivationRange, EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Refinement, Space
+from requant_onnx.inputs.calibration import DEFAULT_COUNT
 from requant_onnx.toml_config import read_options
 
 DEFAULT = QuantConfig()

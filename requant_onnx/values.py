@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.calibrate import DEFAULT_COUNT, NATURAL, Calibration
 from requant_onnx.config import (
     ActivationRange,
     Budget,
@@ -23,9 +22,10 @@ from requant_onnx.config import (
     Version,
     parse_choice,
 )
-from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, Normalization, holds_images, load_feeds, load_images
 from requant_onnx.errors import ConfigError
-from requant_onnx.image_folder import Pipeline
+from requant_onnx.inputs.calibration import DEFAULT_COUNT, NATURAL, Calibration
+from requant_onnx.inputs.image_folder import Pipeline
+from requant_onnx.inputs.images import CIFAR_MEAN_STD, ImageSet, Normalization, holds_images, load_feeds, load_images
 
 
 def config_of(args: argparse.Namespace) -> QuantConfig:

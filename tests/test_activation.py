@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from requant_onnx.calibrate import Calibration, watch_activations
+from requant_onnx.calibrate import watch_activations
 from requant_onnx.config import ActivationRange
-from requant_onnx.noise import noise_images
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import HALF, Histogram, activation_grid
 
 values = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e6, 1e6, width=32))

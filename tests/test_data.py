@@ -11,7 +11,7 @@ from conftest import ROOT
 from render_sample import render
 
 from requant_onnx import DataError, ImageSet, load_images
-from requant_onnx.data import load_cifar
+from requant_onnx.inputs.images import load_cifar
 
 
 def write_cifar10(folder: Path, count: int = 3) -> np.ndarray:

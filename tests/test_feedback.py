@@ -24,8 +24,8 @@ from requant_onnx import (
     Transform,
     quantize_model,
 )
-from requant_onnx.data import load_cifar
 from requant_onnx.graph.layers import find_layers, give_biases
+from requant_onnx.inputs.images import load_cifar
 from requant_onnx.layerwise import targets
 from requant_onnx.lockstep import Stream
 from requant_onnx.numerics.feedback import RowGrid, feedback, output_error, refine

@@ -9,7 +9,7 @@ import pytest
 from conftest import small_cnn
 
 from requant_onnx import Calibration, ConfigError, DataError, QuantConfig, load_images, quantize_model, validate
-from requant_onnx.image_folder import Pipeline
+from requant_onnx.inputs.image_folder import Pipeline
 
 image_module = pytest.importorskip("PIL.Image")
 

@@ -14,7 +14,7 @@ from conftest import ROOT, missing
 from oracle import check
 
 from requant_onnx import Form, Normalization, QuantConfig, Transform, validate
-from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
+from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 
 FILES = sorted(path for path in (ROOT / "models").iterdir() if path.suffix in (".onnx", ".npz"))
 MODELS = [path for path in FILES if path.suffix == ".onnx"]

@@ -23,7 +23,7 @@ from accuracy_table import NORMALIZATIONS, measured, scores
 from cifar import find_or_fetch
 
 from requant_onnx import Calibration, Form, Granularity, QuantConfig, RangeMode, Refinement, Space, Transform
-from requant_onnx.data import load_cifar
+from requant_onnx.inputs.images import load_cifar
 
 mpl.use("Agg")
 from matplotlib import pyplot

@@ -40,7 +40,7 @@ from requant_onnx import (
     Transform,
     quantize_model,
 )
-from requant_onnx.data import CIFAR_MEAN_STD, load_cifar
+from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 from requant_onnx.report import sqnr_db
 from requant_onnx.runtime import open_classifier
 

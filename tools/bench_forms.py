@@ -40,7 +40,7 @@ from requant_onnx import (
     quantize_model,
     save_model,
 )
-from requant_onnx.data import CIFAR_MEAN_STD
+from requant_onnx.inputs.images import CIFAR_MEAN_STD
 from requant_onnx.runtime import quiet_options
 
 ROOT = Path(__file__).parents[1]

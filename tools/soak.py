@@ -23,7 +23,7 @@ from oracle import check, feeds_for, run
 from random_models import random_model
 
 from requant_onnx import Calibration, Form, Granularity, QuantConfig, QuantReport, Transform, quantize_model
-from requant_onnx.data import ImageSet
+from requant_onnx.inputs.images import ImageSet
 
 INT8_SQNR_DB = 12.0
 """What 8-bit weights and activations keep at least in a random network of up to 20 layers; one of 4 bits has no bound."""

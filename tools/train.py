@@ -25,8 +25,8 @@ from nets import NETS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from requant_onnx.data import CIFAR_MEAN_STD, ImageSet, load_cifar
 from requant_onnx.files.save import save_model
+from requant_onnx.inputs.images import CIFAR_MEAN_STD, ImageSet, load_cifar
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 

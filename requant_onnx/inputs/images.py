@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from requant_onnx.errors import ConfigError, DataError
-from requant_onnx.image_folder import FolderImages, Pipeline, open_folder
+from requant_onnx.inputs.image_folder import FolderImages, Pipeline, open_folder
 
 Pixels: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
 Images: TypeAlias = "Pixels | FolderImages"
