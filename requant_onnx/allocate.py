@@ -28,12 +28,12 @@ from requant_onnx.graph.decode.forms import Coded, Target, decode_of, group_key
 from requant_onnx.graph.decode.nodes import Constants
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.layerwise import probe_layers
-from requant_onnx.lockstep import Chunk
 from requant_onnx.numerics.knapsack import Front, pareto_front
 from requant_onnx.numerics.quantize import Grid, quantize_weight
 from requant_onnx.plan import PlannedWeight
 from requant_onnx.progress import Progress
-from requant_onnx.sensitivity import noise_of_each
+from requant_onnx.runtime.sensitivity import noise_of_each
+from requant_onnx.runtime.stream import Chunk
 
 Values = npt.NDArray[np.float32]
 BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README, "Bits ...")

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 
 from requant_onnx.cache import Cache, key_of
 from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
@@ -28,7 +27,9 @@ from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.jobs import run_all
 from requant_onnx.progress import Progress
 from requant_onnx.report import as_json, sqnr_db
-from requant_onnx.runtime import open_classifier, quiet_options, require_image
+from requant_onnx.runtime.classifier import open_classifier, require_image
+from requant_onnx.runtime.sessions import quiet_options
+from requant_onnx.runtime.version import runtime_version
 
 SHARD = 500  # images of a work item
 BATCH = 100
@@ -213,7 +214,7 @@ def score_item(model: bytes, images: ImageSet, normalization: Normalization | No
 
 def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:
     how = b"" if calibration is None else _calibration_digest(calibration)
-    return key_of("conversion", version("requant_onnx"), onnxruntime.__version__, json.dumps(config.to_dict()), how, model)
+    return key_of("conversion", version("requant_onnx"), runtime_version(), json.dumps(config.to_dict()), how, model)
 
 
 def _calibration_digest(calibration: Calibration) -> bytes:
@@ -225,7 +226,7 @@ def _calibration_digest(calibration: Calibration) -> bytes:
 
 
 def _digest(images: ImageSet, normalization: Normalization | None) -> bytes:
-    return key_of(onnxruntime.__version__, repr(normalization), images.fingerprint()).encode()
+    return key_of(runtime_version(), repr(normalization), images.fingerprint()).encode()
 
 
 def _hits(scores: Scores, images: ImageSet) -> float | None:

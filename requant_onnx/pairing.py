@@ -14,7 +14,7 @@ from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.readers import Reader, constant_part, find_readers, settled_tensors
 from requant_onnx.numerics.quantize import to_rows
-from requant_onnx.runtime import open_session, run_session
+from requant_onnx.runtime.sessions import open_session, run_session
 
 Rows = npt.NDArray[np.float32]
 Values = npt.NDArray[np.generic]

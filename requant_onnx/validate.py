@@ -14,7 +14,7 @@ from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.progress import Progress
 from requant_onnx.report import ValidationReport, sqnr_db
-from requant_onnx.runtime import Classifier, open_classifier, require_image
+from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
 
 BATCH = 100
 LATENCY_RUNS = 30

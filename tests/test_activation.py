@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from requant_onnx.calibrate import watch_activations
 from requant_onnx.config import ActivationRange
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import HALF, Histogram, activation_grid
+from requant_onnx.runtime.feeds import watch_activations
 
 values = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e6, 1e6, width=32))
 
@@ -90,7 +90,7 @@ def test_noise_looks_like_images() -> None:
 def test_batches_are_bounded_by_the_memory_of_what_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
     one = 16 * 8 * 8 * 4  # bytes of the tensor b for one image
-    monkeypatch.setattr("requant_onnx.calibrate.BATCH_BYTES", 3 * one)
+    monkeypatch.setattr("requant_onnx.runtime.feeds.BATCH_BYTES", 3 * one)
     found = watch_activations(small_cnn(), ["b"], Calibration(count=8), lambda done, total: sizes.append((done, total)))
     assert sizes == [(3, 8), (6, 8), (8, 8)]
     assert found["b"].seen == 8 * one // 4

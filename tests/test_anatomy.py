@@ -14,7 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from requant_onnx import Calibration, Form, Granularity, ImageSet, QuantConfig, Transform, html_report, quantize_model
 from requant_onnx.anatomy import dissect, output_sqnr
 from requant_onnx.files.load import load_model
-from requant_onnx.lockstep import Chunk
+from requant_onnx.runtime.stream import Chunk
 
 INPUTS = Calibration(ImageSet(np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8)).astype(np.uint8), None))
 

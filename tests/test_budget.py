@@ -22,8 +22,8 @@ from requant_onnx import (
     Refinement,
     quantize_model,
 )
-from requant_onnx.calibrate import calibration_chunks
-from requant_onnx.sensitivity import noise_of_each, outputs, relative_noise
+from requant_onnx.runtime.feeds import calibration_chunks
+from requant_onnx.runtime.sensitivity import noise_of_each, outputs, relative_noise
 
 NOISE = Calibration(None, Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)), count=32)
 

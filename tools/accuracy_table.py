@@ -42,7 +42,7 @@ from requant_onnx import (
 )
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 from requant_onnx.report import sqnr_db
-from requant_onnx.runtime import open_classifier
+from requant_onnx.runtime.classifier import open_classifier
 
 NORMALIZATIONS = {
     "cifar": Normalization(*CIFAR_MEAN_STD["cifar10"]),

@@ -41,7 +41,7 @@ from requant_onnx import (
     save_model,
 )
 from requant_onnx.inputs.images import CIFAR_MEAN_STD
-from requant_onnx.runtime import quiet_options
+from requant_onnx.runtime.sessions import quiet_options
 
 ROOT = Path(__file__).parents[1]
 CIFAR = Normalization(*CIFAR_MEAN_STD["cifar10"])

@@ -11,15 +11,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from requant_onnx.anatomy import Anatomy
 from requant_onnx.config import Transform
-from requant_onnx.explain import WeightFate
 from requant_onnx.progress import Progress
 from requant_onnx.report import WeightReport
+from requant_onnx.runtime.explain import WeightFate
+from requant_onnx.runtime.version import runtime_version
 from requant_onnx.study import Study
 from requant_onnx.text import shape_text
 from requant_onnx.webpage.figures import charts_of, growth_chart
@@ -75,7 +75,7 @@ def fill(name: str, **values: Any) -> str:
         version=version("requant_onnx"),
         css=Markup(_text("page.css")),
         script=Markup(_text("page.js")),
-        footer=f"Made by requant_onnx {version('requant_onnx')} with ONNX Runtime {onnxruntime.__version__}.",
+        footer=f"Made by requant_onnx {version('requant_onnx')} with ONNX Runtime {runtime_version()}.",
         **values,
     )
     return page

@@ -10,8 +10,8 @@ import onnx
 
 from requant_onnx.graph.constants import load_proto
 from requant_onnx.graph.edit import delete_where
-from requant_onnx.lockstep import Chunk, constants_to_initializers
-from requant_onnx.runtime import open_session, run_session
+from requant_onnx.runtime.sessions import open_session, run_session
+from requant_onnx.runtime.stream import Chunk, constants_to_initializers
 
 Values = npt.NDArray[np.float32]
 Outputs = list[list[npt.NDArray[np.float64]]]

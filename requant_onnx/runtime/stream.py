@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 
 from requant_onnx.files.walk import reads_in, subgraphs_of
-from requant_onnx.runtime import open_session, run_session
+from requant_onnx.runtime.sessions import open_session, run_session
 
 Chunk = dict[str, npt.NDArray[np.generic]]
 

@@ -18,7 +18,8 @@ from requant_onnx.inputs.calibration import NATURAL, Calibration, Feed
 from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
-from requant_onnx.runtime import Classifier, open_classifier, open_session, require_image, run_session
+from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
+from requant_onnx.runtime.sessions import open_session, run_session
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100

@@ -19,7 +19,7 @@ from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import find_root, import_graph, is_standard
 from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
 from requant_onnx.graph.shapes import find_shapes
-from requant_onnx.runtime import optimized_graph
+from requant_onnx.runtime.sessions import optimized_graph
 
 KERNELS = (
     "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
