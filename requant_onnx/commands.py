@@ -9,10 +9,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from requant_onnx import convert, tables
+from requant_onnx import tables
 from requant_onnx.cache import Cache, default_folder
 from requant_onnx.comparison import Comparison, compare
 from requant_onnx.config import Form, parse_choice
+from requant_onnx.convert import pipeline
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files, file_bytes, is_large, load_model, materialize
@@ -50,7 +51,7 @@ def run_convert(args: argparse.Namespace) -> None:
     check_page(args.html, args.force, args.input, args.output, *data)
     check_apart(args.json, args.html)
     with progress_bar(args, "quantizing") as progress:
-        model, report = convert.convert_model(args.input, config, calibration, progress)
+        model, report = pipeline.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # external data moves: a copy would point to where it is not
         after = save_model(model, args.output, external_data=args.external_data or is_large(model))
@@ -104,7 +105,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     """requant inspect: the weights of a model."""
     check_json(args.json, args.model)
     with status_line(args, "reading the model"):
-        report = convert.inspect_model(args.model)
+        report = pipeline.inspect_model(args.model)
     write_json(args.json, {**report.to_dict(), "model": str(args.model)})
     tables.print_inspection(console_for(args), report)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import onnx
 
 from requant_onnx.anatomy import Anatomy, dissect
+from requant_onnx.convert.report import QuantReport, ValidationReport
 from requant_onnx.errors import DataError, LoadError, ModelError
 from requant_onnx.files.load import Source, file_bytes
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.progress import Progress
-from requant_onnx.report import QuantReport, ValidationReport
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.validate import validate

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from requant_onnx.convert.report import ValidationReport, sqnr_db
 from requant_onnx.errors import DataError
 from requant_onnx.files.load import ModelLike, Source, load_model, source_of
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.progress import Progress
-from requant_onnx.report import ValidationReport, sqnr_db
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
 
 BATCH = 100

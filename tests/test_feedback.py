@@ -24,12 +24,12 @@ from requant_onnx import (
     Transform,
     quantize_model,
 )
+from requant_onnx.convert.layerwise import targets
+from requant_onnx.convert.report import sqnr_db
 from requant_onnx.graph.layers import find_layers, give_biases
 from requant_onnx.inputs.images import load_cifar
-from requant_onnx.layerwise import targets
 from requant_onnx.numerics.feedback import RowGrid, feedback, output_error, refine
 from requant_onnx.numerics.quantize import Grid, quantize_weight
-from requant_onnx.report import sqnr_db
 from requant_onnx.runtime.stream import Stream
 
 PRODUCT_TOLERANCE = 1e-4  # of the largest result: float32 sums of up to 100 products in another order

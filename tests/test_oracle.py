@@ -13,12 +13,12 @@ from oracle import check as check_rewrite
 from oracle import put
 
 from requant_onnx import Form, Granularity, QuantConfig, Refinement, Transform, Version, quantize_model
+from requant_onnx.convert.plan import plan_conversion
 from requant_onnx.files.load import ModelLike, load_model
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.numerics.quantize import quantize_weight
-from requant_onnx.plan import plan_conversion
 
 ROUNDING = 1e-5
 """Of the largest output.  The weights are equal bit for bit (test_forms.py); what differs is the order of the float32 sums,

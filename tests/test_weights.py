@@ -9,7 +9,7 @@ from conftest import laplace, parse, small_cnn
 from onnx import helper
 
 from requant_onnx import Form, Granularity, QuantConfig, Transform
-from requant_onnx.convert import quantize_model
+from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.weights import find_weights
 

@@ -40,8 +40,8 @@ from requant_onnx import (
     Transform,
     quantize_model,
 )
+from requant_onnx.convert.report import sqnr_db
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
-from requant_onnx.report import sqnr_db
 from requant_onnx.runtime.classifier import open_classifier
 
 NORMALIZATIONS = {

@@ -9,7 +9,7 @@ import onnx
 from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import QuantConfig, QuantReport, Refinement, quantize_model
-from requant_onnx.build import prepare, quantize
+from requant_onnx.convert.steps import prepare, quantize
 from requant_onnx.files.load import load_model
 from requant_onnx.graph.edit import tensor_proto
 

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from requant_onnx.anatomy import Anatomy
 from requant_onnx.config import Transform
+from requant_onnx.convert.report import WeightReport
 from requant_onnx.progress import Progress
-from requant_onnx.report import WeightReport
 from requant_onnx.runtime.explain import WeightFate
 from requant_onnx.runtime.version import runtime_version
 from requant_onnx.study import Study

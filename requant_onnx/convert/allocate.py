@@ -23,14 +23,14 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Refinement
-from requant_onnx.execute import workers
+from requant_onnx.convert.layerwise import probe_layers
+from requant_onnx.convert.nearest import workers
+from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.decode.forms import Coded, Target, decode_of, group_key
 from requant_onnx.graph.decode.nodes import Constants
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.layerwise import probe_layers
 from requant_onnx.numerics.knapsack import Front, pareto_front
 from requant_onnx.numerics.quantize import Grid, quantize_weight
-from requant_onnx.plan import PlannedWeight
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.sensitivity import noise_of_each
 from requant_onnx.runtime.stream import Chunk

@@ -13,8 +13,12 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
+from requant_onnx.convert.integer_ranges import Integers, watch_integers
+from requant_onnx.convert.layerwise import quantize_layers
+from requant_onnx.convert.nearest import Result, quantize_all
+from requant_onnx.convert.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion
+from requant_onnx.convert.report import QuantReport, WeightReport
 from requant_onnx.errors import ModelError
-from requant_onnx.execute import Result, quantize_all
 from requant_onnx.files.load import opset_of
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights
@@ -30,11 +34,7 @@ from requant_onnx.graph.prepare.normalize import normalize
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, find_weights
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.integers import Integers, watch_integers
-from requant_onnx.layerwise import quantize_layers
-from requant_onnx.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion
 from requant_onnx.progress import Progress
-from requant_onnx.report import QuantReport, WeightReport
 
 T = TypeVar("T")
 Biases = Mapping[str, npt.NDArray[np.float32]]

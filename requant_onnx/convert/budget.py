@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from requant_onnx.allocate import BLIND_POWER, Market, Picks, open_market
-from requant_onnx.build import Prepared, copied, quantize, write
 from requant_onnx.config import Budget
+from requant_onnx.convert.allocate import BLIND_POWER, Market, Picks, open_market
+from requant_onnx.convert.ladder import HELD_BACK
+from requant_onnx.convert.nearest import Result, quantize_all
+from requant_onnx.convert.report import FrontPoint, QuantReport
+from requant_onnx.convert.steps import Prepared, copied, quantize, write
 from requant_onnx.errors import ConfigError
-from requant_onnx.execute import Result, quantize_all
-from requant_onnx.feedback import HELD_BACK
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.quantize import Grid
 from requant_onnx.progress import Progress
-from requant_onnx.report import FrontPoint, QuantReport
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sensitivity import outputs, relative_noise
 from requant_onnx.runtime.stream import Chunk

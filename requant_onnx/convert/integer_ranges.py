@@ -11,14 +11,14 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Granularity, QuantConfig
+from requant_onnx.convert.plan import kept_in_float
+from requant_onnx.convert.report import ActivationReport
 from requant_onnx.graph.integer.nodes import biases_of, min_scales
 from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
 from requant_onnx.graph.weights import View
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
-from requant_onnx.plan import kept_in_float
 from requant_onnx.progress import Progress
-from requant_onnx.report import ActivationReport
 from requant_onnx.runtime.feeds import watch_activations
 
 

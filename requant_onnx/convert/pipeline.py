@@ -9,9 +9,10 @@ from dataclasses import replace
 import onnx
 from threadpoolctl import threadpool_limits
 
-from requant_onnx.budget import write_within
-from requant_onnx.build import prepare, quantize, write
 from requant_onnx.config import Budget, Form, QuantConfig, Refinement
+from requant_onnx.convert.budget import write_within
+from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
+from requant_onnx.convert.steps import prepare, quantize, write
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialize, opset_of, source_of
 from requant_onnx.files.walk import all_graphs
@@ -19,7 +20,6 @@ from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.progress import Progress
-from requant_onnx.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.runtime.explain import WeightFate, broken_promises
 from requant_onnx.runtime.sessions import loads
 

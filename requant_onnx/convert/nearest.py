@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from requant_onnx.convert.plan import PlannedWeight
+from requant_onnx.convert.report import WeightReport, sqnr_db
 from requant_onnx.graph.decode.forms import Coded
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
-from requant_onnx.plan import PlannedWeight
 from requant_onnx.progress import Progress
-from requant_onnx.report import WeightReport, sqnr_db
 
 FloatArray = npt.NDArray[np.float64]
 PIECE = 1 << 20

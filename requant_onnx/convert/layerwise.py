@@ -10,15 +10,15 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Refinement
-from requant_onnx.execute import Result, measure
-from requant_onnx.feedback import HELD_BACK, Choice, choose
+from requant_onnx.convert.ladder import HELD_BACK, Choice, choose
+from requant_onnx.convert.nearest import Result, measure
+from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.feedback import conditional_variances
 from requant_onnx.numerics.moments import Moments, Values
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
-from requant_onnx.plan import PlannedWeight
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Stream, constants_to_initializers
