@@ -17,12 +17,12 @@ from requant_onnx.config import (
 from requant_onnx.convert.pipeline import inspect_model, quantize_model
 from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
+from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization, load_images
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.sessions import load_session
-from requant_onnx.validate import validate
 from requant_onnx.webpage import html_report
 
 __all__ = [

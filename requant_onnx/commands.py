@@ -10,23 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 from requant_onnx import tables
-from requant_onnx.cache import Cache, default_folder
-from requant_onnx.comparison import Comparison, compare
 from requant_onnx.config import Form, parse_choice
 from requant_onnx.convert import pipeline
 from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.evaluate.cache import Cache, default_folder
+from requant_onnx.evaluate.jobs import open_executor
+from requant_onnx.evaluate.recipes import Comparison, compare
+from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files, file_bytes, is_large, load_model, materialize
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization
-from requant_onnx.jobs import open_executor
 from requant_onnx.outputs import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.terminal import console_for, progress_bar, status_line
 from requant_onnx.toml_config import write_options
-from requant_onnx.validate import validate
 from requant_onnx.values import (
     calibration_of,
     config_of,

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from requant_onnx.comparison import Comparison
 from requant_onnx.config import Form, Transform
 from requant_onnx.convert.report import InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.graph.weights import LeftAlone
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text

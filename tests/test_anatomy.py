@@ -12,7 +12,7 @@ from conftest import OWN_MODEL, laplace, parse, small_cnn
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from requant_onnx import Calibration, Form, Granularity, ImageSet, QuantConfig, Transform, html_report, quantize_model
-from requant_onnx.anatomy import dissect, output_sqnr
+from requant_onnx.evaluate.weight_comparison import dissect, output_sqnr
 from requant_onnx.files.load import load_model
 from requant_onnx.runtime.stream import Chunk
 
@@ -200,7 +200,7 @@ def test_outputs_are_compared_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch)
     names = {node.output[0]: node.output[0] for node in model.graph.node if node.op_type == "Conv"}
     chunks: list[Chunk] = [{"input": np.random.default_rng(k).normal(size=(4, 3, 32, 32)).astype(np.float32)} for k in range(2)]
     whole = output_sqnr(model, made, names, chunks)
-    monkeypatch.setattr("requant_onnx.anatomy.TENSOR_BYTES", 1 << 18)
+    monkeypatch.setattr("requant_onnx.evaluate.weight_comparison.TENSOR_BYTES", 1 << 18)
     assert output_sqnr(model, made, names, chunks) == pytest.approx(whole)
     assert len(whole) == len(names)
 

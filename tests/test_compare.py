@@ -21,10 +21,10 @@ import pytest
 from conftest import small_cnn
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
-from requant_onnx.cache import Cache
 from requant_onnx.cli import main
-from requant_onnx.comparison import RECIPES, Comparison, compare
-from requant_onnx.jobs import open_executor, run_all
+from requant_onnx.evaluate.cache import Cache
+from requant_onnx.evaluate.jobs import open_executor, run_all
+from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
 
 RNG = np.random.default_rng(0)
 IMAGES = ImageSet(RNG.integers(0, 256, (1200, 3, 8, 8)).astype(np.uint8), RNG.integers(0, 10, 1200))
@@ -199,7 +199,7 @@ def test_a_cluster_gives_the_same_table_though_a_worker_is_killed(
 
 def test_no_scheduler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr("requant_onnx.jobs.PATIENCE", "1s")
+    monkeypatch.setattr("requant_onnx.evaluate.jobs.PATIENCE", "1s")
     started = time.monotonic()
     wrong = {f"tcp://127.0.0.1:{_free_port()}": "no Dask scheduler answers", "nonsense://": "write it as", "foo": "write it as"}
     for address, said in wrong.items():
@@ -215,7 +215,7 @@ def test_a_scheduler_without_workers_is_an_error(
     for worker in workers:
         worker.kill()
         worker.wait()
-    monkeypatch.setattr("requant_onnx.jobs.PATIENCE", "5s")
+    monkeypatch.setattr("requant_onnx.evaluate.jobs.PATIENCE", "5s")
     with pytest.raises(ConfigError, match="has no worker"), open_executor(dask=address):
         pass
 

@@ -55,7 +55,7 @@ def test_the_page_stands_alone(page: Path) -> None:
 
 
 def test_the_same_run_gives_the_same_charts(page: Path) -> None:
-    from requant_onnx.anatomy import dissect  # noqa: PLC0415
+    from requant_onnx.evaluate.weight_comparison import dissect  # noqa: PLC0415
     from requant_onnx.webpage.figures import charts_of  # noqa: PLC0415
 
     weights = dissect(page.with_name("in.onnx"), page.with_name("out.onnx"), None)

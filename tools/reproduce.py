@@ -33,10 +33,10 @@ from bench_forms import Subject, quantize_with_onnxruntime
 from cifar import find_or_fetch
 
 from requant_onnx import Calibration, Form, ImageSet, Normalization
-from requant_onnx.cache import Cache, default_folder, key_of
-from requant_onnx.comparison import Trial, compare
+from requant_onnx.evaluate.cache import Cache, default_folder, key_of
+from requant_onnx.evaluate.jobs import open_executor
+from requant_onnx.evaluate.recipes import Trial, compare
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
-from requant_onnx.jobs import open_executor
 
 ROOT = Path(__file__).parents[1]
 BITS = (8, 6, 4)

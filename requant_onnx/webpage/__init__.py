@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from requant_onnx.comparison import Comparison
 from requant_onnx.convert.report import QuantReport
 from requant_onnx.errors import ConfigError
+from requant_onnx.evaluate.page_data import study
+from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.files.load import ModelLike, source_of
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.progress import Progress
-from requant_onnx.study import study
 
 
 def html_report(

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from requant_onnx.anatomy import Anatomy, Curve, Density
-from requant_onnx.comparison import Trial
+from requant_onnx.evaluate.recipes import Trial
+from requant_onnx.evaluate.weight_comparison import Anatomy, Curve, Density
 
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}

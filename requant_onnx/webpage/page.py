@@ -14,13 +14,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from requant_onnx.anatomy import Anatomy
 from requant_onnx.config import Transform
 from requant_onnx.convert.report import WeightReport
+from requant_onnx.evaluate.page_data import Study
+from requant_onnx.evaluate.weight_comparison import Anatomy
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import WeightFate
 from requant_onnx.runtime.version import runtime_version
-from requant_onnx.study import Study
 from requant_onnx.text import shape_text
 from requant_onnx.webpage.figures import charts_of, growth_chart
 

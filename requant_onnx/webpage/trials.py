@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from requant_onnx.comparison import Comparison
+from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.text import decibels
 from requant_onnx.webpage.figures import trials_chart
 from requant_onnx.webpage.page import Cell, Column, fill

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import onnx
 
-from requant_onnx.anatomy import Anatomy, dissect
 from requant_onnx.convert.report import QuantReport, ValidationReport
 from requant_onnx.errors import DataError, LoadError, ModelError
+from requant_onnx.evaluate.validate import validate
+from requant_onnx.evaluate.weight_comparison import Anatomy, dissect
 from requant_onnx.files.load import Source, file_bytes
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
-from requant_onnx.validate import validate
 
 COMPARED = 64  # images on which the outputs of layers are compared
 

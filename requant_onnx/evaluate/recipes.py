@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.cache import Cache, key_of
 from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import as_json, sqnr_db
 from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.evaluate.cache import Cache, key_of
+from requant_onnx.evaluate.jobs import run_all
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
-from requant_onnx.jobs import run_all
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier, require_image
 from requant_onnx.runtime.sessions import quiet_options

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.convert.report import sqnr_db
+from requant_onnx.evaluate.pairing import Pair, find_pairs
 from requant_onnx.files.load import Source, load_model
 from requant_onnx.graph.readers import Reader
 from requant_onnx.inputs.calibration import Calibration
@@ -21,7 +22,6 @@ from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.infer import InferredGrid, infer_grid
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges, transform
 from requant_onnx.numerics.search import search_alpha
-from requant_onnx.pairing import Pair, find_pairs
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sessions import open_session, run_session
