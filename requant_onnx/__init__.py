@@ -23,7 +23,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization, load_images
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.sessions import load_session
-from requant_onnx.webpage import html_report
+from requant_onnx.webpage.pages import html_report
 
 __all__ = [
     "ActivationRange",

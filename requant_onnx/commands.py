@@ -38,7 +38,7 @@ from requant_onnx.values import (
     normalization_of,
     whole_of,
 )
-from requant_onnx.webpage import html_comparison, html_report
+from requant_onnx.webpage.pages import html_comparison, html_report
 
 
 def run_convert(args: argparse.Namespace) -> None:

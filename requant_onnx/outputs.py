@@ -10,7 +10,7 @@ from typing import Any
 from requant_onnx.errors import OutputError
 from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files
-from requant_onnx.webpage import require
+from requant_onnx.webpage.pages import require
 
 
 def check_output(source: Path, output: Path, force: bool) -> None:

@@ -102,7 +102,7 @@ def test_a_missing_extra_is_named(page: Path, monkeypatch: pytest.MonkeyPatch) -
     import sys  # noqa: PLC0415
 
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "requant_onnx.webpage.page")
+    monkeypatch.delitem(sys.modules, "requant_onnx.webpage.report_page")
     with pytest.raises(ConfigError, match=r"needs 'jinja2'; install it with: pip install 'requant_onnx\[report\]'"):
         html_report(page.with_name("in.onnx"), page.with_name("out.onnx"))
 

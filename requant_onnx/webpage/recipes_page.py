@@ -8,7 +8,7 @@ from typing import Any
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.text import decibels
 from requant_onnx.webpage.figures import trials_chart
-from requant_onnx.webpage.page import Cell, Column, fill
+from requant_onnx.webpage.report_page import Cell, Column, fill
 
 
 def render_comparison(found: Comparison, name: str, settings: Sequence[tuple[str, str]]) -> str:

@@ -1,0 +1,58 @@
+"""Reports as web pages.  Needs the extra: pip install 'requant_onnx[report]'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from requant_onnx.convert.report import QuantReport
+from requant_onnx.errors import ConfigError
+from requant_onnx.evaluate.page_data import study
+from requant_onnx.evaluate.recipes import Comparison
+from requant_onnx.files.load import ModelLike, source_of
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.progress import Progress
+
+
+def html_report(
+    reference: ModelLike,
+    candidate: ModelLike,
+    images: ImageSet | None = None,
+    normalization: Normalization | None = None,
+    *,
+    calibration: Calibration | None = None,
+    conversion: QuantReport | None = None,
+    settings: Sequence[tuple[str, str]] = (),
+    progress: Progress | None = None,
+) -> str:
+    """A web page, whole in one text, that shows what became of each weight and what it costs.  The candidate may be of any tool.
+
+    images: to compare the models on, with labels for accuracy; calibration: other inputs in their place, noise of a size or inputs
+    by name; neither: noise, where the model takes images of a known size.
+    conversion: the report of the conversion, if there was one.  settings: (title, text) of how the file was made.
+    Raises ModelError, DataError as `validate`; ConfigError where the extra `report` is not installed.
+    """
+    require()
+    from requant_onnx.webpage.report_page import render  # noqa: PLC0415
+
+    if images is not None:
+        calibration = Calibration(images, normalization, len(images))
+    found = study(source_of(reference), source_of(candidate), calibration, progress)
+    return render(replace(found, conversion=conversion, settings=settings), progress)
+
+
+def html_comparison(found: Comparison, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
+    """A web page with the table of a comparison, and charts.  Raises ConfigError where the extra `report` is not installed."""
+    require()
+    from requant_onnx.webpage.recipes_page import render_comparison  # noqa: PLC0415
+
+    return render_comparison(found, name, settings)
+
+
+def require() -> None:
+    """Raise ConfigError where the extra is not installed."""
+    try:
+        import requant_onnx.webpage.report_page  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError(f"a web page needs '{error.name}'; install it with: pip install 'requant_onnx[report]'") from None
