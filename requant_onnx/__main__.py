@@ -2,6 +2,6 @@
 
 import sys
 
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from conftest import OWN_MODEL, ROOT, laplace, parse, small_cnn
 
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 from requant_onnx.config import METADATA_KEY
 from requant_onnx.progress import Progress
 
@@ -277,7 +277,7 @@ def test_an_interrupted_conversion_writes_nothing(
 
         yield report
 
-    monkeypatch.setattr("requant_onnx.commands.progress_bar", interrupted)
+    monkeypatch.setattr("requant_onnx.cli.commands.progress_bar", interrupted)
     before = set(model.parent.iterdir())
     for options in ([], ["--calibrate", "noise"], ["--bits", "auto", "--size", "7kB"]):
         assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 130

@@ -21,7 +21,7 @@ import pytest
 from conftest import small_cnn
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 from requant_onnx.evaluate.cache import Cache
 from requant_onnx.evaluate.jobs import open_executor, run_all
 from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from requant_onnx import Form, ModelError, QuantConfig, quantize_model
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 from requant_onnx.files.load import load_model
 
 Change = Callable[[onnx.ModelProto], None]
@@ -247,7 +247,7 @@ def test_random_bytes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[s
 
 BOMB = """
 import resource, sys
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 code = main(["convert", sys.argv[1], sys.argv[2]])
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

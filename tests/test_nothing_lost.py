@@ -24,7 +24,7 @@ import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn
 
 from requant_onnx import save_model
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 from requant_onnx.files.load import load_model
 
 KILLS = 12
@@ -43,7 +43,7 @@ def large_model(folder: Path) -> Path:
 
 CHILD = """
 import sys
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 main(["convert", sys.argv[1], sys.argv[1], "--bits", "8"])  # imports and compiled code are there; the input is refused
 print("ready", flush=True)
 sys.exit(main(["convert", *sys.argv[1:]]))

@@ -15,7 +15,7 @@ import pytest
 from conftest import small_cnn
 from test_image_folder import write
 
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 from requant_onnx.config import METADATA_KEY
 
 
@@ -194,8 +194,8 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_every_option_of_convert_can_be_in_a_file() -> None:
-    from requant_onnx.options import parser_of  # noqa: PLC0415
-    from requant_onnx.toml_config import _options  # noqa: PLC0415
+    from requant_onnx.cli.options import parser_of  # noqa: PLC0415
+    from requant_onnx.cli.toml_options import _options  # noqa: PLC0415
 
     def nothing(_: argparse.Namespace) -> None: ...
 

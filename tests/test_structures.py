@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import check, run
 
 from requant_onnx import Form, Granularity, QuantConfig, QuantReport, Transform, inspect_model, quantize_model
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 
 IMAGES = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
 ROWS = "net (float[n, 24] x) => (float[n, c] y)"

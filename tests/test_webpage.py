@@ -15,7 +15,7 @@ import pytest
 from conftest import missing, small_cnn
 
 from requant_onnx import ConfigError, ImageSet, QuantConfig, html_report, quantize_model
-from requant_onnx.cli import main
+from requant_onnx.cli.main import main
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

@@ -337,7 +337,7 @@ def _takes_much(model: onnx.ModelProto) -> bool:
 
 def work() -> None:
     """The other process: a line with folder, options -> a line with what is wrong and the memory taken."""
-    from requant_onnx.cli import main  # noqa: PLC0415
+    from requant_onnx.cli.main import main  # noqa: PLC0415
 
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))
     for line in sys.stdin:

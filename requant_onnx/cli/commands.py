@@ -9,7 +9,21 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from requant_onnx import tables
+from requant_onnx.cli import tables
+from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
+from requant_onnx.cli.terminal import console_for, progress_bar, status_line
+from requant_onnx.cli.toml_options import write_options
+from requant_onnx.cli.values import (
+    calibration_of,
+    config_of,
+    images_of,
+    is_noise,
+    limit_of,
+    list_of,
+    noise_of,
+    normalization_of,
+    whole_of,
+)
 from requant_onnx.config import Form, parse_choice
 from requant_onnx.convert import pipeline
 from requant_onnx.errors import ConfigError, ModelError
@@ -22,22 +36,8 @@ from requant_onnx.files.load import data_files, file_bytes, is_large, load_model
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization
-from requant_onnx.outputs import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
-from requant_onnx.terminal import console_for, progress_bar, status_line
-from requant_onnx.toml_config import write_options
-from requant_onnx.values import (
-    calibration_of,
-    config_of,
-    images_of,
-    is_noise,
-    limit_of,
-    list_of,
-    noise_of,
-    normalization_of,
-    whole_of,
-)
 from requant_onnx.webpage.pages import html_comparison, html_report
 
 

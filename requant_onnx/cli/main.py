@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from requant_onnx import commands
+from requant_onnx.cli import commands
+from requant_onnx.cli.options import parse, parser_of
 from requant_onnx.errors import RequantError
-from requant_onnx.options import parse, parser_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import shtab
 
+from requant_onnx.cli.toml_options import read_options
 from requant_onnx.config import ActivationRange, EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Refinement, Space
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
-from requant_onnx.toml_config import read_options
 
 DEFAULT = QuantConfig()
 Command = Callable[[argparse.Namespace], None]
