@@ -1,82 +1,139 @@
-"""Data flows one way, and the public names are these."""
+"""A module's folder says what it may import, each third-party package has one home, and the public names are these."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import requant_onnx
 
 PACKAGE = Path(requant_onnx.__file__).parent
-LAYERS = (
-    {"errors", "config", "leftovers", "cache"},
-    {"jobs"},
-    {"numerics"},
-    {"graph"},
-    {"image_folder"},
-    {"data", "noise"},
-    {"runtime"},
-    {"calibrate", "explain"},
-    {"plan", "report"},
-    {"execute", "lockstep"},
-    {"feedback", "integers", "sensitivity"},
-    {"layerwise"},
-    {"allocate"},
-    {"build"},
-    {"budget"},
-    {"convert"},
-    {"validate", "pairing"},
-    {"anatomy", "comparison"},
-    {"tables"},
-    {"study"},
-    {"webpage"},
-    {"toml_config"},
-    {"options", "values"},
-    {"terminal", "outputs"},
-    {"commands"},
-    {"cli"},
-    {"__init__", "__main__"},
+MAP = (PACKAGE / "README.md").read_text("utf-8")
+FLOORS = (
+    ("errors", "config", "progress", "text"),
+    ("numerics", "files"),
+    ("graph", "inputs"),
+    ("runtime",),
+    ("convert",),
+    ("evaluate",),
+    ("webpage",),
+    ("cli",),
+    ("__init__", "__main__"),
 )
-FORBIDDEN = {
-    "numerics": {"onnx", "onnxruntime", "onnx_graphsurgeon", "rich"},
-    "graph": {"onnxruntime", "rich"},
-    "convert": {"onnxruntime", "rich"},
+"""Rooms and single modules, from the bottom up: each may import what lies below it, and nothing beside it."""
+BASE = FLOORS[0]
+ROOMS = tuple(room for floor in FLOORS[1:-1] for room in floor)
+HOMES = {
+    "argparse": {"cli"},
+    "csv": {"cli"},
+    "distributed": {"evaluate"},
+    "google": {"files"},
+    "jinja2": {"webpage"},
+    "markupsafe": {"webpage"},
+    "matplotlib": {"webpage"},
+    "multiprocessing": {"evaluate"},
+    "numba": {"numerics"},
+    "onnxruntime": {"runtime"},
+    "PIL": {"inputs"},
+    "platformdirs": {"evaluate"},
+    "rich": {"cli"},
+    "shtab": {"cli"},
+    "threadpoolctl": {"convert"},
+    "tomli": {"cli"},
+    "tomllib": {"cli"},
+    "numpy": set(ROOMS) - {"cli"},
+    "onnx": {"files", "graph", "runtime", "convert", "evaluate"},
+    "onnx_graphsurgeon": {"graph", "runtime"},
 }
+"""Package -> the rooms that may import it; every package that is not of the standard library stands here."""
 
 
-def modules() -> list[tuple[str, Path]]:
-    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))]
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def room_of(dotted: tuple[str, ...]) -> str:
+    """The room, or the module at the top, of a path below the package."""
+    return dotted[0] if dotted else "__init__"
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "requant_onnx":
-            names.update(f"requant_onnx.{alias.name}" for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
+            assert node.level == 0, f"{path} has a relative import"
+            yield node.module
+            if (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {name for name, _ in modules()} == set().union(*LAYERS)
+def own_imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """Modules of the package, as parts below it."""
+    for name in imports(path):
+        parts = tuple(name.split(".")[1:])
+        if name.split(".")[0] == "requant_onnx" and parts:
+            yield parts
 
 
-def test_no_module_imports_from_a_layer_above_its_own() -> None:
-    level = {name: k for k, layer in enumerate(LAYERS) for name in layer}
-    for name, path in modules():
-        for imported in imports(path):
-            if imported.startswith("requant_onnx."):
-                below = imported.split(".")[1]
-                assert level[below] <= level[name], f"{path} imports {imported}"
+def below(path: Path) -> tuple[str, ...]:
+    return path.relative_to(PACKAGE).with_suffix("").parts
 
 
-def test_forbidden_packages() -> None:
-    for name, path in modules():
-        used = {imported.split(".")[0] for imported in imports(path)}
-        assert not used & FORBIDDEN.get(name, set()), path
+def test_every_module_is_in_a_room() -> None:
+    known = {name for floor in FLOORS for name in floor}
+    assert {room_of(below(path)) for path in modules()} == known
+
+
+def test_no_module_imports_from_a_room_above_or_beside_its_own() -> None:
+    floor_of = {name: k for k, floor in enumerate(FLOORS) for name in floor}
+    for path in modules():
+        here = room_of(below(path))
+        for parts in own_imports(path):
+            there = room_of(parts)
+            allowed = there == here or floor_of[there] < floor_of[here] or (here in BASE and there in BASE)
+            assert allowed, f"{path} is in {here} and imports {'.'.join(parts)}"
+
+
+def test_no_circle_of_modules() -> None:
+    """Inside a room too.  TopologicalSorter raises CycleError, which names the circle."""
+    known = {below(path): path for path in modules()}
+    arrows = {name: [parts for parts in own_imports(path) if parts in known] for name, path in known.items()}
+    assert len(list(TopologicalSorter(arrows).static_order())) == len(known)
+
+
+def test_each_package_has_its_home() -> None:
+    for path in modules():
+        here = room_of(below(path))
+        for name in {name.split(".")[0] for name in imports(path)} - {"requant_onnx"}:
+            if name in HOMES:
+                assert here in HOMES[name], f"{path} is in {here} and imports {name}"
+            else:
+                assert name in sys.stdlib_module_names, f"{name}, which {path} imports, has no home in HOMES"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_say_what_they_are_for(room: str) -> None:
+    """In the docstring of their __init__, which holds nothing else, and in the map with the same sentence."""
+    text = (PACKAGE / room / "__init__.py").read_text("utf-8")
+    docstring = importlib.import_module(f"requant_onnx.{room}").__doc__
+    assert docstring is not None
+    assert len(ast.parse(text).body) == 1
+    assert f"| `{room}/` | {' '.join(docstring.split())} |" in MAP
+
+
+def test_the_map_names_files_that_exist() -> None:
+    named = re.findall(r"`([a-z0-9_/]+\.py)`", MAP)
+    assert len(named) > 20
+    missing = [name for name in named if not (PACKAGE / name).is_file()]
+    assert not missing
 
 
 def test_public_names() -> None:
@@ -93,8 +150,8 @@ def test_public_names() -> None:
 def test_functions_are_short() -> None:
     lengths = [
         (node.end_lineno or 0) - node.lineno + 1
-        for _, path in modules()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.FunctionDef)
     ]
     assert max(lengths) <= 50
