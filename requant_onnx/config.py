@@ -24,21 +24,28 @@ EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transfo
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 
-class Granularity(Enum):
+class Choice(Enum):
+    """One of a few; its text is that of the command line."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Granularity(Choice):
     """Which weights share one range: all of a tensor, or those of one output channel."""
 
     PER_TENSOR = "per-tensor"
     PER_CHANNEL = "per-channel"
 
 
-class RangeMode(Enum):
+class RangeMode(Choice):
     """How alpha is chosen: `search` minimizes the error over (0, 1], `max` takes alpha = 1."""
 
     SEARCH = "search"
     MAX = "max"
 
 
-class EdgeLayers(Enum):
+class EdgeLayers(Choice):
     """What the first and last layers get: quantization without the transform, none at all, or 8 bits."""
 
     PLAIN = "plain"
@@ -46,7 +53,7 @@ class EdgeLayers(Enum):
     EIGHT_BIT = "8bit"
 
 
-class Form(Enum):
+class Form(Choice):
     """How codes are decoded: `qdq` by DequantizeLinear at every inference, `folded` once, when ONNX Runtime loads the model,
     to a float weight, `int8` likewise to an int8 weight, for integer kernels with quantized activations."""
 
@@ -55,7 +62,7 @@ class Form(Enum):
     INT8 = "int8"
 
 
-class Refinement(Enum):
+class Refinement(Choice):
     """How far rounding goes beyond the nearest level, given calibration inputs: `bias` corrects the mean of each channel,
     `feedback` also pushes errors into weights not yet rounded, `descent` also searches on, and fits the scales."""
 
@@ -65,7 +72,7 @@ class Refinement(Enum):
     DESCENT = "descent"
 
 
-class ActivationRange(Enum):
+class ActivationRange(Choice):
     """How the range of an activation is chosen: all values seen, least squared error, or all but the outermost percentile."""
 
     MIN_MAX = "minmax"
@@ -73,7 +80,7 @@ class ActivationRange(Enum):
     PERCENTILE = "percentile"
 
 
-class Int8Levels(Enum):
+class Int8Levels(Choice):
     """How far the int8 weights of the int8 form reach: 127, or 64, with which sums of two products of codes fit 16 bits, as the
     kernels for CPUs without VNNI need (they saturate)."""
 
@@ -81,7 +88,7 @@ class Int8Levels(Enum):
     FULL = "127"
 
 
-class Space(Enum):
+class Space(Choice):
     """Where distances are measured: between weights `w`, or between transformed weights `v = sign(w) * |w|**a`."""
 
     WEIGHT = "weight"
@@ -209,7 +216,7 @@ class QuantConfig:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
         if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
             raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
-        for name, kind in _ENUMS.items():
+        for name, kind in {**ENUMS, "transform": Transform, "min_ort": Version}.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
 
@@ -228,26 +235,31 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, int | float | str]:
         """The settings in the words of the command line."""
-        int8_only = () if self.form is Form.INT8 else ("activation_range", "int8_levels")
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in int8_only}
-        plain = {name: value.value if isinstance(value, Enum) else _plain(value) for name, value in values.items()}
+        names = [item.name for item in fields(self) if OPTIONS_OF_FORM.get(item.name, self.form) is self.form]
+        values = {name: getattr(self, name) for name in names}
+        plain: dict[str, int | float | str] = {
+            name: value if isinstance(value, int) else str(value) for name, value in values.items()
+        }
         return {**plain, "bits": "auto", **self.bits.to_dict()} if isinstance(self.bits, Budget) else plain
 
 
-_ENUMS: dict[str, type] = {
+OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8}
+"""Settings that only one form has."""
+
+ENUMS: dict[str, type[Choice]] = {
     "granularity": Granularity,
-    "transform": Transform,
     "range_mode": RangeMode,
     "edge_layers": EdgeLayers,
     "objective": Space,
     "rounding": Space,
     "form": Form,
-    "min_ort": Version,
     "refinement": Refinement,
     "activation_range": ActivationRange,
     "int8_levels": Int8Levels,
 }
-E = TypeVar("E", bound=Enum)
+"""Settings that are one of a few: name -> choices."""
+
+E = TypeVar("E", bound=Choice)
 
 
 def parse_choice(kind: type[E], text: str, option: str) -> E:
@@ -255,9 +267,5 @@ def parse_choice(kind: type[E], text: str, option: str) -> E:
     try:
         return kind(text)
     except ValueError:
-        choices = ", ".join(str(member.value) for member in kind)
+        choices = ", ".join(map(str, kind))
         raise ConfigError(f"{option} '{text}' is not one of {choices}") from None
-
-
-def _plain(value: object) -> int | str:
-    return value if isinstance(value, int) else str(value)

@@ -10,6 +10,7 @@ from onnxruntime import InferenceSession
 
 from requant_onnx import Form, QuantConfig, Refinement, quantize_model
 from requant_onnx.graph.channel_means import channel_means
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.layers import find_layers
 
 NORMALIZED = {"gamma": np.array([1.0, 0.5, 2.0], np.float32), "beta": np.array([0.5, -1.0, 0.0], np.float32)}
@@ -43,7 +44,7 @@ def test_the_means_are_those_of_normal_inputs(text: str) -> None:
     generator = np.random.default_rng(0)
     feeds = {item.name: generator.normal(size=(400, 3, 16, 16)).astype(np.float32) for item in model.graph.input}
     y = np.asarray(InferenceSession(model.SerializeToString()).run(None, feeds)[0], np.float64)
-    np.testing.assert_allclose(channel_means(model)["y"], y.mean((0, 2, 3)), atol=0.03)
+    np.testing.assert_allclose(channel_means(ModelGraph.of(model))["y"], y.mean((0, 2, 3)), atol=0.03)
 
 
 @pytest.mark.parametrize("text", ["y = MaxPool<kernel_shape = [2, 2]>(b)", "y = Clip(b, x)", "y = Mul(b, b)", "y = Add(b, x)"])
@@ -53,7 +54,7 @@ def test_what_is_not_known_is_left_out(text: str) -> None:
         **NORMALIZED,
         **STATISTICS,
     )
-    assert channel_means(model).keys() == {"b"}
+    assert channel_means(ModelGraph.of(model)).keys() == {"b"}
 
 
 def net() -> onnx.ModelProto:
@@ -81,10 +82,10 @@ def test_the_correction_restores_the_means_of_channels(form: Form) -> None:
 
 def test_a_bias_is_corrected_only_where_means_fit() -> None:
     model = parse("net (float[n, 4, 7, 8] x) => (float[n, a, b, c] y) { y = ConvTranspose(x, w) }", w=laplace(4, 6, 3, 3))
-    (layer,) = find_layers(model, {"w"})
+    (layer,) = find_layers(ModelGraph.of(model), {"w"})
     assert layer.corrected_bias(laplace(4, 6, 3, 3), np.ones(4)) is None
     model = parse("net (float[n, 4, 7, 8] x) => (float[n, a, b, c] y) { y = Conv(x, w) }", w=laplace(6, 4, 3, 3))
-    (layer,) = find_layers(model, {"w"})
+    (layer,) = find_layers(ModelGraph.of(model), {"w"})
     assert layer.corrected_bias(laplace(6, 4, 3, 3), np.ones(5)) is None
     found = layer.corrected_bias(laplace(6, 4, 3, 3), np.arange(4.0))
     assert found is not None

@@ -71,16 +71,16 @@ def test_names_that_the_model_uses_already_are_avoided() -> None:
     assert len(report.converted) == 1
 
 
-def bits_and_exponents(edge_layers: EdgeLayers) -> list[tuple[str, int, float]]:
+def bits_and_transforms(edge_layers: EdgeLayers) -> list[tuple[str, int, str]]:
     config = QuantConfig(bits=4, transform=Transform(0.5), edge_layers=edge_layers)
-    return [(weight.name, weight.bits, weight.exponent) for weight in quantize_model(small_cnn(), config)[1].converted]
+    return [(weight.name, weight.bits, weight.transform) for weight in quantize_model(small_cnn(), config)[1].converted]
 
 
 def test_edge_layers() -> None:
-    middle = [("w2", 4, 0.5), ("w3", 4, 0.5)]
-    assert bits_and_exponents(EdgeLayers.PLAIN) == [("w1", 4, 1.0), *middle, ("w4", 4, 1.0)]
-    assert bits_and_exponents(EdgeLayers.EIGHT_BIT) == [("w1", 8, 1.0), *middle, ("w4", 8, 1.0)]
-    assert bits_and_exponents(EdgeLayers.FLOAT) == middle
+    middle = [("w2", 4, "sqrt"), ("w3", 4, "sqrt")]
+    assert bits_and_transforms(EdgeLayers.PLAIN) == [("w1", 4, "none"), *middle, ("w4", 4, "none")]
+    assert bits_and_transforms(EdgeLayers.EIGHT_BIT) == [("w1", 8, "none"), *middle, ("w4", 8, "none")]
+    assert bits_and_transforms(EdgeLayers.FLOAT) == middle
 
 
 def test_the_paper_recipe_is_the_paper() -> None:

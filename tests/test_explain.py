@@ -11,7 +11,8 @@ import pytest
 from conftest import laplace, parse, small_cnn
 
 from requant_onnx import Calibration, Form, ModelError, QuantConfig, Transform, explain, load_session, quantize_model, save_model
-from requant_onnx.runtime.explain import Fate, broken_promises
+from requant_onnx.graph.decode.forms import Fate
+from requant_onnx.runtime.explain import broken_promises
 
 NOISE = Calibration(count=4)
 FUSES_GEMM = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= (1, 26)

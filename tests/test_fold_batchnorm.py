@@ -8,6 +8,7 @@ import pytest
 from conftest import laplace, parse
 from onnxruntime import InferenceSession
 
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 
 FLOAT32_SUMS = 1e-5  # relative: a dot product of 27 to 144 float32 terms, 6e-8 each
@@ -43,7 +44,7 @@ def test_folding_keeps_the_output(text: str, shape: tuple[int, ...], channels: i
         weights["c"] = laplace(channels, seed=9)
     model = parse(text, **weights)
     before = run(model, (2, 4, 6, 6))
-    assert fold_batchnorm(model) == 1
+    assert fold_batchnorm(ModelGraph.of(model)) == 1
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] in (["Conv"], ["ConvTranspose"])
     assert len(model.graph.initializer) == 2  # the parameters of the BatchNormalization have gone
@@ -57,7 +58,7 @@ def test_two_convs_with_one_weight_get_a_weight_each() -> None:
     parameters = {**norm_parameters(4, "g", "b", "m", "v"), **norm_parameters(4, "g2", "b2", "m2", "v2")}
     model = parse(text, w1=laplace(4, 4, 1, 1), **parameters)
     before = run(model, (2, 4, 6, 6))
-    assert fold_batchnorm(model) == 2
+    assert fold_batchnorm(ModelGraph.of(model)) == 2
     np.testing.assert_allclose(run(model, (2, 4, 6, 6)), before, rtol=FLOAT32_SUMS, atol=FLOAT32_SUMS * np.abs(before).max())
 
 
@@ -81,7 +82,7 @@ NORM = "BatchNormalization(a, g, b, m, v)"
 def test_what_cannot_be_folded_stays_byte_for_byte(text: str) -> None:
     model = parse(text, w1=laplace(4, 4, 1, 1), **norm_parameters(4, "g", "b", "m", "v"))
     before = model.SerializeToString()
-    assert fold_batchnorm(model) == 0
+    assert fold_batchnorm(ModelGraph.of(model)) == 0
     assert model.SerializeToString() == before
 
 
@@ -91,10 +92,10 @@ PLAIN = IN + "=> (float[n, 4, h, w] y) { a = Conv(x, w1) y = " + NORM + "}"
 def test_an_absent_bias_is_no_obstacle() -> None:
     model = parse(PLAIN, w1=laplace(4, 4, 1, 1), **norm_parameters(4, "g", "b", "m", "v"))
     model.graph.node[0].input.append("")
-    assert fold_batchnorm(model) == 1
+    assert fold_batchnorm(ModelGraph.of(model)) == 1
 
 
 def test_a_negative_variance_is_not_folded() -> None:
     parameters = norm_parameters(4, "g", "b", "m", "v")
     parameters["v"] *= -1
-    assert fold_batchnorm(parse(PLAIN, w1=laplace(4, 4, 1, 1), **parameters)) == 0
+    assert fold_batchnorm(ModelGraph.of(parse(PLAIN, w1=laplace(4, 4, 1, 1), **parameters))) == 0

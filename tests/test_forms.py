@@ -18,6 +18,7 @@ from requant_onnx.config import Form, Version
 from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights, level_type, required_opset
 from requant_onnx.graph.decode.nodes import Constants, Decode
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 OLD, NEW = Version(1, 20), Version(1, 25)
@@ -47,7 +48,7 @@ def decode(q: QuantizedWeight, form: Form, target: Target, emit: int = onnx.Tens
 
 def grid(bits: int, exponent: float, axis: int | None, form: Form) -> Grid:
     limits = {Form.INT8: 64 if exponent < 1.0 or bits < 8 else 127}
-    return Grid(bits, exponent, axis, limit=limits.get(form), half_scales=form is not Form.QDQ)
+    return Grid(bits, PowerGrid(exponent), axis, limit=limits.get(form), half_scales=form is not Form.QDQ)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -59,14 +60,14 @@ def test_decode_is_exact(bits: int, exponent: float, axis: int | None, form: For
     for skew, narrow in itertools.product((0.0, 1.0), EITHER):
         w = laplace(5, 7, 3) + np.float32(skew)
         q = quantize_weight(w, grid(bits, exponent, axis, form))
-        for opset in {required_opset(form, bits, exponent, narrow), 21}:
+        for opset in {required_opset(form, bits, PowerGrid(exponent), narrow), 21}:
             found = run_decode(decode(q, form, Target(opset, narrow)), opset, onnx.TensorProto.FLOAT, w.shape)
             np.testing.assert_array_equal(found, q.dequantize())
 
 
 @pytest.mark.parametrize("form", Form)
 def test_float16_readers_get_float16(form: Form) -> None:
-    q = quantize_weight(laplace(4, 6), Grid(4, 0.5, 0))
+    q = quantize_weight(laplace(4, 6), Grid(4, PowerGrid(0.5), 0))
     found = run_decode(decode(q, form, Target(21, NARROW), onnx.TensorProto.FLOAT16), 21, onnx.TensorProto.FLOAT16, (4, 6))
     np.testing.assert_array_equal(found, q.dequantize().astype(np.float16))
 
@@ -108,7 +109,7 @@ def test_weights_decoded_together_are_exact(form: Form, bits: int, exponent: flo
 
 def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("requant_onnx.graph.decode.forms.GROUP_ELEMENTS", 100)
-    q = quantize_weight(laplace(4, 10), Grid(3, 1.0, 0))
+    q = quantize_weight(laplace(4, 10), Grid(3, PowerGrid(1.0), 0))
     coded = [Coded(f"w{k}", q, onnx.TensorProto.FLOAT, Form.FOLDED) for k in range(5)]
     assert [len(group) for group in group_weights(coded, Target(18, False))] == [2, 2, 1]
 
@@ -118,7 +119,9 @@ def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("limit", [64, 127])
 def test_int8_levels_keep_the_limit(bits: int, exponent: float, limit: int) -> None:
     """Exact, that is no rounded table, where the integers fit (4 bits with the square root: 64 at most)."""
-    q = quantize_weight(laplace(6, 50) + np.linspace(-1, 1, 6, dtype=np.float32)[:, None], Grid(bits, exponent, 0, limit=limit))
+    q = quantize_weight(
+        laplace(6, 50) + np.linspace(-1, 1, 6, dtype=np.float32)[:, None], Grid(bits, PowerGrid(exponent), 0, limit=limit)
+    )
     levels = q.table.integers[q.table.max_code + q.codes.astype(int) - q.zero_point.astype(int)[:, None]]
     assert abs(levels).max() <= limit
     np.testing.assert_array_equal(q.dequantize(), levels.astype(np.float32) * q.scale[:, None])

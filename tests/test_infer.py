@@ -7,6 +7,7 @@ import pytest
 from conftest import laplace
 
 from requant_onnx.numerics.infer import infer_grid
+from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.quantize import Grid, quantize_weight, to_rows
 
 
@@ -14,7 +15,7 @@ from requant_onnx.numerics.quantize import Grid, quantize_weight, to_rows
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75, 2 / 3])
 @pytest.mark.parametrize("axis", [None, 0])
 def test_grids_of_our_own_are_found(bits: int, exponent: float, limit: int | None, axis: int | None) -> None:
-    q = quantize_weight(laplace(8, 64, 3, 3), Grid(bits, exponent, axis, limit=limit, half_scales=True))
+    q = quantize_weight(laplace(8, 64, 3, 3), Grid(bits, PowerGrid(exponent), axis, limit=limit, half_scales=True))
     found = infer_grid(to_rows(q.dequantize(), axis))
     assert found is not None
     assert found.table.bits <= bits
@@ -30,7 +31,7 @@ def test_rows_of_zeros_have_no_scale() -> None:
 
 
 def test_halves_are_recognized() -> None:
-    q = quantize_weight(laplace(8, 64), Grid(4, 1.0, 0))
+    q = quantize_weight(laplace(8, 64), Grid(4, PowerGrid(1.0), 0))
     rounded = q.dequantize().astype(np.float16).astype(np.float32)
     assert infer_grid(rounded) is None
     found = infer_grid(rounded, half=True)

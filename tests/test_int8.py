@@ -33,10 +33,9 @@ from requant_onnx import (
     quantize_model,
     validate,
 )
-from requant_onnx.graph.constants import import_graph
+from requant_onnx.graph.constants import ModelGraph, from_constants
 from requant_onnx.graph.edit import delete_where
 from requant_onnx.graph.integer.plan import plan_integers
-from requant_onnx.graph.operands import from_constants
 
 INT8 = QuantConfig(bits=4, form=Form.INT8)
 NOISE = Calibration(count=8)
@@ -88,7 +87,7 @@ def with_plain_levels(model: onnx.ModelProto) -> onnx.ModelProto:
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     graph = plain.graph
-    decodes = [node.outputs[0].name for node in import_graph(model).nodes if node.outputs and from_constants(node.outputs[0])]
+    decodes = [node.outputs[0].name for node in ModelGraph.of(model).nodes if node.outputs and from_constants(node.outputs[0])]
     front = onnx.helper.make_graph(
         [node for node in graph.node if node.output[0] in decodes and node.op_type != "DequantizeLinear"],
         "f",
@@ -173,7 +172,7 @@ def test_plan_of_a_tensor_with_other_readers() -> None:
     text = """net (float[n, 4, 8, 8] x) => (float[n, 4, a, b] c, float[n, 4, d, e] y) {
         c = Conv(x, w)  r = Relu(c)  y = Conv(r, w) }"""
     model = parse(text, w=laplace(4, 4, 3, 3))
-    plan = plan_integers(model, {"w"})
+    plan = plan_integers(ModelGraph.of(model), {"w"})
     assert set(plan.source) == {"x", "c", "r", "y"}
     assert plan.floats == {"x", "r"}
     converted, _ = quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
@@ -257,7 +256,7 @@ def test_a_relu_in_a_body_is_not_taken_for_one_behind_the_conv() -> None:
     body = parse("body () => (float[n, c, h, w] z) { z = Relu(a) }").graph
     model = parse("net (float[n, 3, 8, 8] x, bool c) => (float[n, d, e, f] y) { a = Conv(x, w) }", w=laplace(4, 3, 3, 3))
     model.graph.node.append(onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body))
-    assert set(plan_integers(model, {"w"}).source) == {"x", "a"}
+    assert set(plan_integers(ModelGraph.of(model), {"w"}).source) == {"x", "a"}
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar10", "resnet56_cifar10", "googlenet_cifar10"])

@@ -15,6 +15,7 @@ from oracle import put
 from requant_onnx import Form, Granularity, QuantConfig, Refinement, Transform, Version, quantize_model
 from requant_onnx.convert.plan import plan_conversion
 from requant_onnx.files.load import ModelLike, load_model
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import find_weights
@@ -41,10 +42,10 @@ CONFIGS = {
 def with_decoded_weights(source: ModelLike, config: QuantConfig, converted: set[str]) -> onnx.ModelProto:
     """The float model, BatchNormalization folded, with w_hat from NumPy in the place of each converted weight."""
     model = load_model(source)
-    fold_batchnorm(model)
+    fold_batchnorm(ModelGraph.of(model))
     if config.form is Form.QDQ:
-        transpose_gemm(model, {weight.name for weight in find_weights(model).weights})
-    for planned in plan_conversion(find_weights(model), config).planned:
+        transpose_gemm(ModelGraph.of(model), {weight.name for weight in find_weights(ModelGraph.of(model)).weights})
+    for planned in plan_conversion(find_weights(ModelGraph.of(model)), config).planned:
         if planned.weight.name in converted:
             w_hat = quantize_weight(planned.weight.load(), planned.grid).dequantize()
             put(model.graph, planned.weight.name, w_hat)

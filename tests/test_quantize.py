@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.levels import level_table
 from requant_onnx.numerics.quantize import Grid, from_rows, quantize_weight, to_rows
 
@@ -16,7 +17,7 @@ weights = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_si
 grids = st.builds(
     Grid,
     bits=st.integers(2, 8),
-    exponent=st.sampled_from([1.0, 0.5, 0.75, 1 / 3]),
+    kind=st.sampled_from([PowerGrid(exponent) for exponent in (1.0, 0.5, 0.75, 1 / 3)]),
     axis=st.sampled_from([None, 0, 1]),
     search=st.booleans(),
     objective_in_weights=st.booleans(),
@@ -26,7 +27,7 @@ grids = st.builds(
 
 def test_uniform_grid_by_hand() -> None:
     """2 bits, -1 .. 2: step 1, zero point 1, levels -1 0 1 2."""
-    q = quantize_weight(np.array([[-1.0, -0.4, 0.6, 2.0]], np.float32), Grid(2, 1.0, None, search=False))
+    q = quantize_weight(np.array([[-1.0, -0.4, 0.6, 2.0]], np.float32), Grid(2, PowerGrid(1.0), None, search=False))
     assert (q.codes.tolist(), float(q.scale), int(q.zero_point)) == ([[0, 1, 2, 3]], 1.0, 1)
     assert q.dequantize().tolist() == [[-1.0, 0.0, 1.0, 2.0]]
 
@@ -34,8 +35,8 @@ def test_uniform_grid_by_hand() -> None:
 def test_square_root_grid_by_hand() -> None:
     """2 bits, 0 .. 9: step 1 in sqrt space, levels 0 1 4 9; 2.4 is nearer to 1, 2.6 to 4 (sqrt space would say 2.25)."""
     w = np.array([[0.0, 2.4, 2.6, 9.0]], np.float32)
-    assert quantize_weight(w, Grid(2, 0.5, None, search=False)).codes.tolist() == [[0, 1, 2, 3]]
-    assert quantize_weight(w, Grid(2, 0.5, None, search=False, round_in_weights=False)).codes.tolist() == [[0, 2, 2, 3]]
+    assert quantize_weight(w, Grid(2, PowerGrid(0.5), None, search=False)).codes.tolist() == [[0, 1, 2, 3]]
+    assert quantize_weight(w, Grid(2, PowerGrid(0.5), None, search=False, round_in_weights=False)).codes.tolist() == [[0, 2, 2, 3]]
 
 
 @settings(deadline=None)
@@ -79,25 +80,27 @@ def test_rows_round_trip(axis: int | None) -> None:
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 def test_constant_weights(value: float, exponent: float) -> None:
     w = np.full((2, 3), value, np.float32)
-    np.testing.assert_allclose(quantize_weight(w, Grid(4, exponent, 0)).dequantize(), w, rtol=1e-6, atol=1e-41)
+    np.testing.assert_allclose(quantize_weight(w, Grid(4, PowerGrid(exponent), 0)).dequantize(), w, rtol=1e-6, atol=1e-41)
 
 
 def test_a_channel_of_zeros_stays_zero_beside_others() -> None:
     w = laplace(4, 20)
     w[2] = 0.0
-    q = quantize_weight(w, Grid(4, 0.5, 0))
+    q = quantize_weight(w, Grid(4, PowerGrid(0.5), 0))
     assert (q.dequantize()[2] == 0.0).all()
     assert q.alpha[2] == 1.0
 
 
 def test_one_element() -> None:
-    assert quantize_weight(np.array([[0.3]], np.float32), Grid(2, 0.5, None)).dequantize()[0, 0] == pytest.approx(0.3, rel=1e-6)
+    assert quantize_weight(np.array([[0.3]], np.float32), Grid(2, PowerGrid(0.5), None)).dequantize()[0, 0] == pytest.approx(
+        0.3, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 1 / 3, 0.4, 0.75, 0.99])
 def test_level_tables_are_odd_increasing_and_exact_in_float32(bits: int, exponent: float) -> None:
-    integers = level_table(bits, exponent).integers
+    integers = level_table(bits, PowerGrid(exponent)).integers
     assert (integers == -integers[::-1]).all()
     assert (np.diff(integers) > 0).all()
     assert (integers.astype(np.float32) == integers).all()
@@ -105,4 +108,4 @@ def test_level_tables_are_odd_increasing_and_exact_in_float32(bits: int, exponen
 
 def test_square_levels_of_4_bits_fit_int8_for_the_usual_zero_points() -> None:
     """k runs over -11 .. 11 for zero points 4 .. 11."""
-    assert level_table(4, 0.5).integers[15 + 11] == 121
+    assert level_table(4, PowerGrid(0.5)).integers[15 + 11] == 121

@@ -22,7 +22,7 @@ from oracle import check, feeds_for, run
 
 from requant_onnx import Form, QuantConfig, quantize_model
 from requant_onnx.graph.decode.nodes import Decode
-from requant_onnx.graph.operands import CONVERTIBLE
+from requant_onnx.graph.operators import OPERATORS
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 LIGHT = sorted((DATA / "light").glob("*.onnx"))
@@ -32,7 +32,7 @@ PACKAGES = ("ddddocr", "magika", "onnx_asr", "rapidocr", "silero_vad")
 
 
 def has_weights(model: onnx.ModelProto) -> bool:
-    return any(node.op_type in CONVERTIBLE for node in model.graph.node)
+    return any(node.op_type in OPERATORS for node in model.graph.node)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -53,7 +53,7 @@ def inputs_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def weights_in(model: onnx.ModelProto) -> int:
-    return len({node.input[1] for node in model.graph.node if node.op_type in CONVERTIBLE})
+    return len({node.input[1] for node in model.graph.node if node.op_type in OPERATORS})
 
 
 @pytest.mark.parametrize("path", EXPORTED, ids=lambda path: path.parent.name)

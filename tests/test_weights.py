@@ -11,6 +11,7 @@ from onnx import helper
 from requant_onnx import Form, Granularity, QuantConfig, Transform
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.errors import ModelError
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.weights import find_weights
 
 IO = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
@@ -22,7 +23,7 @@ W = laplace(5, 4, 3, 3)
 
 
 def only(model: onnx.ModelProto) -> tuple[str, int | None]:
-    view = find_weights(model)
+    view = find_weights(ModelGraph.of(model))
     assert not view.left_alone
     (weight,) = view.weights
     return weight.name, weight.channel_axis
@@ -56,12 +57,14 @@ def test_a_constant_node_is_a_weight() -> None:
 
 
 def test_float16_behind_a_cast_is_emitted_as_float32() -> None:
-    view = find_weights(parse(IO + "{ f = Cast<to = 1>(w) y = Conv(x, f) }", w=laplace(5, 4, 3, 3).astype(np.float16)))
+    view = find_weights(
+        ModelGraph.of(parse(IO + "{ f = Cast<to = 1>(w) y = Conv(x, f) }", w=laplace(5, 4, 3, 3).astype(np.float16)))
+    )
     assert [weight.emit for weight in view.weights] == [onnx.TensorProto.FLOAT]
 
 
 def test_first_and_last_layers() -> None:
-    assert [(weight.name, weight.is_edge) for weight in find_weights(small_cnn()).weights] == [
+    assert [(weight.name, weight.is_edge) for weight in find_weights(ModelGraph.of(small_cnn())).weights] == [
         ("w1", True),
         ("w2", False),
         ("w3", False),
@@ -70,7 +73,7 @@ def test_first_and_last_layers() -> None:
 
 
 def test_a_product_of_two_activations_is_no_weight() -> None:
-    view = find_weights(parse("net (float[n, n] x) => (float[n, n] y) { y = MatMul(x, x) }"))
+    view = find_weights(ModelGraph.of(parse("net (float[n, n] x) => (float[n, n] y) { y = MatMul(x, x) }")))
     assert not view.weights
     assert not view.left_alone
 
@@ -91,7 +94,7 @@ def test_a_product_of_two_activations_is_no_weight() -> None:
     ],
 )  # fmt: skip
 def test_left_alone_with_a_reason(text: str, weight: np.ndarray | None, reason: str) -> None:
-    view = find_weights(parse(text, **({} if weight is None else {"w": weight})))
+    view = find_weights(ModelGraph.of(parse(text, **({} if weight is None else {"w": weight}))))
     assert not view.weights
     assert reason in view.left_alone[0].reason
 

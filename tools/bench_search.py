@@ -27,6 +27,7 @@ from architectures import resnet
 from onnx import numpy_helper
 
 from requant_onnx.numerics.curve import error_curve
+from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.levels import level_table
 from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.numerics.ranges import row_ranges
@@ -34,14 +35,14 @@ from requant_onnx.numerics.search import GOLDEN, TOLERANCE, search_alpha
 
 Weights = npt.NDArray[np.float32]
 Alphas = npt.NDArray[np.float64]
-BITS, EXPONENT = 4, 0.5
+BITS, GRID = 4, PowerGrid(0.5)
 
 
 def ours(rows: Weights) -> Alphas:
     """(rows, n) unsorted -> (rows,)"""
     ordered = np.sort(rows, axis=1)
-    ranges = row_ranges(ordered[:, 0].astype(np.float64), ordered[:, -1].astype(np.float64), BITS, EXPONENT)
-    return search_alpha(ordered, ranges, level_table(BITS, EXPONENT), objective_in_weights=True, round_in_weights=False)
+    ranges = row_ranges(ordered[:, 0].astype(np.float64), ordered[:, -1].astype(np.float64), BITS, GRID)
+    return search_alpha(ordered, ranges, level_table(BITS, GRID), objective_in_weights=True, round_in_weights=False)
 
 
 class Plain:
@@ -89,8 +90,8 @@ def errors(rows: Weights, alphas: Alphas) -> Alphas:
     ordered = np.sort(rows, axis=1)
     found = np.empty(len(rows))
     for r, row in enumerate(ordered):
-        ranges = row_ranges(row[:1].astype(np.float64), row[-1:].astype(np.float64), BITS, EXPONENT)
-        curve = error_curve(row[None], ranges, level_table(BITS, EXPONENT), alphas[r : r + 1], round_in_weights=False)
+        ranges = row_ranges(row[:1].astype(np.float64), row[-1:].astype(np.float64), BITS, GRID)
+        curve = error_curve(row[None], ranges, level_table(BITS, GRID), alphas[r : r + 1], round_in_weights=False)
         found[r] = curve[0, 0]
     return found
 

@@ -24,7 +24,7 @@ from requant_onnx.cli.values import (
     normalization_of,
     whole_of,
 )
-from requant_onnx.config import Form, parse_choice
+from requant_onnx.config import Form
 from requant_onnx.convert import pipeline
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.evaluate.cache import Cache, default_folder
@@ -128,7 +128,7 @@ def run_compare(args: argparse.Namespace) -> None:
     if args.cache is not None:
         check_cache(args.cache)
     widths = [whole_of(text, "--bits") for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
-    form = Form.QDQ if args.form is None else parse_choice(Form, args.form, "--form")
+    form = Form.QDQ if args.form is None else args.form
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args) or Calibration()
     model = _whole_file(args.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, NoReturn
 import shtab
 
 from requant_onnx.cli.toml_options import read_options
-from requant_onnx.config import ActivationRange, EdgeLayers, Form, Granularity, QuantConfig, RangeMode, Refinement, Space
+from requant_onnx.config import ENUMS, Choice, QuantConfig, parse_choice
+from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
 
 DEFAULT = QuantConfig()
+INT8_LEVELS = "for --form int8, the largest int8 weight; 64 is exact on every CPU, 127 finer on CPUs with VNNI: "
 Command = Callable[[argparse.Namespace], None]
 EPILOGS = {
     None: """examples:
@@ -60,7 +63,10 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Print and exit with code 2."""
+        """Print and exit with code 2.  Raises ConfigError for the value of an option, which has a sentence of its own."""
+        sentence = re.sub(r"^argument [^:]+: (?=--)", "", message)
+        if sentence != message:
+            raise ConfigError(sentence)
         self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
 
 
@@ -132,17 +138,15 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         metavar="DB",
         help="for --bits auto: the smallest file found whose outputs keep this SQNR on the calibration inputs, for instance 20",
     )
-    parser.add_argument("--granularity", metavar="G", help=_choices(Granularity, DEFAULT.granularity))
+    _add_choice(parser, "granularity", "G")
     parser.add_argument(
         "--transform", metavar="T", help=f"auto, sqrt, none or power:A, A in 1/3 .. 1 (default: {DEFAULT.transform})"
     )
-    parser.add_argument("--range", metavar="R", dest="range_mode", help=_choices(RangeMode, DEFAULT.range_mode))
-    parser.add_argument("--edge-layers", metavar="E", help="first and last layers: " + _choices(EdgeLayers, DEFAULT.edge_layers))
-    parser.add_argument("--objective", metavar="S", help="space whose error alpha minimizes: " + _choices(Space, DEFAULT.objective))
-    parser.add_argument(
-        "--rounding", metavar="S", help="space in which the nearest level is taken: " + _choices(Space, DEFAULT.rounding)
-    )
-    parser.add_argument("--form", metavar="F", help=_choices(Form, DEFAULT.form))
+    _add_choice(parser, "range_mode", "R", option="--range")
+    _add_choice(parser, "edge_layers", "E", "first and last layers: ")
+    _add_choice(parser, "objective", "S", "space whose error alpha minimizes: ")
+    _add_choice(parser, "rounding", "S", "space in which the nearest level is chosen: ")
+    _add_choice(parser, "form", "F")
     parser.add_argument(
         "--min-ort", metavar="V", help=f"oldest ONNX Runtime that has to load the file (default: {DEFAULT.min_ort})"
     )
@@ -165,20 +169,12 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "split), images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW where "
         "the model leaves the size free), or none (default)",
     )
-    parser.add_argument(
-        "--refinement", metavar="R", help="what --calibrate is used for: " + _choices(Refinement, DEFAULT.refinement)
-    )
+    _add_choice(parser, "refinement", "R", "what --calibrate is used for: ")
     parser.add_argument("--calibrate-limit", metavar="N", help=f"how many of them, drawn at random (default: {DEFAULT_COUNT})")
     parser.add_argument("--seed", metavar="N", help="of the drawing, and of the noise (default: 0)")
     _add_images(parser, "of the calibration images")
-    parser.add_argument(
-        "--activation-range", metavar="R", help="for --form int8: " + _choices(ActivationRange, DEFAULT.activation_range)
-    )
-    parser.add_argument(
-        "--int8-levels",
-        metavar="L",
-        help="for --form int8, the largest int8 weight: 64 (default), exact on every CPU; 127, finer on CPUs with VNNI",
-    )
+    _add_choice(parser, "activation_range", "R", "for --form int8: ")
+    _add_choice(parser, "int8_levels", "L", INT8_LEVELS)
 
 
 def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
@@ -213,7 +209,7 @@ def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "model", "IN.onnx")
     parser.add_argument("--bits", metavar="N,N", help="widths, 2 to 8 (default: 8,6,4,3)")
     parser.add_argument("--recipes", metavar="NAME,NAME", help="see below (default: max,paper,best)")
-    parser.add_argument("--form", metavar="F", help=_choices(Form, DEFAULT.form))
+    _add_choice(parser, "form", "F")
     parser.add_argument(
         "--data",
         metavar="SPEC",
@@ -270,5 +266,15 @@ def _add_common(run: Command, parser: argparse.ArgumentParser, *, json: bool = T
     parser.set_defaults(run=run, parser=parser)
 
 
-def _choices(kind: Any, default: Any) -> str:
-    return f"{', '.join(member.value for member in kind)} (default: {default.value})"
+def _add_choice(parser: argparse.ArgumentParser, name: str, metavar: str, prefix: str = "", option: str = "") -> None:
+    """An option for one of the enums of config.py, by the name of the setting."""
+    kind, default, option = ENUMS[name], getattr(DEFAULT, name), option or "--" + name.replace("_", "-")
+
+    def choice(text: str) -> Choice:
+        try:
+            return parse_choice(kind, text, option)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    choices = f"{', '.join(map(str, kind))} (default: {default})"
+    parser.add_argument(option, dest=name, metavar=metavar, type=choice, choices=tuple(kind), help=prefix + choices)

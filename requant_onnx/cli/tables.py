@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from requant_onnx.config import Form, Transform
+from requant_onnx.config import Form
 from requant_onnx.convert.report import InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.evaluate.recipes import Comparison
+from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import LeftAlone
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
@@ -24,10 +25,9 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
             table.add_row(*_weight_row(weight))
         console.print(table)
     print_left_alone(console, report.left_alone)
-    if report.converted and report.config["form"] == Form.QDQ.value:
-        console.print(
-            "ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed"
-        )
+    hint = FORMS[Form(report.config["form"])].hint
+    if report.converted and hint:
+        console.print(hint)
     if report.activations:
         console.print(f"activations on 8-bit integers: {len(report.activations)}")
     for note in report.notes:
@@ -120,7 +120,7 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
         weight.op,
         shape_text(weight.shape),
         str(weight.bits),
-        str(Transform(weight.exponent)),
+        weight.transform,
         _span(weight.alpha, ".3f"),
         _span(weight.scale, ".3g"),
         f"{weight.mse:.2e}",

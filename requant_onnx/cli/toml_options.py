@@ -89,7 +89,10 @@ def _value(path: Path, option: argparse.Action, value: Any) -> Any:
     if isinstance(value, bool) or not values or not all(isinstance(item, str | int | float) for item in values):
         raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes a text, a number, or a list of them")
     text = ",".join(str(item) for item in values)
-    return option.type(text) if callable(option.type) else text
+    try:
+        return option.type(text) if callable(option.type) else text
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"'{path}': {error}") from None
 
 
 def _quoted(text: str) -> str:

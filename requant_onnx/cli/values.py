@@ -7,21 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.config import (
-    ActivationRange,
-    Budget,
-    EdgeLayers,
-    Form,
-    Granularity,
-    Int8Levels,
-    QuantConfig,
-    RangeMode,
-    Refinement,
-    Space,
-    Transform,
-    Version,
-    parse_choice,
-)
+from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig, Transform, Version
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, NATURAL, Calibration
 from requant_onnx.inputs.image_folder import Pipeline
@@ -39,25 +25,10 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
         given["transform"] = Transform.parse(args.transform)
     if args.min_ort is not None:
         given["min_ort"] = Version.parse(args.min_ort)
-    enums = {
-        "granularity": Granularity,
-        "range_mode": RangeMode,
-        "edge_layers": EdgeLayers,
-        "objective": Space,
-        "rounding": Space,
-        "form": Form,
-        "refinement": Refinement,
-        "activation_range": ActivationRange,
-        "int8_levels": Int8Levels,
-    }
-    for name, kind in enums.items():
-        text = getattr(args, name)
-        if text is not None:
-            option = "--range" if name == "range_mode" else "--" + name.replace("_", "-")
-            given[name] = parse_choice(kind, text, option)
-    for name in ("activation_range", "int8_levels"):
-        if name in given and given.get("form", base.form) is not Form.INT8:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to --form int8; give that too, or drop it")
+    given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
+    for name, form in OPTIONS_OF_FORM.items():
+        if name in given and given.get("form", base.form) is not form:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --form {form.value}; give that too, or drop it")
     if bits is not None:
         given["bits"] = bits
     return dataclasses.replace(base, **given)

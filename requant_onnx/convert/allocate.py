@@ -1,4 +1,4 @@
-"""Which bits, exponent and granularity each weight gets, so that the output error is least for the bytes they take.
+"""Which bits, transform and granularity each weight gets, so that the output error is least for the bytes they take.
 
 Errors of different weights add up in the output, nearly, each about in proportion to the squared error of the weight.  So
 
@@ -29,6 +29,7 @@ from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.decode.forms import Coded, Target, decode_of, group_key
 from requant_onnx.graph.decode.nodes import Constants
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.numerics.knapsack import Front, pareto_front
 from requant_onnx.numerics.quantize import Grid, quantize_weight
 from requant_onnx.progress import Progress
@@ -134,7 +135,7 @@ class Market:
 
     def _alike(self) -> list[Picks]:
         """For every grid the picks that take it wherever it is offered, else the nearest in bits."""
-        kinds = dict.fromkeys((o.grid.bits, o.grid.exponent, o.grid.axis is None) for own in self.offers for o in own)
+        kinds = dict.fromkeys((o.grid.bits, o.grid.kind, o.grid.axis is None) for own in self.offers for o in own)
         return [tuple(_nearest(own, *kind) for own in self.offers) for kind in kinds]
 
     def _members(self, picks: Picks) -> Counter[Hashable]:
@@ -155,12 +156,12 @@ def _best_of(offers: Sequence[Offer], bits: int) -> int:
     return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].noise))
 
 
-def _nearest(offers: Sequence[Offer], bits: int, exponent: float, whole: bool) -> int:
+def _nearest(offers: Sequence[Offer], bits: int, kind: GridKind, whole: bool) -> int:
     """The offer most alike."""
 
     def distance(k: int) -> tuple[float, ...]:
         grid = offers[k].grid
-        return abs(grid.bits - bits), abs(grid.exponent - exponent), float((grid.axis is None) != whole)
+        return abs(grid.bits - bits), grid.kind.distance(kind), float((grid.axis is None) != whole)
 
     return min(range(len(offers)), key=distance)
 
@@ -168,7 +169,7 @@ def _nearest(offers: Sequence[Offer], bits: int, exponent: float, whole: bool) -
 def open_market(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
-    floors: Mapping[str, npt.NDArray[np.float64]],
+    min_scales: Mapping[str, npt.NDArray[np.float64]],
     target: Target,
     chunks: Sequence[Chunk],
     refinement: Refinement,
@@ -176,17 +177,17 @@ def open_market(
     threads: int | None,
 ) -> Market:
     """Measure every offer.  chunks: of calibration inputs; without, errors of all weights count by the square of their relative
-    size, and their exponent is not a choice, for the weights alone do not tell which is better (README, "Defaults").
+    size, and their transform is not a choice, for the weights alone do not tell which is better (README, "Defaults").
 
-    floors: least scales, by weight.  refinement: what rounding will do later.
+    min_scales: least scales, by weight.  refinement: what rounding will do later.
     """
     grids = {item.weight.name: _probed(item) for item in planned}
-    importances, noise = _sensitivities(model, planned, grids, floors, chunks, refinement, progress) if chunks else ({}, {})
+    importances, noise = _sensitivities(model, planned, grids, min_scales, chunks, refinement, progress) if chunks else ({}, {})
 
     def price(item: PlannedWeight) -> tuple[Offer, ...]:
         w, name = item.weight.load(), item.weight.name
-        every = [grid for grid in (item.grid, *item.others) if chunks or grid.exponent == item.grid.exponent]
-        offers = [_offer(model, item, grid, w, importances.get(name), floors.get(name), target) for grid in every]
+        every = [grid for grid in (item.grid, *item.others) if chunks or grid.kind == item.grid.kind]
+        offers = [_offer(model, item, grid, w, importances.get(name), min_scales.get(name), target) for grid in every]
         errors = {offer.grid: offer.error for offer in offers}
         known = [(errors[grid], found) for grid, found in zip(grids[name], noise.get(name, ()), strict=bool(noise))]
         rate = float(np.square(w, dtype=np.float64).sum())
@@ -224,7 +225,7 @@ def _sensitivities(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
     grids: Mapping[str, Sequence[Grid]],
-    floors: Mapping[str, npt.NDArray[np.float64]],
+    min_scales: Mapping[str, npt.NDArray[np.float64]],
     chunks: Sequence[Chunk],
     refinement: Refinement,
     progress: Progress | None,
@@ -232,7 +233,7 @@ def _sensitivities(
     """What errors count, and the noise that each weight alone makes in the output on each of its grids; both by weight."""
     importances = {}
     cases: dict[str, list[dict[str, Values]]] = {}
-    for done, probe in enumerate(probe_layers(model, planned, grids, chunks, refinement, floors), 1):
+    for done, probe in enumerate(probe_layers(model, planned, grids, chunks, refinement, min_scales), 1):
         name = probe.layer.weight
         importances[name] = probe.importance
         cases[name] = [{name: q.dequantize(), **({} if bias is None else {probe.layer.bias: bias})} for q, bias in probe.found]
@@ -242,7 +243,7 @@ def _sensitivities(
         name = item.weight.name
         if name not in cases:
             w = item.weight.load()
-            cases[name] = [{name: quantize_weight(w, grid, floors.get(name)).dequantize()} for grid in grids[name]]
+            cases[name] = [{name: quantize_weight(w, grid, min_scales.get(name)).dequantize()} for grid in grids[name]]
     every = [case for own in cases.values() for case in own]
     found = noise_of_each(model, every, {name for case in every for name in case}, chunks)
     return importances, {name: tuple(itertools.islice(found, len(own))) for name, own in cases.items()}
@@ -254,10 +255,10 @@ def _offer(
     grid: Grid,
     w: Values,
     importance: Values | None,
-    floor: npt.NDArray[np.float64] | None,
+    min_scale: npt.NDArray[np.float64] | None,
     target: Target,
 ) -> Offer:
-    q = quantize_weight(w, grid, floor, importance)
+    q = quantize_weight(w, grid, min_scale, importance)
     difference = q.dequantize().astype(np.float64) - w
     error = float((difference**2 * (1.0 if importance is None else importance)).sum())
     coded = Coded(item.weight.name, q, item.weight.emit, item.form)

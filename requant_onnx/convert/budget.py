@@ -48,9 +48,9 @@ def write_within(
     chunks: Sequence[Chunk] = ()
     if calibration is not None:
         chunks = calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES)))
-    floors = prepared.integers.floors
+    min_scales = prepared.integers.min_scales
     refinement = prepared.config.refinement
-    market = open_market(prepared.model, prepared.plan.planned, floors, prepared.target, chunks, refinement, progress, threads)
+    market = open_market(prepared.model, prepared.plan.planned, min_scales, prepared.target, chunks, refinement, progress, threads)
     search = _Search(prepared, market, progress, threads, {})
     held: Sequence[Chunk] = ()
     if calibration is not None:
@@ -174,7 +174,7 @@ class _Search:
     def _size(self, picks: Picks) -> int:
         chosen = self.market.chosen(picks)
         missing = tuple(item for item in chosen if (item.weight.name, item.grid) not in self.nearest)
-        for result in quantize_all(missing, self.prepared.integers.floors, None, self.threads):
+        for result in quantize_all(missing, self.prepared.integers.min_scales, None, self.threads):
             self.nearest[result.planned.weight.name, result.planned.grid] = result
         model, _ = write(copied(self.prepared), [self.nearest[item.weight.name, item.grid] for item in chosen], {})
         return int(model.ByteSize())

@@ -13,7 +13,8 @@ import onnx
 from requant_onnx.config import Granularity, QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport
-from requant_onnx.graph.integer.nodes import biases_of, min_scales
+from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.integer.nodes import Bias, biases_of, min_scales_of
 from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
 from requant_onnx.graph.weights import View
 from requant_onnx.inputs.calibration import Calibration
@@ -24,11 +25,15 @@ from requant_onnx.runtime.feeds import watch_activations
 
 @dataclass(frozen=True)
 class Integers:
-    """grids: of each quantized activation.  floors: least scales of weights, () or (channels,), for biases to fit int32."""
+    """grids: of each quantized activation.  biases: of the nodes that get an integer kernel.
+
+    min_scales: least scales of weights, () or (channels,), for biases to fit int32.
+    """
 
     plan: IntegerPlan = field(default_factory=IntegerPlan)
     grids: dict[str, ActivationGrid] = field(default_factory=dict)
-    floors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    biases: tuple[Bias, ...] = ()
+    min_scales: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def reports(self) -> tuple[ActivationReport, ...]:
         """One for each quantized activation, in graph order."""
@@ -39,7 +44,7 @@ class Integers:
 
 
 def watch_integers(
-    model: onnx.ModelProto,
+    model: ModelGraph,
     view: View,
     config: QuantConfig,
     calibration: Calibration,
@@ -52,11 +57,12 @@ def watch_integers(
     if not plan.weighted:
         return Integers(plan)
     report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
-    histograms = watch_activations(model, sorted(set(plan.source.values())), calibration, report)
-    own = {
+    histograms = watch_activations(model.proto, sorted(set(plan.source.values())), calibration, report)
+    grid_of = {
         name: activation_grid(h, config.activation_range, calibration.headroom, plan.ceilings.get(name, math.inf))
         for name, h in histograms.items()
     }
-    grids = {tensor: own[source] for tensor, source in plan.source.items()}
+    grids = {tensor: grid_of[source] for tensor, source in plan.source.items()}
     per_channel = config.granularity is Granularity.PER_CHANNEL
-    return Integers(plan, grids, min_scales(biases_of(model, plan), grids, per_channel=per_channel))
+    biases = biases_of(model, plan)
+    return Integers(plan, grids, tuple(biases), min_scales_of(biases, grids, per_channel=per_channel))

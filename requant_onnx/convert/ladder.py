@@ -87,7 +87,7 @@ def choose(
 
 
 def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: FloatArray | None) -> _Candidate:
-    return _Candidate(grid, q, layer.matrices(q.codes), _grids(layer, q, min_scale), False)
+    return _Candidate(grid, q, layer.product.matrices(q.codes), _grids(layer, q, min_scale), False)
 
 
 def _weighted(
@@ -110,8 +110,8 @@ def _feedback(
     held: Sequence[Moments],
     refinement: Refinement,
 ) -> Iterator[tuple[str, _Candidate]]:
-    matrices = [m.astype(np.float64) for m in layer.matrices(w)]
-    refit = nearest.has_row_scales and not layer.scale_is_shared
+    matrices = [m.astype(np.float64) for m in layer.product.matrices(w)]
+    refit = nearest.has_row_scales and not layer.product.scale_is_shared
     targets = [_target(w_g, triple) for w_g, triple in zip(matrices, triples, strict=True)]
     made: dict[str, tuple[_Candidate, list[FloatArray]]] = {}
     for name, wanted in (("feedback", matrices), ("feedback to the float output", targets)):
@@ -129,11 +129,11 @@ def _feedback(
 
 
 def _grids(layer: Layer, q: QuantizedWeight, min_scale: FloatArray | None) -> list[RowGrid]:
-    scale = layer.by_row(np.asarray(q.scale, np.float64))
-    offset = layer.by_row(q.table.max_code - q.zero_point.astype(np.int64))
-    floor = layer.by_row(np.zeros(1) if min_scale is None else min_scale)
+    scale = layer.product.by_row(np.asarray(q.scale, np.float64))
+    offset = layer.product.by_row(q.table.max_code - q.zero_point.astype(np.int64))
+    least = layer.product.by_row(np.zeros(1) if min_scale is None else min_scale)
     half = q.has_half_scale
-    return [RowGrid(s, o, q.table, True, f, half) for s, o, f in zip(scale, offset, floor, strict=True)]
+    return [RowGrid(s, o, q.table, True, f, half) for s, o, f in zip(scale, offset, least, strict=True)]
 
 
 def _target(w: FloatArray, moments: Triple) -> FloatArray:
@@ -170,14 +170,14 @@ def _finish(
     errors: dict[str, float],
 ) -> Choice:
     start = candidate.start
-    quantized = replace(start, codes=layer.tensor(candidate.codes))
-    if candidate.has_row_scales and not layer.scale_is_shared:
+    quantized = replace(start, codes=layer.product.tensor(candidate.codes))
+    if candidate.has_row_scales and not layer.product.scale_is_shared:
         scale = np.concatenate([grid.scale for grid in candidate.grids]).astype(np.float32)
         quantized = replace(quantized, scale=scale.reshape(start.scale.shape))
     bias = None
     if candidate.corrected:
         both = [_joined(a, b) for a, b in zip(fitted, held, strict=True)]
-        decoded = [m.astype(np.float64) for m in layer.matrices(quantized.dequantize())]
+        decoded = [m.astype(np.float64) for m in layer.product.matrices(quantized.dequantize())]
         bias = np.concatenate([m.bias(w_hat) for m, w_hat in zip(both, decoded, strict=True)]).astype(np.float32)
     return Choice(candidate.grid, quantized, bias, step, errors)
 

@@ -13,6 +13,7 @@ from requant_onnx.config import Refinement
 from requant_onnx.convert.ladder import HELD_BACK, Choice, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
 from requant_onnx.inputs.calibration import Calibration
@@ -48,7 +49,7 @@ def quantize_layers(
     work.CopyFrom(model)
     constants_to_initializers(work)
     plans = {item.weight.name: item for item in planned}
-    layers = find_layers(work, plans.keys())
+    layers = find_layers(ModelGraph.of(work), plans.keys())
     chunks = calibration_chunks(model, calibration)
     exact, rounded = Stream(work, chunks), Stream(work, chunks)
     replaced: dict[str, onnx.TensorProto] = {}
@@ -121,21 +122,21 @@ def probe_layers(
     constants_to_initializers(work)
     plans = {item.weight.name: item for item in planned}
     stream = Stream(work, chunks)
-    for layer in find_layers(work, plans.keys()):
+    for layer in find_layers(ModelGraph.of(work), plans.keys()):
         stream.advance(layer.index, {})
         fitted, held = _moments(layer, stream, stream)
         if not all(moments.is_finite for moments in (*fitted, *held)):
             continue
-        item, floor = plans[layer.weight], min_scales.get(layer.weight)
+        item, min_scale = plans[layer.weight], min_scales.get(layer.weight)
         w = item.weight.load()
         triples = [m.centered() if layer.can_correct and refinement is not Refinement.NONE else m.uncentered() for m in fitted]
         feeds = refinement in (Refinement.FEEDBACK, Refinement.DESCENT)
         importance = layer.importance([conditional_variances(xx) if feeds else np.diag(xx) for xx, _, _ in triples])
         if refinement is Refinement.NONE:
-            nearest = (quantize_weight(w, grid, floor, importance) for grid in grids[layer.weight])
+            nearest = (quantize_weight(w, grid, min_scale, importance) for grid in grids[layer.weight])
             yield Probe(layer, tuple((q, None) for q in nearest), importance)
             continue
-        choices = (choose(layer, w, (grid,), fitted, held, refinement, floor) for grid in grids[layer.weight])
+        choices = (choose(layer, w, (grid,), fitted, held, refinement, min_scale) for grid in grids[layer.weight])
         yield Probe(layer, tuple((choice.quantized, choice.bias) for choice in choices), importance)
 
 
@@ -152,10 +153,11 @@ def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Values]:
 
 def _add(layer: Layer, x: Values, y: Values, total: list[Moments]) -> None:
     bias = layer.bias_values if not layer.can_correct else np.zeros_like(layer.bias_values)
-    biases = bias.reshape(layer.group, -1)
-    for images, groups in layer.places(x):
-        results = layer.results(y[images])
+    product = layer.product
+    biases = bias.reshape(product.group, -1)
+    for images, groups in product.places(x):
+        results = product.results(y[images])
         if not total:
-            total.extend(Moments.empty(g.shape[1], layer.matrix_rows) for g in groups)
+            total.extend(Moments.empty(g.shape[1], product.rows) for g in groups)
         for moments, inputs, wanted, own in zip(total, groups, results, biases, strict=True):
             moments.add(inputs, wanted - own)

@@ -15,7 +15,7 @@ import onnx
 
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.report import WeightReport, sqnr_db
-from requant_onnx.graph.decode.forms import Coded
+from requant_onnx.graph.decode.forms import FORMS, Coded
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 
@@ -39,6 +39,11 @@ class Result:
     step: str = "nearest"
     output_errors: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether an integer kernel is to multiply with it."""
+        return FORMS[self.planned.form].on_integers
+
     def coded(self) -> Coded:
         """The weight as the graph takes it."""
         return Coded(self.planned.weight.name, self.quantized, self.planned.weight.emit, self.planned.form)
@@ -52,7 +57,7 @@ class Result:
             shape=weight.shape,
             form=self.planned.form.value,
             bits=grid.bits,
-            exponent=grid.exponent,
+            transform=grid.kind.describe(),
             axis=grid.axis,
             alpha=(float(q.alpha.min()), float(q.alpha.max())),
             scale=(float(q.scale.min()), float(q.scale.max())),
@@ -71,7 +76,7 @@ def quantize_all(
     progress: Progress | None,
     threads: int | None,
 ) -> Iterator[Result]:
-    """Quantize in parallel (the search holds no GIL), yield in order.  min_scales: floors under the scales, by weight."""
+    """Quantize in parallel (the search holds no GIL), yield in order.  min_scales: the least scales, by weight."""
 
     def one(item: PlannedWeight) -> Result:
         return _quantize(item, min_scales.get(item.weight.name))

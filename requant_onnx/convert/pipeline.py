@@ -16,6 +16,8 @@ from requant_onnx.convert.steps import prepare, quantize, write
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialize, opset_of, source_of
 from requant_onnx.files.walk import all_graphs
+from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.inputs.calibration import Calibration
@@ -65,7 +67,7 @@ def convert_model(
         if not broken:
             return made, replace(report, notes=(*report.notes, *_notes(config, calibration, report), *notes, *excluded.values()))
         for name, fate in broken.items():
-            if config.form is not Form.INT8 or name in excluded:
+            if not FORMS[config.form].on_integers or name in excluded:
                 raise ModelError(
                     f"ONNX Runtime does not do with '{name}' what the {config.form.value} form promises "
                     f"({fate.fate.value}: {fate.why}); take another --form"
@@ -97,7 +99,7 @@ def inspect_model(model: ModelLike) -> InspectReport:
     loaded = load_model(model)
     opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
-    view = find_weights(expose_weights(loaded))
+    view = find_weights(ModelGraph.of(expose_weights(loaded)))
     return InspectReport(
         opset=opset,
         ir_version=ir_version,
@@ -113,11 +115,11 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError(f"calibration must be a Calibration, not {type(calibration).__name__}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be 1 or more, not {threads}")
-    if config.form is Form.INT8 and calibration is None:
+    if FORMS[config.form].on_integers and calibration is None:
         raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
     if isinstance(config.bits, Budget) and config.bits.sqnr_db is not None and calibration is None:
         raise ConfigError("an output SQNR is measured on calibration inputs; give --calibrate with images, or --calibrate noise")
-    watched = config.form is Form.INT8 or isinstance(config.bits, Budget)
+    watched = FORMS[config.form].on_integers or isinstance(config.bits, Budget)
     if not watched and calibration is not None and config.refinement is Refinement.NONE:
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
@@ -139,7 +141,7 @@ def _broken_promises(
     source: Source, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
 ) -> tuple[tuple[str, ...], dict[str, WeightFate]]:
     """(notes, weights that ONNX Runtime does not treat as their form promises); a note where it loads not even the input."""
-    promised = {weight.name: Form(weight.form) for weight in converted if weight.form != Form.QDQ.value}
+    promised = {weight.name: Form(weight.form) for weight in converted if FORMS[Form(weight.form)].promise is not None}
     if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
         return (), {}
     if is_large(model) or sum(weight.bytes_before for weight in converted) > LARGE_BYTES:

@@ -1,4 +1,4 @@
-"""Decide what happens to each weight.  A plan is data; convert.py carries it out."""
+"""Decide what happens to each weight: its grid and its form.  A plan is data; steps.py carries it out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from requant_onnx.config import (
     RangeMode,
     Space,
 )
-from requant_onnx.graph.decode.forms import required_opset
+from requant_onnx.graph.decode.forms import FORMS, required_opset
 from requant_onnx.graph.weights import LeftAlone, View, Weight
+from requant_onnx.numerics.kinds import UNIFORM, GridKind, PowerGrid
 from requant_onnx.numerics.quantize import Grid
 
 EDGE_BITS = 8
@@ -34,7 +35,7 @@ SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 class PlannedWeight:
     """A weight, the grid it goes on, and how it is stored.
 
-    others: grids that may be taken instead: of other exponents, where calibration inputs say that they are better, and, within
+    others: grids that may be chosen instead: of other kinds, where calibration inputs say that they are better, and, within
     a budget, of other bits and granularity.
     """
 
@@ -69,10 +70,8 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 
 def opset_for(config: QuantConfig, narrow: bool) -> int:
     """The opset that the decodes of such a conversion need.  narrow: see graph.forms.Target."""
-    cases = [
-        (bits, exponent) for edge in (False, True) for bits in _widths(config, edge) for exponent in _exponents(config, bits, edge)
-    ]
-    return max(required_opset(config.form, bits, exponent, narrow) for bits, exponent in cases)
+    cases = [(bits, kind) for edge in (False, True) for bits in _widths(config, edge) for kind in _kinds(config, bits, edge)]
+    return max(required_opset(config.form, bits, kind, narrow) for bits, kind in cases)
 
 
 def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
@@ -81,21 +80,21 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
 
 
 def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeight:
-    form = config.form if config.form is not Form.INT8 or integer else Form.FOLDED
+    form = config.form if integer else FORMS[config.form].fallback
     grids = [
         Grid(
             bits=bits,
-            exponent=exponent,
+            kind=kind,
             axis=weight.channel_axis if granularity is Granularity.PER_CHANNEL else None,
             search=config.range_mode is RangeMode.SEARCH,
             objective_in_weights=config.objective is Space.WEIGHT,
             round_in_weights=config.rounding is Space.WEIGHT,
-            limit=int(config.int8_levels.value) if form is Form.INT8 else None,
-            half_scales=form is not Form.QDQ,
+            limit=int(config.int8_levels.value) if FORMS[form].on_integers else None,
+            half_scales=FORMS[form].half_scales,
         )
         for bits in _widths(config, weight.is_edge)
         for granularity in _granularities(weight, config)
-        for exponent in _exponents(config, bits, weight.is_edge)
+        for kind in _kinds(config, bits, weight.is_edge)
     ]
     return PlannedWeight(weight, grids[0], form, tuple(grids[1:]))
 
@@ -108,7 +107,7 @@ def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
         asked = [REFERENCE_BITS, *(bits for bits in range(MIN_BITS, MAX_BITS + 1) if bits != REFERENCE_BITS)]
     else:
         asked = [config.bits]
-    safe = config.form is Form.INT8 and config.int8_levels is Int8Levels.SAFE
+    safe = FORMS[config.form].on_integers and config.int8_levels is Int8Levels.SAFE
     return list(dict.fromkeys(min(bits, SAFE_BITS) for bits in asked)) if safe else asked
 
 
@@ -119,15 +118,15 @@ def _granularities(weight: Weight, config: QuantConfig) -> list[Granularity]:
         return [Granularity.PER_TENSOR]
     channels = weight.shape[weight.channel_axis]
     short = math.prod(weight.shape) < SHORT_CHANNEL * channels
-    if per_channel and isinstance(config.bits, Budget) and config.form is not Form.INT8 and short:
+    if per_channel and isinstance(config.bits, Budget) and not FORMS[config.form].on_integers and short:
         return [Granularity.PER_CHANNEL, Granularity.PER_TENSOR]
     return [config.granularity]
 
 
-def _exponents(config: QuantConfig, bits: int, is_edge: bool) -> list[float]:
-    """Edge layers are never transformed (REQuant, arXiv 2510.04044); the automatic transform takes 1 or another."""
+def _kinds(config: QuantConfig, bits: int, is_edge: bool) -> list[GridKind]:
+    """Edge layers are never transformed (REQuant, arXiv 2510.04044); the automatic transform is one of several, uniform first."""
     if is_edge:
-        return [1.0]
+        return [UNIFORM]
     if config.transform.exponent is not None:
-        return [config.transform.exponent]
-    return [1.0] if config.form is Form.QDQ or bits > AUTO_BITS else list(EXPONENTS)
+        return [PowerGrid(config.transform.exponent)]
+    return [PowerGrid(exponent) for exponent in EXPONENTS] if FORMS[config.form].any_grid and bits <= AUTO_BITS else [UNIFORM]

@@ -26,7 +26,7 @@ class WeightReport:
     shape: tuple[int, ...]
     form: str
     bits: int
-    exponent: float
+    transform: str
     axis: int | None
     alpha: tuple[float, float]
     scale: tuple[float, float]

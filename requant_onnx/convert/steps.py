@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from requant_onnx.config import METADATA_KEY, NARROW_ORT, Form, QuantConfig, Refinement
+from requant_onnx.config import METADATA_KEY, NARROW_ORT, QuantConfig, Refinement
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
 from requant_onnx.convert.layerwise import quantize_layers
 from requant_onnx.convert.nearest import Result, quantize_all
@@ -21,16 +21,18 @@ from requant_onnx.convert.report import QuantReport, WeightReport
 from requant_onnx.errors import ModelError
 from requant_onnx.files.load import opset_of
 from requant_onnx.graph.channel_means import channel_means
-from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights
+from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.decode.forms import FORMS, Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.decode.nodes import Constants, Decode
 from requant_onnx.graph.decode.replace import replace_weights, set_metadata
 from requant_onnx.graph.edit import set_initializer
-from requant_onnx.graph.integer.nodes import biases_of, quantize_activations
+from requant_onnx.graph.integer.nodes import quantize_activations
 from requant_onnx.graph.layers import find_layers, give_biases
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.prepare.expose import expose_weights
+from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.prepare.full_pads import write_full_pads
-from requant_onnx.graph.prepare.normalize import normalize
+from requant_onnx.graph.prepare.opset import raise_opset
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, find_weights
 from requant_onnx.inputs.calibration import Calibration
@@ -44,12 +46,12 @@ Biases = Mapping[str, npt.NDArray[np.float32]]
 class Prepared:
     """A model ready for its weights to be quantized, and what was decided about it.
 
-    source: as it was given; model: normalized.  opset: of the source.  folded: BatchNormalizations.  refining: the calibration,
+    source: as it was given; graph: normalized.  opset: of the source.  folded: BatchNormalizations.  refining: the calibration,
     if rounding is to follow it.  means: without it, what BatchNormalization says of the means of activations.
     """
 
     source: onnx.ModelProto
-    model: onnx.ModelProto
+    graph: ModelGraph
     config: QuantConfig
     opset: int
     folded: int
@@ -57,6 +59,11 @@ class Prepared:
     plan: Plan
     refining: Calibration | None
     means: Mapping[str, npt.NDArray[np.float64]]
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The normalized model."""
+        return self.graph.proto
 
     @property
     def target(self) -> Target:
@@ -74,27 +81,31 @@ def prepare(
     """Everything up to the weights themselves.  excluded: weights that integer kernels are not planned for."""
     source, opset = onnx.ModelProto(), opset_of(loaded)
     source.CopyFrom(loaded)
-    loaded = expose_weights(loaded)
+    given = ModelGraph.of(expose_weights(loaded))
+    view = find_weights(given)
     refining = calibration if config.refinement is not Refinement.NONE else None
-    if not find_weights(loaded).weights:
-        return Prepared(source, loaded, config, opset, 0, Integers(), plan_conversion(find_weights(loaded), config), refining, {})
+    if not view.weights:
+        return Prepared(source, given, config, opset, 0, Integers(), plan_conversion(view, config), refining, {})
+    form = FORMS[config.form]
     analytic = refining is None and config.refinement is not Refinement.NONE
-    means = channel_means(loaded) if analytic else {}
-    raised, folded = normalize(loaded, opset_for(config, _is_narrow(config)))
-    wanted = {w.name for w in find_weights(raised).weights if not kept_in_float(w, config)}
-    if config.form is Form.QDQ:
-        transpose_gemm(raised, wanted)
-    if config.form is Form.INT8:
-        write_full_pads(raised)
+    means = channel_means(given) if analytic else {}
+    folded = fold_batchnorm(given)
+    model = ModelGraph.of(raise_opset(given.proto, opset_for(config, _is_narrow(config))))
+    wanted = {w.name for w in find_weights(model).weights if not kept_in_float(w, config)}
+    if form.on_integers:
+        write_full_pads(model)
     give_biases(
-        raised, wanted if refining is not None else {layer.weight for layer in find_layers(raised, wanted) if layer.x in means}
+        model, wanted if refining is not None else {layer.weight for layer in find_layers(model, wanted) if layer.x in means}
     )
-    view = find_weights(raised)
+    if form.transposes_gemm:
+        transpose_gemm(model, wanted)
+    model = ModelGraph.of(model.proto)
+    view = find_weights(model)
     integers = Integers()
-    if config.form is Form.INT8 and calibration is not None:
-        integers = watch_integers(raised, view, config, calibration, excluded, progress)
+    if form.on_integers and calibration is not None:
+        integers = watch_integers(model, view, config, calibration, excluded, progress)
     plan = plan_conversion(view, config, integers.plan.weights)
-    return Prepared(source, raised, config, opset, folded, integers, plan, refining, means)
+    return Prepared(source, model, config, opset, folded, integers, plan, refining, means)
 
 
 def quantize(
@@ -103,15 +114,15 @@ def quantize(
     """Every planned weight, in order, on calibration inputs where a layer can be; and the biases that change with them."""
     refined: dict[str, Result] = {}
     biases: dict[str, npt.NDArray[np.float32]] = {}
-    floors = prepared.integers.floors
+    min_scales = prepared.integers.min_scales
     if prepared.refining is not None and planned:
         refinement = prepared.config.refinement
-        for done in quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, floors, progress):
+        for done in quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, progress):
             refined[done.layer.weight] = done.result
             if done.choice.bias is not None:
                 biases[done.layer.bias] = done.choice.bias
     rest = tuple(item for item in planned if item.weight.name not in refined)
-    nearest = {result.planned.weight.name: result for result in quantize_all(rest, floors, progress, threads)}
+    nearest = {result.planned.weight.name: result for result in quantize_all(rest, min_scales, progress, threads)}
     if prepared.means:
         _correct(prepared, nearest, biases)
     return [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned], biases
@@ -122,7 +133,7 @@ def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, n
 
     Nagel et al. 2019 (arXiv 1906.04721), equation 16.  Changes `results` and `biases`.
     """
-    for layer in find_layers(prepared.model, results.keys()):
+    for layer in find_layers(prepared.graph, results.keys()):
         if layer.x in prepared.means and layer.can_correct:
             result = results[layer.weight]
             w = result.planned.weight.load()
@@ -139,7 +150,7 @@ def write(prepared: Prepared, results: list[Result], biases: Biases) -> tuple[on
     """
     _require_finite(results)
     model, config, integers, target = prepared.model, prepared.config, prepared.integers, prepared.target
-    quantized = {result.planned.weight.name: result.quantized for result in results if result.planned.form is Form.INT8}
+    quantized = {result.planned.weight.name: result.quantized for result in results if result.is_integer}
     for name, values in biases.items():
         set_initializer(model.graph, values, name)
     decodes, converted, left = _decode(results, target, Constants(FreshNames(model)))
@@ -149,7 +160,9 @@ def write(prepared: Prepared, results: list[Result], biases: Biases) -> tuple[on
     if not decodes:
         return prepared.source, report
     replace_weights(model, {weight.name for weight in converted}, decodes)
-    quantize_activations(model, integers.plan, integers.grids, biases_of(model, integers.plan), quantized)
+    if integers.plan.weighted:
+        own_biases = [replace(bias, values=biases.get(bias.node.bias, bias.values)) for bias in integers.biases]
+        quantize_activations(model, integers.plan, integers.grids, own_biases, quantized)
     set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
     return model, report
 
@@ -158,7 +171,7 @@ def copied(prepared: Prepared) -> Prepared:
     """One that may be written while the other stays."""
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
-    return replace(prepared, model=model)
+    return replace(prepared, graph=replace(prepared.graph, proto=model))
 
 
 def _is_narrow(config: QuantConfig) -> bool:
@@ -168,7 +181,7 @@ def _is_narrow(config: QuantConfig) -> bool:
 def _require_finite(results: Sequence[Result]) -> None:
     """A graph planned for integers has no way back."""
     for result in results:
-        if not result.finite and result.planned.form is Form.INT8:
+        if not result.finite and result.is_integer:
             name = result.planned.weight.name
             raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or take --form folded")
 
@@ -188,7 +201,7 @@ def _decode(
         decode = decode_of(group, target, constants)
         own = [by_name.pop(weight.name) for weight in group]
         stored = sum(result.planned.weight.stored_bytes for result in own)
-        if decode.bytes < stored or group[0].form is Form.INT8:
+        if decode.bytes < stored or FORMS[group[0].form].on_integers:
             decodes.append(decode)
             sizes = bytes_of_each(group, decode)
             reports.update((weight.name, result.report(sizes[weight.name])) for weight, result in zip(group, own, strict=True))

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import onnx
 
 from requant_onnx.files.load import Source, load_model
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
-from requant_onnx.graph.readers import Reader, constant_part, find_readers, settled_tensors
+from requant_onnx.graph.readers import WeightReader, constant_part, find_readers, settled_tensors
 from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.runtime.sessions import open_session, run_session
 
@@ -39,7 +40,7 @@ class Pair:
 class _Weight:
     """A weight as its node reads it, decoded."""
 
-    reader: Reader
+    reader: WeightReader
     values: Values
 
     @property
@@ -51,20 +52,21 @@ class _Weight:
         return to_rows(self.values.astype(np.float32), self.reader.channel_axis(self.values.ndim))
 
 
-def find_pairs(reference: Source, candidate: Source) -> list[tuple[Reader, Pair | None]]:
+def find_pairs(reference: Source, candidate: Source) -> list[tuple[WeightReader, Pair | None]]:
     """Every weight of the candidate, with its counterpart in the reference; None where it has none.
 
     The reference counts as it is, and with BatchNormalization folded.  Raises ModelError where a model does not load.
     """
     theirs = load_model(candidate)
     exposed = expose_weights(load_model(reference))
-    known = _weights(exposed, find_readers(exposed))
-    fold_batchnorm(exposed)
-    known += _weights(exposed, find_readers(exposed))
-    readers = find_readers(theirs)
+    view = ModelGraph.of(exposed)
+    known = _weights(exposed, find_readers(view))
+    if fold_batchnorm(view):
+        known += _weights(exposed, find_readers(ModelGraph.of(exposed)))
+    readers = find_readers(ModelGraph.of(theirs))
     decoded = {id(weight.reader): weight for weight in _weights(theirs, readers)}
     names = _Outputs(_made(load_model(reference)), _made(theirs), settled_tensors(theirs))
-    found: list[tuple[Reader, Pair | None]] = []
+    found: list[tuple[WeightReader, Pair | None]] = []
     for reader in readers:
         weight = decoded.get(id(reader))
         own = None if weight is None else _counterpart(weight, known)
@@ -99,7 +101,7 @@ class _Outputs:
     theirs: frozenset[str]
     settled: Mapping[str, str]
 
-    def of(self, own: Reader, other: Reader) -> tuple[str, ...]:
+    def of(self, own: WeightReader, other: WeightReader) -> tuple[str, ...]:
         """(reference, candidate): the same tensor in both."""
         for name in (own.output, other.output):
             if name in self.ours and name in self.theirs:
@@ -116,10 +118,10 @@ def _pair(own: _Weight, weight: _Weight, names: _Outputs) -> Pair:
     return Pair(tuple(own.values.shape), own.rows, weight.rows, half, names.of(own.reader, weight.reader))
 
 
-def _weights(model: onnx.ModelProto, readers: Sequence[Reader]) -> list[_Weight]:
+def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_Weight]:
     """Those whose values can be told."""
     there = {item.name for item in model.graph.initializer} | _made(model)
-    usable = [reader for reader in readers if not reader.bare and there.issuperset((reader.weight, *reader.scale))]
+    usable = [reader for reader in readers if reader.is_known and there.issuperset((reader.weight, *reader.scale))]
     names = list(dict.fromkeys(name for reader in usable for name in (reader.weight, *reader.scale)))
     if not names:
         return []
@@ -128,7 +130,7 @@ def _weights(model: onnx.ModelProto, readers: Sequence[Reader]) -> list[_Weight]
     return list(_decoded(usable, values))
 
 
-def _decoded(readers: Sequence[Reader], values: Mapping[str, Values]) -> Iterator[_Weight]:
+def _decoded(readers: Sequence[WeightReader], values: Mapping[str, Values]) -> Iterator[_Weight]:
     for reader in readers:
         w = values[reader.weight]
         if reader.scale:

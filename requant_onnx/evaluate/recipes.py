@@ -24,6 +24,7 @@ from requant_onnx.convert.report import as_json, sqnr_db
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.evaluate.cache import Cache, key_of
 from requant_onnx.evaluate.jobs import run_all
+from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.progress import Progress
@@ -113,7 +114,7 @@ def compare(
     shards = [(start, images.part(start, start + SHARD)) for start in range(0, len(images), SHARD)]
     work = _Work(executor, cache or Cache(None), len(cases) + len(shards) * (len(cases) + 1), progress)
     wanted = {
-        case: (replace(RECIPES[case[0]](case[1]), form=form), calibration if case[0] == "best" or form is Form.INT8 else None)
+        case: (replace(RECIPES[case[0]](case[1]), form=form), calibration if case[0] == "best" or FORMS[form].on_integers else None)
         for case in cases
     }
     made = work.conversions(model, wanted)

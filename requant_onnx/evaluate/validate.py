@@ -11,6 +11,7 @@ import onnx
 from requant_onnx.convert.report import ValidationReport, sqnr_db
 from requant_onnx.errors import DataError
 from requant_onnx.files.load import ModelLike, Source, load_model, source_of
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.progress import Progress
@@ -110,7 +111,7 @@ def _open(model: Source, role: str) -> Classifier:
 
 
 def _notes(candidate: onnx.ModelProto) -> tuple[str, ...]:
-    rounded = matmuls_with_int8_activations(candidate)
+    rounded = matmuls_with_int8_activations(ModelGraph.of(candidate))
     sentence = (
         f"ONNX Runtime rounds the activations of {', '.join(rounded)} to int8 by default, and the figures include that; "
         "the session option session.qdq_matmulnbits_accuracy_level=1 turns it off"

@@ -16,11 +16,12 @@ import onnx
 from requant_onnx.convert.report import sqnr_db
 from requant_onnx.evaluate.pairing import Pair, find_pairs
 from requant_onnx.files.load import Source, load_model
-from requant_onnx.graph.readers import Reader
+from requant_onnx.graph.readers import WeightReader
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.infer import InferredGrid, infer_grid
-from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges, transform
+from requant_onnx.numerics.kinds import SQUARE_ROOT, GridKind
+from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
@@ -69,7 +70,7 @@ class Anatomy:
 
     sqnr_db: of the decoded weight; output_sqnr_db: of what its node gives, nan where that was not compared.
     alpha: (least, mean, largest) range factor of the channels as they are; scales: (channels,) or (1,).
-    densities: in weight space, and in the space of `exponent`.
+    grid: its kind; densities: in weight space, and in the space of its transform (of the square root for a uniform grid).
     """
 
     name: str
@@ -79,7 +80,7 @@ class Anatomy:
     sqnr_db: float
     output_sqnr_db: float
     bits: int = 32
-    exponent: float = 1.0
+    grid: GridKind | None = None
     scales: FloatArray | None = None
     alpha: tuple[float, float, float] | None = None
     curve: Curve | None = None
@@ -149,7 +150,7 @@ def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return changed
 
 
-def _anatomy(reader: Reader, pair: Pair, output: float) -> Anatomy:
+def _anatomy(reader: WeightReader, pair: Pair, output: float) -> Anatomy:
     w, w_hat = pair.w.astype(np.float64), pair.w_hat.astype(np.float64)
     if w.shape != w_hat.shape:
         return Anatomy(reader.weight, reader.op, pair.shape, "changed", math.nan, output)
@@ -169,11 +170,11 @@ def _on_grid(plain: Anatomy, w: Rows, w_hat: Rows, grid: InferredGrid) -> Anatom
     rows, scale, table = np.sort(w[chosen], axis=1), grid.scale[chosen], grid.table
     ranges = _ranges(rows, grid)
     step = np.where(ranges.step > 0.0, ranges.step, 1.0)
-    alpha = (scale * table.unit) ** table.exponent / step
+    alpha = table.kind.transformed_scale(scale * table.unit) / step
     return Anatomy(
         plain.name, plain.op, plain.shape, "grid", plain.sqnr_db, plain.output_sqnr_db,
         bits=table.bits,
-        exponent=table.exponent,
+        grid=table.kind,
         scales=grid.scale,
         alpha=(float(alpha.min()), float(alpha.mean()), float(alpha.max())),
         curve=_curve(rows, ranges, grid),
@@ -191,7 +192,7 @@ def _sample(w: Rows, scale: FloatArray) -> npt.NDArray[np.int64]:
 def _ranges(rows: Rows, grid: InferredGrid) -> RowRanges:
     low, high = rows[:, 0].astype(np.float64), rows[:, -1].astype(np.float64)
     make = row_ranges if grid.table.limit is None else symmetric_ranges
-    return make(low, high, grid.table.bits, grid.table.exponent)
+    return make(low, high, grid.table.bits, grid.table.kind)
 
 
 def _curve(rows: Rows, ranges: RowRanges, grid: InferredGrid) -> Curve:
@@ -218,14 +219,19 @@ def _row(ranges: RowRanges, k: int) -> RowRanges:
     return RowRanges(ranges.step[k : k + 1], ranges.zero_point[k : k + 1])
 
 
+def shown_transform(kind: GridKind) -> GridKind:
+    """The transform in whose space a weight is shown beside weight space."""
+    return SQUARE_ROOT if kind.is_uniform else kind
+
+
 def _densities(rows: Rows, w_hat: Rows, scale: FloatArray, grid: InferredGrid) -> tuple[Density, Density]:
-    """Of the weights, and of the same transformed: by the exponent of the grid, or by the square root where that is 1."""
-    exponent = grid.table.exponent if grid.table.exponent != 1.0 else 0.5
+    """Of the weights, and of the same transformed: as the grid has it, or by the square root for a uniform grid."""
+    kind = shown_transform(grid.table.kind)
     ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit
     known = np.unique(grid.table.integers)
     taken = np.searchsorted((known[1:] + known[:-1]) / 2, np.unique(w_hat / scale[:, None]))
     reached = known[np.unique(taken)] / grid.table.unit
-    spaces = [(ratios, reached), (transform(ratios, exponent), transform(reached, exponent))]
+    spaces = [(ratios, reached), (kind.transform(ratios), kind.transform(reached))]
     made = []
     for values, levels in spaces:
         counts, edges = np.histogram(values, BINS)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
 
 FloatArray = npt.NDArray[np.float64]
 Function = Callable[[FloatArray], FloatArray]
@@ -33,10 +32,10 @@ class _Normal:
     var: FloatArray | None
 
 
-def channel_means(model: onnx.ModelProto) -> dict[str, FloatArray]:
+def channel_means(model: ModelGraph) -> dict[str, FloatArray]:
     """(channels,) of each tensor of which it is known.  The model has its BatchNormalization nodes still."""
     known: dict[str, _Normal] = {}
-    for node in import_graph(model).nodes:
+    for node in model.nodes:
         found = _of(node, known) if is_standard(node) and node.outputs else None
         if found is not None:
             known[node.outputs[0].name] = found
@@ -44,21 +43,19 @@ def channel_means(model: onnx.ModelProto) -> dict[str, FloatArray]:
 
 
 def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
+    """What the output of a node has, by what its inputs have."""
     if node.op == "BatchNormalization":
-        roots = [find_root(tensor) for tensor in node.inputs[1:3]]
-        gamma, beta = (None if root is None else root.load().astype(np.float64) for root in roots)
-        usable = None if gamma is None or beta is None or beta.ndim != 1 or gamma.shape != beta.shape else (beta, gamma**2)
-        return None if usable is None else _Normal(*usable)
+        return _normalized(node)
     operands = [known.get(tensor.name) for tensor in node.inputs]
-    if node.op in ("Add", "Concat"):
-        own = [item for item in operands if item is not None]
-        return _joined(node, own) if len(own) == len(operands) else None
+    if node.op in JOINS:
+        terms = [item for item in operands if item is not None]
+        return JOINS[node.op](node, terms) if len(terms) == len(operands) else None
     first = operands[0] if operands else None
     if first is None or node.op in KEPT:
         return first
     if node.op in AVERAGED:
         return _Normal(first.mean, None)
-    function = _function(node)
+    function = FUNCTIONS[node.op](node) if node.op in FUNCTIONS else None
     if function is None or first.var is None:
         return None
     values = function(first.mean[:, None] + np.sqrt(first.var)[:, None] * POINTS)
@@ -66,32 +63,57 @@ def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
     return _Normal(mean, np.maximum(values**2 @ DENSITY - mean**2, 0.0))
 
 
-def _joined(node: gs.Node, own: list[_Normal]) -> _Normal | None:
-    """Of a sum, as if its terms were independent, or side by side."""
-    variances = [item.var for item in own if item.var is not None]
-    complete = len(variances) == len(own)
-    if node.op == "Concat":
-        both = np.concatenate([item.mean for item in own])
-        return _Normal(both, np.concatenate(variances) if complete else None) if node.attrs.get("axis") == 1 else None
-    if len({item.mean.shape for item in own}) != 1:
+def _normalized(node: gs.Node) -> _Normal | None:
+    """Of a BatchNormalization: mean beta, variance gamma**2."""
+    roots = [find_root(tensor) for tensor in node.inputs[1:3]]
+    gamma, beta = (None if root is None else root.load().astype(np.float64) for root in roots)
+    if gamma is None or beta is None or beta.ndim != 1 or gamma.shape != beta.shape:
         return None
-    return _Normal(np.sum([item.mean for item in own], axis=0), np.sum(variances, axis=0) if complete else None)
+    return _Normal(beta, gamma**2)
 
 
-def _function(node: gs.Node) -> Function | None:
-    if node.op == "Relu":
-        return lambda x: np.maximum(x, 0.0)
-    if node.op == "LeakyRelu":
-        slope = float(node.attrs.get("alpha", 0.01))
-        return lambda x: np.where(x < 0.0, slope * x, x)
-    if node.op == "Sigmoid":
-        return lambda x: 1 / (1 + np.exp(-x))
-    if node.op == "HardSwish":
-        return lambda x: x * np.clip(x / 6 + 0.5, 0.0, 1.0)
-    if node.op == "Clip":
-        bounds = _bounds(node)
-        return None if bounds is None else lambda x: np.clip(x, *bounds)
-    return None
+def _variances(terms: list[_Normal]) -> list[FloatArray] | None:
+    """Of all terms; None where one is not known."""
+    known = [item.var for item in terms if item.var is not None]
+    return known if len(known) == len(terms) else None
+
+
+def _side_by_side(node: gs.Node, terms: list[_Normal]) -> _Normal | None:
+    variances = _variances(terms)
+    if node.attrs.get("axis") != 1:
+        return None
+    return _Normal(np.concatenate([item.mean for item in terms]), None if variances is None else np.concatenate(variances))
+
+
+def _sum(node: gs.Node, terms: list[_Normal]) -> _Normal | None:  # noqa: ARG001
+    """As if the terms were independent."""
+    variances = _variances(terms)
+    if len({item.mean.shape for item in terms}) != 1:
+        return None
+    return _Normal(np.sum([item.mean for item in terms], axis=0), None if variances is None else np.sum(variances, axis=0))
+
+
+JOINS: dict[str, Callable[[gs.Node, list[_Normal]], _Normal | None]] = {"Add": _sum, "Concat": _side_by_side}
+
+
+def _leaky_relu(node: gs.Node) -> Function:
+    slope = float(node.attrs.get("alpha", 0.01))
+    return lambda x: np.where(x < 0.0, slope * x, x)
+
+
+def _clip(node: gs.Node) -> Function | None:
+    bounds = _bounds(node)
+    return None if bounds is None else lambda x: np.clip(x, *bounds)
+
+
+FUNCTIONS: dict[str, Callable[[gs.Node], Function | None]] = {
+    "Relu": lambda _: lambda x: np.maximum(x, 0.0),
+    "LeakyRelu": _leaky_relu,
+    "Sigmoid": lambda _: lambda x: 1 / (1 + np.exp(-x)),
+    "HardSwish": lambda _: lambda x: x * np.clip(x / 6 + 0.5, 0.0, 1.0),
+    "Clip": _clip,
+}
+"""Operator -> what it does to each value; None where that is not constant."""
 
 
 def _bounds(node: gs.Node) -> tuple[float, float] | None:

@@ -4,7 +4,10 @@ and through nodes that only give it another shape."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from requant_onnx.errors import ModelError
 from requant_onnx.files.external import values_of
+from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.reshapes import RESHAPING, Reshaped, reshaped
 from requant_onnx.text import first_line
 
@@ -24,21 +28,71 @@ G_LOGGER.severity = G_LOGGER.CRITICAL  # graphsurgeon prints its warnings to sta
 
 
 @dataclass(frozen=True)
+class ModelGraph:
+    """A model and its graph to navigate, imported once.  It tells of the model as it was then: a rewrite makes it stale."""
+
+    proto: onnx.ModelProto
+    graph: gs.Graph
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> ModelGraph:
+        """Import.  Raises ModelError when the graph cannot be followed."""
+        try:
+            return cls(model, gs.import_onnx(model))
+        except Exception as error:  # graphsurgeon raises many types, its own and others'
+            raise ModelError(f"the graph '{model.graph.name}' cannot be followed ({first_line(error)}); export it again") from None
+
+    @property
+    def nodes(self) -> list[gs.Node]:
+        """Those of the main graph, in its order."""
+        return list(self.graph.nodes)
+
+    @cached_property
+    def bodies(self) -> list[gs.Graph]:
+        """The bodies of If, Loop and Scan, at every depth."""
+        return [body for node in self.graph.nodes for body in node.subgraphs(recursive=True)]
+
+    @cached_property
+    def read_counts(self) -> Counter[str]:
+        """How often each tensor is read, as an output of the model too."""
+        return Counter(reads_in(self.proto.graph))
+
+
+@dataclass(frozen=True)
 class Root:
     """Where the values of a constant tensor are stored.
 
     name: the tensor that holds them.  in_node: they sit in a Constant node, else in an initializer.
     tensor: the values.  dtype: their ONNX type (onnx.TensorProto.DataType), UNDEFINED where NumPy has none.
-    edge_dtype: ONNX type after the Casts on the way.  casts: how many these are.  reshapes: of the way, from the reader on.
+    edge: the tensor that is read.  chain: the nodes between the two, from the reader on.
     """
 
     name: str
     in_node: bool
     tensor: gs.Constant
     dtype: int
-    edge_dtype: int
-    casts: int
-    reshapes: tuple[gs.Node, ...] = ()
+    edge: gs.Tensor
+    chain: tuple[gs.Node, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored values."""
+        return tuple(int(n) for n in self.tensor.shape)
+
+    @property
+    def casts(self) -> list[gs.Node]:
+        """The Casts on the way, from the reader on."""
+        return [node for node in self.chain if node.op == "Cast"]
+
+    @property
+    def edge_dtype(self) -> int:
+        """The ONNX type that the reader sees."""
+        return cast_target(self.casts[0]) if self.casts else self.dtype
+
+    @property
+    def stored_edge(self) -> gs.Tensor:
+        """The tensor that holds the values, as the first node behind it reads it."""
+        return self.chain[-1].inputs[0] if self.chain else self.edge
 
     def load(self) -> npt.NDArray[np.generic]:
         """The stored values.  Raises ModelError when they do not fit the shape."""
@@ -71,52 +125,71 @@ def is_standard_proto(node: onnx.NodeProto) -> bool:
     return node.domain in ("", "ai.onnx")
 
 
-def import_graph(model: onnx.ModelProto) -> gs.Graph:
-    """The model as a graph to navigate.  Raises ModelError when it cannot be followed."""
-    try:
-        return gs.import_onnx(model)
-    except Exception as error:  # graphsurgeon raises many types, its own and others'
-        raise ModelError(f"the graph '{model.graph.name}' cannot be followed ({first_line(error)}); export it again") from None
+def value_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor of a Constant node; None for any other node, and for a Constant whose value is no tensor."""
+    if node.op_type != "Constant" or not is_standard_proto(node) or not node.output:
+        return None
+    return next((item.t for item in node.attribute if item.name == "value" and item.HasField("t")), None)
 
 
 def find_root(tensor: gs.Tensor) -> Root | None:
     """The constant behind a tensor, or None when it is computed."""
-    edge_dtype, casts = None, 0
-    while True:
-        if isinstance(tensor, gs.Constant):
-            return _root(tensor.name, False, tensor, edge_dtype, casts)
-        if not tensor.inputs:
-            return None
-        producer = tensor.inputs[0]
-        if producer.op == "Constant" and isinstance(producer.attrs.get("value"), gs.Constant):
-            return _root(tensor.name, True, producer.attrs["value"], edge_dtype, casts)
-        if producer.op not in PASS_THROUGH or not is_standard(producer):
-            return None
-        if producer.op == "Cast":
-            if _cast_target(producer) not in FLOATS:  # a cast to integers changes the values
-                return None
-            edge_dtype, casts = edge_dtype or _cast_target(producer), casts + 1
-        tensor = producer.inputs[0]
+    return _walk_back(tensor, PASS_THROUGH)
 
 
 def find_stored(tensor: gs.Tensor) -> Root | None:
     """As find_root, but also through nodes that only give the constant another shape."""
-    reshapes: list[gs.Node] = []
-    edge_dtype, casts = None, 0
+    return _walk_back(tensor, (*PASS_THROUGH, *RESHAPING))
+
+
+def _walk_back(edge: gs.Tensor, through: Collection[str]) -> Root | None:
+    """The constant behind nodes of these operators, none of which is a Cast to integers: that changes the values."""
+    tensor = edge
+    chain: list[gs.Node] = []
     while True:
-        root = find_root(tensor)
-        if root is not None:
-            return replace(root, edge_dtype=edge_dtype or root.edge_dtype, casts=casts + root.casts, reshapes=tuple(reshapes))
-        producer = tensor.inputs[0] if tensor.inputs else None
-        if producer is None or producer.op not in (*PASS_THROUGH, *RESHAPING) or not is_standard(producer):
+        if isinstance(tensor, gs.Constant):
+            return Root(tensor.name, False, tensor, _dtype_of(tensor), edge, tuple(chain))
+        if not tensor.inputs:
             return None
-        if producer.op in RESHAPING:
-            reshapes.append(producer)
-        elif producer.op == "Cast":
-            if _cast_target(producer) not in FLOATS:
-                return None
-            edge_dtype, casts = edge_dtype or _cast_target(producer), casts + 1
+        producer = tensor.inputs[0]
+        value = producer.attrs.get("value")
+        if producer.op == "Constant" and isinstance(value, gs.Constant):
+            return Root(tensor.name, True, value, _dtype_of(value), edge, tuple(chain))
+        if producer.op not in through or not is_standard(producer):
+            return None
+        if producer.op == "Cast" and cast_target(producer) not in FLOATS:
+            return None
+        chain.append(producer)
         tensor = producer.inputs[0]
+
+
+def ancestors(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
+    """The tensor and all that it is computed from, each once."""
+    waiting, seen = [tensor], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting.extend(behind for node in each.inputs for behind in node.inputs)
+
+
+def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
+    """The constants that the tensor is computed from; None where it is computed from others too."""
+    constants: list[gs.Constant] = []
+    for each in ancestors(tensor):
+        if isinstance(each, gs.Constant):
+            constants.append(each)
+        elif not each.inputs or any(each.inputs[0].subgraphs()):  # bodies read what they like
+            return None
+        else:
+            constants += [value for value in each.inputs[0].attrs.values() if isinstance(value, gs.Constant)]
+    return constants
+
+
+def from_constants(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is computed from constants only: a weight that is decoded in the graph."""
+    return constants_behind(tensor) is not None
 
 
 def seen_shape(root: Root) -> tuple[int, ...] | None:
@@ -142,8 +215,8 @@ def stored_axis(root: Root, axis: int) -> int | None:
 
 def _steps(root: Root) -> list[Reshaped] | None:
     """What the stored tensor becomes on its way to the reader, itself first."""
-    steps = [Reshaped(tuple(int(n) for n in root.tensor.shape))]
-    for node in reversed(root.reshapes):
+    steps = [Reshaped(root.shape)]
+    for node in reversed([node for node in root.chain if node.op in RESHAPING]):
         operand = find_root(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else None
         step = reshaped(node.op, steps[-1].shape, node.attrs, None if operand is None else operand.load())
         if step is None:
@@ -152,16 +225,17 @@ def _steps(root: Root) -> list[Reshaped] | None:
     return steps
 
 
-def _cast_target(node: gs.Node) -> int:
+def cast_target(node: gs.Node) -> int:
+    """The ONNX type that a Cast gives."""
     to = node.attrs["to"]
     return int(to) if isinstance(to, int) else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(to)))
 
 
-def _root(name: str, in_node: bool, tensor: gs.Constant, edge_dtype: int | None, casts: int) -> Root | None:
+def _dtype_of(tensor: gs.Constant) -> int:
+    """The ONNX type; UNDEFINED where NumPy has none that ONNX knows."""
     if isinstance(tensor.dtype, int):  # one that NumPy lacks: bfloat16, float8, ...
-        return Root(name, in_node, tensor, int(tensor.dtype), edge_dtype or int(tensor.dtype), casts)
+        return int(tensor.dtype)
     try:
-        dtype = int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+        return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
     except (KeyError, TypeError, ValueError):
-        dtype = int(onnx.TensorProto.UNDEFINED)
-    return Root(name, in_node, tensor, dtype, edge_dtype or dtype, casts)
+        return int(onnx.TensorProto.UNDEFINED)

@@ -1,70 +1,34 @@
-"""Which operand of an operator is its weight, and where the operator lies in the network."""
+"""Which operand of a node is its weight, and where the node lies in the network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.constants import ModelGraph, find_root, from_constants, is_standard
+from requant_onnx.graph.operators import OPERATORS, Operator
 
-CONVERTIBLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+def operator_of(node: gs.Node) -> Operator | None:
+    """The row of a node's operator; None where its weights are not converted."""
+    return OPERATORS.get(node.op) if is_standard(node) else None
 
 
 def weight_operand(node: gs.Node) -> int | None:
-    """The index of the input that is the weight; None for a product of two computed tensors."""
-    if node.op != "MatMul":
-        return 1
-    return next((k for k in (1, 0) if find_root(node.inputs[k]) is not None or from_constants(node.inputs[k])), None)
-
-
-def fits(node: gs.Node, shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape, as the node reads it, and the node's attributes can be true together."""
-    if node.op not in ("Conv", "ConvTranspose"):
-        return node.op != "Gemm" or len(shape) == 2
-    kernel, group = tuple(shape[2:]), node.attrs.get("group", 1)
-    steps = [node.attrs.get(name, (1,) * len(kernel)) for name in ("strides", "dilations")]
-    pads = node.attrs.get("pads", (0,) * 2 * len(kernel))
-    return (
-        len(kernel) >= 1
-        and group >= 1
-        and shape[0] % group == 0
-        and tuple(node.attrs.get("kernel_shape", kernel)) == kernel
-        and all(len(values) == len(kernel) and min(values) >= 1 for values in steps)
-        and len(pads) == 2 * len(kernel)
-    )
-
-
-def from_constants(tensor: gs.Tensor) -> bool:
-    """Whether the tensor is computed from constants only: a weight that is decoded in the graph."""
-    return constants_behind(tensor) is not None
-
-
-def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
-    """The constants that the tensor is computed from; None where it is computed from others too."""
-    found: list[gs.Constant] = []
-    behind, seen = [tensor], set()
-    while behind:
-        each = behind.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, gs.Constant):
-            found.append(each)
-        elif not each.inputs or any(each.inputs[0].subgraphs()):  # bodies read what they like
-            return None
-        else:
-            found += [value for value in each.inputs[0].attrs.values() if isinstance(value, gs.Constant)]
-            behind.extend(each.inputs[0].inputs)
-    return found
+    """The index of the input that is the weight; None for another operator, and for a product of two computed tensors."""
+    operator = operator_of(node)
+    if operator is None:
+        return None
+    if len(operator.weights) == 1:
+        return operator.weights[0]
+    constant = (k for k in operator.weights if find_root(node.inputs[k]) is not None or from_constants(node.inputs[k]))
+    return next(constant, None)
 
 
 def edge_nodes(graph: gs.Graph) -> set[int]:
     """ids of the nodes with a weight that have no other one before them, or none behind them."""
-    weighted = {
-        id(node) for node in graph.nodes if node.op in CONVERTIBLE and is_standard(node) and weight_operand(node) is not None
-    }
+    weighted = {id(node) for node in graph.nodes if weight_operand(node) is not None}
     behind: set[int] = set()  # tensors computed from the output of a weighted node
     first = set()
     for node in graph.nodes:
@@ -92,11 +56,11 @@ def reads_of(node: gs.Node) -> Iterator[gs.Tensor]:
             yield from inner.inputs
 
 
-def matmuls_with_int8_activations(model: onnx.ModelProto) -> tuple[str, ...]:
+def matmuls_with_int8_activations(model: ModelGraph) -> tuple[str, ...]:
     """Weights that ONNX Runtime 1.26 and later multiplies with activations rounded to int8 (MatMulNBits, accuracy level 4).
 
-    These are codes straight behind DequantizeLinear in the layout of MatMul: (ic, oc).
+    These are codes straight behind DequantizeLinear in a layout that MatMulNBits reads.
     """
-    matmuls = (n for n in import_graph(model).nodes if n.op == "MatMul" or (n.op == "Gemm" and not n.attrs.get("transB", 0)))
-    decoded = [node.inputs[1] for node in matmuls if node.inputs[1].inputs and node.inputs[1].inputs[0].op == "DequantizeLinear"]
+    weights = [node.inputs[1] for node in model.nodes if node.op in OPERATORS and OPERATORS[node.op].reads_blocks(node.attrs)]
+    decoded = [tensor for tensor in weights if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear"]
     return tuple(tensor.name for tensor in decoded if find_root(tensor.inputs[0].inputs[0]) is not None)

@@ -8,65 +8,58 @@ from dataclasses import dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import import_graph, is_standard
-from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
-from requant_onnx.graph.weights import channel_axis
-
-DECODING = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul", "QGemm": "Gemm"}
-"""Integer kernel whose inputs 3 to 5 are weight, scale and zero point -> the operator that it stands for."""
-BARE = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits")
-"""Integer kernels whose input 1 is a weight that is decoded elsewhere, or packed."""
+from requant_onnx.graph.constants import ModelGraph, from_constants
+from requant_onnx.graph.operands import weight_operand
+from requant_onnx.graph.operators import KERNELS, OPERATORS
 
 
 @dataclass(frozen=True)
-class Reader:
+class WeightReader:
     """A node with a constant weight.
 
-    weight: name of the tensor that it reads, behind all decoding.  output: name of the float that it gives, "" in a body.
-    scale: names of scale and zero point where the node itself decodes.  bare: the weight's values cannot be told.
+    op: the float operator, or an integer kernel that does not tell the weight's values.  operand: which input the weight is.
+    output: name of the float that it gives, "" in a body.  scale: names of scale and zero point where the node itself decodes.
     """
 
     op: str
-    weight: str
-    output: str
     node: gs.Node
+    operand: int
+    output: str = ""
     scale: tuple[str, ...] = ()
-    bare: bool = False
 
     @property
-    def operand(self) -> int:
-        """Which input of the node the weight is."""
-        if self.scale:
-            return 3
-        return 1 if self.bare else weight_operand(self.node) or 0
+    def weight(self) -> str:
+        """Name of the tensor that it reads, behind all decoding."""
+        return self.node.inputs[self.operand].name
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the values of the weight can be told."""
+        return self.op in OPERATORS
 
     def channel_axis(self, rank: int) -> int:
         """The dimension of the output channel, of a weight with so many dimensions."""
-        if self.scale:
-            by_row = self.op == "Conv" or (self.op == "Gemm" and self.node.attrs.get("transB", 0))
-            return 0 if by_row else rank - 1
-        return channel_axis(self.node, self.operand, rank)
+        return OPERATORS[self.op].channel_axis(self.node.attrs, 1 if self.scale else self.operand, rank)
 
 
-def find_readers(model: onnx.ModelProto) -> list[Reader]:
+def find_readers(model: ModelGraph) -> list[WeightReader]:
     """In graph order; those in bodies of If, Loop and Scan behind all others."""
-    nodes = list(import_graph(model).nodes)
-    inner = [each for node in nodes for body in node.subgraphs(recursive=True) for each in body.nodes]
-    found = [_reader(node, node.outputs[0].name if node.outputs else "") for node in nodes]
-    return [reader for reader in (*found, *(_reader(node, "") for node in inner)) if reader is not None]
+    inner = [node for body in model.bodies for node in body.nodes]
+    readers = [_reader(node, node.outputs[0].name if node.outputs else "") for node in model.nodes]
+    return [reader for reader in (*readers, *(_reader(node, "") for node in inner)) if reader is not None]
 
 
-def _reader(node: gs.Node, output: str) -> Reader | None:
-    if node.op in CONVERTIBLE and is_standard(node):
-        operand = weight_operand(node)
-        if operand is not None and from_constants(node.inputs[operand]):
-            return Reader(node.op, node.inputs[operand].name, output, node)
-    elif node.op in DECODING and all(from_constants(tensor) for tensor in node.inputs[3:6]):
-        weight, *scale = (tensor.name for tensor in node.inputs[3:6])
-        return Reader(DECODING[node.op], weight, "", node, tuple(scale))
-    elif node.op in BARE and from_constants(node.inputs[1]):
-        return Reader(node.op, node.inputs[1].name, "", node, bare=True)
-    return None
+def _reader(node: gs.Node, output: str) -> WeightReader | None:
+    operand, kernel = weight_operand(node), KERNELS.get(node.op)
+    if operand is not None and from_constants(node.inputs[operand]):
+        return WeightReader(node.op, node, operand, output)
+    if kernel is None or not from_constants(node.inputs[kernel.weight]):
+        return None
+    if kernel.parameters is None:
+        return WeightReader(node.op, node, kernel.weight)
+    parameters = [node.inputs[k] for k in kernel.parameters]
+    known = all(from_constants(tensor) for tensor in parameters)
+    return WeightReader(kernel.operator, node, kernel.weight, "", tuple(tensor.name for tensor in parameters)) if known else None
 
 
 def constant_part(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
@@ -87,7 +80,7 @@ def constant_part(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelP
 
 
 def settled_tensors(model: onnx.ModelProto) -> dict[str, str]:
-    """Tensor that is only rounded to integers -> what becomes of it behind DequantizeLinear.
+    """A tensor that is only rounded to integers -> what becomes of it behind DequantizeLinear.
 
     Its own values are not those of the model: a Relu in front may have been left to the rounding.
     """

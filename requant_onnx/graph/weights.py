@@ -1,15 +1,12 @@
 """Find the weights of a graph: which can be converted, and for the others the reason why not.
 
-The channel axis is that of the output channel in the stored layout (https://onnx.ai/onnx/operators/):
-
-    Conv          (oc, ic/group, kh, kw)   0        Gemm transB=1  (oc, ic)    0        MatMul  x @ w  (..., ic, oc)  last
-    ConvTranspose (ic, oc/group, kh, kw)   1        Gemm transB=0  (ic, oc)    1                w @ x  (..., oc, ic)  last but one
+The channel axis is that of the output channel in the stored layout (operators.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,18 +17,18 @@ import onnx_graphsurgeon as gs
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import (
     FLOATS,
+    ModelGraph,
     Root,
+    cast_target,
+    constants_behind,
     find_stored,
-    import_graph,
-    is_standard,
+    from_constants,
     load_values,
     seen_shape,
     stored_axis,
 )
-from requant_onnx.graph.operands import CONVERTIBLE, constants_behind, edge_nodes, fits, from_constants, weight_operand
-
-RECURRENT = ("LSTM", "GRU", "RNN")
-QUANTIZED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits")
+from requant_onnx.graph.operands import edge_nodes, operator_of, weight_operand
+from requant_onnx.graph.operators import KERNELS, NOT_CONVERTED, OPERATORS
 
 
 @dataclass(frozen=True)
@@ -39,15 +36,14 @@ class Weight:
     """A weight that can be converted.
 
     name: the tensor that holds the values, whose name the decoded weight takes over.  op: the operator that reads it.
-    in_node: the values sit in a Constant node.  channel_axis: see above.  emit: ONNX type that its readers expect.
-    channel_axis is None where the readers see no axis of the stored tensor as output channels.
+    emit: ONNX type that its readers expect.
+    channel_axis: see above; None where the readers see no axis of the stored tensor as output channels.
     is_edge: no other weight lies before it, or none behind it (the first and last layers).
     """
 
     name: str
     op: str
     shape: tuple[int, ...]
-    in_node: bool
     channel_axis: int | None
     emit: int
     is_edge: bool
@@ -82,41 +78,56 @@ class View:
     left_alone: tuple[LeftAlone, ...]
 
 
-def find_weights(model: onnx.ModelProto) -> View:
-    """Look at every node that has a weight.  Raises ModelError when the graph cannot be followed, or a shape cannot be right."""
-    graph = import_graph(model)
-    bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
-    edges = edge_nodes(graph) or {edge for body in bodies for edge in edge_nodes(body)}
-    interface = _Interface.of(model)
+def find_weights(model: ModelGraph) -> View:
+    """Look at every node that has a weight.  Raises ModelError when a shape cannot be right."""
+    graphs = (model.graph, *model.bodies)
+    edges = edge_nodes(model.graph) or {edge for body in model.bodies for edge in edge_nodes(body)}
+    interface = _Interface.of(model.proto)
     weights: dict[str, Weight] = {}
-    left: dict[tuple[str, str], LeftAlone] = {}
-    for node in (node for each in (graph, *bodies) for node in each.nodes):
-        for found in _look_at(node, interface, id(node) in edges):
-            if isinstance(found, LeftAlone):
-                left.setdefault((found.name, found.op), found)
-            elif found.name not in weights or found.is_edge:  # shared: the first reader decides, any edge makes an edge
-                weights[found.name] = replace(weights.get(found.name, found), is_edge=found.is_edge)
+    skipped: dict[tuple[str, str], tuple[LeftAlone, gs.Tensor | None]] = {}
+    for node in (node for graph in graphs for node in graph.nodes):
+        for item, tensor in _look_at(node, interface, id(node) in edges):
+            if isinstance(item, LeftAlone):
+                skipped.setdefault((item.name, item.op), (item, tensor))
+            elif item.name not in weights or item.is_edge:  # shared: the first reader decides, any edge makes an edge
+                weights[item.name] = replace(weights.get(item.name, item), is_edge=item.is_edge)
+    left = [*_with_bytes(skipped.values()), *_in_functions(model.proto)]
+    return View(tuple(weights.values()), tuple(item for item in left if item.name not in weights))
+
+
+def _with_bytes(skipped: Iterable[tuple[LeftAlone, gs.Tensor | None]]) -> Iterator[LeftAlone]:
+    """Those left alone with the bytes of the constants that they come from; a constant behind several counts at the first."""
+    counted: set[int] = set()
+    for item, tensor in skipped:
+        constants = [] if tensor is None else constants_behind(tensor) or []
+        new = [each for each in constants if id(each) not in counted]
+        counted.update(id(each) for each in new)
+        yield replace(item, bytes=sum(_bytes(each) for each in new))
+
+
+def _in_functions(model: onnx.ModelProto) -> Iterator[LeftAlone]:
+    """The nodes with weights in functions that were not inlined."""
+    seen: set[tuple[str, str]] = set()
     for function in model.functions:
-        for inner in (inner for inner in function.node if inner.op_type in CONVERTIBLE):
-            reason = f"is used inside the function '{function.name}', whose opset is not that of the model"
-            left.setdefault(
-                (inner.name or function.name, inner.op_type), LeftAlone(inner.name or function.name, inner.op_type, (), reason)
-            )
-    return View(tuple(weights.values()), tuple(item for item in left.values() if item.name not in weights))
+        reason = f"is used inside the function '{function.name}', whose opset is not that of the model"
+        for node in function.node:
+            key = (node.name or function.name, node.op_type)
+            if node.op_type in OPERATORS and key not in seen:
+                seen.add(key)
+                yield LeftAlone(*key, (), reason)
 
 
 @dataclass(frozen=True)
 class _Interface:
     """Names that callers of the model know.  overridable: initializers that a caller may replace (IR 4 and later).
 
-    stored: the constants of the main graph, which alone can be replaced.  counted: constants whose bytes were told already.
+    stored: the constants of the main graph, which alone can be replaced.
     """
 
     outputs: frozenset[str]
     overridable: frozenset[str]
     sparse: frozenset[str]
     stored: frozenset[str]
-    counted: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> _Interface:
@@ -126,28 +137,21 @@ class _Interface:
         stored = frozenset(item.name for item in model.graph.initializer) | frozenset(nodes) | sparse
         return cls(frozenset(item.name for item in model.graph.output), inputs, sparse, stored)
 
-    def bytes_behind(self, tensor: gs.Tensor) -> int:
-        """What the constants take that a tensor is computed from, 0 if from others too.  Each constant counts once."""
-        found = [each for each in constants_behind(tensor) or () if id(each) not in self.counted]
-        self.counted.update(id(each) for each in found)
-        return sum(_bytes(each) for each in found)
 
-
-def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
-    if is_standard(node) and node.op in CONVERTIBLE:
+def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | LeftAlone, gs.Tensor | None]]:
+    """The weights of a node, or why they stay, each with the tensor that the node reads; None for one of an integer kernel."""
+    if operator_of(node) is not None:
         yield from _weight_of(node, interface, is_edge)
-    elif node.op in RECURRENT:
-        yield from (
-            LeftAlone(t.name, node.op, _shape(t), f"{node.op} weights are not converted", interface.bytes_behind(t))
-            for t in node.inputs[1:3]
-        )
-    elif node.op in QUANTIZED:
-        operand = node.inputs[3] if node.op.startswith("QLinear") else node.inputs[1]
-        yield LeftAlone(operand.name, node.op, _shape(operand), f"is already quantized ({node.op})")
+    elif node.op in NOT_CONVERTED:
+        for tensor in (node.inputs[k] for k in NOT_CONVERTED[node.op] if k < len(node.inputs)):
+            yield LeftAlone(tensor.name, node.op, _shape(tensor), f"{node.op} weights are not converted"), tensor
+    elif node.op in KERNELS:
+        tensor = node.inputs[KERNELS[node.op].weight]
+        yield LeftAlone(tensor.name, node.op, _shape(tensor), f"is already quantized ({node.op})"), None
 
 
-def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[Weight | LeftAlone]:
-    operand = weight_operand(node)
+def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | LeftAlone, gs.Tensor]]:
+    operator, operand = OPERATORS[node.op], weight_operand(node)
     if operand is None:
         return
     tensor = node.inputs[operand]
@@ -155,29 +159,28 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
     if root is None:
         reason = _why_computed(tensor)
         if reason is not None:
-            yield LeftAlone(tensor.name, node.op, _shape(tensor), reason, interface.bytes_behind(tensor))
+            yield LeftAlone(tensor.name, node.op, _shape(tensor), reason), tensor
         return
-    shape = tuple(int(n) for n in root.tensor.shape)
     seen = seen_shape(root)
-    if seen is not None and not fits(node, seen):
+    if seen is not None and not operator.fits(node.attrs, seen):
         raise ModelError(
             f"the weight '{root.name}' of {node.op} '{node.name}' has a shape that does not fit its node; export the model again"
         )
-    reason = _refusal(root, shape, interface)
+    reason = _refusal(root, interface)
     if reason is not None:
-        yield LeftAlone(root.name, node.op, shape, reason, interface.bytes_behind(tensor))
+        yield LeftAlone(root.name, node.op, root.shape, reason), tensor
         return
-    yield Weight(
+    weight = Weight(
         name=root.name,
         op=node.op,
-        shape=shape,
-        in_node=root.in_node,
+        shape=root.shape,
         channel_axis=_stored_channel_axis(node, operand, root),
-        emit=_emitted_type(root, node.inputs[operand]),
+        emit=_emitted_type(root),
         is_edge=is_edge,
         stored_bytes=_bytes(root.tensor),
         tensor=root.tensor,
     )
+    yield weight, tensor
 
 
 def _why_computed(tensor: gs.Tensor) -> str | None:
@@ -192,7 +195,7 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
     return f"is computed by {producer.op} '{producer.name}', not a constant"
 
 
-def _refusal(root: Root, shape: tuple[int, ...], interface: _Interface) -> str | None:
+def _refusal(root: Root, interface: _Interface) -> str | None:
     if root.dtype not in FLOATS or root.edge_dtype not in FLOATS:
         name = onnx.TensorProto.DataType.Name(root.dtype) if root.dtype else "other than these"
         return f"has type {name}, and only FLOAT, FLOAT16 and BFLOAT16 are converted"
@@ -204,7 +207,7 @@ def _refusal(root: Root, shape: tuple[int, ...], interface: _Interface) -> str |
         return "is an output of the model, so its values are part of the interface"
     if root.name in interface.overridable:
         return "is also an input of the model, so a caller may replace it"
-    return _unfit_shape(shape)
+    return _unfit_shape(root.shape)
 
 
 def _unfit_shape(shape: tuple[int, ...]) -> str | None:
@@ -215,33 +218,17 @@ def _unfit_shape(shape: tuple[int, ...]) -> str | None:
 
 def _stored_channel_axis(node: gs.Node, operand: int, root: Root) -> int | None:
     seen = seen_shape(root)
-    return None if seen is None or len(seen) < 2 else stored_axis(root, channel_axis(node, operand, len(seen)))
+    if seen is None or len(seen) < 2:
+        return None
+    return stored_axis(root, OPERATORS[node.op].channel_axis(node.attrs, operand, len(seen)))
 
 
-def channel_axis(node: gs.Node, operand: int, rank: int) -> int:
-    """The dimension of the output channel in the stored weight (table above)."""
-    if node.op == "Conv":
-        return 0
-    if node.op == "ConvTranspose":
-        return 1
-    if node.op == "Gemm":
-        return 0 if node.attrs.get("transB", 0) else 1
-    return rank - 1 if operand == 1 else rank - 2
-
-
-def _emitted_type(root: Root, edge: gs.Tensor) -> int:
+def _emitted_type(root: Root) -> int:
     """FLOAT where all direct readers cast to it anyway, else the stored type."""
-    if root.dtype == root.edge_dtype or root.casts == 0:
+    if root.dtype == root.edge_dtype or not root.casts:
         return root.dtype
-    source = edge
-    while source.name != root.name:
-        source = source.inputs[0].inputs[0]
-    to_float = [node.op == "Cast" and _casts_to_float(node) for node in source.outputs]
+    to_float = [node.op == "Cast" and cast_target(node) == onnx.TensorProto.FLOAT for node in root.stored_edge.outputs]
     return int(onnx.TensorProto.FLOAT) if all(to_float) else root.dtype
-
-
-def _casts_to_float(node: gs.Node) -> bool:
-    return node.attrs["to"] in (onnx.TensorProto.FLOAT, np.float32)
 
 
 def _bytes(tensor: gs.Constant) -> int:
@@ -252,5 +239,5 @@ def _bytes(tensor: gs.Constant) -> int:
 
 def _shape(tensor: gs.Tensor) -> tuple[int, ...]:
     root = find_stored(tensor)
-    shape = tensor.shape if root is None else root.tensor.shape
+    shape = tensor.shape if root is None else root.shape
     return tuple(n if isinstance(n, int) else -1 for n in shape or ())

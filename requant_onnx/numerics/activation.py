@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from requant_onnx.config import ActivationRange
 from requant_onnx.numerics.compiled import compiled
+from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table
 from requant_onnx.numerics.ranges import row_ranges
 from requant_onnx.numerics.search import search_alpha
@@ -94,11 +95,11 @@ def activation_grid(
     low, high = histogram.low, histogram.high
     if method is ActivationRange.PERCENTILE:
         low, high = _percentile(histogram)
-    ranges = row_ranges(np.array([low]), np.array([high]), BITS, 1.0)
+    ranges = row_ranges(np.array([low]), np.array([high]), BITS, UNIFORM)
     alpha = 1.0
     if method is ActivationRange.MSE:
         middles, counts = histogram.centers()
-        alpha = float(search_alpha(middles[None], ranges, level_table(BITS, 1.0), counts[None])[0])
+        alpha = float(search_alpha(middles[None], ranges, level_table(BITS, UNIFORM), counts[None])[0])
     scale = np.float32(headroom * alpha * ranges.step[0])
     codes_above = 255 - int(ranges.zero_point[0])
     if float(scale) * codes_above > ceiling:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from requant_onnx.numerics.compiled import FloatArray, IntArray, Values, compiled
 from requant_onnx.numerics.levels import LevelTable
-from requant_onnx.numerics.ranges import RowRanges, transform
+from requant_onnx.numerics.ranges import RowRanges
 
 
 class Row(NamedTuple):
@@ -72,11 +72,11 @@ def curves_of(
     round_in_weights: bool,
 ) -> Curves:
     """rows: (rows, n) float32, each row sorted ascending; importance: the same shape, in the same order."""
-    u = rows if objective_in_weights else transform(rows, table.exponent)
+    u = rows if objective_in_weights else table.kind.transform(rows)
     levels = table.weight_levels if objective_in_weights else table.transformed_levels
     thresholds = table.thresholds(round_in_weights)
     h = np.empty((len(rows), 0), np.float32) if importance is None else importance
-    return Curves(rows, u, h, thresholds, levels, ranges.step, ranges.zero_point, 1 / table.exponent, objective_in_weights)
+    return Curves(rows, u, h, thresholds, levels, ranges.step, ranges.zero_point, table.kind.power, objective_in_weights)
 
 
 def error_curve(

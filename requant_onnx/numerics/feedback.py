@@ -32,7 +32,7 @@ REFITS = 3  # alternations of scale and descent
 class RowGrid:
     """Where rows of weights may lie: w_hat = scale * integers[code + offset], code 0 .. K.
 
-    scale: (rows,) float64 of one integer level; at least floor; representable in float16 where half is set.
+    scale: (rows,) float64 of one integer level; at least min_scale; representable in float16 where half is set.
     offset: (rows,) int64, K - zero_point.  in_weights: round in weight space.
     """
 
@@ -40,7 +40,7 @@ class RowGrid:
     offset: IntArray
     table: LevelTable
     in_weights: bool
-    floor: FloatArray
+    min_scale: FloatArray
     half: bool
 
     def decode(self, codes: npt.NDArray[np.uint8]) -> FloatArray:
@@ -100,7 +100,7 @@ def refit_scale(w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[
     hl = levels @ h
     numerator, denominator = np.einsum("rn,rn->r", hl, w), np.einsum("rn,rn->r", hl, levels)
     best = np.divide(numerator, denominator, out=grid.scale.copy(), where=(denominator > 0.0) & (numerator > 0.0))
-    best = np.maximum(best, grid.floor)
+    best = np.maximum(best, grid.min_scale)
     return replace(grid, scale=half_scale(best.astype(np.float32)).astype(np.float64) if grid.half else best)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
 
-EXPONENTS = (1.0, 1 / 2, 3 / 4, 2 / 3, 1 / 3)
+KINDS = tuple(PowerGrid(exponent) for exponent in (1.0, 1 / 2, 3 / 4, 2 / 3, 1 / 3))
 LIMITS = (64, 127)  # of int8 weights
 MAX_LEVELS = 256
 TOLERANCE, HALF_TOLERANCE = 1e-4, 7e-4  # of a level: products rounded to float32, or to float16
@@ -26,13 +27,13 @@ class InferredGrid:
 
 
 def infer_grid(rows: npt.NDArray[np.float32], *, half: bool = False) -> InferredGrid | None:
-    """The grid of fewest bits and then the simplest exponent on which all rows lie; None where there is none.
+    """The grid of fewest bits and then the simplest kind on which all rows lie; None where there is none.
 
     rows: (rows, n) decoded weights, one row a scale.  half: they were rounded to float16.
 
     >>> grid = infer_grid(np.array([[-0.5, 0.0, 1.0, 0.5], [0.0, 0.75, 1.5, 0.0]], np.float32))
-    >>> grid.table.bits, grid.table.exponent, grid.scale.tolist()
-    (2, 1.0, [0.5, 0.75])
+    >>> grid.table.bits, grid.table.kind.describe(), grid.scale.tolist()
+    (2, 'none', [0.5, 0.75])
     """
     levels = [np.unique(row.astype(np.float64)) for row in rows]
     levels = [own[own != 0.0] for own in levels]
@@ -51,9 +52,9 @@ def infer_grid(rows: npt.NDArray[np.float32], *, half: bool = False) -> Inferred
 
 def _tables(fewest: int) -> Iterator[LevelTable]:
     for bits in range(fewest, 9):
-        for exponent in EXPONENTS:
-            yield level_table(bits, exponent)
-            yield from (table for limit in LIMITS if (table := limited_table(bits, exponent, limit)).limit is not None)
+        for kind in KINDS:
+            yield level_table(bits, kind)
+            yield from (table for limit in LIMITS if (table := limited_table(bits, kind, limit)).limit is not None)
 
 
 def _scale(levels: npt.NDArray[np.float64], table: LevelTable, tolerance: float) -> float | None:

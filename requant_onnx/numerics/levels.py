@@ -1,9 +1,6 @@
 """The integer levels behind the codes (REQuant, arXiv 2510.04044, with the inverse transform written as a table).
 
-    v_hat = scale_v * k,   w_hat = sign(v_hat) * |v_hat|**(1/a) = scale * L[k],   k = q - zero_point
-
-    a = 1    L[k] = k                       a = 1/2  L[k] = k * |k|            (exact, unit = 1)
-    other    L[k] = rint(unit * sign(k) * |k|**(1/a)), the largest unit for which L fits 24 bits (exact in float32)
+    v_hat = scale_v * k,   w_hat = restore(v_hat) = scale * L[k],   k = q - zero_point      (kinds.py)
 
 `k` runs over -K .. K with K = 2**bits - 1, so that one table serves every zero point 0 .. K.  Where |L| must not exceed a limit
 (an int8 kernel) and even the symmetric zero point h = 2**(bits-1) would, the table is rounded: L[k] = rint(L[k] * limit / L[h]).
@@ -17,13 +14,14 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.numerics.kinds import GridKind, LevelDecode
+
 FloatArray = npt.NDArray[np.float64]
-MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
 
 
 @dataclass(frozen=True)
 class LevelTable:
-    """All levels of one grid.  Compare and hash by identity of (bits, exponent, limit): tables come from `level_table`.
+    """All levels of one grid.  Compare and hash by (bits, kind, limit): tables come from `level_table` and `limited_table`.
 
     integers: (2K+1,) int64, odd-symmetric, strictly increasing (unless rounded to a limit), index k + K.
     unit: level k is worth `integers[k + K] / unit` times the transformed step ** (1/a).
@@ -31,7 +29,7 @@ class LevelTable:
     """
 
     bits: int
-    exponent: float
+    kind: GridKind
     unit: float
     integers: npt.NDArray[np.int64]
     limit: int | None = None
@@ -40,6 +38,11 @@ class LevelTable:
     def max_code(self) -> int:
         """K = 2**bits - 1."""
         return int(2**self.bits - 1)
+
+    @property
+    def decode(self) -> LevelDecode:
+        """What turns k into a level."""
+        return self.kind.decode if self.limit is None else LevelDecode.TABLE
 
     @property
     def weight_levels(self) -> FloatArray:
@@ -61,8 +64,8 @@ class LevelTable:
         return np.asarray(self.integers[self.max_code + np.maximum(zero_point, self.max_code - zero_point)])
 
     @property
-    def _key(self) -> tuple[int, float, int | None]:
-        return self.bits, self.exponent, self.limit
+    def _key(self) -> tuple[int, GridKind, int | None]:
+        return self.bits, self.kind, self.limit
 
     def thresholds(self, in_weight_space: bool) -> FloatArray:
         """(2K,) decision thresholds between neighboring levels, in units of step ** (1/a).
@@ -71,8 +74,7 @@ class LevelTable:
         """
         if in_weight_space:
             return np.asarray((self.weight_levels[1:] + self.weight_levels[:-1]) / 2)
-        halves = self.transformed_levels[:-1] + 0.5
-        return np.asarray(np.sign(halves) * np.abs(halves) ** (1 / self.exponent))
+        return self.kind.restore(self.transformed_levels[:-1] + 0.5)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -82,35 +84,30 @@ class LevelTable:
 
 
 @lru_cache(maxsize=64)
-def level_table(bits: int, exponent: float) -> LevelTable:
+def level_table(bits: int, kind: GridKind) -> LevelTable:
     """The table of one grid.
 
-    >>> level_table(2, 0.5).integers.tolist()
-    [-9, -4, -1, 0, 1, 4, 9]
-    >>> level_table(4, 0.75).unit
-    453521
+    >>> from requant_onnx.numerics.kinds import PowerGrid
+    >>> level_table(2, PowerGrid(0.5)).integers.tolist(), level_table(4, PowerGrid(0.75)).unit
+    ([-9, -4, -1, 0, 1, 4, 9], 453521)
     """
-    power = 1 / exponent
-    max_code = 2**bits - 1
-    whole = abs(power - round(power)) < 1e-9
-    unit = 1 if whole else int(MAX_LEVEL / max_code**power)
-    k = np.arange(-max_code, max_code + 1)
-    integers = np.rint(unit * np.sign(k) * np.abs(k, dtype=np.float64) ** power).astype(np.int64)
+    integers = kind.levels(bits)
     integers.setflags(write=False)
-    return LevelTable(bits, exponent, unit, integers)
+    return LevelTable(bits, kind, kind.unit(bits), integers)
 
 
 @lru_cache(maxsize=64)
-def limited_table(bits: int, exponent: float, limit: int) -> LevelTable:
+def limited_table(bits: int, kind: GridKind, limit: int) -> LevelTable:
     """The table of one grid with levels of `limit` at most at the symmetric zero point: exact where that holds, else rounded.
 
-    >>> limited_table(4, 0.5, 64).limit, limited_table(5, 0.5, 64).integers[31 - 16 : 31 - 12].tolist()
+    >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
+    >>> limited_table(4, SQUARE_ROOT, 64).limit, limited_table(5, SQUARE_ROOT, 64).integers[31 - 16 : 31 - 12].tolist()
     (None, [-64, -56, -49, -42])
     """
-    exact = level_table(bits, exponent)
+    exact = level_table(bits, kind)
     largest = int(exact.integers[exact.max_code + exact.symmetric_zero_point])
     if largest <= limit:
         return exact
     integers = np.clip(np.rint(exact.integers * (limit / largest)), -limit, limit).astype(np.int64)
     integers.setflags(write=False)
-    return LevelTable(bits, exponent, exact.unit * limit / largest, integers, limit)
+    return LevelTable(bits, kind, exact.unit * limit / largest, integers, limit)

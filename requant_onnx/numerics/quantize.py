@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.rounding import decode_rows, encode_rows
@@ -30,7 +31,7 @@ class Grid:
     """
 
     bits: int
-    exponent: float
+    kind: GridKind
     axis: int | None
     search: bool = True
     objective_in_weights: bool = True
@@ -83,10 +84,11 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
 
-    min_scale: () or (channels,), a floor under the scales, for kernels whose bias is counted in them; default: none.
+    min_scale: () or (channels,), the least scales, for kernels whose bias is counted in them; default: none.
     importance: shape of w, positive; what the squared error of each weight counts in the search (default: 1).
 
-    >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, 0.5, axis=None, search=False))
+    >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
+    >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, SQUARE_ROOT, axis=None, search=False))
     >>> q.codes.tolist(), int(q.zero_point), q.dequantize().tolist()
     ([0, 5, 8, 15], 5, [-1.0, 0.0, 0.35999998450279236, 4.0])
     """
@@ -94,14 +96,14 @@ def quantize_weight(
     table, ranges = _levels_and_ranges(rows, grid)
     weights = None if importance is None else to_rows(importance, grid.axis)
     alpha = _search(rows, ranges, table, grid, weights) if grid.search else np.ones(len(rows))
-    floor = 0.0 if min_scale is None else np.ravel(min_scale)
-    scale = np.maximum((alpha * ranges.step) ** (1 / grid.exponent) / table.unit, floor).astype(np.float32)
+    least = 0.0 if min_scale is None else np.ravel(min_scale)
+    scale = np.maximum((alpha * ranges.step) ** grid.kind.power / table.unit, least).astype(np.float32)
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
     scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or below float32) stays at its zero point
     if grid.half_scales and _fits_half(scale):
         scale = half_scale(scale)
     thresholds = table.thresholds(grid.round_in_weights)
-    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds, 1 / grid.exponent)
+    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds, grid.kind.power)
     shape = () if grid.axis is None else (len(rows),)
     return QuantizedWeight(
         codes=from_rows(codes, w.shape, grid.axis),
@@ -116,11 +118,11 @@ def quantize_weight(
 def _levels_and_ranges(rows: npt.NDArray[np.float32], grid: Grid) -> tuple[LevelTable, RowRanges]:
     """The grid's own, or, in each row whose levels would pass the limit, the symmetric ones."""
     w_min, w_max = rows.min(1).astype(np.float64), rows.max(1).astype(np.float64)
-    ranges = row_ranges(w_min, w_max, grid.bits, grid.exponent)
+    ranges = row_ranges(w_min, w_max, grid.bits, grid.kind)
     if grid.limit is None:
-        return level_table(grid.bits, grid.exponent), ranges
-    table = limited_table(grid.bits, grid.exponent, grid.limit)
-    symmetric = symmetric_ranges(w_min, w_max, grid.bits, grid.exponent)
+        return level_table(grid.bits, grid.kind), ranges
+    table = limited_table(grid.bits, grid.kind, grid.limit)
+    symmetric = symmetric_ranges(w_min, w_max, grid.bits, grid.kind)
     if table.limit is not None:
         return table, symmetric
     fits = table.reach(ranges.zero_point) <= grid.limit

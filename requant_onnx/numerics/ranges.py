@@ -1,6 +1,6 @@
 """The transformed range of each row of weights (REQuant, arXiv 2510.04044, with alpha taken out of the zero point).
 
-    v = sign(w) * |w|**a,   v_min = min(0, min v),   v_max = max(0, max v)
+    v = transform(w),   v_min = min(0, min v),   v_max = max(0, max v)
     step = (v_max - v_min) / (2**bits - 1),   zero_point = rint(-v_min / step)
 
 The quantizer for alpha has the step `alpha * step` and the *same* zero point, for alpha cancels in `-alpha*v_min / (alpha*step)`.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.numerics.kinds import GridKind
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -24,35 +26,27 @@ class RowRanges:
     zero_point: npt.NDArray[np.int64]
 
 
-def transform(w: npt.NDArray[np.floating], exponent: float) -> FloatArray:
-    """sign(w) * |w|**exponent.
-
-    >>> transform(np.array([-4.0, 9.0]), 0.5).tolist()
-    [-2.0, 3.0]
-    """
-    w = w.astype(np.float64)
-    return np.asarray(w if exponent == 1.0 else np.sign(w) * np.abs(w) ** exponent, np.float64)
-
-
-def row_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, exponent: float) -> RowRanges:
+def row_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, kind: GridKind) -> RowRanges:
     """Step at alpha = 1 and zero point of each row.  w_min, w_max: (rows,) extremes of the weights.
 
-    >>> row_ranges(np.array([-1.0]), np.array([4.0]), 4, 0.5)
+    >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
+    >>> row_ranges(np.array([-1.0]), np.array([4.0]), 4, SQUARE_ROOT)
     RowRanges(step=array([0.2]), zero_point=array([5]))
     """
-    v_min = np.minimum(transform(w_min, exponent), 0.0)
-    v_max = np.maximum(transform(w_max, exponent), 0.0)
+    v_min = np.minimum(kind.transform(w_min), 0.0)
+    v_max = np.maximum(kind.transform(w_max), 0.0)
     step = (v_max - v_min) / (2**bits - 1)
     divisor = np.where(step > 0.0, step, 1.0)  # a row of zeros keeps zero point 0
     return RowRanges(step, np.rint(-v_min / divisor).astype(np.int64))
 
 
-def symmetric_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, exponent: float) -> RowRanges:
+def symmetric_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, kind: GridKind) -> RowRanges:
     """The same with the zero point 2**(bits-1) in every row; the least step with which the levels span the row.
 
-    >>> symmetric_ranges(np.array([-1.0]), np.array([4.0]), 4, 1.0)
+    >>> from requant_onnx.numerics.kinds import UNIFORM
+    >>> symmetric_ranges(np.array([-1.0]), np.array([4.0]), 4, UNIFORM)
     RowRanges(step=array([0.57142857]), zero_point=array([8]))
     """
     half = 2 ** (bits - 1)
-    step = np.maximum(-transform(w_min, exponent) / half, transform(w_max, exponent) / (half - 1))
+    step = np.maximum(-kind.transform(w_min) / half, kind.transform(w_max) / (half - 1))
     return RowRanges(np.maximum(step, 0.0), np.full(len(step), half, np.int64))

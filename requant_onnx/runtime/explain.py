@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -16,26 +14,12 @@ from requant_onnx.config import Form
 from requant_onnx.files.leftovers import scratch_folder
 from requant_onnx.files.load import ModelLike, load_model, source_of
 from requant_onnx.files.walk import all_graphs
-from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.operands import CONVERTIBLE, from_constants, weight_operand
+from requant_onnx.graph.constants import ModelGraph, ancestors, find_root, from_constants
+from requant_onnx.graph.decode.forms import FORMS, Fate
+from requant_onnx.graph.operands import weight_operand
+from requant_onnx.graph.operators import FLOAT_KERNELS, KERNELS, OPERATORS
 from requant_onnx.graph.shapes import find_shapes
 from requant_onnx.runtime.sessions import optimized_graph
-
-KERNELS = (
-    "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
-    "MatMulNBits",
-)  # fmt: skip
-NO_DECODE = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", *KERNELS)
-
-
-class Fate(Enum):
-    """What becomes of a weight: it stays the float that is stored, is decoded to a float at load or at every run, or an integer
-    kernel reads its codes."""
-
-    FLOAT = "float"
-    FOLDED = "folded at load"
-    EVERY_RUN = "decoded every run"
-    FUSED = "fused"
 
 
 @dataclass(frozen=True)
@@ -71,9 +55,6 @@ class Explanation:
         return {"runtime": self.runtime, "weights": weights, "operators": self.operators}
 
 
-PROMISES = {Form.FOLDED: Fate.FOLDED, Form.INT8: Fate.FUSED}
-
-
 def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dict[str, WeightFate]:
     """The weights with which ONNX Runtime does not do what their form is for.  promised: weight -> folded or int8.
 
@@ -83,7 +64,7 @@ def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dic
         name: weight
         for weight in explain(model).weights
         for name in sorted(weight.behind & promised.keys())
-        if weight.fate is not PROMISES[promised[name]]
+        if weight.fate is not FORMS[promised[name]].promise
     }
 
 
@@ -97,8 +78,8 @@ def explain(model: ModelLike) -> Explanation:
     name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
     with scratch_folder() as folder:
         runtime, optimized = optimized_graph(model, name, folder)
-    graph = import_graph(loaded)
-    nodes = [*graph.nodes, *(inner for node in graph.nodes for body in node.subgraphs(recursive=True) for inner in body.nodes)]
+    graph = ModelGraph.of(loaded)
+    nodes = [*graph.nodes, *(inner for body in graph.bodies for inner in body.nodes)]
     fates = _Fates.of(optimized.graph)
     weights, shapes = _weights(nodes), find_shapes(loaded)
     decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
@@ -124,14 +105,19 @@ class _Fates:
     def of(cls, graph: onnx.GraphProto) -> _Fates:
         nodes = [node for each in all_graphs(graph) for node in each.node]
         kernels = {name: n.op_type for n in nodes if n.op_type in KERNELS for name in (*n.input[1:], *n.output)}
-        decoders = {name: n.op_type for n in nodes if n.op_type not in NO_DECODE for name in (*n.input, *n.output)}
+        decoders = {
+            name: n.op_type
+            for n in nodes
+            if n.op_type not in FLOAT_KERNELS and n.op_type not in KERNELS
+            for name in (*n.input, *n.output)
+        }
         return cls(kernels, decoders)
 
 
 def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
     found = []
     for node in nodes:
-        operand = weight_operand(node) if node.op in CONVERTIBLE and is_standard(node) else None
+        operand = weight_operand(node)
         if operand is not None and from_constants(node.inputs[operand]):
             found.append((node, node.inputs[operand]))
     return found
@@ -140,8 +126,7 @@ def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
 def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
     """A weight that the file itself gives to an integer kernel."""
     if node.op in KERNELS:
-        operand = 3 if node.op.startswith("QLinear") else 1
-        tensor = node.inputs[operand]
+        tensor = node.inputs[KERNELS[node.op].weight]
         if from_constants(tensor):
             shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
             yield WeightFate(tensor.name, node.op, shape, Fate.FUSED, node.op, "")
@@ -149,15 +134,7 @@ def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
 
 def _decode_of(tensor: gs.Tensor) -> set[str]:
     """Names of the tensors that a weight is decoded from, itself included."""
-    names: set[str] = set()
-    behind = [tensor]
-    while behind:
-        each = behind.pop()
-        if each.name in names:
-            continue
-        names.add(each.name)
-        behind.extend(found for node in each.inputs for found in node.inputs)
-    return names
+    return {each.name for each in ancestors(tensor)}
 
 
 def _fate(node: gs.Node, tensor: gs.Tensor, own: set[str], fates: _Fates) -> WeightFate:
@@ -196,10 +173,12 @@ def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
         return f"ONNX Runtime does not fold {decoder}"
     if _producer(node.inputs[0]) == "DequantizeLinear":
         codes = tensor.inputs[0].inputs[0]
-        if not any(result.outputs and result.outputs[0].op == "QuantizeLinear" for result in _results(node)) and node.op == "Conv":
+        quantized = any(result.outputs and result.outputs[0].op == "QuantizeLinear" for result in _results(node))
+        if not quantized and not OPERATORS[node.op].float_results:
             return "its output is not quantized, so no integer kernel takes it"
-        if codes.dtype is not None and str(np.dtype(codes.dtype)) not in ("int8", "uint8"):
-            return f"no integer kernel takes codes of type {codes.dtype}; int8 is taken"
+        kind = onnx.TensorProto.DataType.Name(codes.dtype).lower() if isinstance(codes.dtype, int) else codes.dtype
+        if kind is not None and str(kind) not in ("int8", "uint8"):
+            return f"no integer kernel takes codes of type {kind}; int8 is taken"
         return "ONNX Runtime finds no integer kernel for what follows it"
     return (
         "ONNX Runtime never folds DequantizeLinear; use --form folded, or session.disable_quant_qdq=1 (requant_onnx.load_session)"

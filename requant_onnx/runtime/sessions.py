@@ -16,6 +16,7 @@ import onnxruntime
 from requant_onnx.config import METADATA_KEY, Form, Int8Levels
 from requant_onnx.errors import LoadError, ModelError
 from requant_onnx.files.load import ModelLike, is_large, load_skeleton, source_of
+from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.text import first_line
 
 
@@ -48,9 +49,10 @@ def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = 
     options = options or quiet_options()
     source = source_of(model)
     settings = _settings(source if isinstance(source, onnx.ModelProto) else load_skeleton(source))
-    if settings.get("form") == Form.QDQ.value:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if settings.get("form") == Form.INT8.value and settings.get("int8_levels") == Int8Levels.FULL.value:
+    form = next((form for form in Form if form.value == settings.get("form")), None)
+    for entry in () if form is None else FORMS[form].session_options:
+        options.add_session_config_entry(*entry)
+    if form is not None and FORMS[form].on_integers and settings.get("int8_levels") == Int8Levels.FULL.value:
         options.add_session_config_entry("session.x64quantprecision", "1")
     name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
     return start_session(serialized(source, name), name, options)

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 
 from requant_onnx.files.walk import reads_in, subgraphs_of
+from requant_onnx.graph.constants import value_of
 from requant_onnx.runtime.sessions import open_session, run_session
 
 Chunk = dict[str, npt.NDArray[np.generic]]
@@ -73,7 +74,7 @@ def constants_to_initializers(model: onnx.ModelProto) -> None:
     """Store the values of Constant nodes as initializers, so that they are not kept once a chunk.  Changes `model`."""
     kept = []
     for node in model.graph.node:
-        value = next((item.t for item in node.attribute if item.name == "value"), None) if node.op_type == "Constant" else None
+        value = value_of(node)
         if value is None:
             kept.append(node)
             continue

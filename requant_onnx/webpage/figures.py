@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from requant_onnx.evaluate.recipes import Trial
-from requant_onnx.evaluate.weight_comparison import Anatomy, Curve, Density
+from requant_onnx.evaluate.weight_comparison import Anatomy, Curve, Density, shown_transform
 
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}
@@ -56,15 +56,18 @@ class Chart:
 
 def charts_of(weight: Anatomy, number: int) -> list[Chart]:
     """The charts of one weight; none where it lies on no grid.  number: tells the ids of one weight's charts from another's."""
-    if weight.curve is None or weight.densities is None or weight.scales is None or weight.alpha is None:
+    if weight.grid is None or weight.curve is None or weight.densities is None or weight.scales is None or weight.alpha is None:
         return []
-    exponent = weight.exponent if weight.exponent != 1.0 else 0.5
+    space = shown_transform(weight.grid)
     plain, transformed = weight.densities
     charts = [
         _curve_chart(weight.curve, weight.alpha, f"w{number}a"),
         _density_chart(plain, "weights and levels", "weight / first level", f"w{number}b"),
         _density_chart(
-            transformed, f"the same in the space of |w|^{exponent:.3g}", f"sign(w) |w / first level|^{exponent:.3g}", f"w{number}c"
+            transformed,
+            f"the same in the space of {space.formula('w')}",
+            f"sign(w) {space.formula('w / first level')}",
+            f"w{number}c",
         ),
     ]
     return charts + ([_scales_chart(weight, f"w{number}d")] if weight.scales.size > 1 else [])

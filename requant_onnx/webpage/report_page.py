@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from requant_onnx.config import Transform
 from requant_onnx.convert.report import WeightReport
 from requant_onnx.evaluate.page_data import Study
 from requant_onnx.evaluate.weight_comparison import Anatomy
+from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import WeightFate
 from requant_onnx.runtime.version import runtime_version
@@ -137,7 +137,7 @@ def _row(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightRe
         Cell(weight.op, text=True),
         Cell(shape_text(weight.shape), elements),
         Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
-        Cell(_transform(weight.exponent) if weight.kind == "grid" else "", text=True),
+        Cell("" if weight.grid is None else _transform(weight.grid), text=True),
         Cell("", "") if weight.alpha is None else Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
         _number(weight.sqnr_db),
         _number(weight.output_sqnr_db),
@@ -156,8 +156,8 @@ def _number(decibels: float) -> Cell:
 
 def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
     facts = [("operator", weight.op), ("shape", shape_text(weight.shape))]
-    if weight.alpha is not None and weight.scales is not None:
-        transform = "no transform" if weight.exponent == 1.0 else f"transform {_transform(weight.exponent)}"
+    if weight.grid is not None and weight.alpha is not None and weight.scales is not None:
+        transform = "no transform" if weight.grid.is_uniform else f"transform {_transform(weight.grid)}"
         scales = "one scale" if weight.scales.size == 1 else f"{weight.scales.size} scales"
         facts += [("grid", f"{weight.bits} bits, {transform}, {scales}")]
         facts += [("alpha", f"{weight.alpha[0]:.3f} to {weight.alpha[2]:.3f}, mean {weight.alpha[1]:.3f}")]
@@ -180,9 +180,9 @@ def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: Weigh
     return {"id": f"weight-{number}", "title": weight.name, "line": line, "facts": facts, "charts": charts_of(weight, number)}
 
 
-def _transform(exponent: float) -> str:
-    text = str(Transform(exponent))
-    return f"power {Fraction(exponent).limit_denominator(12)}" if text.startswith("power") else text
+def _transform(grid: GridKind) -> str:
+    name, _, exponent = grid.describe().partition(":")
+    return f"{name} {Fraction(exponent).limit_denominator(12)}" if exponent else name
 
 
 def _decibels(value: float) -> str:

@@ -11,8 +11,9 @@ decode take more room than many a weight's codes.  https://onnx.ai/onnx/operator
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import onnx
@@ -27,6 +28,8 @@ from requant_onnx.graph.decode.nodes import (
     write_scale,
     write_unpack,
 )
+from requant_onnx.numerics.kinds import GridKind, LevelDecode
+from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
@@ -43,10 +46,9 @@ class Target:
     opset: int
     narrow: bool
 
-    def stores_natively(self, form: Form, bits: int, exponent: float) -> bool:
+    def stores_natively(self, form: Form, bits: int, decode: LevelDecode) -> bool:
         """Whether codes of this width have a tensor type that the decode can read; DequantizeLinear always reads UINT4."""
-        dequantized = form is Form.QDQ and exponent == 1.0
-        return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.narrow or dequantized))
+        return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.narrow or reads_codes(form, decode)))
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,16 @@ class Coded:
         return int(q.codes.size * q.table.bits // 8 + q.scale.size * (3 if q.has_half_scale else 5))
 
 
-def required_opset(form: Form, bits: int, exponent: float, narrow: bool) -> int:
+def reads_codes(form: Form, decode: LevelDecode) -> bool:
+    """Whether DequantizeLinear reads the codes themselves: its zero point makes the levels of a uniform grid."""
+    return FORMS[form].dequantizes_codes and decode is LevelDecode.IDENTITY
+
+
+def required_opset(form: Form, bits: int, kind: GridKind, narrow: bool) -> int:
     """The opset that the decode of such a weight needs."""
     if bits == 8:
         return AXIS_OPSET
-    return INT4_OPSET if Target(INT4_OPSET, narrow).stores_natively(form, bits, exponent) else PACKED_OPSET
+    return INT4_OPSET if Target(INT4_OPSET, narrow).stores_natively(form, bits, kind.decode) else PACKED_OPSET
 
 
 def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded, ...]]:
@@ -89,7 +96,7 @@ def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded,
 def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
     """What weights that can be decoded together have in common."""
     q = weight.quantized
-    if weight.form is Form.QDQ and target.stores_natively(Form.QDQ, q.table.bits, q.table.exponent) and q.table.exponent == 1.0:
+    if reads_codes(weight.form, q.table.decode) and _is_native(target, weight.form, q.table):
         return (weight.name,)  # a single node reads the codes
     shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
     return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
@@ -98,8 +105,7 @@ def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
 def decode_of(group: Sequence[Coded], target: Target, constants: Constants) -> Decode:
     """The decode of one group of weights."""
     writer = DecodeWriter(constants)
-    write = {Form.QDQ: _write_qdq, Form.FOLDED: _write_folded, Form.INT8: _write_int8}[group[0].form]
-    write(writer, group, _stack(group), target)
+    FORMS[group[0].form].write(writer, group, _stack(group), target)
     return writer.finish()
 
 
@@ -152,9 +158,9 @@ def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, t
 def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
     q = stack.quantized
-    if q.table.exponent == 1.0:
+    if reads_codes(Form.QDQ, q.table.decode):
         codes = _write_codes(writer, q, Form.QDQ, target)
-        bits = q.table.bits if target.stores_natively(Form.QDQ, q.table.bits, 1.0) else 8
+        bits = q.table.bits if _is_native(target, Form.QDQ, q.table) else 8
         for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
             zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits)
             _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
@@ -201,17 +207,73 @@ def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequ
 
 
 def _write_levels(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target, dtype: type[np.number]) -> str:
-    if packs_zero_point(q) and not target.stores_natively(form, q.table.bits, q.table.exponent):
+    if packs_zero_point(q) and not _is_native(target, form, q.table):
         codes, zero_point = write_unpack(writer, [q.codes, q.broadcast(q.zero_point)], q.table.bits)
         return write_levels(writer, codes, zero_point, q, dtype)
     return write_levels(writer, _write_codes(writer, q, form, target), "", q, dtype)
 
 
 def _write_codes(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target) -> str:
-    if target.stores_natively(form, q.table.bits, q.table.exponent):
+    if _is_native(target, form, q.table):
         return writer.own_codes("codes", q.codes, q.table.bits)
     return write_unpack(writer, [q.codes], q.table.bits)[0]
 
 
 def _largest_level(q: QuantizedWeight) -> int:
     return int(q.table.reach(q.zero_point.astype(np.int64)).max())
+
+
+def _is_native(target: Target, form: Form, table: LevelTable) -> bool:
+    return target.stores_natively(form, table.bits, table.kind.decode)
+
+
+class Fate(Enum):
+    """What ONNX Runtime makes of a weight: it stays the float that is stored, is decoded to a float at load or at every run, or an
+    integer kernel reads its codes."""
+
+    FLOAT = "float"
+    FOLDED = "folded at load"
+    EVERY_RUN = "decoded every run"
+    FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class FormRow:
+    """How a form behaves, for all that depends on it.
+
+    write: appends the decode of a group.  promise: what ONNX Runtime must make of its weights; None: whatever it likes.
+    dequantizes_codes: DequantizeLinear reads codes, not levels.  any_grid: other grids than uniform ones cost nothing at inference.
+    half_scales: scales may be stored as float16.  transposes_gemm: weights of Gemm are stored as (ic, oc).
+    on_integers: activations are quantized too, so that integer kernels multiply: a conversion needs calibration inputs, levels have
+    a limit, biases are counted in scales of channels, and a weight that no such kernel reads takes the form `fallback`.
+    session_options: with which a session runs it best, (key, value).  hint: a sentence for users, "" for none.
+    """
+
+    write: Callable[[DecodeWriter, Sequence[Coded], _Stack, Target], None]
+    promise: Fate | None
+    fallback: Form
+    dequantizes_codes: bool = False
+    any_grid: bool = True
+    half_scales: bool = True
+    transposes_gemm: bool = False
+    on_integers: bool = False
+    session_options: tuple[tuple[str, str], ...] = ()
+    hint: str = ""
+
+
+FORMS: dict[Form, FormRow] = {
+    Form.QDQ: FormRow(
+        write=_write_qdq,
+        promise=None,
+        fallback=Form.QDQ,
+        dequantizes_codes=True,
+        any_grid=False,
+        half_scales=False,
+        transposes_gemm=True,
+        session_options=(("session.disable_quant_qdq", "1"),),
+        hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed",
+    ),
+    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED, fallback=Form.FOLDED),
+    Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, fallback=Form.FOLDED, on_integers=True),
+}
+"""The behavior of each form."""

@@ -22,6 +22,7 @@ from onnx import helper
 from requant_onnx.graph.decode.packing import FIELDS, pack, shifts
 from requant_onnx.graph.edit import tensor_proto, uint4_proto
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.kinds import LevelDecode
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
 
@@ -151,7 +152,7 @@ def packs_zero_point(q: QuantizedWeight) -> bool:
 
 def write_levels(writer: DecodeWriter, codes: str, zero_point: str, q: QuantizedWeight, dtype: type[np.number]) -> str:
     """Codes -> levels of type `dtype`.  zero_point: where it has been unpacked to, "" to store it here."""
-    by_table = q.table.limit is not None or q.table.exponent not in (0.5, 1.0)
+    by_table = q.table.decode is LevelDecode.TABLE
     wide = np.int32 if by_table else dtype
     if _is_uniform(q):
         offset = writer.shared(q.zero_point.flat[0].astype(wide))
@@ -160,7 +161,7 @@ def write_levels(writer: DecodeWriter, codes: str, zero_point: str, q: Quantized
     k = writer.node("Sub", writer.node("Cast", codes, to=onnx_type(wide)), offset)
     if by_table:
         return writer.node("Gather", writer.shared(_from_the_middle(q.table).astype(dtype)), k)
-    return k if q.table.exponent == 1.0 else writer.node("Mul", k, writer.node("Abs", k))
+    return k if q.table.decode is LevelDecode.IDENTITY else writer.node("Mul", k, writer.node("Abs", k))
 
 
 def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: npt.NDArray[np.float32]) -> str:

@@ -10,7 +10,7 @@ https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import onnx
 from onnx import helper
 
 from requant_onnx.files.walk import reads_in
-from requant_onnx.graph.constants import find_root, import_graph
+from requant_onnx.graph.constants import ModelGraph, find_root
 from requant_onnx.graph.edit import drop_unread, tensor_proto
 from requant_onnx.graph.integer.plan import IntegerPlan, WeightedNode
 from requant_onnx.graph.names import FreshNames
@@ -27,7 +27,7 @@ from requant_onnx.numerics.activation import ActivationGrid
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 MAX_BIAS = 2.0**30  # of an int32, with room for the sums that it is added to
-MIN_STEP = 1e-30  # of a bias: the product of two scales must not vanish in float32
+MIN_PRODUCT = 1e-30  # of two scales, in which a bias is counted: it must not vanish in float32
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Bias:
     values: npt.NDArray[np.float32]
 
 
-def biases_of(model: onnx.ModelProto, plan: IntegerPlan) -> list[Bias]:
+def biases_of(model: ModelGraph, plan: IntegerPlan) -> list[Bias]:
     """The bias of each integer node that has one.  Raises ModelError when its values do not fit its shape."""
-    nodes = {node.outputs[0].name: node for node in import_graph(model).nodes if node.outputs}
+    nodes = {node.outputs[0].name: node for node in model.nodes if node.outputs}
     biases = []
     for weighted in plan.weighted:
         root = find_root(nodes[weighted.output].inputs[2]) if weighted.bias else None
@@ -49,22 +49,24 @@ def biases_of(model: onnx.ModelProto, plan: IntegerPlan) -> list[Bias]:
     return biases
 
 
-def min_scales(biases: list[Bias], grids: Mapping[str, ActivationGrid], *, per_channel: bool) -> dict[str, npt.NDArray[np.float64]]:
+def min_scales_of(
+    biases: Sequence[Bias], grids: Mapping[str, ActivationGrid], *, per_channel: bool
+) -> dict[str, npt.NDArray[np.float64]]:
     """The least scale of each weight with which no bias passes int32: (oc,), or (1,) where the weight has one scale."""
-    floors: dict[str, npt.NDArray[np.float64]] = {}
+    min_scales: dict[str, npt.NDArray[np.float64]] = {}
     for bias in biases:
-        step = np.maximum(np.abs(bias.values.astype(np.float64)) / MAX_BIAS, MIN_STEP)
-        floor = step / float(grids[bias.node.x].scale)
-        floor = floor if per_channel else floor.max(keepdims=True)
-        floors[bias.node.weight] = np.maximum(floors.get(bias.node.weight, 0.0), floor)
-    return floors
+        product = np.maximum(np.abs(bias.values.astype(np.float64)) / MAX_BIAS, MIN_PRODUCT)
+        least = product / float(grids[bias.node.x].scale)
+        least = least if per_channel else least.max(keepdims=True)
+        min_scales[bias.node.weight] = np.maximum(min_scales.get(bias.node.weight, 0.0), least)
+    return min_scales
 
 
 def quantize_activations(
     model: onnx.ModelProto,
     plan: IntegerPlan,
     grids: Mapping[str, ActivationGrid],
-    biases: list[Bias],
+    biases: Sequence[Bias],
     weights: Mapping[str, QuantizedWeight],
 ) -> None:
     """Change `model` as planned.  Its int8 weights are in place already, each behind a DequantizeLinear.
@@ -119,7 +121,7 @@ def _move(writer: _Writer, node: onnx.NodeProto, codes: Mapping[str, str], grids
 
 
 def _write_biases(
-    writer: _Writer, biases: list[Bias], grids: Mapping[str, ActivationGrid], weights: Mapping[str, QuantizedWeight]
+    writer: _Writer, biases: Sequence[Bias], grids: Mapping[str, ActivationGrid], weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, list[onnx.NodeProto]]:
     """Point each node at its int32 bias.  Returns the nodes that decode these, by output of the first node that reads them."""
     nodes: dict[str, list[onnx.NodeProto]] = {}

@@ -18,11 +18,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import find_root, import_graph, is_standard
-from requant_onnx.graph.operands import from_constants, weight_operand
-from requant_onnx.graph.weights import channel_axis
+from requant_onnx.graph.constants import ModelGraph, find_root, from_constants, is_standard
+from requant_onnx.graph.operands import operator_of, weight_operand
+from requant_onnx.graph.operators import OPERATORS
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 GENERIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
 MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "Identity")
 
@@ -67,9 +66,9 @@ class IntegerPlan:
         return found
 
 
-def plan_integers(model: onnx.ModelProto, weights: Collection[str]) -> IntegerPlan:
-    """weights: the stored tensors that are converted.  Raises ModelError when the graph cannot be followed."""
-    graph = import_graph(model)
+def plan_integers(model: ModelGraph, weights: Collection[str]) -> IntegerPlan:
+    """weights: the stored tensors that are converted."""
+    graph = model.graph
     plan = IntegerPlan()
     outputs = {id(tensor) for tensor in graph.outputs}
     weighted = _weighted_nodes(graph, weights, plan.why_not)
@@ -142,7 +141,7 @@ def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str
             if root is None or root.name not in weights:
                 continue
             reason = _why_not_weighted(node, operand)
-            if reason is None and axes.setdefault(root.name, axis := channel_axis(node, 1, len(root.tensor.shape))) != axis:
+            if reason is None and axes.setdefault(root.name, axis := _channel_axis(node, len(root.shape))) != axis:
                 reason = "is read along two axes"
             if reason is None:
                 bias = node.inputs[2].name if len(node.inputs) > 2 else ""
@@ -153,17 +152,23 @@ def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str
 
 
 def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
-    if node.op not in WEIGHTED or not is_standard(node):
+    operator = operator_of(node)
+    if operator is None or operator.kernel is None:
         return f"is read by {node.op}, which ONNX Runtime has no integer kernel for"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
     if from_constants(node.inputs[0]):
         return "is multiplied with a constant"
     has_bias = len(node.inputs) > 2 and node.inputs[2].name != ""
-    scaled = node.attrs.get("alpha", 1.0) != 1.0 or (has_bias and node.attrs.get("beta", 1.0) != 1.0)
-    if node.op == "Gemm" and (scaled or node.attrs.get("transA", 0)):
-        return "is read by a Gemm with alpha, beta or transA"
+    refusal = operator.refusal(node.attrs, has_bias)
+    if refusal:
+        return refusal
     return "is added to a bias that is no constant vector" if has_bias and not _is_vector(node) else None
+
+
+def _channel_axis(node: gs.Node, rank: int) -> int:
+    """Of the weight at input 1."""
+    return OPERATORS[node.op].channel_axis(node.attrs, 1, rank)
 
 
 def _is_vector(node: gs.Node) -> bool:
@@ -171,8 +176,7 @@ def _is_vector(node: gs.Node) -> bool:
     root, weight = find_root(node.inputs[2]), find_root(node.inputs[1])
     if root is None or weight is None or root.dtype != onnx.TensorProto.FLOAT:
         return False
-    shape = weight.tensor.shape
-    return tuple(root.tensor.shape) == (shape[channel_axis(node, 1, len(shape))],)
+    return root.shape == (weight.shape[_channel_axis(node, len(weight.shape))],)
 
 
 def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results) -> set[int]:
@@ -207,7 +211,7 @@ def _wanted(graph: gs.Graph, weighted: dict[int, WeightedNode], able: set[int], 
     for node in reversed(graph.nodes):
         if id(node) in weighted:
             wanted.add(id(node.inputs[0]))
-            if node.op == "Conv":  # QLinearConv has no float output
+            if not OPERATORS[node.op].float_results:
                 wanted.add(id(results.of(node)))
         elif id(node) in able and id(results.of(node)) in wanted:
             wanted.update(id(tensor) for tensor in (node.inputs[:1] if node.op in MOVES else node.inputs))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,10 @@ from onnx import inliner
 
 from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
-from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto
+from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto, value_of
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, tensor_proto
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.operands import CONVERTIBLE
+from requant_onnx.graph.operators import OPERATORS
 from requant_onnx.graph.reshapes import RESHAPING, reshaped
 from requant_onnx.text import first_line
 
@@ -51,7 +52,7 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not any(node.op_type in CONVERTIBLE for function in model.functions for node in function.node):
+    if not any(node.op_type in OPERATORS for function in model.functions for node in function.node):
         return model
     if _inlined_nodes(model) > MAX_NODES:
         raise ModelError(
@@ -87,16 +88,17 @@ def _inlined_nodes(model: onnx.ModelProto) -> int:
 def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
     """(node, index) of every input that may be a weight."""
     for node in graph.node:
-        if node.op_type in CONVERTIBLE and is_standard_proto(node):
-            yield from ((node, k) for k in ((0, 1) if node.op_type == "MatMul" else (1,)) if k < len(node.input))
+        if node.op_type in OPERATORS and is_standard_proto(node):
+            yield from ((node, k) for k in sorted(OPERATORS[node.op_type].weights) if k < len(node.input))
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """The constants of a graph itself that no caller can replace, by the name of the tensor."""
     found = {item.name: item for item in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and is_standard_proto(node) and node.output:
-            found.update((node.output[0], item.t) for item in node.attribute if item.name == "value" and item.HasField("t"))
+        value = value_of(node)
+        if value is not None:
+            found[node.output[0]] = value
     inputs = {item.name for item in graph.input}
     return {name: tensor for name, tensor in found.items() if name not in inputs}
 
@@ -127,14 +129,17 @@ def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
 
 def _chain(name: str, producers: dict[str, onnx.NodeProto], readers: Counter[str]) -> list[onnx.NodeProto]:
     """The nodes from a reader back to a constant, as long as each has but one reader."""
-    chain: list[onnx.NodeProto] = []
-    while name in producers and readers[name] == 1 and len(chain) < MAX_CHAIN:
-        node = producers[name]
-        if node.op_type not in (*RESHAPING, *PASS_THROUGH) or not is_standard_proto(node) or not node.input:
-            break
-        chain.append(node)
+    return list(takewhile(lambda node: readers[node.output[0]] == 1, _nodes_behind(name, producers)))
+
+
+def _nodes_behind(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes before a tensor that change no value, from it backwards."""
+    for _ in range(MAX_CHAIN):
+        node = producers.get(name)
+        if node is None or node.op_type not in (*RESHAPING, *PASS_THROUGH) or not is_standard_proto(node) or not node.input:
+            return
+        yield node
         name = node.input[0]
-    return chain
 
 
 def _stepped(
@@ -197,10 +202,8 @@ def _sources(graph: onnx.GraphProto) -> Iterator[str]:
     """The tensors that the operands of its nodes come from, through nodes that change no value."""
     producers = {output: node for node in graph.node for output in node.output}
     for node, operand in _operands(graph):
-        name, steps = node.input[operand], 0
-        while name in producers and producers[name].op_type in (*RESHAPING, *PASS_THROUGH) and steps < MAX_CHAIN:
-            name, steps = producers[name].input[0], steps + 1
-        yield name
+        behind = [step.input[0] for step in _nodes_behind(node.input[operand], producers)]
+        yield behind[-1] if behind else node.input[operand]
 
 
 def _rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:

@@ -16,10 +16,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.files.walk import reads_in
-from requant_onnx.graph.constants import FLOATS, Root, find_root, import_graph, is_standard
+from requant_onnx.graph.constants import FLOATS, ModelGraph, Root, find_root, is_standard
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, set_initializer
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.operands import fits
+from requant_onnx.graph.operands import operator_of
+from requant_onnx.graph.operators import OPERATORS
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -36,9 +37,9 @@ class _Fold:
     new_bias: npt.NDArray[np.generic]
 
 
-def fold_batchnorm(model: onnx.ModelProto) -> int:
-    """Fold every BatchNormalization that follows a Conv with constant parameters; returns how many.  Changes `model`."""
-    graph = import_graph(model)
+def fold_batchnorm(view: ModelGraph) -> int:
+    """Fold every BatchNormalization that follows a Conv with constant parameters; returns how many.  Changes the model."""
+    model, graph = view.proto, view.graph
     index = {id(node): k for k, node in enumerate(graph.nodes)}
     names = FreshNames(model)
     inputs = {item.name for item in model.graph.input}
@@ -58,9 +59,8 @@ def fold_batchnorm(model: onnx.ModelProto) -> int:
 def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int], inputs: set[str]) -> _Fold | None:
     """How to fold this BatchNormalization, or None when it has to stay.  inputs: tensors that a caller may set."""
     producers = norm.inputs[0].inputs
-    if not producers or producers[0].op not in ("Conv", "ConvTranspose") or id(producers[0]) not in index:
-        return None
-    if not is_standard(producers[0]):
+    operator = operator_of(producers[0]) if producers and id(producers[0]) in index else None
+    if operator is None or not operator.channels_second:
         return None
     conv, between = producers[0], norm.inputs[0]
     trains = norm.attrs.get("training_mode", 0) or not norm.attrs.get("spatial", 1)
@@ -89,25 +89,18 @@ def _folded(
     bias = parameters[5] if len(parameters) > 5 else np.zeros_like(mean)
     if weight.ndim < 2:
         return None
-    channels = weight.shape[0] if conv.op == "Conv" else weight.shape[1] * conv.attrs.get("group", 1)
-    consistent = fits(conv, weight.shape) and all(values.shape == (channels,) for values in (gamma, beta, mean, var, bias))
+    operator = OPERATORS[conv.op]
+    if not operator.fits(conv.attrs, weight.shape):
+        return None
+    product = operator.product(conv.attrs, weight.shape)
+    consistent = all(values.shape == (product.channels,) for values in (gamma, beta, mean, var, bias))
     if not consistent or not (var + epsilon > 0.0).all():
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         factor = gamma / np.sqrt(var + epsilon)
-        found = (scale_output_channels(weight, factor, conv), factor * (bias - mean) + beta)
-        made = (found[0].astype(dtype), found[1].astype(dtype))
-    return made if all(np.isfinite(values.astype(np.float32)).all() for values in made) else None
-
-
-def scale_output_channels(weight: FloatArray, factor: FloatArray, conv: gs.Node) -> FloatArray:
-    """Multiply each output channel.  Conv: (oc, ic/group, ...); ConvTranspose: (ic, oc/group, ...).  factor: (oc,)."""
-    ones = (1,) * (weight.ndim - 2)
-    if conv.op == "Conv":
-        return weight * factor.reshape(-1, 1, *ones)
-    group = conv.attrs.get("group", 1)
-    blocks = weight.reshape(group, -1, *weight.shape[1:])
-    return np.asarray((blocks * factor.reshape(group, 1, -1, *ones)).reshape(weight.shape))
+        rows = [part * f[:, None] for part, f in zip(product.matrices(weight), factor.reshape(product.group, -1), strict=True)]
+        folded = (product.tensor(rows).astype(dtype), (factor * (bias - mean) + beta).astype(dtype))
+    return folded if all(np.isfinite(values.astype(np.float32)).all() for values in folded) else None
 
 
 def _apply(graph: onnx.GraphProto, fold: _Fold, names: FreshNames) -> list[str]:

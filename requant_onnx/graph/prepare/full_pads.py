@@ -6,17 +6,17 @@ https://onnx.ai/onnx/operators/onnx__Pad.html
 from __future__ import annotations
 
 import numpy as np
-import onnx
 
-from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.shapes import find_shapes
 
 
-def write_full_pads(model: onnx.ModelProto) -> int:
-    """Each Pad with constant pads and axes gets pads for every axis; returns how many.  Changes `model`."""
-    pads = [n for n in import_graph(model).nodes if n.op == "Pad" and is_standard(n) and len(n.inputs) > 3 and n.inputs[3].name]
+def write_full_pads(view: ModelGraph) -> int:
+    """Each Pad with constant pads and axes gets pads for every axis; returns how many.  Changes the model."""
+    model = view.proto
+    pads = [n for n in view.nodes if n.op == "Pad" and is_standard(n) and len(n.inputs) > 3 and n.inputs[3].name]
     if not pads:
         return 0
     names, done = FreshNames(model), 0

@@ -13,17 +13,17 @@ import numpy as np
 import onnx
 
 from requant_onnx.files.walk import reads_in
-from requant_onnx.graph.constants import find_root, import_graph, is_standard
+from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
 from requant_onnx.graph.edit import drop_stale_types, drop_unread, set_initializer
 from requant_onnx.graph.names import FreshNames
 
 
-def transpose_gemm(model: onnx.ModelProto, weights: Collection[str]) -> int:
-    """Turn every Gemm with transB=1 that reads one of these weights; returns how many.  Changes `model`."""
-    graph, names = model.graph, FreshNames(model)
+def transpose_gemm(model: ModelGraph, weights: Collection[str]) -> int:
+    """Turn every Gemm with transB=1 that reads one of these weights; returns how many.  Changes the model."""
+    graph, names = model.proto.graph, FreshNames(model.proto)
     by_output = {node.output[0]: node for node in graph.node if node.op_type == "Gemm"}
     stale: list[str] = []
-    for gemm in import_graph(model).nodes:
+    for gemm in model.nodes:
         node = by_output.get(gemm.outputs[0].name) if gemm.op == "Gemm" and is_standard(gemm) else None
         root = find_root(gemm.inputs[1]) if node is not None and gemm.attrs.get("transB", 0) else None
         if node is None or root is None or root.name not in weights or len(root.tensor.shape) != 2:

@@ -1,0 +1,213 @@
+"""Weights as matrices (rows, n), one for each group of channels, and what a layer multiplies them with.
+
+Conv           (oc, ic/group, kh, kw)  -> group x (oc/group, ic/group * kh * kw)
+ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel turned round
+Gemm, MatMul   (oc, ic) or (ic, oc)    -> (oc, ic)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_onnx.numerics.moments import Values, Window, patches
+
+T = TypeVar("T", bound=np.generic)
+Attributes = Mapping[str, Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product(ABC):
+    """The matrix product that a node computes with a weight of that shape.
+
+    The output channels, in their order, are the rows of the first group, then those of the second, ...
+    """
+
+    shape: Shape
+    attributes: Attributes = field(repr=False, default_factory=dict)
+
+    @property
+    def group(self) -> int:
+        """How many groups of channels are multiplied apart."""
+        return int(self.attributes.get("group", 1))
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Output channels of a group."""
+
+    @property
+    def channels(self) -> int:
+        """Output channels of all groups."""
+        return self.group * self.rows
+
+    @property
+    def scale_is_shared(self) -> bool:
+        """Whether a scale belongs to rows of several groups."""
+        return False
+
+    @abstractmethod
+    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+        """The weight, or anything of its shape, as (rows, n) for each group."""
+
+    @abstractmethod
+    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+        """The inverse of `matrices`."""
+
+    @abstractmethod
+    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+        """(images, [(places, n) for each group]): what the rows are multiplied with.  x: the input, (images, ...)."""
+
+    @abstractmethod
+    def results(self, y: Values) -> list[Values]:
+        """The output as (places, rows) for each group."""
+
+    @abstractmethod
+    def mean_inputs(self, means: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]] | None:
+        """(n,) for each group: the mean of what a row is multiplied with.  means: (ic,) of the input.
+
+        None where the means do not fit, or it depends on the place.
+        """
+
+    def by_row(self, parameter: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+        """A scale or zero point, () or (channels of the weight,), for each row of each group."""
+        if parameter.size == 1 or self.scale_is_shared:
+            return [np.broadcast_to(parameter, (self.rows,)).copy() for _ in range(self.group)]
+        return list(parameter.reshape(self.group, self.rows).copy())
+
+
+@dataclass(frozen=True)
+class DenseProduct(Product):
+    """y = x @ w, w: (..., ic, oc) with one matrix only; with rows_first y = x @ w.T, w: (oc, ic)."""
+
+    rows_first: bool = False
+
+    @property
+    def group(self) -> int:
+        return 1
+
+    @property
+    def rows(self) -> int:
+        return self.shape[-2 if self.rows_first else -1]
+
+    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+        matrix = w.reshape(w.shape[-2:])
+        return [np.ascontiguousarray(matrix if self.rows_first else matrix.T)]
+
+    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+        matrix = matrices[0] if self.rows_first else matrices[0].T
+        return np.ascontiguousarray(matrix).reshape(self.shape)
+
+    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+        yield slice(0, len(x)), [np.ascontiguousarray(x.reshape(-1, x.shape[-1]))]
+
+    def results(self, y: Values) -> list[Values]:
+        return [y.reshape(-1, y.shape[-1])]
+
+    def mean_inputs(self, means: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]] | None:
+        return [means] if means.size == self.shape[-1 if self.rows_first else -2] else None
+
+
+@dataclass(frozen=True)
+class _ChannelsSecond(Product):
+    """Input and output are (images, channels, *spatial)."""
+
+    def results(self, y: Values) -> list[Values]:
+        flat = np.moveaxis(y, 1, -1).reshape(-1, self.group, y.shape[1] // self.group)
+        return [np.ascontiguousarray(flat[:, g]) for g in range(self.group)]
+
+    def _spatial(self, name: str, default: int) -> tuple[int, ...]:
+        """An attribute with one value a spatial axis."""
+        return tuple(self.attributes.get(name, (default,) * len(self.shape[2:])))
+
+    def _pads(self) -> tuple[tuple[int, int], ...]:
+        rank = len(self.shape[2:])
+        pads = self.attributes.get("pads", (0,) * 2 * rank)
+        return tuple(zip(pads[:rank], pads[rank:], strict=True))
+
+
+@dataclass(frozen=True)
+class ConvProduct(_ChannelsSecond):
+    """https://onnx.ai/onnx/operators/onnx__Conv.html."""
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] // self.group
+
+    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+        return list(w.reshape(self.group, w.shape[0] // self.group, -1))
+
+    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+        return np.ascontiguousarray(np.stack(matrices).reshape(self.shape))
+
+    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+        strides, dilations = self._spatial("strides", 1), self._spatial("dilations", 1)
+        pads = self._window_pads(x.shape[2:], strides, dilations)
+        yield from patches(x, Window(self.shape[2:], strides, pads, dilations, self.group))
+
+    def mean_inputs(self, means: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]] | None:
+        kernel = int(np.prod(self.shape[2:]))
+        fits = means.size == self.group * self.shape[1]
+        return list(np.repeat(means, kernel).reshape(self.group, -1)) if fits else None
+
+    def _window_pads(self, size: Shape, strides: Shape, dilations: Shape) -> tuple[tuple[int, int], ...]:
+        """By auto_pad and pads."""
+        auto = self.attributes.get("auto_pad", "NOTSET")
+        if auto not in ("SAME_UPPER", "SAME_LOWER"):
+            return self._pads() if auto == "NOTSET" else ((0, 0),) * len(size)
+        totals = [
+            max(0, (-(-n // s) - 1) * s + d * (k - 1) + 1 - n)
+            for n, k, s, d in zip(size, self.shape[2:], strides, dilations, strict=True)
+        ]
+        halves = [(t // 2, t - t // 2) for t in totals]
+        return tuple(halves if auto == "SAME_UPPER" else [(b, a) for a, b in halves])
+
+
+@dataclass(frozen=True)
+class ConvTransposeProduct(_ChannelsSecond):
+    """https://onnx.ai/onnx/operators/onnx__ConvTranspose.html, without auto_pad and output_shape."""
+
+    @property
+    def rows(self) -> int:
+        return self.shape[1]
+
+    @property
+    def scale_is_shared(self) -> bool:
+        return self.group > 1
+
+    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+        parts = w.reshape(self.group, -1, *w.shape[1:]).swapaxes(1, 2)
+        turned = np.flip(parts, tuple(range(3, parts.ndim)))
+        return list(np.ascontiguousarray(turned).reshape(self.group, w.shape[1], -1))
+
+    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+        parts = np.stack(matrices).reshape(self.group, self.shape[1], -1, *self.shape[2:])
+        turned = np.flip(parts, tuple(range(3, parts.ndim))).swapaxes(1, 2)
+        return np.ascontiguousarray(turned).reshape(self.shape)
+
+    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+        """As a Conv of stride 1: zeros between the inputs, and around them what the kernel reaches."""
+        kernel, strides, dilations = self.shape[2:], self._spatial("strides", 1), self._spatial("dilations", 1)
+        size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
+        spread = np.zeros((*x.shape[:2], *size), x.dtype)
+        spread[_cut(slice(None, None, s) for s in strides)] = x
+        reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        extra = self._spatial("output_padding", 0)
+        around = [(r - a, r - b + e) for r, (a, b), e in zip(reach, self._pads(), extra, strict=True)]
+        trimmed = spread[_cut(slice(max(0, -a), n - max(0, -b)) for (a, b), n in zip(around, size, strict=True))]
+        pads = tuple((max(a, 0), max(b, 0)) for a, b in around)
+        yield from patches(trimmed, Window(kernel, (1,) * len(kernel), pads, dilations, self.group))
+
+    def mean_inputs(self, means: npt.NDArray[np.float64]) -> None:
+        """None: at a stride above 1 a place reads only some of the kernel, which ones depends on the place."""
+
+
+def _cut(spatial: Iterable[slice]) -> tuple[slice, ...]:
+    """An index of the spatial axes of (n, c, ...)."""
+    return (slice(None), slice(None), *spatial)

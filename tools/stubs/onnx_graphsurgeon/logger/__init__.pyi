@@ -1,0 +1,5 @@
+class _Logger:
+    CRITICAL: int
+    severity: int
+
+G_LOGGER: _Logger
