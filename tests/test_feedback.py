@@ -184,9 +184,9 @@ def test_a_layer_makes_up_for_the_error_of_its_shortcut() -> None:
     coarse = onnx.numpy_helper.from_array(laplace(16, 3, 3, 3).round(), "w")
     for stream, replaced in ((exact, {}), (rounded, {"w": coarse})):
         stream.advance(1, replaced)
-    (target,) = targets(layers[1], exact, rounded)
-    d = np.asarray(exact.output(1)[0])
-    expected = d + np.asarray(exact.values[0]["c"]) - np.asarray(rounded.values[0]["c"])
+    target = np.asarray(targets(layers[1], exact, rounded)[0])
+    d = np.asarray(exact.output(1)[0], np.float32)
+    expected = d + np.asarray(exact.values[0]["c"], np.float32) - np.asarray(rounded.values[0]["c"], np.float32)
     np.testing.assert_allclose(target, expected, atol=1e-5)
     assert abs(target - d).max() > 0.1
 

@@ -146,7 +146,8 @@ def test_means_of_inputs_give_the_mean_of_the_output(name: str, op: str, x_shape
         return
     x = np.ones(x_shape, np.float32) * (means.reshape(1, -1, 1, 1) if channels_second else means).astype(np.float32)
     y = run(model, x)
-    middle = y[(0, slice(None), *(n // 2 for n in y.shape[2:]))] if channels_second else y.reshape(-1, y.shape[-1])[0]
+    center = (0, slice(None), *(n // 2 for n in y.shape[2:]))
+    middle = y[center] if channels_second else y.reshape(-1, y.shape[-1])[0]
     rows = [part @ own for part, own in zip(layer_of(model).product.matrices(w), found, strict=True)]
     np.testing.assert_allclose(np.concatenate(rows), middle, atol=1e-4 * abs(middle).max())
 

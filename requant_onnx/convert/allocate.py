@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Refinement
@@ -29,6 +28,7 @@ from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.decode.forms import Coded, Target, decode_of, group_key
 from requant_onnx.graph.decode.nodes import Constants
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.numerics.knapsack import Front, pareto_front
 from requant_onnx.numerics.quantize import Grid, quantize_weight
@@ -36,7 +36,6 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.sensitivity import noise_of_each
 from requant_onnx.runtime.stream import Chunk
 
-Values = npt.NDArray[np.float32]
 BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README, "Bits ...")
 ROUNDS = 12
 MAX_POINTS = 4_000
@@ -169,7 +168,7 @@ def _nearest(offers: Sequence[Offer], bits: int, kind: GridKind, whole: bool) ->
 def open_market(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
-    min_scales: Mapping[str, npt.NDArray[np.float64]],
+    min_scales: Mapping[str, Float64Array],
     target: Target,
     chunks: Sequence[Chunk],
     refinement: Refinement,
@@ -225,14 +224,14 @@ def _sensitivities(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
     grids: Mapping[str, Sequence[Grid]],
-    min_scales: Mapping[str, npt.NDArray[np.float64]],
+    min_scales: Mapping[str, Float64Array],
     chunks: Sequence[Chunk],
     refinement: Refinement,
     progress: Progress | None,
-) -> tuple[dict[str, Values], dict[str, tuple[float, ...]]]:
+) -> tuple[dict[str, Float32Array], dict[str, tuple[float, ...]]]:
     """What errors count, and the noise that each weight alone makes in the output on each of its grids; both by weight."""
     importances = {}
-    cases: dict[str, list[dict[str, Values]]] = {}
+    cases: dict[str, list[dict[str, Float32Array]]] = {}
     for done, probe in enumerate(probe_layers(model, planned, grids, chunks, refinement, min_scales), 1):
         name = probe.layer.weight
         importances[name] = probe.importance
@@ -253,9 +252,9 @@ def _offer(
     model: onnx.ModelProto,
     item: PlannedWeight,
     grid: Grid,
-    w: Values,
-    importance: Values | None,
-    min_scale: npt.NDArray[np.float64] | None,
+    w: Float32Array,
+    importance: Float32Array | None,
+    min_scale: Float64Array | None,
     target: Target,
 ) -> Offer:
     q = quantize_weight(w, grid, min_scale, importance)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Granularity, QuantConfig
@@ -19,6 +17,7 @@ from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
 from requant_onnx.graph.weights import View
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
+from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import watch_activations
 
@@ -33,7 +32,7 @@ class Integers:
     plan: IntegerPlan = field(default_factory=IntegerPlan)
     grids: dict[str, ActivationGrid] = field(default_factory=dict)
     biases: tuple[Bias, ...] = ()
-    min_scales: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    min_scales: dict[str, Float64Array] = field(default_factory=dict)
 
     def reports(self) -> tuple[ActivationReport, ...]:
         """One for each quantized activation, in graph order."""

@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from requant_onnx.config import Refinement
 from requant_onnx.graph.layers import Layer
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, UInt8Array
 from requant_onnx.numerics.feedback import RowGrid, feedback, refine
 from requant_onnx.numerics.moments import Moments, error_of
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
-FloatArray = npt.NDArray[np.float64]
-Triple = tuple[FloatArray, FloatArray, FloatArray]
+Triple = tuple[Float64Array, Float64Array, Float64Array]
 HELD_BACK = 4  # every fourth chunk is for the choice between candidates, not for making them
 SHRINKAGE = 0.02  # of the mean diagonal: how far the target weights may leave the float ones
 
@@ -35,7 +34,7 @@ class Choice:
 
     grid: Grid
     quantized: QuantizedWeight
-    bias: npt.NDArray[np.float32] | None
+    bias: Float32Array | None
     step: str
     errors: dict[str, float]
 
@@ -46,7 +45,7 @@ class _Candidate:
 
     grid: Grid
     start: QuantizedWeight
-    codes: list[npt.NDArray[np.uint8]]
+    codes: list[UInt8Array]
     grids: list[RowGrid]
     corrected: bool
 
@@ -55,18 +54,18 @@ class _Candidate:
         """Whether each row has a scale of its own."""
         return self.start.axis is not None
 
-    def decoded(self) -> list[FloatArray]:
+    def decoded(self) -> list[Float64Array]:
         return [grid.decode(codes) for grid, codes in zip(self.grids, self.codes, strict=True)]
 
 
 def choose(
     layer: Layer,
-    w: npt.NDArray[np.float32],
+    w: Float32Array,
     grids: Sequence[Grid],
     fitted: Sequence[Moments],
     held: Sequence[Moments],
     refinement: Refinement,
-    min_scale: FloatArray | None,
+    min_scale: Float64Array | None,
 ) -> Choice:
     """The best of the ladder, up to the rung asked for, for one layer.
 
@@ -86,12 +85,12 @@ def choose(
     return _finish(layer, ladder[step], fitted, held, step, errors)
 
 
-def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: FloatArray | None) -> _Candidate:
+def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: Float64Array | None) -> _Candidate:
     return _Candidate(grid, q, layer.product.matrices(q.codes), _grids(layer, q, min_scale), False)
 
 
 def _weighted(
-    layer: Layer, w: npt.NDArray[np.float32], grids: Sequence[Grid], triples: Sequence[Triple], min_scale: FloatArray | None
+    layer: Layer, w: Float32Array, grids: Sequence[Grid], triples: Sequence[Triple], min_scale: Float64Array | None
 ) -> _Candidate:
     """Ranges and grid by what each weight's error does to the output: the diagonal of the second moments weighs it."""
     importance = layer.importance([np.diag(xx) for xx, _, _ in triples])
@@ -103,7 +102,7 @@ def _weighted(
 
 def _feedback(
     layer: Layer,
-    w: npt.NDArray[np.float32],
+    w: Float32Array,
     nearest: _Candidate,
     triples: Sequence[Triple],
     fitted: Sequence[Moments],
@@ -113,7 +112,7 @@ def _feedback(
     matrices = [m.astype(np.float64) for m in layer.product.matrices(w)]
     refit = nearest.has_row_scales and not layer.product.scale_is_shared
     targets = [_target(w_g, triple) for w_g, triple in zip(matrices, triples, strict=True)]
-    made: dict[str, tuple[_Candidate, list[FloatArray]]] = {}
+    made: dict[str, tuple[_Candidate, list[Float64Array]]] = {}
     for name, wanted in (("feedback", matrices), ("feedback to the float output", targets)):
         codes = [feedback(t, triple[0], grid) for t, triple, grid in zip(wanted, triples, nearest.grids, strict=True)]
         made[name] = replace(nearest, codes=codes, corrected=layer.can_correct), wanted
@@ -128,7 +127,7 @@ def _feedback(
         yield f"{name}, descent", replace(start, codes=[c for c, _ in refined], grids=[g for _, g in refined])
 
 
-def _grids(layer: Layer, q: QuantizedWeight, min_scale: FloatArray | None) -> list[RowGrid]:
+def _grids(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> list[RowGrid]:
     scale = layer.product.by_row(np.asarray(q.scale, np.float64))
     offset = layer.product.by_row(q.table.max_code - q.zero_point.astype(np.int64))
     least = layer.product.by_row(np.zeros(1) if min_scale is None else min_scale)
@@ -136,7 +135,7 @@ def _grids(layer: Layer, q: QuantizedWeight, min_scale: FloatArray | None) -> li
     return [RowGrid(s, o, q.table, True, f, half) for s, o, f in zip(scale, offset, least, strict=True)]
 
 
-def _target(w: FloatArray, moments: Triple) -> FloatArray:
+def _target(w: Float64Array, moments: Triple) -> Float64Array:
     """The weights that bring the quantized input nearest to the float output, held to w where inputs say little.
 
     W* = W + (C_yx - W C_xx) inv(C_xx + lambda)
@@ -146,7 +145,7 @@ def _target(w: FloatArray, moments: Triple) -> FloatArray:
     return np.asarray(w + np.linalg.solve(xx + ridge * np.eye(len(xx)), (xy - w @ xx).T).T)
 
 
-def _damped(xx: FloatArray) -> FloatArray:
+def _damped(xx: Float64Array) -> Float64Array:
     return np.asarray(xx + np.eye(len(xx)) * max(0.01 * float(np.mean(np.diag(xx))), 1e-30))
 
 

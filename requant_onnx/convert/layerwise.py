@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Refinement
@@ -17,14 +16,13 @@ from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
 from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray
 from requant_onnx.numerics.feedback import conditional_variances
-from requant_onnx.numerics.moments import Moments, Values
+from requant_onnx.numerics.moments import Moments
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Stream, constants_to_initializers
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def quantize_layers(
     planned: tuple[PlannedWeight, ...],
     calibration: Calibration,
     refinement: Refinement,
-    min_scales: Mapping[str, FloatArray],
+    min_scales: Mapping[str, Float64Array],
     progress: Progress | None,
 ) -> list[LayerResult]:
     """Those of the planned weights that one node alone multiplies with finite values.  The model does not change."""
@@ -74,7 +72,7 @@ def quantize_layers(
     return found
 
 
-def _emitted(plan: PlannedWeight, choice: Choice) -> npt.NDArray[np.generic]:
+def _emitted(plan: PlannedWeight, choice: Choice) -> GenericArray:
     return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
@@ -101,8 +99,8 @@ class Probe:
     """
 
     layer: Layer
-    found: tuple[tuple[QuantizedWeight, npt.NDArray[np.float32] | None], ...]
-    importance: Values
+    found: tuple[tuple[QuantizedWeight, Float32Array | None], ...]
+    importance: Float32Array
 
 
 def probe_layers(
@@ -111,7 +109,7 @@ def probe_layers(
     grids: Mapping[str, Sequence[Grid]],
     chunks: Sequence[Chunk],
     refinement: Refinement,
-    min_scales: Mapping[str, FloatArray],
+    min_scales: Mapping[str, Float64Array],
 ) -> Iterator[Probe]:
     """Those of the planned weights that one node alone multiplies with finite values, on the inputs of the float model.
 
@@ -140,7 +138,7 @@ def probe_layers(
         yield Probe(layer, tuple((choice.quantized, choice.bias) for choice in choices), importance)
 
 
-def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Values]:
+def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Float32Array]:
     """What the layer should give for each chunk: its float output, and, where that is added to a shortcut which has been
     quantized already, what makes up for the error of the shortcut."""
     outputs = [np.asarray(y, np.float32) for y in exact.output(layer.index)]
@@ -151,7 +149,7 @@ def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Values]:
     return outputs
 
 
-def _add(layer: Layer, x: Values, y: Values, total: list[Moments]) -> None:
+def _add(layer: Layer, x: Float32Array, y: Float32Array, total: list[Moments]) -> None:
     bias = layer.bias_values if not layer.can_correct else np.zeros_like(layer.bias_values)
     product = layer.product
     biases = bias.reshape(product.group, -1)

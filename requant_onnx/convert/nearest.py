@@ -10,16 +10,15 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.report import WeightReport, sqnr_db
 from requant_onnx.graph.decode.forms import FORMS, Coded
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray, UInt8Array
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 
-FloatArray = npt.NDArray[np.float64]
 PIECE = 1 << 20
 ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # bytes of a weight from which on memory counts for more than threads
 
@@ -72,7 +71,7 @@ class Result:
 
 def quantize_all(
     planned: tuple[PlannedWeight, ...],
-    min_scales: Mapping[str, FloatArray],
+    min_scales: Mapping[str, Float64Array],
     progress: Progress | None,
     threads: int | None,
 ) -> Iterator[Result]:
@@ -97,7 +96,7 @@ def workers(threads: int | None) -> int:
     return threads or os.cpu_count() or 1
 
 
-def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
+def _quantize(planned: PlannedWeight, min_scale: Float64Array | None) -> Result:
     if planned.weight.stored_bytes > ONE_AT_A_TIME:
         with LARGE:
             result = _quantize_loaded(planned, min_scale)
@@ -105,12 +104,12 @@ def _quantize(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
     return _quantize_loaded(planned, min_scale)
 
 
-def _quantize_loaded(planned: PlannedWeight, min_scale: FloatArray | None) -> Result:
+def _quantize_loaded(planned: PlannedWeight, min_scale: Float64Array | None) -> Result:
     w = planned.weight.load()
     return measure(planned, w, quantize_weight(w, planned.grid, min_scale))
 
 
-def _on_disk(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _on_disk(codes: UInt8Array) -> UInt8Array:
     """The codes in a file without a name, which is gone with them, or with the process."""
     with tempfile.TemporaryFile() as file:
         codes.tofile(file)
@@ -118,7 +117,7 @@ def _on_disk(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return np.memmap(file, np.uint8, "r", shape=codes.shape)
 
 
-def measure(planned: PlannedWeight, w: npt.NDArray[np.float32], quantized: QuantizedWeight) -> Result:
+def measure(planned: PlannedWeight, w: Float32Array, quantized: QuantizedWeight) -> Result:
     """The error of a quantized weight as its readers see it."""
     with np.errstate(over="ignore"):  # an overflow is found below and the weight left alone
         w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit), copy=False)
@@ -127,7 +126,7 @@ def measure(planned: PlannedWeight, w: npt.NDArray[np.float32], quantized: Quant
     return Result(planned, quantized, _energy(w.ravel()), noise, finite)
 
 
-def _energy(values: npt.NDArray[np.generic], less: npt.NDArray[np.float32] | None = None) -> float:
+def _energy(values: GenericArray, less: Float32Array | None = None) -> float:
     """Sum of squares of flat values, or of a difference, in pieces: float64 copies of the whole would take most of the memory."""
     total = 0.0
     for start in range(0, values.size, PIECE):

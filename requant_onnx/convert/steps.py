@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import METADATA_KEY, NARROW_ORT, QuantConfig, Refinement
@@ -36,10 +34,11 @@ from requant_onnx.graph.prepare.opset import raise_opset
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import LeftAlone, find_weights
 from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.progress import Progress
 
 T = TypeVar("T")
-Biases = Mapping[str, npt.NDArray[np.float32]]
+Biases = Mapping[str, Float32Array]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Prepared:
     integers: Integers
     plan: Plan
     refining: Calibration | None
-    means: Mapping[str, npt.NDArray[np.float64]]
+    means: Mapping[str, Float64Array]
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -113,7 +112,7 @@ def quantize(
 ) -> tuple[list[Result], Biases]:
     """Every planned weight, in order, on calibration inputs where a layer can be; and the biases that change with them."""
     refined: dict[str, Result] = {}
-    biases: dict[str, npt.NDArray[np.float32]] = {}
+    biases: dict[str, Float32Array] = {}
     min_scales = prepared.integers.min_scales
     if prepared.refining is not None and planned:
         refinement = prepared.config.refinement
@@ -128,7 +127,7 @@ def quantize(
     return [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned], biases
 
 
-def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, npt.NDArray[np.float32]]) -> None:
+def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, Float32Array]) -> None:
     """Take out of each bias what the error of the weight adds to the mean of the output, where the means of inputs are known.
 
     Nagel et al. 2019 (arXiv 1906.04721), equation 16.  Changes `results` and `biases`.

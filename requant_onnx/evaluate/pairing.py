@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.files.load import Source, load_model
@@ -14,11 +13,9 @@ from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.readers import WeightReader, constant_part, find_readers, settled_tensors
+from requant_onnx.numerics.arrays import Float32Array, GenericArray
 from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.runtime.sessions import open_session, run_session
-
-Rows = npt.NDArray[np.float32]
-Values = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Pair:
     """
 
     shape: tuple[int, ...]
-    w: Rows
-    w_hat: Rows
+    w: Float32Array
+    w_hat: Float32Array
     half: bool
     outputs: tuple[str, ...]
 
@@ -41,14 +38,14 @@ class _Weight:
     """A weight as its node reads it, decoded."""
 
     reader: WeightReader
-    values: Values
+    values: GenericArray
 
     @property
     def kind(self) -> tuple[object, ...]:
         return self.reader.op, tuple(sorted(self.values.shape))
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Float32Array:
         return to_rows(self.values.astype(np.float32), self.reader.channel_axis(self.values.ndim))
 
 
@@ -130,7 +127,7 @@ def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_W
     return list(_decoded(usable, values))
 
 
-def _decoded(readers: Sequence[WeightReader], values: Mapping[str, Values]) -> Iterator[_Weight]:
+def _decoded(readers: Sequence[WeightReader], values: Mapping[str, GenericArray]) -> Iterator[_Weight]:
     for reader in readers:
         w = values[reader.weight]
         if reader.scale:
@@ -140,6 +137,6 @@ def _decoded(readers: Sequence[WeightReader], values: Mapping[str, Values]) -> I
         yield _Weight(reader, w)
 
 
-def _along(values: Rows, rank: int, axis: int) -> Rows:
+def _along(values: Float32Array, rank: int, axis: int) -> Float32Array:
     """A scalar, or (oc,), in a shape that broadcasts along an axis."""
     return values.reshape([-1 if k == axis else 1 for k in range(rank)])

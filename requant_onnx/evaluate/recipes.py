@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
@@ -27,6 +26,7 @@ from requant_onnx.evaluate.jobs import run_all
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
+from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier, require_image
 from requant_onnx.runtime.sessions import quiet_options
@@ -35,7 +35,6 @@ from requant_onnx.runtime.version import runtime_version
 SHARD = 500  # images of a work item
 BATCH = 100
 
-Scores = npt.NDArray[np.float32]
 Case: TypeAlias = "tuple[str, int]"
 FLOAT: Case = ("float", 32)
 
@@ -160,7 +159,7 @@ class _Work:
         models: Mapping[Case, bytes],
         shards: Sequence[tuple[int, ImageSet]],
         normalization: Normalization | None,
-    ) -> dict[Case, Scores]:
+    ) -> dict[Case, Float32Array]:
         digests = {start: _digest(shard, normalization) for start, shard in shards}
         keys = {(case, start): key_of("scores", data, digests[start]) for case, data in models.items() for start, _ in shards}
         found = {}
@@ -175,7 +174,7 @@ class _Work:
             if (case, start) not in found
         }
 
-        def done(key: tuple[Case, int], values: Scores) -> None:
+        def done(key: tuple[Case, int], values: Float32Array) -> None:
             stored = io.BytesIO()
             np.save(stored, values)
             self.cache.put(keys[key], stored.getvalue())
@@ -203,7 +202,7 @@ def convert_item(model: bytes, config: QuantConfig, calibration: Calibration | N
     return data
 
 
-def score_item(model: bytes, images: ImageSet, normalization: Normalization | None) -> Scores:
+def score_item(model: bytes, images: ImageSet, normalization: Normalization | None) -> Float32Array:
     """A work item: the scores of some images, (n, classes).  One thread: sums in another order are other sums."""
     options = quiet_options()
     options.intra_op_num_threads = 1
@@ -230,11 +229,13 @@ def _digest(images: ImageSet, normalization: Normalization | None) -> bytes:
     return key_of(runtime_version(), repr(normalization), images.fingerprint()).encode()
 
 
-def _hits(scores: Scores, images: ImageSet) -> float | None:
+def _hits(scores: Float32Array, images: ImageSet) -> float | None:
     return None if images.y is None else float((scores.argmax(1) == images.y).mean())
 
 
-def _trial(case: Case, before: int, after: int, exact: Scores, scores: Scores, images: ImageSet, top1: float | None) -> Trial:
+def _trial(
+    case: Case, before: int, after: int, exact: Float32Array, scores: Float32Array, images: ImageSet, top1: float | None
+) -> Trial:
     if exact.shape != scores.shape:
         raise ModelError(f"the converted model gives scores of shape {scores.shape}, and the float model {exact.shape}")
     own = _hits(scores, images)

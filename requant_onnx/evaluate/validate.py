@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.convert.report import ValidationReport, sqnr_db
@@ -14,13 +13,12 @@ from requant_onnx.files.load import ModelLike, Source, load_model, source_of
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
+from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
 
 BATCH = 100
 LATENCY_RUNS = 30
-
-FloatArray = npt.NDArray[np.float32]
 
 
 def validate(
@@ -65,7 +63,7 @@ class _Tally:
         self.broken = np.zeros(2, np.int64)
         self.agree, self.signal, self.noise = 0, 0.0, 0.0
 
-    def add(self, reference: FloatArray, candidate: FloatArray, labels: npt.NDArray[np.int64] | None) -> None:
+    def add(self, reference: Float32Array, candidate: Float32Array, labels: Int64Array | None) -> None:
         if reference.shape != candidate.shape:
             raise DataError(
                 f"the reference gives {reference.shape[1]} scores an image and the candidate {candidate.shape[1]}; "
@@ -130,7 +128,7 @@ def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> i
 
 def _batches(
     images: ImageSet, normalization: Normalization, models: tuple[Classifier, Classifier]
-) -> Iterator[tuple[int, FloatArray]]:
+) -> Iterator[tuple[int, Float32Array]]:
     """(start, x): x of the models' fixed batch size, if there is one, else of BATCH or fewer."""
     size = _common_batch(models, free=min(BATCH, len(images)))
     return batches(images, normalization, size, fixed=any(model.batch is not None for model in models))

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.convert.report import sqnr_db
@@ -18,6 +17,7 @@ from requant_onnx.evaluate.pairing import Pair, find_pairs
 from requant_onnx.files.load import Source, load_model
 from requant_onnx.graph.readers import WeightReader
 from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
 from requant_onnx.numerics.curve import error_curve
 from requant_onnx.numerics.infer import InferredGrid, infer_grid
 from requant_onnx.numerics.kinds import SQUARE_ROOT, GridKind
@@ -33,9 +33,6 @@ BINS = 96
 MAX_ROWS, MAX_VALUES = 512, 1 << 20  # of a weight, for its curve and histograms; a regular sample of the rows
 TENSOR_BYTES = 1 << 27  # of layer outputs compared at a time
 
-FloatArray = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -44,8 +41,8 @@ class Curve:
     best: (alpha, dB) of the least error; full: dB at alpha = 1; own: dB with the best alpha of each channel.
     """
 
-    alphas: FloatArray
-    sqnr_db: FloatArray
+    alphas: Float64Array
+    sqnr_db: Float64Array
     best: tuple[float, float]
     full: float
     own: float
@@ -58,9 +55,9 @@ class Density:
     edges: (bins+1,); counts: (bins,); levels: those that are taken.
     """
 
-    edges: FloatArray
-    counts: npt.NDArray[np.int64]
-    levels: FloatArray
+    edges: Float64Array
+    counts: Int64Array
+    levels: Float64Array
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Anatomy:
     output_sqnr_db: float
     bits: int = 32
     grid: GridKind | None = None
-    scales: FloatArray | None = None
+    scales: Float64Array | None = None
     alpha: tuple[float, float, float] | None = None
     curve: Curve | None = None
     densities: tuple[Density, Density] | None = None
@@ -165,7 +162,7 @@ def _anatomy(reader: WeightReader, pair: Pair, output: float) -> Anatomy:
     return _on_grid(plain, *whole, grid)
 
 
-def _on_grid(plain: Anatomy, w: Rows, w_hat: Rows, grid: InferredGrid) -> Anatomy:
+def _on_grid(plain: Anatomy, w: Float32Array, w_hat: Float32Array, grid: InferredGrid) -> Anatomy:
     chosen = _sample(w, grid.scale)
     rows, scale, table = np.sort(w[chosen], axis=1), grid.scale[chosen], grid.table
     ranges = _ranges(rows, grid)
@@ -182,23 +179,23 @@ def _on_grid(plain: Anatomy, w: Rows, w_hat: Rows, grid: InferredGrid) -> Anatom
     )  # fmt: skip
 
 
-def _sample(w: Rows, scale: FloatArray) -> npt.NDArray[np.int64]:
-    """Rows with a scale, at most MAX_ROWS of them, and MAX_VALUES values."""
+def _sample(w: Float32Array, scale: Float64Array) -> Int64Array:
+    """Float32Array with a scale, at most MAX_ROWS of them, and MAX_VALUES values."""
     used = np.flatnonzero(scale > 0.0)
     most = max(1, min(MAX_ROWS, MAX_VALUES // max(1, w.shape[1])))
     return used[:: math.ceil(used.size / most)]
 
 
-def _ranges(rows: Rows, grid: InferredGrid) -> RowRanges:
+def _ranges(rows: Float32Array, grid: InferredGrid) -> RowRanges:
     low, high = rows[:, 0].astype(np.float64), rows[:, -1].astype(np.float64)
     make = row_ranges if grid.table.limit is None else symmetric_ranges
     return make(low, high, grid.table.bits, grid.table.kind)
 
 
-def _curve(rows: Rows, ranges: RowRanges, grid: InferredGrid) -> Curve:
+def _curve(rows: Float32Array, ranges: RowRanges, grid: InferredGrid) -> Curve:
     signal = float(np.square(rows, dtype=np.float64).sum())
 
-    def decibels(errors: FloatArray) -> FloatArray:
+    def decibels(errors: Float64Array) -> Float64Array:
         return np.array([sqnr_db(signal, float(error)) for error in errors])
 
     errors = error_curve(rows, ranges, grid.table, ALPHAS).sum(0) * rows.shape[1]
@@ -224,7 +221,7 @@ def shown_transform(kind: GridKind) -> GridKind:
     return SQUARE_ROOT if kind.is_uniform else kind
 
 
-def _densities(rows: Rows, w_hat: Rows, scale: FloatArray, grid: InferredGrid) -> tuple[Density, Density]:
+def _densities(rows: Float32Array, w_hat: Float32Array, scale: Float64Array, grid: InferredGrid) -> tuple[Density, Density]:
     """Of the weights, and of the same transformed: as the grid has it, or by the square root for a uniform grid."""
     kind = shown_transform(grid.table.kind)
     ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
+from requant_onnx.numerics.arrays import Float64Array
 
-FloatArray = npt.NDArray[np.float64]
-Function = Callable[[FloatArray], FloatArray]
+Function = Callable[[Float64Array], Float64Array]
 POINTS = np.linspace(-6.0, 6.0, 1201)  # standard deviations
 DENSITY = np.exp(-(POINTS**2) / 2) / np.exp(-(POINTS**2) / 2).sum()
 KEPT = ("Identity", "Dropout", "Cast")
@@ -28,11 +27,11 @@ AVERAGED = ("GlobalAveragePool", "AveragePool", "Flatten", "Reshape", "Squeeze")
 class _Normal:
     """mean: (channels,); var: (channels,), None where it is not known."""
 
-    mean: FloatArray
-    var: FloatArray | None
+    mean: Float64Array
+    var: Float64Array | None
 
 
-def channel_means(model: ModelGraph) -> dict[str, FloatArray]:
+def channel_means(model: ModelGraph) -> dict[str, Float64Array]:
     """(channels,) of each tensor of which it is known.  The model has its BatchNormalization nodes still."""
     known: dict[str, _Normal] = {}
     for node in model.nodes:
@@ -72,7 +71,7 @@ def _normalized(node: gs.Node) -> _Normal | None:
     return _Normal(beta, gamma**2)
 
 
-def _variances(terms: list[_Normal]) -> list[FloatArray] | None:
+def _variances(terms: list[_Normal]) -> list[Float64Array] | None:
     """Of all terms; None where one is not known."""
     known = [item.var for item in terms if item.var is not None]
     return known if len(known) == len(terms) else None

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -20,6 +19,7 @@ from requant_onnx.errors import ModelError
 from requant_onnx.files.external import values_of
 from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.reshapes import RESHAPING, Reshaped, reshaped
+from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
 PASS_THROUGH = ("Identity", "Cast")
@@ -94,18 +94,18 @@ class Root:
         """The tensor that holds the values, as the first node behind it reads it."""
         return self.chain[-1].inputs[0] if self.chain else self.edge
 
-    def load(self) -> npt.NDArray[np.generic]:
+    def load(self) -> GenericArray:
         """The stored values.  Raises ModelError when they do not fit the shape."""
         return load_values(self.tensor)
 
 
-def load_values(tensor: gs.Constant) -> npt.NDArray[np.generic]:
+def load_values(tensor: gs.Constant) -> GenericArray:
     """The values of a constant.  Raises ModelError when they do not fit its shape."""
     stored = tensor._values  # tensor.values would keep them
     return load_proto(stored.tensor) if isinstance(stored, LazyValues) else np.asarray(stored)
 
 
-def load_proto(tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:
+def load_proto(tensor: onnx.TensorProto) -> GenericArray:
     """The values of a tensor.  Raises ModelError when they do not fit its shape."""
     try:
         return values_of(tensor)

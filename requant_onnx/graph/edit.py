@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.constants import PASS_THROUGH
+from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 
 
-def tensor_proto(values: npt.NDArray[np.generic], name: str) -> onnx.TensorProto:
+def tensor_proto(values: GenericArray, name: str) -> onnx.TensorProto:
     """A TensorProto with raw data (integers in typed fields are varints, larger than floats)."""
     return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
 
 
-def uint4_proto(values: npt.NDArray[np.uint8], name: str) -> onnx.TensorProto:
+def uint4_proto(values: UInt8Array, name: str) -> onnx.TensorProto:
     """A UINT4 TensorProto: two values 0 .. 15 a byte, the first in the low half; half a byte of padding at an odd end.
 
     https://onnx.ai/onnx/repo-docs/IR.html#tensor-definition and onnx.proto on raw_data
@@ -31,7 +31,7 @@ def uint4_proto(values: npt.NDArray[np.uint8], name: str) -> onnx.TensorProto:
     return helper.make_tensor(name, onnx.TensorProto.UINT4, values.shape, packed.astype(np.uint8).tobytes(), raw=True)
 
 
-def set_initializer(graph: onnx.GraphProto, values: npt.NDArray[np.generic], name: str) -> None:
+def set_initializer(graph: onnx.GraphProto, values: GenericArray, name: str) -> None:
     """Replace the initializer of that name in its place, or append one."""
     for initializer in graph.initializer:
         if initializer.name == name:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -17,6 +16,7 @@ from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import operator_of, weight_operand
 from requant_onnx.graph.operators import Operator
 from requant_onnx.graph.products import Product
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Layer:
     x: str
     product: Product
     bias: str
-    bias_values: npt.NDArray[np.float32]
+    bias_values: Float32Array
     added_to: str = ""
 
     @property
@@ -42,11 +42,11 @@ class Layer:
         """Whether it has a bias to correct."""
         return self.bias != ""
 
-    def bias_of(self, g: int) -> npt.NDArray[np.float64]:
+    def bias_of(self, g: int) -> Float64Array:
         """(rows,) the bias of one group; 0 where there is none."""
         return np.asarray(self.bias_values.reshape(self.product.group, -1)[g].astype(np.float64))
 
-    def corrected_bias(self, difference: npt.NDArray[np.float32], means: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
+    def corrected_bias(self, difference: Float32Array, means: Float64Array) -> Float32Array | None:
         """(oc,) the bias that makes up for what an error of the weights adds to the mean of the output.
 
         difference: shape of the weight; means: (ic,) of the input.  None where they do not fit, are too large, or do not tell the
@@ -61,7 +61,7 @@ class Layer:
             bias = (self.bias_values - np.concatenate(added)).astype(np.float32)
         return bias if np.isfinite(bias).all() else None
 
-    def importance(self, powers: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+    def importance(self, powers: Sequence[Float64Array]) -> Float32Array:
         """What the squared error of each weight counts in that of the output: the power of its input, 1 on average.
 
         powers: (n,) for each group.
@@ -119,7 +119,7 @@ def _added_to(node: gs.Node) -> str:
     return others[0] if len(others) == 1 else ""
 
 
-def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, npt.NDArray[np.float32]] | None:
+def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, Float32Array] | None:
     """(name if only this node reads it, values); None for values that are not constant or no vector."""
     position = operator.bias
     if position is None or len(node.inputs) <= position or not node.inputs[position].name:

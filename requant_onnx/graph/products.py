@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.moments import Values, Window, patches
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
+from requant_onnx.numerics.moments import Window, patches
 
 T = TypeVar("T", bound=np.generic)
 Attributes = Mapping[str, Any]
@@ -61,15 +62,15 @@ class Product(ABC):
         """The inverse of `matrices`."""
 
     @abstractmethod
-    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
         """(images, [(places, n) for each group]): what the rows are multiplied with.  x: the input, (images, ...)."""
 
     @abstractmethod
-    def results(self, y: Values) -> list[Values]:
+    def results(self, y: Float32Array) -> list[Float32Array]:
         """The output as (places, rows) for each group."""
 
     @abstractmethod
-    def mean_inputs(self, means: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]] | None:
+    def mean_inputs(self, means: Float64Array) -> list[Float64Array] | None:
         """(n,) for each group: the mean of what a row is multiplied with.  means: (ic,) of the input.
 
         None where the means do not fit, or it depends on the place.
@@ -104,13 +105,13 @@ class DenseProduct(Product):
         matrix = matrices[0] if self.rows_first else matrices[0].T
         return np.ascontiguousarray(matrix).reshape(self.shape)
 
-    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
         yield slice(0, len(x)), [np.ascontiguousarray(x.reshape(-1, x.shape[-1]))]
 
-    def results(self, y: Values) -> list[Values]:
+    def results(self, y: Float32Array) -> list[Float32Array]:
         return [y.reshape(-1, y.shape[-1])]
 
-    def mean_inputs(self, means: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]] | None:
+    def mean_inputs(self, means: Float64Array) -> list[Float64Array] | None:
         return [means] if means.size == self.shape[-1 if self.rows_first else -2] else None
 
 
@@ -118,7 +119,7 @@ class DenseProduct(Product):
 class _ChannelsSecond(Product):
     """Input and output are (images, channels, *spatial)."""
 
-    def results(self, y: Values) -> list[Values]:
+    def results(self, y: Float32Array) -> list[Float32Array]:
         flat = np.moveaxis(y, 1, -1).reshape(-1, self.group, y.shape[1] // self.group)
         return [np.ascontiguousarray(flat[:, g]) for g in range(self.group)]
 
@@ -146,12 +147,12 @@ class ConvProduct(_ChannelsSecond):
     def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
         return np.ascontiguousarray(np.stack(matrices).reshape(self.shape))
 
-    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
         strides, dilations = self._spatial("strides", 1), self._spatial("dilations", 1)
         pads = self._window_pads(x.shape[2:], strides, dilations)
         yield from patches(x, Window(self.shape[2:], strides, pads, dilations, self.group))
 
-    def mean_inputs(self, means: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]] | None:
+    def mean_inputs(self, means: Float64Array) -> list[Float64Array] | None:
         kernel = int(np.prod(self.shape[2:]))
         fits = means.size == self.group * self.shape[1]
         return list(np.repeat(means, kernel).reshape(self.group, -1)) if fits else None
@@ -191,7 +192,7 @@ class ConvTransposeProduct(_ChannelsSecond):
         turned = np.flip(parts, tuple(range(3, parts.ndim))).swapaxes(1, 2)
         return np.ascontiguousarray(turned).reshape(self.shape)
 
-    def places(self, x: Values) -> Iterator[tuple[slice, list[Values]]]:
+    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
         """As a Conv of stride 1: zeros between the inputs, and around them what the kernel reaches."""
         kernel, strides, dilations = self.shape[2:], self._spatial("strides", 1), self._spatial("dilations", 1)
         size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
@@ -204,7 +205,7 @@ class ConvTransposeProduct(_ChannelsSecond):
         pads = tuple((max(a, 0), max(b, 0)) for a, b in around)
         yield from patches(trimmed, Window(kernel, (1,) * len(kernel), pads, dilations, self.group))
 
-    def mean_inputs(self, means: npt.NDArray[np.float64]) -> None:
+    def mean_inputs(self, means: Float64Array) -> None:
         """None: at a stride above 1 a place reads only some of the kernel, which ones depends on the place."""
 
 

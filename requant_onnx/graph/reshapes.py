@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from requant_onnx.numerics.arrays import GenericArray
 
 RESHAPING = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
 
@@ -21,9 +20,7 @@ class Reshaped:
     permutation: tuple[int, ...] | None = None
 
 
-def reshaped(
-    op: str, shape: tuple[int, ...], attributes: Mapping[str, Any], operand: npt.NDArray[np.generic] | None
-) -> Reshaped | None:
+def reshaped(op: str, shape: tuple[int, ...], attributes: Mapping[str, Any], operand: GenericArray | None) -> Reshaped | None:
     """What one of RESHAPING makes of a tensor of that shape.  operand: its second input.  None where they do not fit.
 
     https://onnx.ai/onnx/operators/, Transpose, Reshape, Unsqueeze, Squeeze, Flatten

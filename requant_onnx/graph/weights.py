@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -29,6 +28,7 @@ from requant_onnx.graph.constants import (
 )
 from requant_onnx.graph.operands import edge_nodes, operator_of, weight_operand
 from requant_onnx.graph.operators import KERNELS, NOT_CONVERTED, OPERATORS
+from requant_onnx.numerics.arrays import Float32Array
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Weight:
     stored_bytes: int
     tensor: gs.Constant = field(repr=False, compare=False)
 
-    def load(self) -> npt.NDArray[np.float32]:
+    def load(self) -> Float32Array:
         """The values as float32.  Raises ModelError when one is NaN or infinite."""
         w = load_values(self.tensor).astype(np.float32, copy=False)
         bad = w.size - np.count_nonzero(np.isfinite(w))

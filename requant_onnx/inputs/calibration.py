@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.numerics.arrays import AnyArray
 
 DEFAULT_COUNT = 256
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
 NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
-Feed: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
+Feed: TypeAlias = "Mapping[str, AnyArray]"
 
 
 @runtime_checkable

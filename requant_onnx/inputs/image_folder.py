@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.numerics.arrays import Int64Array, UInt8Array
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -66,8 +66,8 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, which: slice) -> npt.NDArray[np.uint8]:
-        pixels: npt.NDArray[np.uint8] = np.stack([self._pixels(path) for path in self.paths[which]]).transpose(0, 3, 1, 2)
+    def __getitem__(self, which: slice) -> UInt8Array:
+        pixels: UInt8Array = np.stack([self._pixels(path) for path in self.paths[which]]).transpose(0, 3, 1, 2)
         return pixels
 
     def subset(self, which: slice | Sequence[int]) -> FolderImages:
@@ -80,7 +80,7 @@ class FolderImages:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         return repr((self.pipeline, self.size, stats)).encode("utf-8", "surrogateescape")
 
-    def _pixels(self, path: Path) -> npt.NDArray[np.uint8]:
+    def _pixels(self, path: Path) -> UInt8Array:
         pixels = _decoded(path, self.pipeline)
         if pixels.shape[:2] != self.size:
             raise DataError(
@@ -90,7 +90,7 @@ class FolderImages:
         return pixels
 
 
-def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, npt.NDArray[np.int64] | None]:
+def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Array | None]:
     """(images, labels): as torchvision's ImageFolder, one class a subfolder, in the order of names; no labels where images lie in
     the folder itself.
 
@@ -115,7 +115,7 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def _decoded(path: Path, pipeline: Pipeline) -> npt.NDArray[np.uint8]:
+def _decoded(path: Path, pipeline: Pipeline) -> UInt8Array:
     """(h, w, 3)."""
     pillow = _pillow()
     try:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline, open_folder
+from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array, UInt8Array
 
-Pixels: TypeAlias = "npt.NDArray[np.uint8] | npt.NDArray[np.float32]"
+Pixels: TypeAlias = "UInt8Array | Float32Array"
 Images: TypeAlias = "Pixels | FolderImages"
-FloatArray = npt.NDArray[np.float32]
 PIXELS = 3 * 32 * 32
 MAX_VALUES = 1 << 29  # of images made or put together; 2 GB
 CIFAR_MEAN_STD = {
@@ -51,7 +50,7 @@ class ImageSet:
     """
 
     x: Images
-    y: npt.NDArray[np.int64] | None
+    y: Int64Array | None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -81,7 +80,7 @@ class ImageSet:
             return self
         return self._subset(np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False)))
 
-    def _subset(self, which: slice | npt.NDArray[np.int64]) -> ImageSet:
+    def _subset(self, which: slice | Int64Array) -> ImageSet:
         if isinstance(self.x, FolderImages):
             x: Images = self.x.subset(which if isinstance(which, slice) else which.tolist())
         else:
@@ -103,7 +102,7 @@ class Normalization:
         if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
             raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
 
-    def apply(self, x: Pixels) -> FloatArray:
+    def apply(self, x: Pixels) -> Float32Array:
         """(n, c, h, w) uint8 pixels -> float32; float32 images stay as they are.  Raises DataError when c does not fit."""
         if x.dtype != np.uint8:
             return x.astype(np.float32, copy=False)
@@ -116,7 +115,7 @@ class Normalization:
         return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
 
 
-def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, FloatArray]]:
+def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, Float32Array]]:
     """(start, x) of `size` images, the last batch smaller; or, where the size is fixed, padded with its own last image.
 
     Raises DataError where a fixed size is too large to be held.
@@ -159,7 +158,7 @@ def load_cifar(dataset: str, folder: Path, split: str) -> ImageSet:
     return ImageSet(records[:, _LABEL_BYTES[dataset] :].reshape(-1, 3, 32, 32), labels)
 
 
-def _read_records(path: Path, dataset: str) -> npt.NDArray[np.uint8]:
+def _read_records(path: Path, dataset: str) -> UInt8Array:
     record = _LABEL_BYTES[dataset] + PIXELS
     try:
         raw = np.fromfile(path, np.uint8)
@@ -178,7 +177,7 @@ def holds_images(path: Path) -> bool:
         return "x" in arrays
 
 
-def load_feeds(path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
+def load_feeds(path: Path) -> list[dict[str, GenericArray]]:
     """The inputs of a model by name, of an .npz file that holds each as one array, stacked along the first axis.
 
     Raises DataError when it cannot be read or the arrays are not equally many.
@@ -192,7 +191,7 @@ def load_feeds(path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[np.generic]]]:
+def _opened(path: Path) -> Iterator[Mapping[str, GenericArray]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
@@ -212,7 +211,7 @@ def _load_npz(path: Path) -> ImageSet:
     return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))
 
 
-def _nchw(x: npt.NDArray[np.generic], path: Path) -> Pixels:
+def _nchw(x: GenericArray, path: Path) -> Pixels:
     wanted = "x must be (n, h, w, c) uint8 or (n, c, h, w) float32"
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
         raise DataError(f"'{path}' holds x of shape {x.shape} and type {x.dtype}; {wanted}")
@@ -225,7 +224,7 @@ def _nchw(x: npt.NDArray[np.generic], path: Path) -> Pixels:
     return x.astype(np.float32, copy=False)
 
 
-def _labels(y: npt.NDArray[np.generic] | None, count: int, path: Path) -> npt.NDArray[np.int64] | None:
+def _labels(y: GenericArray | None, count: int, path: Path) -> Int64Array | None:
     if y is None:
         return None
     if y.shape != (count,) or y.dtype.kind not in "iu":

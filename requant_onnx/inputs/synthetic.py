@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.compiled import FloatArray, compiled
+from requant_onnx.numerics.arrays import Float64Array, UInt8Array
+from requant_onnx.numerics.compiled import compiled
 
 MEAN, STD = 0.47, 0.25  # of the brightness of shapes, in 0..1: about those of the train splits of CIFAR and ImageNet
 COLOR = 0.1  # standard deviation of a channel about the brightness of its shape
@@ -21,7 +22,7 @@ SMALLEST, LARGEST = 2.0, 0.7  # radius of a shape: in pixels, and of the longer 
 SHAPES = 400  # at most, a 32x32 image; in proportion to the pixels
 
 
-def noise_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+def noise_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> UInt8Array:
     """(count, channels, height, width) pixels 0..255; the same for the same seed."""
     generator = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
@@ -35,7 +36,7 @@ def noise_images(count: int, channels: int, height: int, width: int, seed: int =
     return images
 
 
-def _leaves(generator: np.random.Generator, channels: int, height: int, width: int) -> FloatArray:
+def _leaves(generator: np.random.Generator, channels: int, height: int, width: int) -> Float64Array:
     """(channels, height, width), in 0..1 but for the tails of the distributions."""
     side, shapes = max(height, width), max(1, SHAPES * height * width // 32**2)
     smallest, largest = min(SMALLEST, LARGEST * side), LARGEST * side
@@ -51,14 +52,14 @@ def _leaves(generator: np.random.Generator, channels: int, height: int, width: i
 
 @compiled
 def _paint(
-    image: FloatArray,
-    radius: FloatArray,
-    center: FloatArray,
-    angle: FloatArray,
-    stretch: FloatArray,
+    image: Float64Array,
+    radius: Float64Array,
+    center: Float64Array,
+    angle: Float64Array,
+    stretch: Float64Array,
     is_round: npt.NDArray[np.bool_],
-    color: FloatArray,
-    slope: FloatArray,
+    color: Float64Array,
+    slope: Float64Array,
 ) -> None:
     """Fill the image from front to back: ellipses and rectangles; the last shape is the background."""
     channels, height, width = image.shape
@@ -87,9 +88,7 @@ def _paint(
                             image[c, i, j] = color[s, c] + slope[s, 0] * y + slope[s, 1] * x
 
 
-def _fields(
-    generator: np.random.Generator, count: int, amplitude: npt.NDArray[np.float64], shape: tuple[int, int]
-) -> npt.NDArray[np.float64]:
+def _fields(generator: np.random.Generator, count: int, amplitude: Float64Array, shape: tuple[int, int]) -> Float64Array:
     """(count, h, w) Gaussian fields with that amplitude spectrum, of mean 0 and standard deviation 1."""
     white = np.fft.rfft2(generator.normal(size=(count, *shape)))
     fields = np.fft.irfft2(white * amplitude, s=shape)

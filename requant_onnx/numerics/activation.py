@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from requant_onnx.config import ActivationRange
+from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table
@@ -49,13 +49,13 @@ class Histogram:
     counts: (2 * HALF,) of the bins [k * width, (k + 1) * width), k = -HALF .. HALF - 1, without zeros.
     """
 
-    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * HALF, np.int64))
+    counts: Int64Array = field(default_factory=lambda: np.zeros(2 * HALF, np.int64))
     width: float = 0.0
     low: float = 0.0
     high: float = 0.0
     seen: int = 0
 
-    def add(self, x: npt.NDArray[np.float32]) -> None:
+    def add(self, x: Float32Array) -> None:
         """Count all values of an array of any shape; they must be finite.
 
         >>> h = Histogram()
@@ -78,7 +78,7 @@ class Histogram:
             self.width *= 2
         _count(x, 1.0 / self.width, self.counts)
 
-    def centers(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def centers(self) -> tuple[Float32Array, Float32Array]:
         """Middle and count of every bin that is not empty, ascending."""
         (filled,) = np.nonzero(self.counts)
         middles = np.clip((filled - HALF + 0.5) * self.width, self.low, self.high)
@@ -118,7 +118,7 @@ def _percentile(histogram: Histogram) -> tuple[float, float]:
     return min(0.0, float(low)), max(0.0, float(high))
 
 
-def _joined(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _joined(counts: Int64Array) -> Int64Array:
     """Bins of twice the width: k // 2, so that zero stays an edge."""
     joined = np.zeros_like(counts)
     joined[HALF // 2 : HALF // 2 + HALF] = counts.reshape(-1, 2).sum(1)
@@ -126,7 +126,7 @@ def _joined(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 @compiled
-def _count(x: npt.NDArray[np.float32], inverse_width: float, counts: npt.NDArray[np.int64]) -> None:
+def _count(x: Float32Array, inverse_width: float, counts: Int64Array) -> None:
     for value in x:
         if value != 0.0:
             counts[min(max(int(np.floor(value * inverse_width)) + HALF, 0), 2 * HALF - 1)] += 1

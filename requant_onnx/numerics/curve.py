@@ -16,9 +16,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from requant_onnx.numerics.compiled import FloatArray, IntArray, Values, compiled
+from requant_onnx.numerics.arrays import AnyArray, Float32Array, Float64Array, Int64Array
+from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.ranges import RowRanges
 
@@ -32,14 +32,14 @@ class Row(NamedTuple):
     threshold, of the last evaluation.  step: at alpha = 1.  power: 1/a.  in_weights: u is w.
     """
 
-    w: Values
-    u: Values
-    prefix: FloatArray
-    counts: FloatArray
+    w: AnyArray
+    u: AnyArray
+    prefix: Float64Array
+    counts: Float64Array
     squares: float
-    thresholds: FloatArray
-    levels: FloatArray
-    positions: IntArray
+    thresholds: Float64Array
+    levels: Float64Array
+    positions: Int64Array
     step: float
     power: float
     in_weights: bool
@@ -51,22 +51,22 @@ class Curves(NamedTuple):
     h: importance of each element; (rows, 0) where all are 1.
     """
 
-    w: Values
-    u: Values
-    h: Values
-    thresholds: FloatArray
-    levels: FloatArray
-    steps: FloatArray
-    zero_points: IntArray
+    w: AnyArray
+    u: AnyArray
+    h: AnyArray
+    thresholds: Float64Array
+    levels: Float64Array
+    steps: Float64Array
+    zero_points: Int64Array
     power: float
     in_weights: bool
 
 
 def curves_of(
-    rows: npt.NDArray[np.float32],
+    rows: Float32Array,
     ranges: RowRanges,
     table: LevelTable,
-    importance: npt.NDArray[np.float32] | None = None,
+    importance: Float32Array | None = None,
     *,
     objective_in_weights: bool,
     round_in_weights: bool,
@@ -80,15 +80,15 @@ def curves_of(
 
 
 def error_curve(
-    rows: npt.NDArray[np.float32],
+    rows: Float32Array,
     ranges: RowRanges,
     table: LevelTable,
-    alphas: FloatArray,
-    importance: npt.NDArray[np.float32] | None = None,
+    alphas: Float64Array,
+    importance: Float32Array | None = None,
     *,
     objective_in_weights: bool = True,
     round_in_weights: bool = True,
-) -> FloatArray:
+) -> Float64Array:
     """Exact mean squared error at each alpha.  rows, importance: (rows, n), sorted; alphas: (points,).  Returns (rows, points)."""
     curves = curves_of(
         rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
@@ -97,7 +97,7 @@ def error_curve(
 
 
 @compiled
-def prepare(curves: Curves, r: int, prefix: FloatArray, counts: FloatArray, positions: IntArray) -> Row:
+def prepare(curves: Curves, r: int, prefix: Float64Array, counts: Float64Array, positions: Int64Array) -> Row:
     """Row r, its thresholds placed for alpha = 1.  prefix, counts and positions are filled."""
     w, u, h = curves.w[r], curves.u[r], curves.h[r]
     total, squares = 0.0, 0.0
@@ -159,7 +159,7 @@ def error_at(row: Row, alpha: float) -> float:
 
 
 @compiled
-def _evaluate(curves: Curves, alphas: FloatArray) -> FloatArray:
+def _evaluate(curves: Curves, alphas: Float64Array) -> Float64Array:
     count, n = curves.w.shape
     found = np.zeros((count, alphas.size))
     prefix, counts = np.empty(n + 1), np.empty(n + 1 if curves.h.size else 0)

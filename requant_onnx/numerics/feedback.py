@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from requant_onnx.numerics.compiled import FloatArray, IntArray, compiled
+from requant_onnx.numerics.arrays import Float64Array, Int64Array, UInt8Array
+from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import half_scale
 
@@ -36,19 +36,19 @@ class RowGrid:
     offset: (rows,) int64, K - zero_point.  in_weights: round in weight space.
     """
 
-    scale: FloatArray
-    offset: IntArray
+    scale: Float64Array
+    offset: Int64Array
     table: LevelTable
     in_weights: bool
-    min_scale: FloatArray
+    min_scale: Float64Array
     half: bool
 
-    def decode(self, codes: npt.NDArray[np.uint8]) -> FloatArray:
+    def decode(self, codes: UInt8Array) -> Float64Array:
         """(rows, n) codes -> weights."""
         return np.asarray(self.table.integers[codes.astype(np.int64) + self.offset[:, None]] * self.scale[:, None])
 
 
-def feedback(w: FloatArray, h: FloatArray, grid: RowGrid) -> npt.NDArray[np.uint8]:
+def feedback(w: Float64Array, h: Float64Array, grid: RowGrid) -> UInt8Array:
     """Round with error feedback, the columns with the largest inputs first.  w: (rows, n); h: (n, n), positive semidefinite."""
     order = np.argsort(-np.diag(h), kind="stable")
     u = _upper_of_inverse(h[np.ix_(order, order)])
@@ -67,7 +67,7 @@ def feedback(w: FloatArray, h: FloatArray, grid: RowGrid) -> npt.NDArray[np.uint
     return found
 
 
-def conditional_variances(h: FloatArray) -> FloatArray:
+def conditional_variances(h: Float64Array) -> Float64Array:
     """(n,) what is left of the variance of each input once all that come later in `feedback` are known: 1 / U_jj**2.
 
     Sum over j of (error of w_j)**2 times this is the error of the output after feedback.
@@ -78,9 +78,7 @@ def conditional_variances(h: FloatArray) -> FloatArray:
     return found
 
 
-def refine(
-    w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[np.uint8], *, refit: bool
-) -> tuple[npt.NDArray[np.uint8], RowGrid]:
+def refine(w: Float64Array, h: Float64Array, grid: RowGrid, codes: UInt8Array, *, refit: bool) -> tuple[UInt8Array, RowGrid]:
     """Coordinate descent from `codes`; with refit, in turn with the best scale."""
     codes = np.ascontiguousarray(codes)
     for _ in range(REFITS if refit else 1):
@@ -94,7 +92,7 @@ def refine(
     return codes, grid
 
 
-def refit_scale(w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[np.uint8]) -> RowGrid:
+def refit_scale(w: Float64Array, h: Float64Array, grid: RowGrid, codes: UInt8Array) -> RowGrid:
     """The scale of least error for the levels as they are; kept where it would not be positive."""
     levels = grid.decode(codes) / grid.scale[:, None]
     hl = levels @ h
@@ -104,12 +102,12 @@ def refit_scale(w: FloatArray, h: FloatArray, grid: RowGrid, codes: npt.NDArray[
     return replace(grid, scale=half_scale(best.astype(np.float32)).astype(np.float64) if grid.half else best)
 
 
-def output_error(difference: FloatArray, h: FloatArray) -> FloatArray:
+def output_error(difference: Float64Array, h: Float64Array) -> Float64Array:
     """(rows,) d H d' of each row."""
     return np.asarray(np.einsum("rn,rn->r", difference @ h, difference))
 
 
-def _upper_of_inverse(h: FloatArray) -> FloatArray:
+def _upper_of_inverse(h: Float64Array) -> Float64Array:
     """U, upper triangular, with U' U = inv(H + damping); more damping where inputs hardly vary and rounding errors rule."""
     damping = max(DAMPING * float(np.mean(np.diag(h))), 1e-30)
     while (u := _upper(h + np.eye(len(h)) * damping)) is None:
@@ -117,7 +115,7 @@ def _upper_of_inverse(h: FloatArray) -> FloatArray:
     return u
 
 
-def _upper(h: FloatArray) -> FloatArray | None:
+def _upper(h: Float64Array) -> Float64Array | None:
     try:
         inverse = np.linalg.inv(h)
         return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
@@ -125,7 +123,7 @@ def _upper(h: FloatArray) -> FloatArray | None:
         return None
 
 
-def _descend_in_parallel(codes: npt.NDArray[np.uint8], gradients: FloatArray, h: FloatArray, grid: RowGrid) -> None:
+def _descend_in_parallel(codes: UInt8Array, gradients: Float64Array, h: Float64Array, grid: RowGrid) -> None:
     """Rows are independent, so the result is the same however they are shared out."""
     count = min(len(codes), os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as executor:
@@ -135,14 +133,14 @@ def _descend_in_parallel(codes: npt.NDArray[np.uint8], gradients: FloatArray, h:
 
 @compiled
 def _round_block(
-    w: FloatArray,
-    u: FloatArray,
-    scale: FloatArray,
-    offset: IntArray,
-    thresholds: FloatArray,
-    integers: FloatArray,
-    codes: npt.NDArray[np.uint8],
-    errors: FloatArray,
+    w: Float64Array,
+    u: Float64Array,
+    scale: Float64Array,
+    offset: Int64Array,
+    thresholds: Float64Array,
+    integers: Float64Array,
+    codes: UInt8Array,
+    errors: Float64Array,
 ) -> None:
     """Round the columns of one block in their order.  thresholds: in integer levels.  codes, errors: filled; w changes."""
     last = thresholds.size // 2
@@ -159,12 +157,12 @@ def _round_block(
 
 @compiled
 def _descend(
-    codes: npt.NDArray[np.uint8],
-    gradients: FloatArray,
-    h: FloatArray,
-    scale: FloatArray,
-    offset: IntArray,
-    integers: IntArray,
+    codes: UInt8Array,
+    gradients: Float64Array,
+    h: Float64Array,
+    scale: Float64Array,
+    offset: Int64Array,
+    integers: Int64Array,
     passes: int,
 ) -> None:
     """Move single codes to the level next to them while it lowers the error.

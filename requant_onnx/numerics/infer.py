@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
 from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
 
@@ -23,10 +23,10 @@ class InferredGrid:
     """table: of the levels.  scale: (rows,) float64, what one integer level is worth; 0 for a row of zeros."""
 
     table: LevelTable
-    scale: npt.NDArray[np.float64]
+    scale: Float64Array
 
 
-def infer_grid(rows: npt.NDArray[np.float32], *, half: bool = False) -> InferredGrid | None:
+def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None:
     """The grid of fewest bits and then the simplest kind on which all rows lie; None where there is none.
 
     rows: (rows, n) decoded weights, one row a scale.  half: they were rounded to float16.
@@ -57,7 +57,7 @@ def _tables(fewest: int) -> Iterator[LevelTable]:
             yield from (table for limit in LIMITS if (table := limited_table(bits, kind, limit)).limit is not None)
 
 
-def _scale(levels: npt.NDArray[np.float64], table: LevelTable, tolerance: float) -> float | None:
+def _scale(levels: Float64Array, table: LevelTable, tolerance: float) -> float | None:
     """What an integer level is worth (the most it can be), where these values are levels of a table and span no more codes than it
     has; None where they are not.  levels: without zero."""
     if levels.size == 0:
@@ -72,7 +72,7 @@ def _scale(levels: npt.NDArray[np.float64], table: LevelTable, tolerance: float)
     return None
 
 
-def _places(values: npt.NDArray[np.float64], integers: npt.NDArray[np.int64], tolerance: float) -> npt.NDArray[np.int64]:
+def _places(values: Float64Array, integers: Int64Array, tolerance: float) -> Int64Array:
     """Where in the sorted `integers` each value is, -1 where it is none of them."""
     above = np.clip(np.searchsorted(integers, values), 1, integers.size - 1)
     places = above - (integers[above] - values > values - integers[above - 1])

@@ -16,7 +16,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from requant_onnx.numerics.arrays import Float64Array, Int64Array
+
 MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
 
 
@@ -53,20 +54,20 @@ class PowerGrid:
         """What a decode has to do, as long as no limit rounds the levels."""
         return {1.0: LevelDecode.IDENTITY, 0.5: LevelDecode.SIGNED_SQUARE}.get(self.exponent, LevelDecode.TABLE)
 
-    def transform(self, w: npt.NDArray[np.floating]) -> FloatArray:
+    def transform(self, w: npt.NDArray[np.floating]) -> Float64Array:
         """Weights, or levels, in transformed space.
 
         >>> PowerGrid(0.5).transform(np.array([-4.0, 9.0])).tolist()
         [-2.0, 3.0]
         """
-        values: FloatArray = w.astype(np.float64)
+        values: Float64Array = w.astype(np.float64)
         return values if self.is_uniform else np.asarray(np.sign(values) * np.abs(values) ** self.exponent)
 
-    def restore(self, v: FloatArray) -> FloatArray:
+    def restore(self, v: Float64Array) -> Float64Array:
         """The inverse of `transform`."""
         return np.asarray(np.sign(v) * np.abs(v) ** self.power)
 
-    def transformed_scale(self, scale: FloatArray) -> FloatArray:
+    def transformed_scale(self, scale: Float64Array) -> Float64Array:
         """The step in transformed space that belongs to the scale of a weight."""
         return scale**self.exponent
 
@@ -75,7 +76,7 @@ class PowerGrid:
         whole = abs(self.power - round(self.power)) < 1e-9
         return 1 if whole else int(MAX_LEVEL / (2**bits - 1) ** self.power)
 
-    def levels(self, bits: int) -> npt.NDArray[np.int64]:
+    def levels(self, bits: int) -> Int64Array:
         """(2K+1,) the integer levels of k = -K .. K, K = 2**bits - 1."""
         k = np.arange(1 - 2**bits, 2**bits)
         return np.rint(self.unit(bits) * np.sign(k) * np.abs(k, dtype=np.float64) ** self.power).astype(np.int64)

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from requant_onnx.numerics.arrays import Float64Array, Int64Array
+
 MAX_POINTS = 20_000
 
 
@@ -22,9 +21,9 @@ MAX_POINTS = 20_000
 class Front:
     """Every total worth having.  sizes: (points,) ascending; errors: (points,) descending; choices by `choices_at`."""
 
-    sizes: IntArray
-    errors: FloatArray
-    _steps: tuple[tuple[IntArray, IntArray], ...]
+    sizes: Int64Array
+    errors: Float64Array
+    _steps: tuple[tuple[Int64Array, Int64Array], ...]
 
     def choices_at(self, point: int) -> list[int]:
         """The choice of each item at one point."""
@@ -45,7 +44,7 @@ class Front:
         return len(self.errors) - count if count else None
 
 
-def pareto_front(sizes: Sequence[IntArray], errors: Sequence[FloatArray], max_points: int = MAX_POINTS) -> Front:
+def pareto_front(sizes: Sequence[Int64Array], errors: Sequence[Float64Array], max_points: int = MAX_POINTS) -> Front:
     """The front of all ways to take one choice for each item.  sizes, errors: (choices,) of each item.
 
     >>> front = pareto_front([np.array([1, 3])] * 2, [np.array([9.0, 1.0]), np.array([5.0, 2.0])])
@@ -63,14 +62,14 @@ def pareto_front(sizes: Sequence[IntArray], errors: Sequence[FloatArray], max_po
     return Front(total, error, tuple(steps))
 
 
-def _undominated(sizes: IntArray, errors: FloatArray) -> IntArray:
+def _undominated(sizes: Int64Array, errors: Float64Array) -> Int64Array:
     """Indices by ascending size, of those with less error than all before."""
     order = np.lexsort((errors, sizes))
     before = np.minimum.accumulate(errors[order])
     return order[np.concatenate(([True], before[1:] < before[:-1]))]
 
 
-def _thinned(kept: IntArray, sizes: IntArray, max_points: int) -> IntArray:
+def _thinned(kept: Int64Array, sizes: Int64Array, max_points: int) -> Int64Array:
     """Of each of max_points ranges of sizes the last, which has the least error, and the smallest of all."""
     if len(kept) <= max_points:
         return kept

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
+from requant_onnx.numerics.arrays import Float64Array, Int64Array
 from requant_onnx.numerics.kinds import GridKind, LevelDecode
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class LevelTable:
     bits: int
     kind: GridKind
     unit: float
-    integers: npt.NDArray[np.int64]
+    integers: Int64Array
     limit: int | None = None
 
     @property
@@ -45,12 +43,12 @@ class LevelTable:
         return self.kind.decode if self.limit is None else LevelDecode.TABLE
 
     @property
-    def weight_levels(self) -> FloatArray:
+    def weight_levels(self) -> Float64Array:
         """(2K+1,) levels in weight space in units of step ** (1/a)."""
         return self.integers / self.unit
 
     @property
-    def transformed_levels(self) -> FloatArray:
+    def transformed_levels(self) -> Float64Array:
         """(2K+1,) levels in transformed space in units of the step: -K .. K."""
         return np.arange(-self.max_code, self.max_code + 1, dtype=np.float64)
 
@@ -59,7 +57,7 @@ class LevelTable:
         """2**(bits-1): levels reach as far to one side as to the other, but for one."""
         return int(2 ** (self.bits - 1))
 
-    def reach(self, zero_point: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def reach(self, zero_point: Int64Array) -> Int64Array:
         """The largest |level| at each zero point."""
         return np.asarray(self.integers[self.max_code + np.maximum(zero_point, self.max_code - zero_point)])
 
@@ -67,7 +65,7 @@ class LevelTable:
     def _key(self) -> tuple[int, GridKind, int | None]:
         return self.bits, self.kind, self.limit
 
-    def thresholds(self, in_weight_space: bool) -> FloatArray:
+    def thresholds(self, in_weight_space: bool) -> Float64Array:
         """(2K,) decision thresholds between neighboring levels, in units of step ** (1/a).
 
         In weight space the midpoint of two levels, else the image of `k + 1/2` (rint in transformed space).

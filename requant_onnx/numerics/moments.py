@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-Values = npt.NDArray[np.float32]
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
+
 PATCH_BYTES = 1 << 26  # of the patches cut out at a time
 
 
@@ -34,11 +33,11 @@ class Window:
 class Moments:
     """Sums over all places seen, for one group of channels.  xx: (n, n), xy: (rows, n), yy, y: (rows,), x: (n,)."""
 
-    xx: FloatArray
-    xy: FloatArray
-    yy: FloatArray
-    x: FloatArray
-    y: FloatArray
+    xx: Float64Array
+    xy: Float64Array
+    yy: Float64Array
+    x: Float64Array
+    y: Float64Array
     count: int = field(default=0)
 
     @classmethod
@@ -46,7 +45,7 @@ class Moments:
         """No place seen yet."""
         return cls(np.zeros((columns, columns)), np.zeros((rows, columns)), np.zeros(rows), np.zeros(columns), np.zeros(rows))
 
-    def add(self, x: Values, y: Values) -> None:
+    def add(self, x: Float32Array, y: Float32Array) -> None:
         """x: (places, n), y: (places, rows)."""
         with np.errstate(over="ignore", invalid="ignore"):
             self.xx += x.T @ x
@@ -61,7 +60,7 @@ class Moments:
         """Whether no input and no output was NaN, infinite, or beyond what float32 can sum."""
         return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all() and np.isfinite(self.yy).all())
 
-    def centered(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def centered(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         """C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - np.outer(x, x)
@@ -70,22 +69,22 @@ class Moments:
         )  # what rounding errors leave of constant inputs
         return (xx + xx.T) / 2, self.xy / self.count - np.outer(y, x), np.maximum(self.yy / self.count - y * y, 0.0)
 
-    def uncentered(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def uncentered(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         """The same about zero, for a layer that has no bias."""
         return self.xx / self.count, self.xy / self.count, self.yy / self.count
 
-    def bias(self, w_hat: FloatArray) -> FloatArray:
+    def bias(self, w_hat: Float64Array) -> Float64Array:
         """(rows,) the bias of least error."""
         return np.asarray((self.y - w_hat @ self.x) / self.count)
 
 
-def error_of(w_hat: FloatArray, moments: tuple[FloatArray, FloatArray, FloatArray]) -> FloatArray:
+def error_of(w_hat: Float64Array, moments: tuple[Float64Array, Float64Array, Float64Array]) -> Float64Array:
     """(rows,) mean squared output error.  w_hat: (rows, n)."""
     xx, xy, yy = moments
     return np.asarray(np.einsum("rn,rn->r", w_hat @ xx - 2 * xy, w_hat) + yy)
 
 
-def patches(x: Values, window: Window) -> Iterator[tuple[slice, list[Values]]]:
+def patches(x: Float32Array, window: Window) -> Iterator[tuple[slice, list[Float32Array]]]:
     """(images, [(places, ic/group * kernel) for each group]) of an input (n, ic, ...), PATCH_BYTES at a time.
 
     Places in the order (image, *spatial), as an output (n, oc, ...) has them when its channels are moved last.

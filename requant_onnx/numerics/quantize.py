@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, UInt8Array
 from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
@@ -15,7 +16,6 @@ from requant_onnx.numerics.rounding import decode_rows, encode_rows
 from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
-FloatArray = npt.NDArray[np.float64]
 TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # of float16; below 2**-14 it loses digits
 LARGE_SCALE = 2.0**-10  # next to which the digits lost, 2**-25 times 127 levels, are 0.4 % of a step
 
@@ -48,10 +48,10 @@ class QuantizedWeight:
     scale: float32, positive, and zero_point: uint8, both () or (channels,) along `axis`; alpha: float64, the same shape.
     """
 
-    codes: npt.NDArray[np.uint8]
-    scale: npt.NDArray[np.float32]
-    zero_point: npt.NDArray[np.uint8]
-    alpha: FloatArray
+    codes: UInt8Array
+    scale: Float32Array
+    zero_point: UInt8Array
+    alpha: Float64Array
     axis: int | None
     table: LevelTable
 
@@ -68,7 +68,7 @@ class QuantizedWeight:
         shape[self.axis] = -1
         return parameter.reshape(shape)
 
-    def dequantize(self) -> npt.NDArray[np.float32]:
+    def dequantize(self) -> Float32Array:
         """w_hat, rounded as ONNX's DequantizeLinear rounds it: one float32 product of level and scale."""
         start = self.table.max_code - self.zero_point.astype(np.int64).reshape(-1, 1)
         windows = self.table.integers[start + np.arange(self.table.max_code + 1)].astype(np.float32)
@@ -77,10 +77,10 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    w: npt.NDArray[np.float32],
+    w: Float32Array,
     grid: Grid,
-    min_scale: FloatArray | None = None,
-    importance: npt.NDArray[np.float32] | None = None,
+    min_scale: Float64Array | None = None,
+    importance: Float32Array | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
 
@@ -115,7 +115,7 @@ def quantize_weight(
     )
 
 
-def _levels_and_ranges(rows: npt.NDArray[np.float32], grid: Grid) -> tuple[LevelTable, RowRanges]:
+def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowRanges]:
     """The grid's own, or, in each row whose levels would pass the limit, the symmetric ones."""
     w_min, w_max = rows.min(1).astype(np.float64), rows.max(1).astype(np.float64)
     ranges = row_ranges(w_min, w_max, grid.bits, grid.kind)
@@ -132,18 +132,18 @@ def _levels_and_ranges(rows: npt.NDArray[np.float32], grid: Grid) -> tuple[Level
     return table, RowRanges(step, zero_point)
 
 
-def _fits_half(scale: npt.NDArray[np.float32]) -> bool:
+def _fits_half(scale: Float32Array) -> bool:
     """Whether several scales can be float16 at no loss that counts."""
     digits = scale.min() >= SMALLEST_HALF or scale.max() >= LARGE_SCALE
     return bool(scale.size > 1 and digits and scale.max() <= LARGEST_HALF)
 
 
-def half_scale(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def half_scale(scale: Float32Array) -> Float32Array:
     """Scales rounded to float16, but none to zero."""
     return _to_half(np.maximum(scale, TINIEST_HALF))
 
 
-def _to_half(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _to_half(scale: Float32Array) -> Float32Array:
     with np.errstate(over="ignore"):  # what overflows is not equal to what it was
         return scale.astype(np.float16).astype(np.float32)
 
@@ -163,9 +163,7 @@ def from_rows(rows: npt.NDArray[T], shape: tuple[int, ...], axis: int | None) ->
     return np.ascontiguousarray(np.moveaxis(rows.reshape(moved), 0, axis))
 
 
-def _search(
-    rows: npt.NDArray[np.float32], ranges: RowRanges, table: LevelTable, grid: Grid, importance: npt.NDArray[np.float32] | None
-) -> FloatArray:
+def _search(rows: Float32Array, ranges: RowRanges, table: LevelTable, grid: Grid, importance: Float32Array | None) -> Float64Array:
     if importance is None:
         rows = np.sort(rows, axis=1)
     else:

@@ -11,22 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from requant_onnx.numerics.arrays import Float64Array, Int64Array
 from requant_onnx.numerics.kinds import GridKind
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RowRanges:
     """step: (rows,) float64, 0 for a row of zeros.  zero_point: (rows,) int64 in 0 .. 2**bits - 1."""
 
-    step: FloatArray
-    zero_point: npt.NDArray[np.int64]
+    step: Float64Array
+    zero_point: Int64Array
 
 
-def row_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, kind: GridKind) -> RowRanges:
+def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKind) -> RowRanges:
     """Step at alpha = 1 and zero point of each row.  w_min, w_max: (rows,) extremes of the weights.
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
@@ -40,7 +38,7 @@ def row_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, kind: GridKind) 
     return RowRanges(step, np.rint(-v_min / divisor).astype(np.int64))
 
 
-def symmetric_ranges(w_min: FloatArray, w_max: FloatArray, bits: int, kind: GridKind) -> RowRanges:
+def symmetric_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKind) -> RowRanges:
     """The same with the zero point 2**(bits-1) in every row; the least step with which the levels span the row.
 
     >>> from requant_onnx.numerics.kinds import UNIFORM

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from requant_onnx.numerics.compiled import FloatArray, IntArray, Values, compiled
+from requant_onnx.numerics.arrays import AnyArray, Float32Array, Float64Array, Int64Array, UInt8Array
+from requant_onnx.numerics.compiled import compiled
 
 
 @compiled
 def encode_rows(
-    rows: Values, scales: FloatArray, zero_points: IntArray, thresholds: FloatArray, power: float
-) -> npt.NDArray[np.uint8]:
+    rows: AnyArray, scales: Float64Array, zero_points: Int64Array, thresholds: Float64Array, power: float
+) -> UInt8Array:
     """The code of each weight: how many of its row's thresholds are not above it.
 
     rows: (rows, n).  scales: (rows,) of one step in weight space.  thresholds: the whole table (2K,).  power: 1/a, from which a
@@ -39,7 +39,7 @@ def encode_rows(
 
 
 @compiled
-def decode_rows(codes: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def decode_rows(codes: UInt8Array, values: Float32Array) -> Float32Array:
     """The value of each code.  codes: (rows, n).  values: (rows, 2**bits).  Returns (rows, n)."""
     count, n = codes.shape
     decoded = np.empty((count, n), np.float32)

@@ -13,9 +13,9 @@ The result is the best of all points evaluated, hence never worse than the dense
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from requant_onnx.numerics.compiled import FloatArray, IntArray, compiled
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
+from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.curve import Curves, Row, count_below, curves_of, error_at, prepare, scales
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.ranges import RowRanges
@@ -29,14 +29,14 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def search_alpha(
-    rows: npt.NDArray[np.float32],
+    rows: Float32Array,
     ranges: RowRanges,
     table: LevelTable,
-    importance: npt.NDArray[np.float32] | None = None,
+    importance: Float32Array | None = None,
     *,
     objective_in_weights: bool = True,
     round_in_weights: bool = True,
-) -> FloatArray:
+) -> Float64Array:
     """The alpha in (0, 1] of least squared error of each row.
 
     rows: (rows, n) float32, each row sorted ascending.  importance: (rows, n), how often each element counts (default: once).
@@ -49,7 +49,7 @@ def search_alpha(
 
 
 @compiled
-def _search(curves: Curves) -> FloatArray:
+def _search(curves: Curves) -> Float64Array:
     count, n = curves.w.shape
     max_code = curves.thresholds.size // 2
     alphas = np.ones(count)
@@ -160,7 +160,7 @@ def _finish(row: Row, alpha: float, best: float, direction: int) -> tuple[float,
 
 
 @compiled
-def _sums(row: Row, positions: IntArray) -> tuple[float, float]:
+def _sums(row: Row, positions: Int64Array) -> tuple[float, float]:
     """A and B of curve.py in units of the scale."""
     levels, last = row.levels, row.levels.size - 1
     a, b = levels[last] * row.prefix[row.w.size], levels[last] * levels[last] * count_below(row, row.w.size)
@@ -171,7 +171,7 @@ def _sums(row: Row, positions: IntArray) -> tuple[float, float]:
 
 
 @compiled
-def _next_kink(row: Row, positions: IntArray, direction: int) -> tuple[int, float]:
+def _next_kink(row: Row, positions: Int64Array, direction: int) -> tuple[int, float]:
     """The threshold that meets a weight next as the scale grows (direction 1) or shrinks (-1), and the scale where it does.
 
     Returns (-1, 0.0) when none does.

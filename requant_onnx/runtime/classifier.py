@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 
 from requant_onnx.errors import DataError, ModelError
+from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.runtime.sessions import quiet_options, run_session, serialized, start_session
 
-FloatArray = npt.NDArray[np.float32]
 INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Shape = tuple[int | None, ...]
 
@@ -35,7 +35,7 @@ class Classifier:
         """The fixed batch size, None when it is free."""
         return self.shape[0]
 
-    def scores(self, x: FloatArray) -> FloatArray:
+    def scores(self, x: Float32Array) -> Float32Array:
         """Run the first output.  x: (n, c, h, w), n the fixed batch size if there is one.  Returns (n, classes) float32.
 
         Raises ModelError when the model fails or its first output is not one row of scores an image.
@@ -49,11 +49,11 @@ class Classifier:
             )
         return scores.reshape(len(x), -1).astype(np.float32)
 
-    def tensors(self, x: FloatArray) -> list[FloatArray]:
+    def tensors(self, x: Float32Array) -> list[Float32Array]:
         """Every output for x: (n, c, h, w).  Raises ModelError when the model fails."""
         return [np.asarray(values, np.float32) for values in self._run(None, {self.input: self.fit(x)})]
 
-    def latency(self, x: FloatArray) -> float:
+    def latency(self, x: Float32Array) -> float:
         """Milliseconds of one run."""
         feed = {self.input: self.fit(x)}
         started = time.perf_counter()
@@ -77,7 +77,7 @@ class Classifier:
     def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
         return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
 
-    def fit(self, x: FloatArray) -> npt.NDArray[np.floating]:
+    def fit(self, x: Float32Array) -> npt.NDArray[np.floating]:
         """(n, c, h, w) as the model takes it."""
         x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
         return np.ascontiguousarray(x, self.dtype)

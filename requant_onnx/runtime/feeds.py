@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnxruntime import InferenceSession
 
@@ -18,6 +17,7 @@ from requant_onnx.inputs.calibration import NATURAL, Calibration, Feed
 from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
+from requant_onnx.numerics.arrays import AnyArray
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
 from requant_onnx.runtime.sessions import open_session, run_session
 
@@ -55,7 +55,7 @@ def watch_activations(
     return histograms
 
 
-def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, npt.NDArray[Any]]]:
+def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, AnyArray]]:
     """The calibration inputs, images CHUNK at a time.  Raises as `watch_activations`."""
     source = _feeds_source(model, calibration) if calibration.feeds else _image_source(model, calibration)
     return [dict(feed) for _, feed in source.feeds(None)]
@@ -84,7 +84,7 @@ def _feeds_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     return _Source(session, lambda _: iter(enumerate(feeds, 1)), len(feeds))
 
 
-def _require_input(item: Any, values: npt.NDArray[Any]) -> None:
+def _require_input(item: Any, values: AnyArray) -> None:
     """Refuse what the model does not take.  item: an input of a session, with its name, type and shape."""
     name = item.type.removeprefix("tensor(").removesuffix(")")
     kind = {"float": "float32", "double": "float64"}.get(name, name)
@@ -151,7 +151,7 @@ def _batch_size(classifier: Classifier, images: ImageSet, normalization: Normali
     return max(1, min(len(images), MAX_BATCH, limit // max(1, bytes_each)))
 
 
-def _add(histogram: Histogram, name: str, values: npt.NDArray[Any]) -> None:
+def _add(histogram: Histogram, name: str, values: AnyArray) -> None:
     if not np.isfinite(values).all():
         raise ModelError(f"'{name}' is NaN or infinite on the calibration inputs; check them and their normalization")
     histogram.add(values.astype(np.float32, copy=False))

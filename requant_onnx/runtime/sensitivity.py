@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from requant_onnx.graph.constants import load_proto
 from requant_onnx.graph.edit import delete_where
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 from requant_onnx.runtime.stream import Chunk, constants_to_initializers
 
-Values = npt.NDArray[np.float32]
-Outputs = list[list[npt.NDArray[np.float64]]]
+Outputs = list[list[Float64Array]]
 """For each chunk of inputs, the outputs."""
 
 
 def noise_of_each(
-    model: onnx.ModelProto, replacements: Iterable[Mapping[str, Values]], names: Collection[str], chunks: Sequence[Chunk]
+    model: onnx.ModelProto, replacements: Iterable[Mapping[str, Float32Array]], names: Collection[str], chunks: Sequence[Chunk]
 ) -> Iterator[float]:
     """Error of the outputs, relative to their power, for each set of stored tensors replaced.  names: all of those in the sets."""
     work = onnx.ModelProto()
@@ -34,7 +33,7 @@ def noise_of_each(
     delete_where(work.graph.initializer, [k for k, item in enumerate(work.graph.initializer) if item.name in stored])
     session = open_session(work, "the model")
 
-    def run(feeds: Mapping[str, npt.NDArray[np.generic]]) -> Outputs:
+    def run(feeds: Mapping[str, GenericArray]) -> Outputs:
         return [
             [np.asarray(y, np.float64) for y in run_session(session, "the model", None, {**feeds, **chunk})] for chunk in chunks
         ]

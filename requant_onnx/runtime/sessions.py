@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 
@@ -17,6 +15,7 @@ from requant_onnx.config import METADATA_KEY, Form, Int8Levels
 from requant_onnx.errors import LoadError, ModelError
 from requant_onnx.files.load import ModelLike, is_large, load_skeleton, source_of
 from requant_onnx.graph.decode.forms import FORMS
+from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
 
@@ -64,7 +63,7 @@ def open_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSess
 
 
 def run_session(
-    session: onnxruntime.InferenceSession, name: str, outputs: list[str] | None, feed: Mapping[str, npt.NDArray[np.generic]]
+    session: onnxruntime.InferenceSession, name: str, outputs: list[str] | None, feed: Mapping[str, GenericArray]
 ) -> list[Any]:
     """The outputs named (None: all).  Raises ModelError when the model does not take the feed."""
     try:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 
 from requant_onnx.files.walk import reads_in, subgraphs_of
 from requant_onnx.graph.constants import value_of
+from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 
-Chunk = dict[str, npt.NDArray[np.generic]]
+Chunk = dict[str, GenericArray]
 
 
 class Stream:
@@ -42,7 +41,7 @@ class Stream:
                 del chunk[name]
         self._done = end
 
-    def output(self, index: int) -> list[npt.NDArray[np.generic]]:
+    def output(self, index: int) -> list[GenericArray]:
         """What node `index`, the next one, gives for each chunk; it is not advanced over."""
         node = self._model.graph.node[index]
         session, feeds = self._session([node], set(node.output), [node.output[0]], {})
@@ -92,6 +91,6 @@ def _reads(node: onnx.NodeProto) -> Iterable[str]:
         yield from reads_in(body)
 
 
-def _typed(name: str, values: npt.NDArray[np.generic]) -> onnx.ValueInfoProto:
+def _typed(name: str, values: GenericArray) -> onnx.ValueInfoProto:
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
     return onnx.helper.make_tensor_value_info(name, kind, [None] * values.ndim)

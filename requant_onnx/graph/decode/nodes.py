@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper
 
 from requant_onnx.graph.decode.packing import FIELDS, pack, shifts
 from requant_onnx.graph.edit import tensor_proto, uint4_proto
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array, UInt8Array
 from requant_onnx.numerics.kinds import LevelDecode
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
@@ -58,7 +58,7 @@ class Constants:
         self._decodes += 1
         return self._decodes
 
-    def shared(self, values: npt.NDArray[np.generic]) -> onnx.TensorProto:
+    def shared(self, values: GenericArray) -> onnx.TensorProto:
         """The one initializer with these values."""
         key = (str(values.dtype), values.shape, values.tobytes())
         if key not in self._shared:
@@ -82,13 +82,13 @@ class DecodeWriter:
         """What was written."""
         return Decode(tuple(self.nodes), tuple(self.initializers), self.used)
 
-    def own(self, suffix: str, values: npt.NDArray[np.generic]) -> str:
+    def own(self, suffix: str, values: GenericArray) -> str:
         """An initializer of this decode."""
         name = self.constants.names.take(f"{self._prefix}.{suffix}")
         self.initializers.append(tensor_proto(values, name))
         return name
 
-    def own_codes(self, suffix: str, values: npt.NDArray[np.uint8], bits: int) -> str:
+    def own_codes(self, suffix: str, values: UInt8Array, bits: int) -> str:
         """Values in the type of their width: UINT4 for 4 bits, else UINT8."""
         if bits != 4:
             return self.own(suffix, values)
@@ -96,7 +96,7 @@ class DecodeWriter:
         self.initializers.append(uint4_proto(values, name))
         return name
 
-    def shared(self, values: npt.NDArray[np.generic] | np.generic) -> str:
+    def shared(self, values: GenericArray | np.generic) -> str:
         """A constant that other decodes may read too."""
         tensor = self.constants.shared(np.asarray(values))
         self.used[tensor.name] = tensor
@@ -121,7 +121,7 @@ class DecodeWriter:
         return self.constants.names.take(f"{self._prefix}.{len(self.nodes)}" + (f".{piece}" if piece else ""))
 
 
-def write_unpack(writer: DecodeWriter, parts: Sequence[npt.NDArray[np.uint8]], bits: int) -> list[str]:
+def write_unpack(writer: DecodeWriter, parts: Sequence[UInt8Array], bits: int) -> list[str]:
     """Packed fields -> uint8 tensors in their shapes.  parts: what is to be packed, one behind the other."""
     size = sum(part.size for part in parts)
     shapes = [writer.shared(np.array(part.shape, np.int64)) for part in parts]
@@ -164,7 +164,7 @@ def write_levels(writer: DecodeWriter, codes: str, zero_point: str, q: Quantized
     return k if q.table.decode is LevelDecode.IDENTITY else writer.node("Mul", k, writer.node("Abs", k))
 
 
-def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: npt.NDArray[np.float32]) -> str:
+def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array) -> str:
     """The scales as float32, stored as float16 where that holds them exactly.  scale: those of q, of any shape."""
     if q.has_half_scale:
         return writer.node("Cast", writer.own("scale", scale.astype(np.float16)), to=onnx.TensorProto.FLOAT)
@@ -175,7 +175,7 @@ def _is_uniform(q: QuantizedWeight) -> bool:
     return bool((q.zero_point == q.zero_point.flat[0]).all())
 
 
-def _from_the_middle(table: LevelTable) -> npt.NDArray[np.int64]:
+def _from_the_middle(table: LevelTable) -> Int64Array:
     """L[0 .. K], L[-K .. -1]: Gather counts a negative index from the end."""
     return np.roll(table.integers, -table.max_code)
 

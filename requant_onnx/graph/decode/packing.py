@@ -16,13 +16,13 @@ from __future__ import annotations
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+from requant_onnx.numerics.arrays import UInt8Array
+
 FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
-def pack(codes: Bytes, bits: int) -> tuple[Bytes, ...]:
+def pack(codes: UInt8Array, bits: int) -> tuple[UInt8Array, ...]:
     """One tensor of bytes a field.  codes: any shape, below 2**bits.
 
     >>> [field.tolist() for field in pack(np.array([1, 2, 3, 7, 5], np.uint8), 3)]
@@ -31,7 +31,7 @@ def pack(codes: Bytes, bits: int) -> tuple[Bytes, ...]:
     return tuple(_pack_field(codes.ravel() >> low, width) for low, width in _slices(bits))
 
 
-def unpack(fields: tuple[Bytes, ...], bits: int, count: int) -> Bytes:
+def unpack(fields: tuple[UInt8Array, ...], bits: int, count: int) -> UInt8Array:
     """The inverse of `pack`.  Returns (count,)."""
     codes = np.zeros(count, np.uint8)
     for packed, (low, width) in zip(fields, _slices(bits), strict=True):
@@ -45,7 +45,7 @@ def packed_bytes(count: int, bits: int) -> int:
     return sum(-(-count * width // 8) for width in FIELDS[bits])
 
 
-def _pack_field(values: Bytes, width: int) -> Bytes:
+def _pack_field(values: UInt8Array, width: int) -> UInt8Array:
     a_byte = 8 // width
     size = -(-values.size // a_byte)
     planes = np.zeros(size * a_byte, np.uint8)
@@ -54,7 +54,7 @@ def _pack_field(values: Bytes, width: int) -> Bytes:
     return np.asarray(np.bitwise_or.reduce(shifted, axis=0), np.uint8)
 
 
-def shifts(width: int) -> Bytes:
+def shifts(width: int) -> UInt8Array:
     """How far each plane of fields lies above the lowest bit of its byte."""
     return np.arange(0, 8, width, dtype=np.uint8)
 

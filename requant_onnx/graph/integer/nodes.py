@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper
 
@@ -24,6 +23,7 @@ from requant_onnx.graph.edit import drop_unread, tensor_proto
 from requant_onnx.graph.integer.plan import IntegerPlan, WeightedNode
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.activation import ActivationGrid
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 MAX_BIAS = 2.0**30  # of an int32, with room for the sums that it is added to
@@ -35,7 +35,7 @@ class Bias:
     """A bias of one node.  values: (oc,) float32."""
 
     node: WeightedNode
-    values: npt.NDArray[np.float32]
+    values: Float32Array
 
 
 def biases_of(model: ModelGraph, plan: IntegerPlan) -> list[Bias]:
@@ -49,11 +49,9 @@ def biases_of(model: ModelGraph, plan: IntegerPlan) -> list[Bias]:
     return biases
 
 
-def min_scales_of(
-    biases: Sequence[Bias], grids: Mapping[str, ActivationGrid], *, per_channel: bool
-) -> dict[str, npt.NDArray[np.float64]]:
+def min_scales_of(biases: Sequence[Bias], grids: Mapping[str, ActivationGrid], *, per_channel: bool) -> dict[str, Float64Array]:
     """The least scale of each weight with which no bias passes int32: (oc,), or (1,) where the weight has one scale."""
-    min_scales: dict[str, npt.NDArray[np.float64]] = {}
+    min_scales: dict[str, Float64Array] = {}
     for bias in biases:
         product = np.maximum(np.abs(bias.values.astype(np.float64)) / MAX_BIAS, MIN_PRODUCT)
         least = product / float(grids[bias.node.x].scale)

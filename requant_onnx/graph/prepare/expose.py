@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import takewhile
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import inliner
 
@@ -26,6 +24,7 @@ from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread,
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operators import OPERATORS
 from requant_onnx.graph.reshapes import RESHAPING, reshaped
+from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
 MAX_CHAIN = 16
@@ -142,9 +141,7 @@ def _nodes_behind(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[o
         name = node.input[0]
 
 
-def _stepped(
-    values: npt.NDArray[np.generic], steps: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]
-) -> npt.NDArray[np.generic] | None:
+def _stepped(values: GenericArray, steps: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> GenericArray | None:
     """The values after each of the nodes; None when one of them is not constant, or does not fit."""
     for node in steps:
         given = [constants.get(name) for name in node.input[1:] if name]

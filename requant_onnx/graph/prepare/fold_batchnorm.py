@@ -21,8 +21,7 @@ from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread,
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import operator_of
 from requant_onnx.graph.operators import OPERATORS
-
-FloatArray = npt.NDArray[np.float64]
+from requant_onnx.numerics.arrays import Float64Array, GenericArray
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class _Fold:
     norm: int
     weight: Root
     bias: Root | None
-    new_weight: npt.NDArray[np.generic]
-    new_bias: npt.NDArray[np.generic]
+    new_weight: GenericArray
+    new_bias: GenericArray
 
 
 def fold_batchnorm(view: ModelGraph) -> int:
@@ -82,8 +81,8 @@ def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int], inputs: set[str
 
 
 def _folded(
-    conv: gs.Node, parameters: list[FloatArray], epsilon: float, dtype: npt.DTypeLike
-) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] | None:
+    conv: gs.Node, parameters: list[Float64Array], epsilon: float, dtype: npt.DTypeLike
+) -> tuple[GenericArray, GenericArray] | None:
     """The new weight and bias; None when parameters do not fit the weight, have a negative variance, or give infinite values."""
     gamma, beta, mean, var, weight = parameters[:5]
     bias = parameters[5] if len(parameters) > 5 else np.zeros_like(mean)
