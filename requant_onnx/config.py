@@ -21,6 +21,7 @@ OLDEST_ORT = (1, 20)
 METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conversion's settings
 NARROW_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
 EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transform
+TRANSFORMS = "auto, sqrt, none or power:A with A in 1/3 .. 1"  # the texts that Transform.parse reads
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 
@@ -70,6 +71,11 @@ class Refinement(Choice):
     BIAS = "bias"
     FEEDBACK = "feedback"
     DESCENT = "descent"
+
+    @property
+    def sees_outputs(self) -> bool:
+        """Whether levels are chosen by the output error."""
+        return self in (Refinement.FEEDBACK, Refinement.DESCENT)
 
 
 class ActivationRange(Choice):
@@ -121,7 +127,7 @@ class Transform:
         except ValueError:
             exponent = math.nan
         if math.isnan(exponent):
-            raise ConfigError(f"the transform '{text}' is not understood; give auto, sqrt, none or power:A with A in 1/3 .. 1")
+            raise ConfigError(f"the transform '{text}' is not understood; give {TRANSFORMS}")
         return cls(exponent)
 
     def __str__(self) -> str:

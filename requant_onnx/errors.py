@@ -1,9 +1,9 @@
-"""Everything requant_onnx raises on purpose.
+"""The exceptions that requant_onnx raises on purpose.
 
 RequantError (exit code 2 on the command line)
 ├── ConfigError   an option value that makes no sense
 ├── ModelError    the model file: missing, not ONNX, invalid, unsupported
-│   └── LoadError     ONNX Runtime does not take the model
+│   └── LoadError     ONNX Runtime does not load the model
 ├── DataError     the images: missing, wrong shape, empty
 └── OutputError   the output path: same as the input, exists, not writable
 
@@ -24,7 +24,7 @@ class ModelError(RequantError, ValueError):
 
 
 class LoadError(ModelError):
-    """ONNX Runtime does not take the model."""
+    """ONNX Runtime does not load the model."""
 
 
 class DataError(RequantError, ValueError):

@@ -1,8 +1,8 @@
-"""How long-running functions report progress."""
+"""The type of the callback to which long-running functions report progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is under way, how many steps are done, and how many there are."""
+"""Called with the item in progress, the number of steps done, and the number of all steps."""

@@ -1,4 +1,4 @@
-"""Values as people read them: in sentences, tables and pages."""
+"""Values as text for sentences, tables and pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shape_text(shape: Iterable[int]) -> str:
 
 
 def decibels(value: float, unit: str = " dB") -> str:
-    """A signal-to-noise ratio.
+    """A signal-to-noise ratio in decibels.
 
     >>> decibels(20.04), decibels(math.inf)
     ('20.0 dB', 'exact')

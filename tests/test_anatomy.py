@@ -26,7 +26,7 @@ def test_grids_errors_and_scales_are_those_of_the_report(form: Form) -> None:
     found = dissect(small_cnn(), made, INPUTS)
     assert [sorted(weight.shape) for weight in found] == [sorted(weight.shape) for weight in report.converted]  # Gemm is turned
     for weight, told in zip(found, report.converted, strict=True):
-        assert (weight.op, weight.kind) == (told.op, "grid")
+        assert (weight.op, weight.outcome) == (told.op, "grid")
         assert weight.bits <= told.bits
         assert weight.grid is not None
         assert weight.grid.describe() == told.transform
@@ -47,7 +47,7 @@ def test_the_curve_has_its_optimum_at_the_alpha_that_the_search_found() -> None:
         assert weight.curve is not None
         assert weight.curve.best[0] == pytest.approx(told.alpha[0], abs=0.011)  # the curve has a point every 0.01
         assert weight.curve.best[1] == pytest.approx(told.sqnr_db, abs=0.2)
-        assert weight.curve.own == pytest.approx(told.sqnr_db, abs=0.01)
+        assert weight.curve.per_channel == pytest.approx(told.sqnr_db, abs=0.01)
         assert weight.curve.full <= weight.curve.best[1]
         assert math.isnan(weight.output_sqnr_db)
         assert weight.densities is not None
@@ -57,7 +57,7 @@ def test_the_curve_has_its_optimum_at_the_alpha_that_the_search_found() -> None:
 
 def test_the_same_model_is_the_same() -> None:
     found = dissect(small_cnn(), small_cnn(), INPUTS)
-    assert {(weight.kind, weight.sqnr_db, weight.output_sqnr_db) for weight in found} == {("same", math.inf, math.inf)}
+    assert {(weight.outcome, weight.sqnr_db, weight.output_sqnr_db) for weight in found} == {("same", math.inf, math.inf)}
 
 
 def test_weights_behind_a_folded_batchnormalization_are_matched() -> None:
@@ -85,7 +85,7 @@ def test_files_of_other_tools(tmp_path: Path) -> None:
     for item in changed.graph.initializer:
         if item.name == "w2":
             item.CopyFrom(onnx.numpy_helper.from_array(laplace(16, 16, 3, 3, seed=9), "w2"))
-    kinds = {weight.name: weight.kind for weight in dissect(small_cnn(), changed, INPUTS)}
+    kinds = {weight.name: weight.outcome for weight in dissect(small_cnn(), changed, INPUTS)}
     assert kinds == {"w1": "same", "w2": "changed", "w3": "same", "w4": "same"}
 
 
@@ -121,7 +121,7 @@ def test_no_weight_is_missed_in_the_int8_form() -> None:
     made, report = quantize_model(residual(), QuantConfig(4, form=Form.INT8), calibration=INPUTS)
     found = dissect(residual(), made, INPUTS)
     assert [weight.name for weight in found] == [told.name for told in report.converted]
-    assert all(weight.kind == "grid" and 5 < weight.output_sqnr_db < 60 for weight in found)
+    assert all(weight.outcome == "grid" and 5 < weight.output_sqnr_db < 60 for weight in found)
 
 
 def test_a_folded_weight_whose_output_has_another_name_is_compared_as_folded() -> None:
@@ -150,7 +150,7 @@ def test_no_weight_is_missed_in_files_of_onnxruntime(tmp_path: Path, form: str) 
         weight_type=QuantType.QInt8,
     )
     found = dissect(tmp_path / "in.onnx", tmp_path / "q.onnx", INPUTS)
-    assert [(weight.op, weight.kind) for weight in found] == [("Conv", "grid")] * 3 + [("Gemm", "grid")]
+    assert [(weight.op, weight.outcome) for weight in found] == [("Conv", "grid")] * 3 + [("Gemm", "grid")]
     assert all(weight.sqnr_db > 30 for weight in found)
     compared = [weight.output_sqnr_db for weight in found if not math.isnan(weight.output_sqnr_db)]
     assert compared
@@ -161,7 +161,7 @@ def test_weights_that_cannot_be_told_are_shown_as_such(tmp_path: Path) -> None:
     onnx.save(residual(), tmp_path / "in.onnx")
     quantize_dynamic(tmp_path / "in.onnx", tmp_path / "q.onnx", weight_type=QuantType.QUInt8)
     found = dissect(tmp_path / "in.onnx", tmp_path / "q.onnx", INPUTS)
-    assert [(weight.op, weight.kind) for weight in found] == [("ConvInteger", "unknown")] * 3 + [("MatMulInteger", "unknown")]
+    assert [(weight.op, weight.outcome) for weight in found] == [("ConvInteger", "unknown")] * 3 + [("MatMulInteger", "unknown")]
     assert [weight.shape for weight in found[:3]] == [(16, 3, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3)]
     assert "4 of 4 weights could not be compared" in html_report(tmp_path / "in.onnx", tmp_path / "q.onnx")
 
@@ -176,7 +176,7 @@ def test_weights_in_bodies_are_matched() -> None:
     model = parse(text, w1=laplace(16, 3, 3, 3), w2=laplace(16, 3, 3, 3, seed=1))
     made, report = quantize_model(model, QuantConfig(4))
     found = dissect(model, made, None)
-    assert sorted((weight.name, weight.kind) for weight in found) == [("w1", "grid"), ("w2", "grid")]
+    assert sorted((weight.name, weight.outcome) for weight in found) == [("w1", "grid"), ("w2", "grid")]
     assert sorted(weight.sqnr_db for weight in found) == pytest.approx(sorted(told.sqnr_db for told in report.converted), abs=0.01)
 
 

@@ -23,7 +23,7 @@ from requant_onnx import (
     quantize_model,
 )
 from requant_onnx.runtime.feeds import calibration_chunks
-from requant_onnx.runtime.sensitivity import noise_of_each, outputs, relative_noise
+from requant_onnx.runtime.sensitivity import output_errors, outputs_of, relative_error
 
 NOISE = Calibration(None, Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)), count=32)
 
@@ -70,7 +70,7 @@ def test_what_the_output_hardly_notices_gets_few_bits() -> None:
     assert bits_of(QuantConfig(Budget(size=13_000), form=Form.FOLDED))["w3"] > 2  # by the error of the weights alone
 
 
-def test_more_bytes_give_less_noise_and_the_front_says_so() -> None:
+def test_more_bytes_give_less_error_and_the_front_says_so() -> None:
     _, report = quantize_model(net(), QuantConfig(Budget(size=13_000), form=Form.FOLDED), calibration=Calibration(count=8))
     assert len(report.front) > 5
     sizes, decibels = ([getattr(point, name) for point in report.front] for name in ("bytes", "sqnr_db"))
@@ -89,32 +89,32 @@ def test_a_target_is_reached_in_less_than_the_same_bits_everywhere(refinement: R
     made, _ = quantize_model(net(), config, calibration=calibration)
     chunks = calibration_chunks(net(), calibration)
     held = chunks[3::4]
-    assert -10 * np.log10(relative_noise(outputs(net(), held), outputs(made, held))) >= target
+    assert -10 * np.log10(relative_error(outputs_of(net(), held), outputs_of(made, held))) >= target
     assert made.ByteSize() < quantize_model(net(), QuantConfig(6, form=Form.FOLDED))[0].ByteSize()
 
 
 def test_auto_is_no_worse_than_the_same_bits_everywhere() -> None:
-    """Our ResNet-20 at the size of 3 bits, without data: the noise in the output, on other noise."""
+    """Our ResNet-20 at the size of 3 bits, without data: the output error, on other images of noise."""
     others = calibration_chunks(onnx.load(OWN_MODEL), Calibration(None, NOISE.normalization, count=64, seed=1))
-    exact = outputs(onnx.load(OWN_MODEL), others)
+    exact = outputs_of(onnx.load(OWN_MODEL), others)
     same, _ = quantize_model(OWN_MODEL, QuantConfig(3, form=Form.FOLDED), calibration=NOISE)
     auto, _ = quantize_model(OWN_MODEL, QuantConfig(Budget(size=same.ByteSize()), form=Form.FOLDED), calibration=NOISE)
     assert auto.ByteSize() <= same.ByteSize()
-    assert relative_noise(exact, outputs(auto, others)) < relative_noise(exact, outputs(same, others))
+    assert relative_error(exact, outputs_of(auto, others)) < relative_error(exact, outputs_of(same, others))
 
 
-def test_noise_of_each_weight_is_that_of_the_model_with_it_replaced() -> None:
+def test_the_output_error_of_each_weight_is_that_of_the_model_with_it_replaced() -> None:
     chunks = calibration_chunks(net(), Calibration(count=8))
     coarse = {
         name: laplace(*shape, 3, 3, seed=k).round(1) for k, (name, shape) in enumerate({"w1": (16, 3), "w2": (24, 16)}.items())
     }
-    found = list(noise_of_each(net(), [{"w1": coarse["w1"]}, {"w2": coarse["w2"]}], {"w1", "w2"}, chunks))
-    for (name, values), noise in zip(coarse.items(), found, strict=True):
+    found = list(output_errors(net(), [{"w1": coarse["w1"]}, {"w2": coarse["w2"]}], {"w1", "w2"}, chunks))
+    for (name, values), error in zip(coarse.items(), found, strict=True):
         changed = net()
         for initializer in changed.graph.initializer:
             if initializer.name == name:
                 initializer.CopyFrom(onnx.numpy_helper.from_array(values, name))
-        assert noise == pytest.approx(relative_noise(outputs(net(), chunks), outputs(changed, chunks)), rel=1e-3)
+        assert error == pytest.approx(relative_error(outputs_of(net(), chunks), outputs_of(changed, chunks)), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_the_correction_restores_the_means_of_channels(form: Form) -> None:
         made, report = quantize_model(net(), QuantConfig(3, form=form, refinement=refinement))
         shifts.append(abs((run(made, x) - exact).mean((0, 2, 3))).mean())
     assert shifts[1] < 0.4 * shifts[0]
-    assert [weight.step for weight in report.converted] == ["nearest", "nearest, bias from BatchNormalization"]
+    assert [weight.method for weight in report.converted] == ["nearest", "nearest, bias from BatchNormalization"]
 
 
 def test_a_bias_is_corrected_only_where_means_fit() -> None:

@@ -289,8 +289,8 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
     cases = [
         (["--bits", "auto"], "either --size, for instance 180kB, or --target-sqnr"),
         (["--bits", "auto", "--size", "1kB", "--target-sqnr", "20"], "either --size"),
-        (["--size", "180kB"], "--size belongs to --bits auto"),
-        (["--bits", "4", "--target-sqnr", "20"], "--target-sqnr belongs to --bits auto"),
+        (["--size", "180kB"], "--size is for --bits auto; give --bits auto, or drop --size"),
+        (["--bits", "4", "--target-sqnr", "20"], "--target-sqnr is for --bits auto"),
         (["--bits", "auto", "--size", "big"], "the size 'big' is not understood"),
         (["--bits", "auto", "--size", "180kB", "--external-data"], "--size counts one file"),
         (["--bits", "auto", "--target-sqnr", "20"], "give --calibrate"),
@@ -299,13 +299,13 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
         (["--calibrate", "noise", "--refinement", "none"], "drop --calibrate"),
         (["--calibrate", "noisy"], "FILE.npz or noise"),
         (["--form", "int8", "--calibrate", "noise", "--mean", "0"], "both --mean and --std"),
-        (["--int8-levels", "127"], "belongs to --form int8"),
+        (["--int8-levels", "127"], "--int8-levels is for --form int8; give --form int8, or drop --int8-levels"),
         (["--form", "int8", "--calibrate", "nowhere.npz"], "nowhere.npz"),
         (["--form", "int8", "--calibrate", "noise:big"], "write it as noise:224x224"),
         (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),
         (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127"),
         (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of minmax, mse, percentile"),
-        (["--mean", "0.5"], "--mean belongs to --calibrate"),
+        (["--mean", "0.5"], "--mean is for --calibrate; give --calibrate, or drop --mean"),
     ]
     for options, message in cases:
         assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 2

@@ -301,3 +301,11 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", *options]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipes", ["", " ", ",", "max,,best"])
+def test_an_empty_recipe_is_refused_with_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str], recipes: str) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", "--recipes", recipes]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}\n"

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from conftest import laplace, parse, small_cnn
 from onnxruntime import InferenceSession
 
-from requant_onnx import EdgeLayers, Granularity, QuantConfig, RangeMode, Transform, quantize_model
+from requant_onnx import (
+    Calibration,
+    EdgeLayers,
+    Form,
+    Granularity,
+    QuantConfig,
+    RangeMode,
+    Refinement,
+    Space,
+    Transform,
+    quantize_model,
+)
 from requant_onnx.config import METADATA_KEY
 from requant_onnx.errors import ConfigError
 from requant_onnx.graph.prepare.opset import raise_opset
@@ -111,18 +124,18 @@ def test_per_channel_scales_lie_on_the_channel_axis() -> None:
     assert [weight.axis for weight in report.converted] == [0, 0, 0, 1]  # the Gemm is transposed
 
 
-def test_a_weight_that_would_not_shrink_is_left_alone() -> None:
+def test_a_weight_that_would_not_shrink_is_skipped() -> None:
     converted, report = quantize_model(parse("net (float[n, 1] x) => (float[n, 1] y) { y = MatMul(x, w) }", w=laplace(1, 1)))
-    assert "would not get smaller" in report.left_alone[0].reason
+    assert "would not get smaller" in report.skipped[0].reason
     assert [node.op_type for node in converted.graph.node] == ["MatMul"]
 
 
-def test_levels_beyond_float_are_left_alone() -> None:
+def test_levels_beyond_float_are_skipped() -> None:
     w = np.full((40, 40), 3.4e38, np.float32)
     w[0] = -3.3e38
     config = QuantConfig(range_mode=RangeMode.MAX, bits=2, edge_layers=EdgeLayers.PLAIN)
     _, report = quantize_model(parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }", w=w), config)
-    assert [item.reason for item in report.left_alone] == ["has levels beyond the largest float"]
+    assert [item.reason for item in report.skipped] == ["has levels beyond the largest float"]
 
 
 @pytest.mark.parametrize("opset", [8, 9, 11, 13, 17])
@@ -190,9 +203,39 @@ def test_functions_move_to_the_new_opset_with_the_model() -> None:
     assert converted.functions[0].opset_import[0].version == 21
 
 
-def test_sparse_initializers_are_left_alone() -> None:
+def test_sparse_initializers_are_skipped() -> None:
     model = parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }")
     values = onnx.numpy_helper.from_array(np.ones(2, np.float32), "w")
     indices = onnx.numpy_helper.from_array(np.array([3, 5]), "w_indices")
     model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [40, 40]))
     assert not quantize_model(model)[1].converted
+
+
+@pytest.mark.parametrize("refinement", [Refinement.FEEDBACK, Refinement.DESCENT])
+def test_rounding_in_transformed_space_is_for_nearest_levels(refinement: Refinement) -> None:
+    """Refinement chooses levels by the output error, so the setting would have no effect."""
+    config = QuantConfig(4, transform=Transform(0.5), rounding=Space.TRANSFORMED, refinement=refinement)
+    with pytest.raises(ConfigError, match=f"refinement '{refinement}' chooses levels by the output error; drop --rounding"):
+        quantize_model(small_cnn(), config, calibration=Calibration(count=8))
+    assert quantize_model(small_cnn(), config)[1].converted
+
+
+def test_a_conversion_imports_the_graph_once_for_each_of_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As given, with BatchNormalization folded, and ready; once more to refine, and for the check in ONNX Runtime."""
+    imports: list[int] = []
+    original = gs.import_onnx
+
+    def counted(model: onnx.ModelProto) -> Any:
+        imports.append(1)
+        return original(model)
+
+    monkeypatch.setattr("requant_onnx.graph.constants.gs.import_onnx", counted)
+    for config, calibration, expected in (
+        (QuantConfig(8), None, 3),
+        (QuantConfig(4, form=Form.FOLDED), None, 4),
+        (QuantConfig(4, form=Form.FOLDED), Calibration(count=8), 5),
+        (QuantConfig(4, form=Form.INT8), Calibration(count=8), 5),
+    ):
+        imports.clear()
+        quantize_model(small_cnn(), config, calibration=calibration)
+        assert len(imports) == expected

@@ -45,7 +45,7 @@ def correlated_inputs(columns: int, seed: int = 0) -> np.ndarray:
 def grid_of(w: np.ndarray, bits: int, exponent: float) -> tuple[RowGrid, np.ndarray]:
     q = quantize_weight(w.astype(np.float32), Grid(bits, PowerGrid(exponent), 0))
     offset = q.table.max_code - q.zero_point.astype(np.int64)
-    return RowGrid(q.scale.astype(np.float64), offset, q.table, True, np.zeros(len(w)), False), q.codes
+    return RowGrid(q.scale.astype(np.float64), offset, q.table, np.zeros(len(w)), False), q.codes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
@@ -135,7 +135,7 @@ def test_each_rung_improves_the_output(form: Form, granularity: Granularity) -> 
 def test_every_decision_is_reported_and_none_is_worse_than_nearest() -> None:
     _, report = quantize_model(small_cnn(), QuantConfig(3), calibration=Calibration(images()))
     for weight in report.converted:
-        assert weight.output_errors[weight.step] == min(weight.output_errors.values())
+        assert weight.output_errors[weight.method] == min(weight.output_errors.values())
         assert {"nearest", "bias correction", "feedback", "feedback to the float output"} < weight.output_errors.keys()
 
 
@@ -168,7 +168,7 @@ def test_the_chosen_transform_lowers_the_error() -> None:
     for transform in (Transform(1.0), Transform(None)):
         config = QuantConfig(3, transform=transform, form=Form.FOLDED)
         _, report = quantize_model(heavy_tailed_net(), config, calibration=Calibration(count=64))
-        errors.append(report.converted[1].output_errors[report.converted[1].step])
+        errors.append(report.converted[1].output_errors[report.converted[1].method])
     assert errors[1] < 0.8 * errors[0]
 
 

@@ -87,6 +87,6 @@ def test_trained_model(trained: Path, name: str) -> None:
             }
             report = check_rewrite(load_model(trained), CONFIGS[name], feeds)
         assert report.coverage == pytest.approx(0.517, abs=0.001)
-        assert {item.reason for item in report.left_alone} == {"LSTM weights are not converted"}
+        assert {item.reason for item in report.skipped} == {"LSTM weights are not converted"}
     else:
         check(trained, CONFIGS[name], SPATIAL.get(trained.stem, (32, 32)))

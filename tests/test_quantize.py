@@ -51,7 +51,7 @@ def test_codes_are_in_range_and_zero_is_exact(w: np.ndarray, grid: Grid) -> None
 
 @settings(deadline=None)
 @given(w=weights, grid=grids)
-def test_decoded_weights_quantize_to_themselves_on_the_same_grid(w: np.ndarray, grid: Grid) -> None:
+def test_decoded_weights_are_levels_times_the_scale(w: np.ndarray, grid: Grid) -> None:
     q = quantize_weight(w, grid)
     values = q.dequantize().astype(np.float64) / q.broadcast(q.scale)
     levels = q.table.integers[q.table.max_code + q.codes.astype(int) - q.broadcast(q.zero_point).astype(int)]

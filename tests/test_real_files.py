@@ -40,8 +40,8 @@ def has_weights(model: onnx.ModelProto) -> bool:
 def test_light_models(path: Path, config: QuantConfig) -> None:
     """Their weights are computed by ConstantOfShape, so there is nothing to store smaller; all else is converted or named."""
     converted, report = quantize_model(path, config)
-    assert len(report.converted) + len(report.left_alone) == weights_in(onnx.load(path))
-    assert all(item.reason for item in report.left_alone)
+    assert len(report.converted) + len(report.skipped) == weights_in(onnx.load(path))
+    assert all(item.reason for item in report.skipped)
     x = {item.name: np.ones([d.dim_value for d in item.type.tensor_type.shape.dim], np.float32) for item in inputs_of(converted)}
     for found, expected in zip(run(converted, x), run(onnx.load(path), x), strict=True):
         np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
@@ -73,7 +73,7 @@ def hold(model: onnx.ModelProto, config: QuantConfig, feeds: dict[str, np.ndarra
     """The oracle, with every weight converted, even where its decode takes more bytes than it saves."""
     monkeypatch.setattr(Decode, "bytes", property(lambda _: 0))
     report = check(model, config, feeds)
-    assert all(item.reason for item in report.left_alone)
+    assert all(item.reason for item in report.skipped)
 
 
 @cache
@@ -132,7 +132,7 @@ def convert_whole(path: Path) -> None:
     model = onnx.load(path)
     converted, report = quantize_model(path, CONFIGS["folded4"])
     InferenceSession(converted.SerializeToString(), providers=["CPUExecutionProvider"])
-    reasons = [item.reason for item in report.left_alone]
+    reasons = [item.reason for item in report.skipped]
     unexpected = [r for r in reasons if not ("LSTM" in r or "get smaller" in r or "is computed by" in r or "already" in r)]
     assert not unexpected, (path.name, unexpected)
     if [len(item.type.tensor_type.shape.dim) for item in inputs_of(model)] == [4]:  # images; others do not take random numbers

@@ -24,7 +24,7 @@ W = laplace(5, 4, 3, 3)
 
 def only(model: onnx.ModelProto) -> tuple[str, int | None]:
     view = find_weights(ModelGraph.of(model))
-    assert not view.left_alone
+    assert not view.skipped
     (weight,) = view.weights
     return weight.name, weight.channel_axis
 
@@ -75,7 +75,7 @@ def test_first_and_last_layers() -> None:
 def test_a_product_of_two_activations_is_no_weight() -> None:
     view = find_weights(ModelGraph.of(parse("net (float[n, n] x) => (float[n, n] y) { y = MatMul(x, x) }")))
     assert not view.weights
-    assert not view.left_alone
+    assert not view.skipped
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_a_product_of_two_activations_is_no_weight() -> None:
         (MATRIX_IO + "{ y = MatMulInteger(x, w) }", laplace(6, 5), "is already quantized (MatMulInteger)"),
     ],
 )  # fmt: skip
-def test_left_alone_with_a_reason(text: str, weight: np.ndarray | None, reason: str) -> None:
+def test_skipped_with_a_reason(text: str, weight: np.ndarray | None, reason: str) -> None:
     view = find_weights(ModelGraph.of(parse(text, **({} if weight is None else {"w": weight}))))
     assert not view.weights
-    assert reason in view.left_alone[0].reason
+    assert reason in view.skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_left_alone_with_a_reason(text: str, weight: np.ndarray | None, reason: 
         (QuantConfig(3, form=Form.FOLDED, granularity=Granularity.PER_TENSOR), "is decoded from other constants (Mul), so it may"),
     ],
 )
-def test_weights_of_a_converted_model_are_left_alone(config: QuantConfig, reason: str) -> None:
+def test_weights_of_a_converted_model_are_skipped(config: QuantConfig, reason: str) -> None:
     converted, _ = quantize_model(small_cnn(), config)
     again, report = quantize_model(converted)
-    assert all(item.reason.startswith(reason) for item in report.left_alone)
+    assert all(item.reason.startswith(reason) for item in report.skipped)
     assert again.SerializeToString() == converted.SerializeToString()
 
 

@@ -65,7 +65,7 @@ last layer, and is refined on 256 train images.
 
 ## Does range and transform together beat either alone?
 
-The paper's ablation says so. Here, by more than two standard errors of the difference:
+The paper's ablation claims it. Here, by more than two standard errors of the difference:
 
 {verdicts}
 """

@@ -48,7 +48,7 @@ def soak(seed: int) -> QuantReport:
     if config.form is Form.INT8 and len(model.graph.input[0].type.tensor_type.shape.dim) != 4:
         config = replace(config, form=Form.FOLDED)  # calibration is for images
     report = near(model, config) if config.form is Form.INT8 else check(model, config)
-    assert all(item.reason for item in report.left_alone)
+    assert all(item.reason for item in report.skipped)
     again = [converted(model, config, threads) for threads in (1, 2)]
     assert again[0] == again[1], "two runs gave different bytes"
     return report
@@ -81,7 +81,7 @@ def attempt(seed: int) -> tuple[int, str, int, int]:
     except Exception:
         return seed, traceback.format_exc(), 0, 0
     done = sum(weight.bytes_before for weight in report.converted)
-    return seed, "", done, done + sum(item.bytes for item in report.left_alone)
+    return seed, "", done, done + sum(item.bytes for item in report.skipped)
 
 
 def main() -> int:

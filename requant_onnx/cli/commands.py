@@ -1,4 +1,4 @@
-"""The commands: each reads its options, calls the library, writes and prints what it found."""
+"""The commands: each reads its options, calls the library, writes and prints the results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from requant_onnx.webpage.pages import html_comparison, html_report
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """requant convert: a model with quantized weights, its report and its page."""
+    """requant convert: write a model with quantized weights, its report and its page."""
     config = config_of(args)
     calibration = calibration_of(args)
     check_output(args.input, args.output, args.force)
@@ -53,7 +53,7 @@ def run_convert(args: argparse.Namespace) -> None:
     with progress_bar(args, "quantizing") as progress:
         model, report = pipeline.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
-    if report.converted or before != stored or args.external_data:  # external data moves: a copy would point to where it is not
+    if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
         after = save_model(model, args.output, external_data=args.external_data or is_large(model))
     else:
         after = stored
@@ -75,7 +75,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_validate(args: argparse.Namespace) -> None:
-    """requant validate: two models on the same images."""
+    """requant validate: compare two models on the same images."""
     check_json(args.json, args.reference, args.candidate)
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
@@ -91,10 +91,10 @@ def run_validate(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """requant report: a page on what became of each weight."""
+    """requant report: write a page on each weight."""
     check_page(args.output, args.force, args.reference, args.candidate)
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
-    asked = args.data is not None or calibration != Calibration()  # else the weights are compared though the model takes no noise
+    asked = args.data is not None or calibration != Calibration()  # else the weights are compared even if the model takes no noise
     with progress_bar(args, "comparing") as progress:
         page = html_report(args.reference, args.candidate, calibration=calibration if asked else None, progress=progress)
     write_atomically(args.output, page.encode())
@@ -102,7 +102,7 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    """requant inspect: the weights of a model."""
+    """requant inspect: list the weights of a model."""
     check_json(args.json, args.model)
     with status_line(args, "reading the model"):
         report = pipeline.inspect_model(args.model)
@@ -111,7 +111,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> None:
-    """requant explain: what ONNX Runtime does with the weights of a model."""
+    """requant explain: say what ONNX Runtime does with the weights of a model."""
     check_json(args.json, args.model)
     with status_line(args, "loading the model in ONNX Runtime"):
         explanation = explain(args.model)
@@ -120,7 +120,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """requant compare: every recipe at every width."""
+    """requant compare: try every recipe at every width."""
     check_json(args.json, args.model)
     check_page(args.html, args.force, args.model)
     check_new(args.csv, args.force, args.model)
@@ -132,7 +132,7 @@ def run_compare(args: argparse.Namespace) -> None:
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args) or Calibration()
     model = _whole_file(args.model)
-    if args.data is None:  # noise as in the calibration, but not the same
+    if args.data is None:  # noise as in the calibration, from another seed
         count, seed = limit_of(args.limit) or DEFAULT_COUNT, calibration.seed + 1
         other = Calibration(None, calibration.normalization, count, seed, calibration.size)
         images, normalization = calibration_images(args.model, other)
@@ -142,17 +142,17 @@ def run_compare(args: argparse.Namespace) -> None:
     jobs = None if args.jobs is None else whole_of(args.jobs, "--jobs")
     with open_executor(jobs, args.dask) as executor, progress_bar(args, "comparing") as progress:
         recipes = list_of("max,paper,best" if args.recipes is None else args.recipes)
-        found = compare(
+        comparison = compare(
             model, widths, recipes, images, normalization, calibration, executor, form=form, cache=cache, progress=progress
         )
     cache.trim()
-    write_json(args.json, {**found.to_dict(), "model": str(args.model), "toml": write_options(args)})
+    write_json(args.json, {**comparison.to_dict(), "model": str(args.model), "toml": write_options(args)})
     if args.csv is not None:
-        write_atomically(args.csv, _as_csv(found).encode())
+        write_atomically(args.csv, _as_csv(comparison).encode())
     if args.html is not None:
         settings = [("requant.toml, for requant compare --config", write_options(args))]
-        write_atomically(args.html, html_comparison(found, args.model.name, settings).encode())
-    tables.print_comparison(console_for(args), found)
+        write_atomically(args.html, html_comparison(comparison, args.model.name, settings).encode())
+    tables.print_comparison(console_for(args), comparison)
 
 
 def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
@@ -178,8 +178,8 @@ def _whole_file(path: Path) -> bytes:
     return data
 
 
-def _as_csv(found: Comparison) -> str:
-    rows = [asdict(trial) for trial in found.trials]
+def _as_csv(comparison: Comparison) -> str:
+    rows = [asdict(trial) for trial in comparison.trials]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()

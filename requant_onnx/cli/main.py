@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explain=commands.run_explain,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of weights that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of weights that the terminal cannot show
     try:
         args = parse(parser, arguments)
         args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the tables has read enough; the files are written
+    except BrokenPipeError:  # the reader of the tables has closed the pipe; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted; no file was left half-written", file=sys.stderr)
@@ -44,5 +44,5 @@ def _sentence(error: Exception) -> str:
         return "there is not enough memory for this; calibrate with fewer images, or use a larger machine"
     if isinstance(error, RequantError) or not isinstance(error, OSError):
         return str(error)
-    where = f"'{error.filename}'" if error.filename else "standard output"  # a path that cannot even be looked at, or a full disk
+    where = f"'{error.filename}'" if error.filename else "standard output"  # a path that cannot be accessed, or a full disk
     return f"cannot use {where} ({error.strerror}); check the path and its permissions"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import shtab
 
 from requant_onnx.cli.toml_options import read_options
-from requant_onnx.config import ENUMS, Choice, QuantConfig, parse_choice
+from requant_onnx.config import ENUMS, TRANSFORMS, Choice, QuantConfig, parse_choice
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
 
@@ -60,10 +60,10 @@ integer kernel reads its codes)""",
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, like every other error."""
+    """A parser whose errors are one sentence, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Print and exit with code 2.  Raises ConfigError for the value of an option, which has a sentence of its own."""
+        """Print and exit with code 2.  Raises ConfigError for a bad value of an option, whose message is a sentence already."""
         sentence = re.sub(r"^argument [^:]+: (?=--)", "", message)
         if sentence != message:
             raise ConfigError(sentence)
@@ -71,21 +71,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, on top of those of --config; `from_file` names the latter where the command line does not override them.
+    """Parse the command line, on top of the options of --config; `from_file` names those that the command line does not override.
 
-    Raises ConfigError when that file is not what it should be.
+    Raises ConfigError when that file is not valid.
     """
     args = _parse(parser, arguments)
-    found: dict[str, Any] = {}
+    from_file: dict[str, Any] = {}
     if args.config is not None:
         commands = _commands(parser)
         name = next(name for name, command in commands.items() if command is args.parser)
-        found = read_options(args.config, name, commands)
-        own = {name for name in found if getattr(args, name) not in (None, False)}
-        args.parser.set_defaults(**found)
+        from_file = read_options(args.config, name, commands)
+        overridden = {name for name in from_file if getattr(args, name) not in (None, False)}
+        args.parser.set_defaults(**from_file)
         args = _parse(parser, arguments)
-        found = {name: value for name, value in found.items() if name not in own}
-    args.from_file = frozenset(found)
+        from_file = {name: value for name, value in from_file.items() if name not in overridden}
+    args.from_file = frozenset(from_file)
     return args
 
 
@@ -105,7 +105,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 def parser_of(
     convert: Command, validate: Command, report: Command, compare: Command, inspect: Command, explain: Command
 ) -> argparse.ArgumentParser:
-    """The parser; `args.run` is the function of the command given, `args.parser` the command's own parser."""
+    """Make the parser; `args.run` is the function of the chosen command, `args.parser` the parser of that command."""
     parser = _command(Parser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining.")
     parser.add_argument("--version", action="version", version=f"requant {version('requant_onnx')}")
     shtab.add_argument_to(parser, ["--print-completion"], help="print the completion script of a shell, for its start-up files")
@@ -131,7 +131,9 @@ def _command(make: Any, name: str | None, **options: Any) -> argparse.ArgumentPa
 def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "input", "IN.onnx")
     _add_file(parser, "output", "OUT.onnx")
-    parser.add_argument("--bits", metavar="N", help=f"2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight")
+    parser.add_argument(
+        "--bits", metavar="N", help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight"
+    )
     parser.add_argument("--size", metavar="SIZE", help="for --bits auto: the best file of at most this size, for instance 180kB")
     parser.add_argument(
         "--target-sqnr",
@@ -139,12 +141,10 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         help="for --bits auto: the smallest file found whose outputs keep this SQNR on the calibration inputs, for instance 20",
     )
     _add_choice(parser, "granularity", "G")
-    parser.add_argument(
-        "--transform", metavar="T", help=f"auto, sqrt, none or power:A, A in 1/3 .. 1 (default: {DEFAULT.transform})"
-    )
+    parser.add_argument("--transform", metavar="T", help=f"{TRANSFORMS} (default: {DEFAULT.transform})")
     _add_choice(parser, "range_mode", "R", option="--range")
     _add_choice(parser, "edge_layers", "E", "first and last layers: ")
-    _add_choice(parser, "objective", "S", "space whose error alpha minimizes: ")
+    _add_choice(parser, "objective", "S", "space of the error that alpha minimizes: ")
     _add_choice(parser, "rounding", "S", "space in which the nearest level is chosen: ")
     _add_choice(parser, "form", "F")
     parser.add_argument(
@@ -153,7 +153,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser)
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
     parser.add_argument(
-        "--external-data", action="store_true", help="write weights to OUT.onnx.data beside OUT.onnx, as models above 2 GB need"
+        "--external-data", action="store_true", help="write weights to OUT.onnx.data next to OUT.onnx, as models above 2 GB need"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
     page = parser.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
@@ -165,13 +165,15 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="SPEC",
-        help="images, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
+        help="inputs, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
         "split), images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW where "
         "the model leaves the size free), or none (default)",
     )
-    _add_choice(parser, "refinement", "R", "what --calibrate is used for: ")
-    parser.add_argument("--calibrate-limit", metavar="N", help=f"how many of them, drawn at random (default: {DEFAULT_COUNT})")
-    parser.add_argument("--seed", metavar="N", help="of the drawing, and of the noise (default: 0)")
+    _add_choice(parser, "refinement", "R", "use of the inputs of --calibrate: ")
+    parser.add_argument(
+        "--calibrate-limit", metavar="N", help=f"number of calibration inputs, drawn at random (default: {DEFAULT_COUNT})"
+    )
+    parser.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
     _add_images(parser, "of the calibration images")
     _add_choice(parser, "activation_range", "R", "for --form int8: ")
     _add_choice(parser, "int8_levels", "L", INT8_LEVELS)
@@ -183,10 +185,10 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="SPEC",
-        help="cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one folder a class), FILE.npz (x, y) or noise",
+        help="cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one subfolder per class), FILE.npz (x, y) or noise",
     )
     _add_images(parser, "of the images")
-    parser.add_argument("--limit", metavar="N", help="only the first N images")
+    parser.add_argument("--limit", metavar="N", help="use only the first N images")
     _add_common(run, parser)
 
 
@@ -200,34 +202,36 @@ def _add_report(run: Command, parser: argparse.ArgumentParser) -> None:
         help="as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)",
     )
     _add_images(parser, "of the images")
-    parser.add_argument("--limit", metavar="N", help="only the first N images")
+    parser.add_argument("--limit", metavar="N", help="use only the first N images")
     parser.add_argument("--force", action="store_true", help="replace OUT.html if it exists")
     _add_common(run, parser, json=False)
 
 
 def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "model", "IN.onnx")
-    parser.add_argument("--bits", metavar="N,N", help="widths, 2 to 8 (default: 8,6,4,3)")
-    parser.add_argument("--recipes", metavar="NAME,NAME", help="see below (default: max,paper,best)")
+    parser.add_argument("--bits", metavar="N,N", help="bits per weight to try, 2 to 8 (default: 8,6,4,3)")
+    parser.add_argument("--recipes", metavar="NAME,NAME", help="recipes to try, see below (default: max,paper,best)")
     _add_choice(parser, "form", "F")
     parser.add_argument(
         "--data",
         metavar="SPEC",
         help="as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)",
     )
-    parser.add_argument("--limit", metavar="N", help="only the first N images")
-    parser.add_argument("--calibrate", metavar="SPEC", help="for best, and for --form int8: as in convert (default: noise)")
-    parser.add_argument("--calibrate-limit", metavar="N", help=f"how many inputs, drawn at random (default: {DEFAULT_COUNT})")
-    parser.add_argument("--seed", metavar="N", help="of the drawing, and of the noise (default: 0)")
+    parser.add_argument("--limit", metavar="N", help="use only the first N images")
+    parser.add_argument("--calibrate", metavar="SPEC", help="inputs for best and for --form int8, as in convert (default: noise)")
+    parser.add_argument(
+        "--calibrate-limit", metavar="N", help=f"number of calibration inputs, drawn at random (default: {DEFAULT_COUNT})"
+    )
+    parser.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
     _add_images(parser, "of the images")
-    parser.add_argument("--jobs", metavar="N", help="processes on this machine (default: one a core)")
+    parser.add_argument("--jobs", metavar="N", help="number of processes on this machine (default: one per core)")
     parser.add_argument(
-        "--dask", metavar="ADDRESS", help="run on a Dask cluster instead: address of its scheduler, tcp://HOST:PORT"
+        "--dask", metavar="ADDRESS", help="address of the scheduler of a Dask cluster to run on instead, tcp://HOST:PORT"
     )
     parser.add_argument(
-        "--cache", metavar="DIR", type=Path, help="where results are kept, 2 GB at most (default: the user's cache)"
+        "--cache", metavar="DIR", type=Path, help="folder of the results, 2 GB at most (default: in the user's cache)"
     )
-    parser.add_argument("--no-cache", action="store_true", help="keep and use no results of earlier runs")
+    parser.add_argument("--no-cache", action="store_true", help="neither store results nor use those of earlier runs")
     parser.add_argument("--force", action="store_true", help="replace the files of --csv and --html if they exist")
     for name in ("csv", "html"):
         parser.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"also write the table as {name.upper()}")
@@ -240,12 +244,14 @@ def _add_model(run: Command, parser: argparse.ArgumentParser) -> None:
 
 
 def _add_images(parser: argparse.ArgumentParser, whose: str) -> None:
-    """How images become inputs."""
-    usual = "default: of the CIFAR train split, of ImageNet for images:DIR,"
-    parser.add_argument("--mean", metavar="R,G,B", help=f"{whose}; {usual} 0 for FILE.npz")
-    parser.add_argument("--std", metavar="R,G,B", help=f"{whose}; {usual} 1 for FILE.npz")
-    parser.add_argument("--resize", metavar="N", help=f"shorter side {whose} of images:DIR (default: as they are)")
-    parser.add_argument("--crop", metavar="N", help=f"size cut from the center {whose} of images:DIR: 224, or HxW (default: all)")
+    """Add the options that turn images into inputs.  whose: the images, as a phrase that begins with 'of'."""
+    usual = "default: that of the CIFAR train split, that of ImageNet for images:DIR"
+    parser.add_argument("--mean", metavar="R,G,B", help=f"mean {whose} ({usual}, 0 for FILE.npz)")
+    parser.add_argument("--std", metavar="R,G,B", help=f"standard deviation {whose} ({usual}, 1 for FILE.npz)")
+    parser.add_argument("--resize", metavar="N", help="for images:DIR: resize the shorter side to N pixels (default: no resizing)")
+    parser.add_argument(
+        "--crop", metavar="N", help="for images:DIR: crop the center to N pixels, 224 or HxW (default: no cropping)"
+    )
 
 
 def _add_file(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:
@@ -253,21 +259,21 @@ def _add_file(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:
 
 
 def _add_common(run: Command, parser: argparse.ArgumentParser, *, json: bool = True) -> None:
-    """What every command has.  parser.get_default("parser") is the command's own."""
+    """Add the options that every command has.  parser.get_default("parser") is the parser of the command."""
     if json:
-        parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here").complete = shtab.FILE  # type: ignore[attr-defined]
+        parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report to this file").complete = shtab.FILE  # type: ignore[attr-defined]
     config = parser.add_argument(
-        "--config", metavar="FILE.toml", type=Path, help="options from a file; those given here override it"
+        "--config", metavar="FILE.toml", type=Path, help="read options from a file; the command line overrides them"
     )
     config.complete = shtab.FILE  # type: ignore[attr-defined]
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("-q", "--quiet", action="store_true", help="print errors and warnings only")
-    amount.add_argument("-v", "--verbose", action="store_true", help="print more: what was tried, and what was taken")
+    amount.add_argument("-v", "--verbose", action="store_true", help="print more: what was tried, and what was chosen")
     parser.set_defaults(run=run, parser=parser)
 
 
 def _add_choice(parser: argparse.ArgumentParser, name: str, metavar: str, prefix: str = "", option: str = "") -> None:
-    """An option for one of the enums of config.py, by the name of the setting."""
+    """Add an option for one of the enums of config.py, by the name of the setting."""
     kind, default, option = ENUMS[name], getattr(DEFAULT, name), option or "--" + name.replace("_", "-")
 
     def choice(text: str) -> Choice:

@@ -1,4 +1,4 @@
-"""Paths that a command is to write: refused before the work is done when they cannot, or must not, be written."""
+"""Checks of output paths: a path that cannot, or must not, be written is refused before the work is done."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_output(source: Path, output: Path, force: bool) -> None:
 
 
 def check_json(path: Path | None, *models: Path) -> None:
-    """Refuse the path of a report; one may replace a .json file, but nothing else."""
+    """Refuse the path of a report that cannot be written, or would replace a file that is no .json file."""
     if path is not None:
         _check_place(path, *models)
         if path.exists() and path.suffix != ".json":
@@ -39,7 +39,7 @@ def check_json(path: Path | None, *models: Path) -> None:
 
 
 def _check_place(path: Path, *models: Path) -> None:
-    """Refuse a report path that cannot work before the work is done."""
+    """Refuse the path of a report that cannot be written, or would replace a model."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write the report to '{path}'; give a file in a folder that exists")
     if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
@@ -47,7 +47,7 @@ def _check_place(path: Path, *models: Path) -> None:
 
 
 def check_page(path: Path | None, force: bool, *models: Path) -> None:
-    """Refuse the path of a web page, or the page where its libraries are missing."""
+    """Refuse the path of a web page, or any page where its libraries are missing."""
     if path is not None:
         require()
         check_new(path, force, *models)
@@ -70,7 +70,7 @@ def check_apart(*paths: Path | None) -> None:
 
 
 def check_cache(folder: Path) -> None:
-    """Make the folder for results that was asked for, or refuse it."""
+    """Make the directory for results, or refuse it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

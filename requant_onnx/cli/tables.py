@@ -12,26 +12,26 @@ from requant_onnx.config import Form
 from requant_onnx.convert.report import InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.graph.decode.forms import FORMS
-from requant_onnx.graph.weights import LeftAlone
+from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
 
 
 def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int]) -> None:
-    """One row a weight, the weights left alone with their reasons, totals.  sizes: bytes of the two files."""
+    """Print one row per weight, the skipped weights with their reasons, and totals.  sizes: sizes of the two files in bytes."""
     if report.converted:
         table = _table("weight", "op", "shape", "bits", "transform", "alpha", "scale", "MSE", "SQNR dB", "bytes before", "after")
         for weight in report.converted:
             table.add_row(*_weight_row(weight))
         console.print(table)
-    print_left_alone(console, report.left_alone)
+    print_skipped(console, report.skipped)
     hint = FORMS[Form(report.config["form"])].hint
     if report.converted and hint:
         console.print(hint)
     if report.activations:
         console.print(f"activations on 8-bit integers: {len(report.activations)}")
-    for note in report.notes:
-        console.print(escape(f"note: {note}"))
+    for line in _remarks(report):
+        console.print(escape(line))
     if report.folded_batchnorms:
         console.print(f"BatchNormalization folded into the layer before it: {report.folded_batchnorms}")
     if report.opset[0] != report.opset[1]:
@@ -47,14 +47,21 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
     console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
 
 
-def print_left_alone(console: Console, items: tuple[LeftAlone, ...]) -> None:
-    """One line a weight that stays as it is."""
+def _remarks(report: QuantReport) -> list[str]:
+    """A line for each weight that is folded and not int8, and for each note."""
+    folded = [weight for weight in report.converted if weight.why_not_int8]
+    lines = [f"folded, not int8: {weight.name} ({weight.op}) {weight.why_not_int8}" for weight in folded]
+    return lines + [f"note: {note}" for note in report.notes]
+
+
+def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
+    """Print one line per skipped weight."""
     for item in items:
-        console.print(escape(f"left alone: {item.name} ({item.op}, {shape_text(item.shape)}) {item.reason}"))
+        console.print(escape(f"skipped: {item.name} ({item.op}, {shape_text(item.shape)}) {item.reason}"))
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
-    """Reference beside candidate."""
+    """Print the reference next to the candidate."""
     table = _table(f"{report.images:,} images", "reference", "candidate", "")
     if report.top1 is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), f"{(report.top1[1] - report.top1[0]) * 100:+.2f} points")
@@ -70,23 +77,23 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         console.print("the images have no labels: this says how alike the models answer, not how well")
 
 
-def print_comparison(console: Console, found: Comparison) -> None:
-    """One row a trial, the float model first."""
-    table = _table(
-        "recipe", "bits", "bytes", "x smaller", *(["top-1", "change"] if found.top1 is not None else []), "agreement", "SQNR dB"
-    )
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Print one row per trial, the float model first."""
+    labeled = comparison.top1 is not None
+    table = _table("recipe", "bits", "bytes", "x smaller", *(["top-1", "change"] if labeled else []), "agreement", "SQNR dB")
     table.columns[1].justify = "right"
-    table.add_row("float", "32", f"{found.bytes:,}", "", *([] if found.top1 is None else [f"{found.top1:.2%}", ""]), "", "")
-    for trial in found.trials:
+    accuracy = [] if comparison.top1 is None else [f"{comparison.top1:.2%}", ""]
+    table.add_row("float", "32", f"{comparison.bytes:,}", "", *accuracy, "", "")
+    for trial in comparison.trials:
         accuracy = [] if trial.top1 is None or trial.change is None else [f"{trial.top1:.2%}", f"{trial.change * 100:+.2f} points"]
         cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *accuracy]
         table.add_row(*cells, f"{trial.agreement:.2%}", decibels(trial.sqnr_db, ""))
     console.print(table)
-    console.print(f"{found.images:,} images" + ("" if found.top1 is not None else " without labels: alike, not right"))
+    console.print(f"{comparison.images:,} images" + ("" if labeled else " without labels: the table shows agreement, not accuracy"))
 
 
 def print_inspection(console: Console, report: InspectReport) -> None:
-    """Opset, operators, weights."""
+    """Print opset, operators and weights."""
     console.print(escape(f"opset {report.opset}, IR version {report.ir_version}, made by {report.producer or 'unknown'}"))
     console.print("operators: " + escape(", ".join(f"{op} {count}" for op, count in report.ops.items())))
     if report.weights:
@@ -95,12 +102,12 @@ def print_inspection(console: Console, report: InspectReport) -> None:
             edge = "first or last" if weight.edge else ""
             table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), edge, f"{weight.bytes:,}")
         console.print(table)
-    print_left_alone(console, report.left_alone)
+    print_skipped(console, report.skipped)
     console.print(f"weights: {len(report.weights)} can be converted, {sum(w.bytes for w in report.weights):,} bytes")
 
 
 def print_explanation(console: Console, explanation: Explanation) -> None:
-    """What becomes of each weight."""
+    """Print what ONNX Runtime does with each weight."""
     table = _table("weight", "op", "shape", "fate", "kernel", "why not better")
     for column in table.columns[3:]:
         column.justify = "left"
@@ -131,11 +138,11 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
 
 
 def print_tried(console: Console, report: QuantReport) -> None:
-    """The step taken for each weight, and the relative error of the layer's output after each step tried."""
+    """Print the method chosen for each weight, and the relative error of the layer's output with each method tried."""
     table = Table("weight", "form", "taken", "output errors of what was tried", box=None, header_style="bold", pad_edge=False)
     for weight in report.converted:
         tried = ", ".join(f"{step} {error:.2e}" for step, error in weight.output_errors.items())
-        table.add_row(escape(weight.name), weight.form, weight.step, tried or "(no calibration inputs)")
+        table.add_row(escape(weight.name), weight.form, weight.method, tried or "(no calibration inputs)")
     console.print(table)
 
 

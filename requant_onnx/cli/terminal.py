@@ -1,4 +1,4 @@
-"""What a person sees of a command: tables on standard output, signs of life on standard error."""
+"""Output of a command on the terminal: tables on standard output, progress on standard error."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from requant_onnx import progress
 
 
 def console_for(args: argparse.Namespace) -> Console:
-    """Full-width tables when the output is a file or a pipe.  Silent with --quiet; rich heeds NO_COLOR."""
+    """The console for tables: full-width when the output is a file or a pipe, silent with --quiet.  rich obeys NO_COLOR."""
     return Console(emoji=False, quiet=args.quiet, width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager
 def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progress | None]:
-    """A progress bar on standard error; None when that is no terminal, or with --quiet."""
+    """Show a progress bar on standard error; None when that is no terminal, or with --quiet."""
     console = Console(stderr=True)
     if args.quiet or not console.is_terminal:
         yield None
@@ -33,6 +33,6 @@ def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progr
 
 
 def status_line(args: argparse.Namespace, what: str) -> contextlib.AbstractContextManager[object]:
-    """A sign of life on standard error, for what has no steps to count."""
+    """Show a spinner on standard error, for work that has no steps to count."""
     console = Console(stderr=True)
     return contextlib.nullcontext() if args.quiet or not console.is_terminal else console.status(what)

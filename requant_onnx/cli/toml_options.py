@@ -5,7 +5,7 @@ form = "folded"
 mean = [0.485, 0.456, 0.406]   # as --mean 0.485,0.456,0.406
 force = true                   # as --force
 
-[validate]                     # for this command only; what stands above is for each command that has it
+[validate]                     # for this command only; options above the table are for each command that has them
 data = "images:val"
 """
 
@@ -29,9 +29,9 @@ NOT_IN_FILES = ("help", "config", "json", "html", "csv", "quiet", "verbose")
 
 
 def read_options(path: Path, command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, Any]:
-    """The options of a command in a file, as argparse holds them.  Raises ConfigError when it cannot be read, or names none.
+    """The options of a command in a file, as argparse holds them.  Raises ConfigError when it is not readable or not valid.
 
-    parsers: of all commands.  Options and tables of other commands are left to them.
+    parsers: parsers of all commands, by name.  Options and tables of other commands are ignored.
     """
     try:
         content = tomllib.loads(path.read_text("utf-8"))
@@ -45,12 +45,12 @@ def read_options(path: Path, command: str, parsers: Mapping[str, argparse.Argume
     strange = sorted(content.keys() - shared.keys() - parsers.keys())
     if strange:
         raise ConfigError(f"'{path}' has a table '{strange[0]}', which is no command; they are {', '.join(parsers)}")
-    found = [*_named(path, shared, anywhere), *_named(path, content.get(command, {}), known)]
-    return {known[name].dest: _value(path, known[name], value) for name, value in found if name in known}
+    named = [*_named(path, shared, anywhere), *_named(path, content.get(command, {}), known)]
+    return {known[name].dest: _value(path, known[name], value) for name, value in named if name in known}
 
 
 def write_options(args: argparse.Namespace) -> str:
-    """The file with which a command does the same again: the options that were given."""
+    """The text of a file that reproduces a run: the options that were given."""
     lines = []
     for name, action in _options(args.parser).items():
         value = getattr(args, action.dest)
@@ -60,25 +60,25 @@ def write_options(args: argparse.Namespace) -> str:
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Long name, without dashes -> option."""
+    """The options by long name, without dashes."""
     named = {text[2:]: action for action in parser._actions for text in action.option_strings if text.startswith("--")}
     return {name: action for name, action in named.items() if name not in NOT_IN_FILES}
 
 
 def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action]) -> list[tuple[str, Any]]:
-    found = [(key.replace("_", "-"), value) for key, value in table.items()]
-    for name, _ in found:
+    named = [(key.replace("_", "-"), value) for key, value in table.items()]
+    for name, _ in named:
         if name in NOT_IN_FILES:
             raise ConfigError(f"'{path}' sets '{name}', which belongs on the command line, --{name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"is it '{near[0]}'?" if near else "see --help"
             raise ConfigError(f"'{path}' sets '{name}', which is no option here; {hint}")
-    return found
+    return named
 
 
 def _value(path: Path, option: argparse.Action, value: Any) -> Any:
-    """A value of TOML as the command line gives it: text, but for switches."""
+    """A value of TOML as the command line gives it: text, except for switches."""
     if option.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")

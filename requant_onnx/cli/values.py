@@ -1,4 +1,4 @@
-"""The text of options turned into values."""
+"""Values of options, parsed from their text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from requant_onnx.inputs.images import CIFAR_MEAN_STD, ImageSet, Normalization, 
 
 
 def config_of(args: argparse.Namespace) -> QuantConfig:
-    """The recipe with the options given on top.  Raises ConfigError."""
+    """The configuration: the recipe, overridden by the options given.  Raises ConfigError."""
     if args.recipe not in (None, "paper"):
         raise ConfigError(f"--recipe '{args.recipe}' is not known; the one recipe is 'paper'")
     bits = _bits(args)
@@ -27,8 +27,13 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
         given["min_ort"] = Version.parse(args.min_ort)
     given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
     for name, form in OPTIONS_OF_FORM.items():
-        if name in given and given.get("form", base.form) is not form:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to --form {form.value}; give that too, or drop it")
+        if name not in given or given.get("form", base.form) is form:
+            continue
+        if name in args.from_file:  # an option of a file for another form than the one given
+            del given[name]
+        else:
+            option = _flag(name)
+            raise ConfigError(f"{option} is for --form {form.value}; give --form {form.value}, or drop {option}")
     if bits is not None:
         given["bits"] = bits
     return dataclasses.replace(base, **given)
@@ -36,9 +41,9 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
 
 def _bits(args: argparse.Namespace) -> int | Budget | None:
     if args.bits != "auto":
-        for option in ("size", "target_sqnr"):
-            if getattr(args, option) is not None:
-                raise ConfigError(f"--{option.replace('_', '-')} belongs to --bits auto; give that, or drop it")
+        for name in ("size", "target_sqnr"):
+            if getattr(args, name) is not None and name not in args.from_file:
+                raise ConfigError(f"{_flag(name)} is for --bits auto; give --bits auto, or drop {_flag(name)}")
         return None if args.bits is None else whole_of(args.bits, "--bits")
     if (args.size is None) == (args.target_sqnr is None):
         raise ConfigError("--bits auto needs what to aim at: either --size, for instance 180kB, or --target-sqnr, for instance 20")
@@ -50,10 +55,10 @@ def _bits(args: argparse.Namespace) -> int | Budget | None:
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration | None:
-    """What --calibrate asks for.  Raises ConfigError, DataError."""
+    """The calibration that --calibrate asks for.  Raises ConfigError, DataError."""
     spec = args.calibrate
     if spec in (None, "none"):
-        _refuse(args, ("calibrate_limit", "seed", "mean", "std", "resize", "crop"), "--calibrate; give that too")
+        _refuse(args, ("calibrate_limit", "seed", "mean", "std", "resize", "crop"), "is for --calibrate; give --calibrate, or")
         return None
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
     count = DEFAULT_COUNT if args.calibrate_limit is None else whole_of(args.calibrate_limit, "--calibrate-limit")
@@ -62,7 +67,8 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
         raise ConfigError(f"--calibrate '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
     if spec.endswith(".npz") and not holds_images(Path(spec)):
-        _refuse(args, ("seed", "mean", "std", "resize", "crop"), "images, but the file has no array x; add it")
+        reason = f"is for images, and '{spec}' holds inputs by name (it has no array x);"
+        _refuse(args, ("seed", "mean", "std", "resize", "crop"), reason)
         return Calibration.from_feeds(load_feeds(Path(spec)), count)
     images = images_of(args, spec, "train")
     return Calibration(images, normalization_of(args, spec, images), count, seed)
@@ -75,20 +81,20 @@ def is_noise(spec: str) -> bool:
 
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
-    _refuse(args, ("resize", "crop"), "images:DIR; give that")
+    _refuse(args, ("resize", "crop"), "is for images:DIR, not for noise;")
     return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]))
 
 
 def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
     if not spec.startswith("images:"):
-        _refuse(args, ("resize", "crop"), "images:DIR; give that")
+        _refuse(args, ("resize", "crop"), f"is for images:DIR, not for '{spec}';")
     resize = None if args.resize is None else whole_of(args.resize, "--resize")
     return load_images(spec, split, Pipeline(resize, None if args.crop is None else _crop(args.crop)))
 
 
 def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalization | None:
-    """What the options ask for; None for float images, and for noise (images is None), when they ask for nothing."""
+    """The normalization that the options ask for; None for float images and for noise (images is None) if they ask for none."""
     pixels = images is not None and images.x.dtype == "uint8"
     asked = {name for name in ("mean", "std") if getattr(args, name) is not None}
     if not pixels and (not asked or (images is not None and asked <= args.from_file)):
@@ -102,11 +108,19 @@ def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
     )
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], owner: str) -> None:
-    """Raise ConfigError where an option was given that has no meaning here; one from a file of options is for others then."""
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+    """Raise ConfigError where an option has no meaning here; one from a file of options is ignored.
+
+    reason: the middle of the sentence, between the option and the advice to drop it.
+    """
     for name in names:
         if getattr(args, name) is not None and name not in args.from_file:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, or drop it")
+            raise ConfigError(f"{_flag(name)} {reason} drop {_flag(name)}")
+
+
+def _flag(name: str) -> str:
+    """The option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
@@ -133,12 +147,12 @@ def _crop(text: str) -> tuple[int, int]:
 
 
 def list_of(text: str) -> list[str]:
-    """Parts between commas."""
+    """The parts between commas."""
     return [part.strip() for part in text.split(",")]
 
 
 def whole_of(text: str, option: str) -> int:
-    """A whole number.  Raises ConfigError."""
+    """Parse a whole number.  Raises ConfigError."""
     try:
         return int(text)
     except ValueError:
@@ -146,7 +160,7 @@ def whole_of(text: str, option: str) -> int:
 
 
 def limit_of(text: str | None) -> int | None:
-    """How many images, None for all.  Raises ConfigError."""
+    """Parse the number of images, None for all.  Raises ConfigError."""
     limit = None if text is None else whole_of(text, "--limit")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} leaves no image; give 1 or more")

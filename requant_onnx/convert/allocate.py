@@ -2,11 +2,11 @@
 
 Errors of different weights add up in the output, nearly, each about in proportion to the squared error of the weight.  So
 
-    noise(grid) = noise(reference grid) * (error(grid) / error(reference grid))**slope
+    output_error(grid) = output_error(reference grid) * (error(grid) / error(reference grid))**slope
 
-with the error of every grid exact, and the noise measured on the reference grid (slope 1 for smaller errors) and on that of fewest
-bits, which gives the slope between.  Bytes are those of the decode in the file; what weights decoded together share is divided
-among them, and the choice is made again with the new shares until it stays: a multiple-choice knapsack each time.
+with the error of every grid exact, and the output error measured on the reference grid (slope 1 for smaller errors) and on that
+of fewest bits, which gives the slope between.  Bytes are those of the decode in the file; what weights decoded together share is
+divided among them, and the choice is made again with the new shares until it stays: a multiple-choice knapsack each time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.numerics.knapsack import Front, pareto_front
 from requant_onnx.numerics.quantize import Grid, quantize_weight
 from requant_onnx.progress import Progress
-from requant_onnx.runtime.sensitivity import noise_of_each
+from requant_onnx.runtime.sensitivity import output_errors
 from requant_onnx.runtime.stream import Chunk
 
 BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README, "Bits ...")
@@ -47,14 +47,14 @@ Picks = tuple[int, ...]
 class Offer:
     """One grid for one weight.
 
-    error: weighted squared error; noise: what it does to the output.  own: bytes of its own; shared: of what is stored once for
-    all weights with the same key.
+    error: weighted squared error of the weight; output_error: what it does to the output, over its power.
+    exclusive, shared: bytes of its decode that are its alone, and that are stored once for all weights with the same key.
     """
 
     grid: Grid
     error: float
-    noise: float
-    own: int
+    output_error: float
+    exclusive: int
     shared: int
     key: Hashable
 
@@ -66,53 +66,53 @@ class Market:
     planned: tuple[PlannedWeight, ...]
     offers: tuple[tuple[Offer, ...], ...]
 
-    def noise(self, picks: Picks) -> float:
-        """Of the output, over its power, by the additive model."""
-        return math.fsum(own[k].noise for own, k in zip(self.offers, picks, strict=True))
+    def output_error(self, picks: Picks) -> float:
+        """The error of the output, over its power, by the additive model."""
+        return math.fsum(offers[k].output_error for offers, k in zip(self.offers, picks, strict=True))
 
     def bytes(self, picks: Picks) -> int:
         """Of all decodes in the file, about."""
-        taken = [own[k] for own, k in zip(self.offers, picks, strict=True)]
+        chosen = [offers[k] for offers, k in zip(self.offers, picks, strict=True)]
         shared: dict[Hashable, int] = {}
-        for offer in taken:
+        for offer in chosen:
             shared[offer.key] = max(shared.get(offer.key, 0), offer.shared)
-        return sum(offer.own for offer in taken) + sum(shared.values())
+        return sum(offer.exclusive for offer in chosen) + sum(shared.values())
 
     def chosen(self, picks: Picks) -> tuple[PlannedWeight, ...]:
         """The weights with their grids."""
         return tuple(
-            PlannedWeight(item.weight, own[k].grid, item.form)
-            for item, own, k in zip(self.planned, self.offers, picks, strict=True)
+            PlannedWeight(item.weight, offers[k].grid, item.form)
+            for item, offers, k in zip(self.planned, self.offers, picks, strict=True)
         )
 
     def smallest(self) -> Picks:
         """The picks of least bytes, about."""
         return min(self._settled(lambda _: 0), key=self.bytes)
 
-    def least_noise(self) -> Picks:
-        """The picks of least noise."""
-        return min(self._settled(lambda front: len(front.sizes) - 1), key=self.noise)
+    def least_error(self) -> Picks:
+        """The picks of least output error."""
+        return min(self._settled(lambda front: len(front.sizes) - 1), key=self.output_error)
 
     def within(self, size: int) -> Picks | None:
-        """The picks of least noise in at most `size` bytes; None where nothing is that small."""
-        found = self._settled(lambda front: front.best_within(size))
-        fitting = [picks for picks in found if self.bytes(picks) <= size]
-        return min(fitting, key=self.noise, default=None)
+        """The picks of least output error in at most `size` bytes; None where nothing is that small."""
+        rounds = self._settled(lambda front: front.best_within(size))
+        fitting = [picks for picks in rounds if self.bytes(picks) <= size]
+        return min(fitting, key=self.output_error, default=None)
 
     def alike_within(self, size: int) -> list[Picks]:
-        """The picks of the same bits for all, each with the best of its grids, in at most `size` bytes; least noise first."""
-        widths = {offer.grid.bits for own in self.offers for offer in own}
-        found = (tuple(_best_of(own, bits) for own in self.offers) for bits in sorted(widths))
-        return sorted((picks for picks in found if self.bytes(picks) <= size), key=self.noise)
+        """The picks of the same bits for all, each with its best grid, in at most `size` bytes; least output error first."""
+        widths = {offer.grid.bits for offers in self.offers for offer in offers}
+        uniform = (tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths))
+        return sorted((picks for picks in uniform if self.bytes(picks) <= size), key=self.output_error)
 
-    def reaching(self, noise: float) -> Picks | None:
-        """The smallest picks with at most so much noise; None where nothing has so little."""
-        found = self._settled(lambda front: front.smallest_within(noise))
-        fitting = [picks for picks in found if self.noise(picks) <= noise * (1 + 1e-9)]
+    def reaching(self, output_error: float) -> Picks | None:
+        """The smallest picks with at most that output error; None where nothing has so little."""
+        rounds = self._settled(lambda front: front.smallest_within(output_error))
+        fitting = [picks for picks in rounds if self.output_error(picks) <= output_error * (1 + 1e-9)]
         return min(fitting, key=self.bytes, default=None)
 
     def front(self, picks: Picks, count: int) -> list[Picks]:
-        """About `count` of the best compromises between bytes and noise, from the smallest on, with shares as for `picks`."""
+        """About `count` of the best compromises of bytes and output error, from the smallest on, with shares as for `picks`."""
         front = self._front(self._members(picks))
         marks = np.linspace(front.sizes[0], front.sizes[-1], count)
         points = dict.fromkeys(int(k) for k in np.searchsorted(front.sizes, marks, side="right") - 1)
@@ -120,29 +120,33 @@ class Market:
 
     def _settled(self, choose: Callable[[Front], int | None]) -> list[Picks]:
         """The picks of every round, until they repeat, and those of one grid for all, which share the most."""
-        members = Counter({offer.key: len(self.offers) for own in self.offers for offer in own})  # as if all were shared by all
-        found = self._alike()
+        members = Counter(
+            {offer.key: len(self.offers) for offers in self.offers for offer in offers}
+        )  # as if all were shared by all
+        rounds = self._alike()
         for _ in range(ROUNDS):
             front = self._front(members)
             point = choose(front)
             picks = self._picks(front, 0 if point is None else point)
-            if picks in found:
+            if picks in rounds:
                 break
-            found.append(picks)
+            rounds.append(picks)
             members = self._members(picks)
-        return found
+        return rounds
 
     def _alike(self) -> list[Picks]:
-        """For every grid the picks that take it wherever it is offered, else the nearest in bits."""
-        kinds = dict.fromkeys((o.grid.bits, o.grid.kind, o.grid.axis is None) for own in self.offers for o in own)
-        return [tuple(_nearest(own, *kind) for own in self.offers) for kind in kinds]
+        """For every grid the picks that choose it wherever it is offered, else the nearest in bits."""
+        kinds = dict.fromkeys((o.grid.bits, o.grid.kind, o.grid.axis is None) for offers in self.offers for o in offers)
+        return [tuple(_nearest(offers, *kind) for offers in self.offers) for kind in kinds]
 
     def _members(self, picks: Picks) -> Counter[Hashable]:
-        return Counter(own[k].key for own, k in zip(self.offers, picks, strict=True))
+        return Counter(offers[k].key for offers, k in zip(self.offers, picks, strict=True))
 
     def _front(self, members: Mapping[Hashable, int]) -> Front:
-        sizes = [np.array([o.own + round(o.shared / max(1, members[o.key])) for o in own], np.int64) for own in self.offers]
-        errors = [np.array([o.noise for o in own]) for own in self.offers]
+        sizes = [
+            np.array([o.exclusive + round(o.shared / max(1, members[o.key])) for o in offers], np.int64) for offers in self.offers
+        ]
+        errors = [np.array([o.output_error for o in offers]) for offers in self.offers]
         return pareto_front(sizes, errors, MAX_POINTS)
 
     @staticmethod
@@ -151,8 +155,8 @@ class Market:
 
 
 def _best_of(offers: Sequence[Offer], bits: int) -> int:
-    """The offer of least noise of those nearest in bits."""
-    return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].noise))
+    """The offer of least output error of those nearest in bits."""
+    return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].output_error))
 
 
 def _nearest(offers: Sequence[Offer], bits: int, kind: GridKind, whole: bool) -> int:
@@ -181,38 +185,45 @@ def open_market(
     min_scales: least scales, by weight.  refinement: what rounding will do later.
     """
     grids = {item.weight.name: _probed(item) for item in planned}
-    importances, noise = _sensitivities(model, planned, grids, min_scales, chunks, refinement, progress) if chunks else ({}, {})
+    importances, measured_errors = (
+        _sensitivities(model, planned, grids, min_scales, chunks, refinement, progress) if chunks else ({}, {})
+    )
 
     def price(item: PlannedWeight) -> tuple[Offer, ...]:
         w, name = item.weight.load(), item.weight.name
         every = [grid for grid in (item.grid, *item.others) if chunks or grid.kind == item.grid.kind]
         offers = [_offer(model, item, grid, w, importances.get(name), min_scales.get(name), target) for grid in every]
         errors = {offer.grid: offer.error for offer in offers}
-        known = [(errors[grid], found) for grid, found in zip(grids[name], noise.get(name, ()), strict=bool(noise))]
-        rate = float(np.square(w, dtype=np.float64).sum())
+        measured = measured_errors.get(name, ())
+        known = [(errors[grid], error) for grid, error in zip(grids[name], measured, strict=bool(measured_errors))]
+        power = float(np.square(w, dtype=np.float64).sum())
+        blind = [(offer.error / power) ** BLIND_POWER if power else 0.0 for offer in offers]
         return tuple(
-            replace(offer, noise=_noise_at(offer.error, known) if known else (offer.error / rate) ** BLIND_POWER if rate else 0.0)
-            for offer in offers
+            replace(offer, output_error=_error_at(offer.error, known) if known else guess)
+            for offer, guess in zip(offers, blind, strict=True)
         )
 
     offers = []
     with ThreadPoolExecutor(workers(threads)) as executor:
-        for done, own in enumerate(executor.map(price, planned), 1):
-            offers.append(own)
+        for done, priced in enumerate(executor.map(price, planned), 1):
+            offers.append(priced)
             if progress is not None:
                 progress("comparing bits", done, len(planned))
     return Market(planned, tuple(offers))
 
 
 def _probed(item: PlannedWeight) -> tuple[Grid, ...]:
-    """The grids on which noise is measured: the first, and the same of fewest bits."""
+    """The grids on which output errors are measured: the first, and the same of fewest bits."""
     fewest = min((item.grid, *item.others), key=lambda grid: grid.bits).bits
     coarse = next((g for g in item.others if g == replace(item.grid, bits=fewest)), item.grid)
     return (item.grid, coarse) if coarse.bits < item.grid.bits else (item.grid,)
 
 
-def _noise_at(error: float, known: Sequence[tuple[float, float]]) -> float:
-    """Noise in proportion to the error, from the known point of next smaller error on by a power law to that of next larger."""
+def _error_at(error: float, known: Sequence[tuple[float, float]]) -> float:
+    """The output error: in proportion to the error of the weight, and between two known points by a power law.
+
+    known: (error of the weight, output error).
+    """
     (fine, low), (coarse, high) = known[0], known[-1]
     if error <= fine or min(fine, low) <= 0.0 or coarse <= fine:
         return low * error / fine if fine > 0.0 else 0.0
@@ -229,13 +240,13 @@ def _sensitivities(
     refinement: Refinement,
     progress: Progress | None,
 ) -> tuple[dict[str, Float32Array], dict[str, tuple[float, ...]]]:
-    """What errors count, and the noise that each weight alone makes in the output on each of its grids; both by weight."""
+    """What errors count, and the output error that each weight alone makes on each of its grids; both by weight."""
     importances = {}
     cases: dict[str, list[dict[str, Float32Array]]] = {}
     for done, probe in enumerate(probe_layers(model, planned, grids, chunks, refinement, min_scales), 1):
         name = probe.layer.weight
         importances[name] = probe.importance
-        cases[name] = [{name: q.dequantize(), **({} if bias is None else {probe.layer.bias: bias})} for q, bias in probe.found]
+        cases[name] = [{name: q.dequantize(), **({} if bias is None else {probe.layer.bias: bias})} for q, bias in probe.trials]
         if progress is not None:
             progress("measuring sensitivity", done, len(planned))
     for item in planned:
@@ -243,9 +254,9 @@ def _sensitivities(
         if name not in cases:
             w = item.weight.load()
             cases[name] = [{name: quantize_weight(w, grid, min_scales.get(name)).dequantize()} for grid in grids[name]]
-    every = [case for own in cases.values() for case in own]
-    found = noise_of_each(model, every, {name for case in every for name in case}, chunks)
-    return importances, {name: tuple(itertools.islice(found, len(own))) for name, own in cases.items()}
+    every = [case for trials in cases.values() for case in trials]
+    errors = output_errors(model, every, {name for case in every for name in case}, chunks)
+    return importances, {name: tuple(itertools.islice(errors, len(trials))) for name, trials in cases.items()}
 
 
 def _offer(

@@ -11,7 +11,7 @@ import onnx
 
 from requant_onnx.config import Budget
 from requant_onnx.convert.allocate import BLIND_POWER, Market, Picks, open_market
-from requant_onnx.convert.ladder import HELD_BACK
+from requant_onnx.convert.ladder import HELD_OUT
 from requant_onnx.convert.nearest import Result, quantize_all
 from requant_onnx.convert.report import FrontPoint, QuantReport
 from requant_onnx.convert.steps import Prepared, copied, quantize, write
@@ -20,7 +20,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.quantize import Grid
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
-from requant_onnx.runtime.sensitivity import outputs, relative_noise
+from requant_onnx.runtime.sensitivity import outputs_of, relative_error
 from requant_onnx.runtime.stream import Chunk
 
 IMAGES = 64  # on which sensitivities are measured
@@ -55,7 +55,7 @@ def write_within(
     held: Sequence[Chunk] = ()
     if calibration is not None:
         held = calibration_chunks(prepared.model, calibration)
-        held = held[HELD_BACK - 1 :: HELD_BACK] or held
+        held = held[HELD_OUT - 1 :: HELD_OUT] or held
     if budget.size is not None:
         picks, (model, report) = search.small_enough(budget.size, held)
     else:
@@ -67,9 +67,9 @@ def write_within(
 
 
 def _shown(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:
-    """The noise of picks as users see it: of the output, or, without calibration, of the weights on average."""
-    noise = market.noise(picks)
-    return noise if chunks else (noise / len(market.planned)) ** (1 / BLIND_POWER)
+    """The error of picks as users see it: of the output, or, without calibration, of the weights on average."""
+    error = market.output_error(picks)
+    return error if chunks else (error / len(market.planned)) ** (1 / BLIND_POWER)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Search:
     nearest: dict[tuple[str, Grid], Result]
 
     def small_enough(self, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
-        """The file of least noise that is at most so large.
+        """The file of least output error that is at most so large.
 
         chunks: on which it is compared with the best file of one grid for all, for the additive model is not the network.
         """
@@ -103,34 +103,34 @@ class _Search:
         for alike in self.market.alike_within(room)[:TRIES]:
             other = self._built(alike)
             if other[0].ByteSize() <= size and alike != picks:
-                exact = outputs(self.prepared.model, chunks)
-                noises = [relative_noise(exact, outputs(model, chunks)) for model, _ in (built, other)]
-                return (picks, built) if noises[0] <= noises[1] else (alike, other)
+                exact = outputs_of(self.prepared.model, chunks)
+                errors = [relative_error(exact, outputs_of(model, chunks)) for model, _ in (built, other)]
+                return (picks, built) if errors[0] <= errors[1] else (alike, other)
         return picks, built
 
     def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
         """The smallest file with that output SQNR on `chunks`, of those tried."""
-        exact = outputs(self.prepared.model, chunks)
+        exact = outputs_of(self.prepared.model, chunks)
         best: tuple[Picks, Built] | None = None
-        reached, reaches, misses = -math.inf, -math.inf, math.inf  # the aims of least and most noise that did and did not
+        reached, reaches, misses = -math.inf, -math.inf, math.inf  # the aims of least and most error that did and did not
         aim, seen = -sqnr_db, set()
         for _ in range(TRIES):
-            picks = self.market.reaching(10 ** (aim / 10)) or self.market.least_noise()
+            picks = self.market.reaching(10 ** (aim / 10)) or self.market.least_error()
             if picks in seen:
                 break
             seen.add(picks)
             built = self._built(picks)
-            found = _decibels(relative_noise(exact, outputs(built[0], chunks)))
-            reached = max(reached, found)
-            if found >= sqnr_db:
+            sqnr = _decibels(relative_error(exact, outputs_of(built[0], chunks)))
+            reached = max(reached, sqnr)
+            if sqnr >= sqnr_db:
                 reaches = max(reaches, aim)
                 if best is None or built[0].ByteSize() < best[1][0].ByteSize():
                     best = picks, built
-                if found <= sqnr_db + CLOSE_DB:
+                if sqnr <= sqnr_db + CLOSE_DB:
                     break
             else:
                 misses = min(misses, aim)
-            aim += found - sqnr_db
+            aim += sqnr - sqnr_db
             if not reaches < aim < misses:
                 aim = (reaches + misses) / 2 if math.isfinite(reaches + misses) else aim
         if best is None:
@@ -140,7 +140,7 @@ class _Search:
         return best
 
     def _fitting(self, size: int) -> Picks:
-        """The picks of least noise whose file, with nearest levels, is at most so large."""
+        """The picks of least output error whose file, with nearest levels, is at most so large."""
         smallest = self.market.smallest()
         least = self._size(smallest)
         if least > size:
@@ -156,7 +156,7 @@ class _Search:
                 break
             excess = self._size(picks) - size
             if excess <= 0:
-                best = min(best, picks, key=self.market.noise)
+                best = min(best, picks, key=self.market.output_error)
                 low = limit
             else:
                 high = min(high, self.market.bytes(picks))
@@ -180,5 +180,5 @@ class _Search:
         return int(model.ByteSize())
 
 
-def _decibels(noise: float) -> float:
-    return -10 * math.log10(noise) if noise > 0.0 else math.inf
+def _decibels(error: float) -> float:
+    return -10 * math.log10(error) if error > 0.0 else math.inf

@@ -10,7 +10,7 @@ import onnx
 
 from requant_onnx.config import Granularity, QuantConfig
 from requant_onnx.convert.plan import kept_in_float
-from requant_onnx.convert.report import ActivationReport
+from requant_onnx.convert.report import ActivationReport, Bounds
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.integer.nodes import Bias, biases_of, min_scales_of
 from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
@@ -37,7 +37,7 @@ class Integers:
     def reports(self) -> tuple[ActivationReport, ...]:
         """One for each quantized activation, in graph order."""
         return tuple(
-            ActivationReport(tensor, (grid.low, grid.high), float(grid.scale), int(grid.zero_point))
+            ActivationReport(tensor, Bounds(grid.low, grid.high), float(grid.scale), int(grid.zero_point))
             for tensor, grid in self.grids.items()
         )
 

@@ -1,7 +1,7 @@
 """Quantize weights one after another, each seeing what those before it did to its input.
 
 For each layer, second moments of its input (with all weights before it quantized) and of its float output are collected, and the
-candidates of a ladder are compared on calibration inputs held back from them: nearest, + bias correction, + error feedback,
+candidates of a ladder are compared on calibration inputs held out from them: nearest, + bias correction, + error feedback,
 + descent.  The one of least output error is taken, so that no step makes a layer worse.
 """
 
@@ -20,22 +20,22 @@ from requant_onnx.numerics.moments import Moments, error_of
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 Triple = tuple[Float64Array, Float64Array, Float64Array]
-HELD_BACK = 4  # every fourth chunk is for the choice between candidates, not for making them
+HELD_OUT = 4  # every fourth chunk is for the choice between candidates, not for making them
 SHRINKAGE = 0.02  # of the mean diagonal: how far the target weights may leave the float ones
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a layer got.
+class RefinedLayer:
+    """The outcome of the ladder for one layer.
 
-    grid: of the weight.  errors: candidate -> mean squared output error on inputs held back, over that of no layer at all.
+    grid: of the weight.  errors: candidate -> mean squared output error on inputs held out, over that of no layer at all.
     bias: (oc,) the new bias, None where it stays.
     """
 
     grid: Grid
     quantized: QuantizedWeight
     bias: Float32Array | None
-    step: str
+    method: str
     errors: dict[str, float]
 
 
@@ -66,23 +66,23 @@ def choose(
     held: Sequence[Moments],
     refinement: Refinement,
     min_scale: Float64Array | None,
-) -> Choice:
+) -> RefinedLayer:
     """The best of the ladder, up to the rung asked for, for one layer.
 
     grids: the first for nearest levels; feedback takes that of least weight error, weighted by the power of the inputs.
-    fitted, held: moments by group, of the inputs to fit on and of those held back.  min_scale: as for quantize_weight.
+    fitted, held: moments by group, of the inputs to fit on and of those held out.  min_scale: as for quantize_weight.
     """
     nearest = _candidate(layer, grids[0], quantize_weight(w, grids[0], min_scale), min_scale)
     ladder = {"nearest": nearest}
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
-    if refinement in (Refinement.FEEDBACK, Refinement.DESCENT):
+    if refinement.sees_outputs:
         triples = [m.centered() if layer.can_correct else m.uncentered() for m in fitted]
         start = _weighted(layer, w, grids, triples, min_scale)
         ladder.update(_feedback(layer, w, start, triples, fitted, held, refinement))
     errors = {name: _error(layer, candidate, fitted, held) for name, candidate in ladder.items()}
-    step = min(errors, key=lambda name: errors[name])
-    return _finish(layer, ladder[step], fitted, held, step, errors)
+    method = min(errors, key=lambda name: errors[name])
+    return _finish(layer, ladder[method], fitted, held, method, errors)
 
 
 def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: Float64Array | None) -> _Candidate:
@@ -132,7 +132,7 @@ def _grids(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> 
     offset = layer.product.by_row(q.table.max_code - q.zero_point.astype(np.int64))
     least = layer.product.by_row(np.zeros(1) if min_scale is None else min_scale)
     half = q.has_half_scale
-    return [RowGrid(s, o, q.table, True, f, half) for s, o, f in zip(scale, offset, least, strict=True)]
+    return [RowGrid(s, o, q.table, f, half) for s, o, f in zip(scale, offset, least, strict=True)]
 
 
 def _target(w: Float64Array, moments: Triple) -> Float64Array:
@@ -150,14 +150,14 @@ def _damped(xx: Float64Array) -> Float64Array:
 
 
 def _error(layer: Layer, candidate: _Candidate, fitted: Sequence[Moments], held: Sequence[Moments]) -> float:
-    """Mean squared error of the output on the inputs held back, with the bias fitted on the others, relative to its power."""
-    noise, signal = 0.0, 0.0
-    for g, (w_hat, own) in enumerate(zip(candidate.decoded(), held, strict=True)):
+    """Mean squared error of the output on the inputs held out, with the bias fitted on the others, relative to its power."""
+    error, power = 0.0, 0.0
+    for g, (w_hat, moments) in enumerate(zip(candidate.decoded(), held, strict=True)):
         bias = fitted[g].bias(w_hat) if candidate.corrected else layer.bias_of(g)
-        mean_x, mean_y = own.x / own.count, own.y / own.count
-        noise += float((error_of(w_hat, own.uncentered()) + bias * (bias + 2 * (w_hat @ mean_x) - 2 * mean_y)).sum())
-        signal += float((own.yy / own.count).sum())
-    return noise / signal if signal > 0.0 else 0.0
+        mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
+        error += float((error_of(w_hat, moments.uncentered()) + bias * (bias + 2 * (w_hat @ mean_x) - 2 * mean_y)).sum())
+        power += float((moments.yy / moments.count).sum())
+    return error / power if power > 0.0 else 0.0
 
 
 def _finish(
@@ -165,9 +165,9 @@ def _finish(
     candidate: _Candidate,
     fitted: Sequence[Moments],
     held: Sequence[Moments],
-    step: str,
+    method: str,
     errors: dict[str, float],
-) -> Choice:
+) -> RefinedLayer:
     start = candidate.start
     quantized = replace(start, codes=layer.product.tensor(candidate.codes))
     if candidate.has_row_scales and not layer.product.scale_is_shared:
@@ -178,7 +178,7 @@ def _finish(
         both = [_joined(a, b) for a, b in zip(fitted, held, strict=True)]
         decoded = [m.astype(np.float64) for m in layer.product.matrices(quantized.dequantize())]
         bias = np.concatenate([m.bias(w_hat) for m, w_hat in zip(both, decoded, strict=True)]).astype(np.float32)
-    return Choice(candidate.grid, quantized, bias, step, errors)
+    return RefinedLayer(candidate.grid, quantized, bias, method, errors)
 
 
 def _joined(a: Moments, b: Moments) -> Moments:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from requant_onnx.config import Refinement
-from requant_onnx.convert.ladder import HELD_BACK, Choice, choose
+from requant_onnx.convert.ladder import HELD_OUT, RefinedLayer, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.constants import ModelGraph
@@ -30,7 +30,7 @@ class LayerResult:
     """A weight done, and what was chosen for it."""
 
     result: Result
-    choice: Choice
+    choice: RefinedLayer
     layer: Layer
 
 
@@ -51,7 +51,7 @@ def quantize_layers(
     chunks = calibration_chunks(model, calibration)
     exact, rounded = Stream(work, chunks), Stream(work, chunks)
     replaced: dict[str, onnx.TensorProto] = {}
-    found = []
+    results = []
     for done, layer in enumerate(layers, 1):
         exact.advance(layer.index, {})
         rounded.advance(layer.index, replaced)
@@ -61,29 +61,30 @@ def quantize_layers(
             continue
         w = plan.weight.load()
         choice = choose(layer, w, (plan.grid, *plan.others), fitted, held, refinement, min_scales.get(layer.weight))
-        taken = replace(plan, grid=choice.grid, others=())
-        result = replace(measure(taken, w, choice.quantized), step=choice.step, output_errors=choice.errors)
+        final = replace(plan, grid=choice.grid, others=())
+        result = replace(measure(final, w, choice.quantized), method=choice.method, output_errors=choice.errors)
         replaced[layer.weight] = tensor_proto(_emitted(plan, choice), layer.weight)
         if choice.bias is not None:
             replaced[layer.bias] = tensor_proto(choice.bias, layer.bias)
-        found.append(LayerResult(result, choice, layer))
+        results.append(LayerResult(result, choice, layer))
         if progress is not None:
             progress(layer.weight, done, len(layers))
-    return found
+    return results
 
 
-def _emitted(plan: PlannedWeight, choice: Choice) -> GenericArray:
+def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
     return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
 def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]]:
-    """Of the inputs to fit on, and of those held back (of all of them in both, where there are too few chunks)."""
+    """Of the inputs to fit on, and of those held out (of all of them in both, where there are too few chunks)."""
     outputs = targets(layer, exact, rounded)
     sums = []
     for held in (False, True):
-        own = [k for k in range(len(outputs)) if (k % HELD_BACK == HELD_BACK - 1) is held] or list(range(len(outputs)))
+        every = range(len(outputs))
+        chunks = [k for k in every if (k % HELD_OUT == HELD_OUT - 1) is held] or list(every)
         total: list[Moments] = []
-        for k in own:
+        for k in chunks:
             x, y = (np.asarray(v, np.float32) for v in (rounded.values[k][layer.x], outputs[k]))
             _add(layer, x, y, total)
         sums.append(total)
@@ -94,12 +95,12 @@ def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments
 class Probe:
     """A layer quantized alone, on some grids.
 
-    found: for each grid the weight and, where it changes, the bias.  importance: what the squared error of each weight counts in
+    trials: for each grid the weight and, where it changes, the bias.  importance: what the squared error of each weight counts in
     that of the layer's output, after feedback where that is asked for, 1 on average.
     """
 
     layer: Layer
-    found: tuple[tuple[QuantizedWeight, Float32Array | None], ...]
+    trials: tuple[tuple[QuantizedWeight, Float32Array | None], ...]
     importance: Float32Array
 
 
@@ -128,8 +129,9 @@ def probe_layers(
         item, min_scale = plans[layer.weight], min_scales.get(layer.weight)
         w = item.weight.load()
         triples = [m.centered() if layer.can_correct and refinement is not Refinement.NONE else m.uncentered() for m in fitted]
-        feeds = refinement in (Refinement.FEEDBACK, Refinement.DESCENT)
-        importance = layer.importance([conditional_variances(xx) if feeds else np.diag(xx) for xx, _, _ in triples])
+        importance = layer.importance(
+            [conditional_variances(xx) if refinement.sees_outputs else np.diag(xx) for xx, _, _ in triples]
+        )
         if refinement is Refinement.NONE:
             nearest = (quantize_weight(w, grid, min_scale, importance) for grid in grids[layer.weight])
             yield Probe(layer, tuple((q, None) for q in nearest), importance)
@@ -143,9 +145,9 @@ def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Float32Array]:
     quantized already, what makes up for the error of the shortcut."""
     outputs = [np.asarray(y, np.float32) for y in exact.output(layer.index)]
     name = layer.added_to
-    for k, (y, ours, theirs) in enumerate(zip(outputs, exact.values, rounded.values, strict=True)):
-        if name in ours and name in theirs and ours[name].shape == y.shape:
-            outputs[k] = y + np.asarray(ours[name], np.float32) - np.asarray(theirs[name], np.float32)
+    for k, (y, exact_values, rounded_values) in enumerate(zip(outputs, exact.values, rounded.values, strict=True)):
+        if name in exact_values and name in rounded_values and exact_values[name].shape == y.shape:
+            outputs[k] = y + np.asarray(exact_values[name], np.float32) - np.asarray(rounded_values[name], np.float32)
     return outputs
 
 
@@ -157,5 +159,5 @@ def _add(layer: Layer, x: Float32Array, y: Float32Array, total: list[Moments]) -
         results = product.results(y[images])
         if not total:
             total.extend(Moments.empty(g.shape[1], product.rows) for g in groups)
-        for moments, inputs, wanted, own in zip(total, groups, results, biases, strict=True):
-            moments.add(inputs, wanted - own)
+        for moments, inputs, wanted, group_bias in zip(total, groups, results, biases, strict=True):
+            moments.add(inputs, wanted - group_bias)

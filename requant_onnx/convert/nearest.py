@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from requant_onnx.convert.plan import PlannedWeight
-from requant_onnx.convert.report import WeightReport, sqnr_db
+from requant_onnx.convert.report import Bounds, WeightReport, sqnr_db
 from requant_onnx.graph.decode.forms import FORMS, Coded
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray, UInt8Array
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
@@ -25,17 +25,17 @@ ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # bytes of a weight from which on memory
 
 @dataclass(frozen=True)
 class Result:
-    """One weight done.  signal, noise: sums of squares of w and of w_hat - w.  finite: whether w_hat is.
+    """One weight done.  power, error: sums of squares of w and of w_hat - w.  finite: whether w_hat is.
 
-    step, output_errors: see report.WeightReport.
+    method, output_errors: see report.WeightReport.
     """
 
     planned: PlannedWeight
     quantized: QuantizedWeight
-    signal: float
-    noise: float
+    power: float
+    error: float
     finite: bool
-    step: str = "nearest"
+    method: str = "nearest"
     output_errors: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -47,7 +47,7 @@ class Result:
         """The weight as the graph takes it."""
         return Coded(self.planned.weight.name, self.quantized, self.planned.weight.emit, self.planned.form)
 
-    def report(self, bytes_after: int) -> WeightReport:
+    def report(self, bytes_after: int, why_not_int8: str = "") -> WeightReport:
         """The weight as the user sees it."""
         weight, grid, q = self.planned.weight, self.planned.grid, self.quantized
         return WeightReport(
@@ -58,14 +58,15 @@ class Result:
             bits=grid.bits,
             transform=grid.kind.describe(),
             axis=grid.axis,
-            alpha=(float(q.alpha.min()), float(q.alpha.max())),
-            scale=(float(q.scale.min()), float(q.scale.max())),
-            mse=self.noise / q.codes.size,
-            sqnr_db=sqnr_db(self.signal, self.noise),
+            alpha=Bounds(float(q.alpha.min()), float(q.alpha.max())),
+            scale=Bounds(float(q.scale.min()), float(q.scale.max())),
+            mse=self.error / q.codes.size,
+            sqnr_db=sqnr_db(self.power, self.error),
             bytes_before=weight.stored_bytes,
             bytes_after=bytes_after,
-            step=self.step,
+            method=self.method,
             output_errors=self.output_errors,
+            why_not_int8=why_not_int8,
         )
 
 
@@ -119,11 +120,11 @@ def _on_disk(codes: UInt8Array) -> UInt8Array:
 
 def measure(planned: PlannedWeight, w: Float32Array, quantized: QuantizedWeight) -> Result:
     """The error of a quantized weight as its readers see it."""
-    with np.errstate(over="ignore"):  # an overflow is found below and the weight left alone
+    with np.errstate(over="ignore"):  # an overflow is found below and the weight is skipped
         w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit), copy=False)
     finite = bool(np.isfinite(w_hat.min()) and np.isfinite(w_hat.max()))
-    noise = _energy(w_hat.ravel(), w.ravel()) if finite else float("inf")
-    return Result(planned, quantized, _energy(w.ravel()), noise, finite)
+    error = _energy(w_hat.ravel(), w.ravel()) if finite else float("inf")
+    return Result(planned, quantized, _energy(w.ravel()), error, finite)
 
 
 def _energy(values: GenericArray, less: Float32Array | None = None) -> float:

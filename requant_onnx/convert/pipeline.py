@@ -1,4 +1,4 @@
-"""The conversion: load -> prepare -> quantize -> write (build.py), within a budget (budget.py), checked in ONNX Runtime."""
+"""The conversion: load -> prepare -> quantize -> write (steps.py), within a budget (budget.py), checked in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import replace
 import onnx
 from threadpoolctl import threadpool_limits
 
-from requant_onnx.config import Budget, Form, QuantConfig, Refinement
+from requant_onnx.config import Budget, Form, QuantConfig, Refinement, Space
 from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
-from requant_onnx.convert.steps import prepare, quantize, write
+from requant_onnx.convert.steps import drain, prepare, quantize, write
 from requant_onnx.errors import ConfigError, LoadError, ModelError
-from requant_onnx.files.load import LARGE_BYTES, ModelLike, Source, is_large, load_model, materialize, opset_of, source_of
+from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS
@@ -40,7 +40,8 @@ def quantize_model(
 
     The result holds all its values, those that were external data too.
 
-    calibration: for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
+    calibration: the inputs on which rounding is refined, in every form (`config.refinement`), bits are chosen within a budget, and
+    activations are watched for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
     `report.converted` is empty.
     Raises ModelError when the model cannot be loaded, holds NaN or infinite weights, or ONNX Runtime does not do with a weight what
     the form promises; ConfigError when threads is below 1 or the int8 form has no calibration; DataError when the calibration
@@ -57,46 +58,47 @@ def convert_model(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """As quantize_model, but external data left alone may still lie in the files of the input, where save_model finds them."""
+    """As quantize_model, but external data may still lie in the files of the input, where save_model finds them."""
     _check(config, calibration, threads)
-    model = source_of(model)
+    loaded = LoadedModel.of(model)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
-        made, report = _convert(load_model(model), config, calibration, excluded, progress, threads)
-        notes, broken = _broken_promises(model, made, report.converted)
+        made, report = _convert(loaded.proto, config, calibration, excluded, progress, threads)
+        notes, broken = _broken_promises(loaded, made, report.converted)
         if not broken:
             return made, replace(report, notes=(*report.notes, *_notes(config, calibration, report), *notes, *excluded.values()))
         for name, fate in broken.items():
             if not FORMS[config.form].on_integers or name in excluded:
                 raise ModelError(
                     f"ONNX Runtime does not do with '{name}' what the {config.form.value} form promises "
-                    f"({fate.fate.value}: {fate.why}); take another --form"
+                    f"({fate.fate.value}: {fate.why}); choose another --form"
                 )
             excluded[name] = f"ONNX Runtime finds no integer kernel for '{name}' ({fate.why}), so it is float (folded)"
 
 
 def _convert(
-    loaded: onnx.ModelProto,
+    source: onnx.ModelProto,
     config: QuantConfig,
     calibration: Calibration | None,
     excluded: Collection[str],
     progress: Progress | None,
     threads: int | None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """One conversion, unchecked.  excluded: weights that integer kernels are not planned for.
+    """One conversion, unchecked.  source: does not change.  excluded: weights that integer kernels are not planned for.
 
     BLAS gets one thread: the last bits of its sums, and by them the codes, depend on how many there are.
     """
     with threadpool_limits(limits=1, user_api="blas"):
-        prepared = prepare(loaded, config, calibration, excluded, progress)
+        prepared = prepare(source, config, calibration, excluded, progress)
         if isinstance(config.bits, Budget):
             return write_within(prepared, config.bits, calibration, progress, threads)
-        return write(prepared, *quantize(prepared, prepared.plan.planned, progress, threads))
+        results, biases = quantize(prepared, prepared.plan.planned, progress, threads)
+        return write(prepared, drain(results), biases)
 
 
 def inspect_model(model: ModelLike) -> InspectReport:
     """What a model holds and what `quantize_model` would do with it.  Raises ModelError when it cannot be loaded."""
-    loaded = load_model(model)
+    loaded = LoadedModel.of(model).copy()
     opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
     view = find_weights(ModelGraph.of(expose_weights(loaded)))
@@ -106,7 +108,7 @@ def inspect_model(model: ModelLike) -> InspectReport:
         producer=f"{loaded.producer_name} {loaded.producer_version}".strip(),
         ops=dict(ops.most_common()),
         weights=tuple(InspectedWeight(w.name, w.op, w.shape, w.is_edge, w.stored_bytes) for w in view.weights),
-        left_alone=view.left_alone,
+        skipped=view.skipped,
     )
 
 
@@ -119,6 +121,11 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
     if isinstance(config.bits, Budget) and config.bits.sqnr_db is not None and calibration is None:
         raise ConfigError("an output SQNR is measured on calibration inputs; give --calibrate with images, or --calibrate noise")
+    if calibration is not None and config.refinement.sees_outputs and config.rounding is Space.TRANSFORMED:
+        raise ConfigError(
+            f"rounding in transformed space chooses nearest levels, and refinement '{config.refinement}' chooses levels by the "
+            "output error; drop --rounding, or choose --refinement none or bias"
+        )
     watched = FORMS[config.form].on_integers or isinstance(config.bits, Budget)
     if not watched and calibration is not None and config.refinement is Refinement.NONE:
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
@@ -138,7 +145,7 @@ def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantRe
 
 
 def _broken_promises(
-    source: Source, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
+    source: LoadedModel, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
 ) -> tuple[tuple[str, ...], dict[str, WeightFate]]:
     """(notes, weights that ONNX Runtime does not treat as their form promises); a note where it loads not even the input."""
     promised = {weight.name: Form(weight.form) for weight in converted if FORMS[Form(weight.form)].promise is not None}
@@ -149,6 +156,6 @@ def _broken_promises(
     try:
         return (), broken_promises(model, promised)
     except LoadError as error:
-        if loads(load_model(source)):
+        if loads(source.copy()):
             raise
         return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",), {}

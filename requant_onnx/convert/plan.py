@@ -21,7 +21,7 @@ from requant_onnx.config import (
     Space,
 )
 from requant_onnx.graph.decode.forms import FORMS, required_opset
-from requant_onnx.graph.weights import LeftAlone, View, Weight
+from requant_onnx.graph.weights import SkippedWeight, View, Weight
 from requant_onnx.numerics.kinds import UNIFORM, GridKind, PowerGrid
 from requant_onnx.numerics.quantize import Grid
 
@@ -50,7 +50,7 @@ class Plan:
     """The decision on every weight of a model, in graph order."""
 
     planned: tuple[PlannedWeight, ...]
-    left_alone: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedWeight, ...]
 
 
 def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] = ()) -> Plan:
@@ -58,18 +58,18 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 
     integers: the weights that an integer kernel multiplies with, in the int8 form.
     """
-    planned, left = [], list(view.left_alone)
+    planned, left = [], list(view.skipped)
     for weight in view.weights:
         if kept_in_float(weight, config):
             reason = "is a first or last layer, kept in float as asked"
-            left.append(LeftAlone(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
+            left.append(SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
         else:
             planned.append(_planned(weight, config, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
 
 
 def opset_for(config: QuantConfig, narrow: bool) -> int:
-    """The opset that the decodes of such a conversion need.  narrow: see graph.forms.Target."""
+    """The opset that the decodes of such a conversion need.  narrow: see Target in graph/decode/forms.py."""
     cases = [(bits, kind) for edge in (False, True) for bits in _widths(config, edge) for kind in _kinds(config, bits, edge)]
     return max(required_opset(config.form, bits, kind, narrow) for bits, kind in cases)
 
@@ -80,7 +80,7 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
 
 
 def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeight:
-    form = config.form if integer else FORMS[config.form].fallback
+    form = config.form if integer else FORMS[config.form].fallback or config.form
     grids = [
         Grid(
             bits=bits,

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from requant_onnx.graph.weights import LeftAlone
+from requant_onnx.graph.weights import SkippedWeight
+
+
+class Bounds(NamedTuple):
+    """The smallest and the largest of several values."""
+
+    low: float
+    high: float
+
+
+class Compared(NamedTuple):
+    """The same figure of two models."""
+
+    reference: float
+    candidate: float
+
+
+class FileSizes(NamedTuple):
+    """Bytes of two files."""
+
+    reference: int
+    candidate: int
 
 
 @dataclass(frozen=True)
 class WeightReport:
     """One converted weight.
 
-    alpha, scale: (smallest, largest) over the channels.  mse: mean squared error of the decoded weights.
+    transform: the kind of its grid, as --transform has it.  alpha, scale: over the channels.
+    mse: mean squared error of the decoded weights.
     sqnr_db: 10 * log10(sum w**2 / sum (w_hat - w)**2); infinite when exact.
     bytes_before: of the stored values; bytes_after: of codes, scales, zero points and decode nodes, as they are in the file, and
     for weights that are decoded together the share of each.  form: how it is decoded (a weight may lack what int8 needs).
-    step: how its codes were chosen.  output_errors: of each step tried, the squared error of the layer's output on calibration
-    inputs held back, relative to its power.
+    why_not_int8: in the int8 form, why no integer kernel multiplies with it (a sentence without its subject), else "".
+    method: how its codes were chosen.  output_errors: of each method tried, the squared error of the layer's output on held-out
+    calibration inputs, relative to its power.
     """
 
     name: str
@@ -28,22 +51,23 @@ class WeightReport:
     bits: int
     transform: str
     axis: int | None
-    alpha: tuple[float, float]
-    scale: tuple[float, float]
+    alpha: Bounds
+    scale: Bounds
     mse: float
     sqnr_db: float
     bytes_before: int
     bytes_after: int
-    step: str = "nearest"
+    method: str = "nearest"
     output_errors: dict[str, float] = field(default_factory=dict)
+    why_not_int8: str = ""
 
 
 @dataclass(frozen=True)
 class ActivationReport:
-    """One quantized activation.  range: (least, largest) value of its 8 bits."""
+    """One quantized activation.  range: of the values that its 8 bits hold."""
 
     name: str
-    range: tuple[float, float]
+    range: Bounds
     scale: float
     zero_point: int
 
@@ -70,7 +94,7 @@ class QuantReport:
     opset: tuple[int, int]
     folded_batchnorms: int
     converted: tuple[WeightReport, ...]
-    left_alone: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedWeight, ...]
     activations: tuple[ActivationReport, ...]
     notes: tuple[str, ...] = ()
     front: tuple[FrontPoint, ...] = ()
@@ -87,8 +111,8 @@ class QuantReport:
 
     @property
     def coverage(self) -> float:
-        """Share of the bytes of all weights, those left alone included, that was converted, 0 .. 1; 0 where there are none."""
-        total = self.bytes_before + sum(item.bytes for item in self.left_alone)
+        """Share of the bytes of all weights, those skipped included, that was converted, 0 .. 1; 0 where there are none."""
+        total = self.bytes_before + sum(item.bytes for item in self.skipped)
         return self.bytes_before / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,17 +125,17 @@ class QuantReport:
 class ValidationReport:
     """Two models on the same images.
 
-    top1: (reference, candidate) accuracy in 0..1, None without labels.  agreement: share of images with the same top-1.
+    top1: accuracy in 0..1, None without labels.  agreement: share of images with the same top-1.
     sqnr_db: of the outputs.  bytes: file sizes.  latency_ms: medians of one run at `latency_batch` images.
     notes: sentences on what the figures include.
     """
 
     images: int
-    top1: tuple[float, float] | None
+    top1: Compared | None
     agreement: float
     sqnr_db: float
-    bytes: tuple[int, int]
-    latency_ms: tuple[float, float]
+    bytes: FileSizes
+    latency_ms: Compared
     latency_batch: int
     notes: tuple[str, ...]
 
@@ -140,7 +164,7 @@ class InspectReport:
     producer: str
     ops: dict[str, int]
     weights: tuple[InspectedWeight, ...]
-    left_alone: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedWeight, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -160,14 +184,14 @@ def as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sqnr_db(signal: float, noise: float) -> float:
-    """Signal-to-quantization-noise ratio of two energies.
+def sqnr_db(signal: float, error: float) -> float:
+    """Signal-to-quantization-noise ratio: of the energies of values and of their errors.
 
     >>> sqnr_db(100.0, 1.0)
     20.0
     """
-    if noise == 0.0:
+    if error == 0.0:
         return math.inf
-    if not math.isfinite(signal + noise):
+    if not math.isfinite(signal + error):
         return math.nan
-    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return 10 * math.log10(signal / error) if signal > 0.0 else -math.inf

@@ -1,9 +1,9 @@
-"""One conversion, step by step: prepare (normalize, view, watch, plan), quantize, write."""
+"""The steps of one conversion: prepare (normalize, find the weights, watch activations, plan), quantize, write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeVar
@@ -32,7 +32,7 @@ from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.prepare.full_pads import write_full_pads
 from requant_onnx.graph.prepare.opset import raise_opset
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
-from requant_onnx.graph.weights import LeftAlone, find_weights
+from requant_onnx.graph.weights import SkippedWeight, find_weights
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.progress import Progress
@@ -71,16 +71,19 @@ class Prepared:
 
 
 def prepare(
-    loaded: onnx.ModelProto,
+    source: onnx.ModelProto,
     config: QuantConfig,
     calibration: Calibration | None,
     excluded: Collection[str],
     progress: Progress | None,
 ) -> Prepared:
-    """Everything up to the weights themselves.  excluded: weights that integer kernels are not planned for."""
-    source, opset = onnx.ModelProto(), opset_of(loaded)
-    source.CopyFrom(loaded)
-    given = ModelGraph.of(expose_weights(loaded))
+    """Prepare everything up to the weights themselves.
+
+    source: does not change.  excluded: weights that integer kernels are not planned for.
+    """
+    opset, work = opset_of(source), onnx.ModelProto()
+    work.CopyFrom(source)
+    given = ModelGraph.of(expose_weights(work))
     view = find_weights(given)
     refining = calibration if config.refinement is not Refinement.NONE else None
     if not view.weights:
@@ -139,31 +142,38 @@ def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, F
             bias = layer.corrected_bias(result.quantized.dequantize() - w, prepared.means[layer.x])
             if bias is not None and result.finite:
                 biases[layer.bias] = bias
-                results[layer.weight] = replace(result, step="nearest, bias from BatchNormalization")
+                results[layer.weight] = replace(result, method="nearest, bias from BatchNormalization")
 
 
-def write(prepared: Prepared, results: list[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
+def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
     """The converted model and its report; the source where no weight is worth it.  Changes `prepared.model`, and returns it.
 
-    Takes the results out of their list one by one, so that codes and the nodes that hold them are never all in memory at once.
+    Codes and the nodes that hold them are never all in memory at once where the results come from `drain`.
     """
-    _require_finite(results)
     model, config, integers, target = prepared.model, prepared.config, prepared.integers, prepared.target
-    quantized = {result.planned.weight.name: result.quantized for result in results if result.is_integer}
+    finite, skipped = _finite(results)
+    quantized = {name: result.quantized for name, result in finite.items() if result.is_integer}
     for name, values in biases.items():
         set_initializer(model.graph, values, name)
-    decodes, converted, left = _decode(results, target, Constants(FreshNames(model)))
-    everything = (*prepared.plan.left_alone, *left)
+    decodes, converted = _decode(finite, target, Constants(FreshNames(model)), integers.plan.why_not, skipped)
     opsets = (prepared.opset, target.opset)
+    everything = (*prepared.plan.skipped, *skipped)
     report = QuantReport(config.to_dict(), opsets, prepared.folded, converted, everything, integers.reports())
     if not decodes:
         return prepared.source, report
-    replace_weights(model, {weight.name for weight in converted}, decodes)
+    replace_weights(model, {weight.name for weight in converted}, drain(decodes))
     if integers.plan.weighted:
-        own_biases = [replace(bias, values=biases.get(bias.node.bias, bias.values)) for bias in integers.biases]
-        quantize_activations(model, integers.plan, integers.grids, own_biases, quantized)
+        new_biases = [replace(bias, values=biases.get(bias.node.bias, bias.values)) for bias in integers.biases]
+        quantize_activations(model, integers.plan, integers.grids, new_biases, quantized)
     set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
     return model, report
+
+
+def drain(items: list[T]) -> Iterator[T]:
+    """The items in order, each out of its list: what nobody else refers to is freed once the next is asked for."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def copied(prepared: Prepared) -> Prepared:
@@ -177,43 +187,44 @@ def _is_narrow(config: QuantConfig) -> bool:
     return (config.min_ort.major, config.min_ort.minor) > NARROW_ORT
 
 
-def _require_finite(results: Sequence[Result]) -> None:
-    """A graph planned for integers has no way back."""
+def _finite(results: Iterable[Result]) -> tuple[dict[str, Result], list[SkippedWeight]]:
+    """The results by weight, and those that cannot be: a graph planned for integers has no way back."""
+    finite: dict[str, Result] = {}
+    skipped = []
     for result in results:
-        if not result.finite and result.is_integer:
-            name = result.planned.weight.name
-            raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or take --form folded")
+        name = result.planned.weight.name
+        if result.finite:
+            finite[name] = result
+        elif result.is_integer:
+            raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or choose --form folded")
+        else:
+            skipped.append(_skipped(result, "has levels beyond the largest float"))
+    return finite, skipped
 
 
 def _decode(
-    results: list[Result], target: Target, constants: Constants
-) -> tuple[list[Decode], tuple[WeightReport, ...], list[LeftAlone]]:
-    """The decodes of all weights that are worth it, and of each weight its report or why it stays.  Empties `results`."""
-    left = [_left(result, "has levels beyond the largest float") for result in results if not result.finite]
-    by_name = {result.planned.weight.name: result for result in results if result.finite}
-    order = list(by_name)
-    results.clear()
-    decodes: list[Decode] = []
+    results: dict[str, Result],
+    target: Target,
+    constants: Constants,
+    why_not_int8: Mapping[str, str],
+    skipped: list[SkippedWeight],
+) -> tuple[list[Decode], tuple[WeightReport, ...]]:
+    """The decodes of all weights that are worth it, and their reports.  Takes the results out of their dictionary one by one, and
+    adds those whose weights stay to `skipped`."""
+    order, decodes = list(results), []
     reports: dict[str, WeightReport] = {}
-    groups = group_weights([result.coded() for result in by_name.values()], target)
-    for group in _taken(groups):
+    for group in drain(group_weights([result.coded() for result in results.values()], target)):
         decode = decode_of(group, target, constants)
-        own = [by_name.pop(weight.name) for weight in group]
-        stored = sum(result.planned.weight.stored_bytes for result in own)
-        if decode.bytes < stored or FORMS[group[0].form].on_integers:
-            decodes.append(decode)
-            sizes = bytes_of_each(group, decode)
-            reports.update((weight.name, result.report(sizes[weight.name])) for weight, result in zip(group, own, strict=True))
-        else:
-            left += [_left(result, _not_smaller(group, decode, stored)) for result in own]
-    return decodes, tuple(reports[name] for name in order if name in reports), left
-
-
-def _taken(items: list[T]) -> Iterator[T]:
-    """The items one by one, out of their list."""
-    items.reverse()
-    while items:
-        yield items.pop()
+        members = [results.pop(weight.name) for weight in group]
+        stored = sum(result.planned.weight.stored_bytes for result in members)
+        if decode.bytes >= stored and not FORMS[group[0].form].on_integers:
+            skipped += [_skipped(result, _not_smaller(group, decode, stored)) for result in members]
+            continue
+        decodes.append(decode)
+        sizes = bytes_of_each(group, decode)
+        for weight, result in zip(group, members, strict=True):
+            reports[weight.name] = result.report(sizes[weight.name], why_not_int8.get(weight.name, ""))
+    return decodes, tuple(reports[name] for name in order if name in reports)
 
 
 def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
@@ -221,6 +232,6 @@ def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
     return f"would not get smaller ({stored} bytes, {decode.bytes} with its decode{together})"
 
 
-def _left(result: Result, reason: str) -> LeftAlone:
+def _skipped(result: Result, reason: str) -> SkippedWeight:
     weight = result.planned.weight
-    return LeftAlone(weight.name, weight.op, weight.shape, reason, weight.stored_bytes)
+    return SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes)

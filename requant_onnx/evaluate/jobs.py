@@ -96,7 +96,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _end_on_interrupt() -> None:
-    """A process that works ends silently at Ctrl-C; the one that the user started says so."""
+    """End a worker process silently at Ctrl-C: the process that the user started reports the interruption."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 
-from requant_onnx.files.load import Source, load_model
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
@@ -18,19 +18,26 @@ from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.runtime.sessions import open_session, run_session
 
 
+class SameTensor(NamedTuple):
+    """The names of one tensor in two models."""
+
+    reference: str
+    candidate: str
+
+
 @dataclass(frozen=True)
 class Pair:
     """A weight of the candidate and its counterpart, as one row a channel.
 
     w: (channels, n) of the reference; w_hat: of the candidate, of another shape where the channels lie otherwise.
-    half: whether the candidate's is float16.  outputs: names of tensors of both models to compare, () where there are none.
+    half: whether the candidate's is float16.  output: what the two nodes give, to be compared; None where that is not known.
     """
 
     shape: tuple[int, ...]
     w: Float32Array
     w_hat: Float32Array
     half: bool
-    outputs: tuple[str, ...]
+    output: SameTensor | None
 
 
 @dataclass(frozen=True)
@@ -49,70 +56,72 @@ class _Weight:
         return to_rows(self.values.astype(np.float32), self.reader.channel_axis(self.values.ndim))
 
 
-def find_pairs(reference: Source, candidate: Source) -> list[tuple[WeightReader, Pair | None]]:
+def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[tuple[WeightReader, Pair | None]]:
     """Every weight of the candidate, with its counterpart in the reference; None where it has none.
 
     The reference counts as it is, and with BatchNormalization folded.  Raises ModelError where a model does not load.
     """
-    theirs = load_model(candidate)
-    exposed = expose_weights(load_model(reference))
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(reference)
+    exposed = expose_weights(exposed)
     view = ModelGraph.of(exposed)
     known = _weights(exposed, find_readers(view))
     if fold_batchnorm(view):
         known += _weights(exposed, find_readers(ModelGraph.of(exposed)))
-    readers = find_readers(ModelGraph.of(theirs))
-    decoded = {id(weight.reader): weight for weight in _weights(theirs, readers)}
-    names = _Outputs(_made(load_model(reference)), _made(theirs), settled_tensors(theirs))
-    found: list[tuple[WeightReader, Pair | None]] = []
+    readers = find_readers(ModelGraph.of(candidate))
+    decoded = {id(weight.reader): weight for weight in _weights(candidate, readers)}
+    names = _Outputs(_made(reference), _made(candidate), settled_tensors(candidate))
+    pairs: list[tuple[WeightReader, Pair | None]] = []
     for reader in readers:
         weight = decoded.get(id(reader))
-        own = None if weight is None else _counterpart(weight, known)
-        found.append((reader, None if weight is None or own is None else _pair(own, weight, names)))
-    return found
+        counterpart = None if weight is None else _counterpart(weight, known)
+        pairs.append((reader, None if weight is None or counterpart is None else _pair(counterpart, weight, names)))
+    return pairs
 
 
 def _counterpart(weight: _Weight, known: Sequence[_Weight]) -> _Weight | None:
-    alike = [own for own in known if own.kind == weight.kind]
-    by_output = (own for own in alike if weight.reader.output and own.reader.output == weight.reader.output)
-    by_name = [own for own in alike if own.reader.weight == weight.reader.weight]  # as it is, and folded: the nearer of both
+    """The weight of the reference that gives the same output, or has the same name, or else the most similar values."""
+    alike = [other for other in known if other.kind == weight.kind]
+    by_output = (other for other in alike if weight.reader.output and other.reader.output == weight.reader.output)
+    by_name = [other for other in alike if other.reader.weight == weight.reader.weight]  # as it is, and folded: the nearer of both
     return next(by_output, None) or _nearest(weight, by_name) or next(iter(by_name), None) or _nearest(weight, alike)
 
 
 def _nearest(weight: _Weight, alike: Sequence[_Weight]) -> _Weight | None:
     """The weight of least difference, if that is less than the weight itself."""
     best, least, rows = None, 1.0, weight.rows
-    for own in alike:
-        w = own.rows
+    for other in alike:
+        w = other.rows
         power = float(np.square(w, dtype=np.float64).sum())
         if w.shape == rows.shape and power:
             error = float(np.square(rows.astype(np.float64) - w).sum()) / power
-            best, least = (own, error) if error < least else (best, least)
+            best, least = (other, error) if error < least else (best, least)
     return best
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """The tensors that the two models compute, and what those of the candidate become."""
+    """The tensors that the two models compute.  settled: tensor of the candidate -> what rounding to integers makes of it."""
 
-    ours: frozenset[str]
-    theirs: frozenset[str]
+    reference: frozenset[str]
+    candidate: frozenset[str]
     settled: Mapping[str, str]
 
-    def of(self, own: WeightReader, other: WeightReader) -> tuple[str, ...]:
-        """(reference, candidate): the same tensor in both."""
-        for name in (own.output, other.output):
-            if name in self.ours and name in self.theirs:
-                return name, self.settled.get(name, name)
-        return ()
+    def of(self, counterpart: WeightReader, reader: WeightReader) -> SameTensor | None:
+        """The output of the two nodes, where both models compute it."""
+        for name in (counterpart.output, reader.output):
+            if name in self.reference and name in self.candidate:
+                return SameTensor(name, self.settled.get(name, name))
+        return None
 
 
 def _made(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(name for node in model.graph.node for name in node.output if name)
 
 
-def _pair(own: _Weight, weight: _Weight, names: _Outputs) -> Pair:
+def _pair(counterpart: _Weight, weight: _Weight, names: _Outputs) -> Pair:
     half = weight.values.dtype.itemsize == 2
-    return Pair(tuple(own.values.shape), own.rows, weight.rows, half, names.of(own.reader, weight.reader))
+    return Pair(tuple(counterpart.values.shape), counterpart.rows, weight.rows, half, names.of(counterpart.reader, weight.reader))
 
 
 def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_Weight]:

@@ -126,8 +126,10 @@ def compare(
 
 
 def _check(model: bytes, recipes: Sequence[str], images: ImageSet) -> None:
+    if not recipes or "" in recipes:
+        raise ConfigError(f"the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}")
     unknown = [recipe for recipe in recipes if recipe not in RECIPES]
-    if unknown or not recipes:
+    if unknown:
         raise ConfigError(f"the recipe '{', '.join(unknown)}' is not known; give some of {', '.join(RECIPES)}")
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model")
     require_image(classifier, images.x.shape[1:])
@@ -145,14 +147,14 @@ class _Work:
 
     def conversions(self, model: bytes, wanted: Mapping[Case, tuple[QuantConfig, Calibration | None]]) -> dict[Case, bytes]:
         keys = {case: _conversion_key(model, *asked) for case, asked in wanted.items()}
-        found = {case: data for case, key in keys.items() if (data := self._known(key, f"{case[0]} {case[1]}")) is not None}
-        items = {case: (convert_item, (model, *asked)) for case, asked in wanted.items() if case not in found}
+        cached = {case: data for case, key in keys.items() if (data := self._known(key, f"{case[0]} {case[1]}")) is not None}
+        items = {case: (convert_item, (model, *asked)) for case, asked in wanted.items() if case not in cached}
 
         def done(case: Case, data: bytes) -> None:
             self.cache.put(keys[case], data)
             self._step(f"{case[0]} {case[1]}")
 
-        return {**found, **run_all(self.executor, items, done)}
+        return {**cached, **run_all(self.executor, items, done)}
 
     def scores(
         self,
@@ -162,16 +164,16 @@ class _Work:
     ) -> dict[Case, Float32Array]:
         digests = {start: _digest(shard, normalization) for start, shard in shards}
         keys = {(case, start): key_of("scores", data, digests[start]) for case, data in models.items() for start, _ in shards}
-        found = {}
+        scores = {}
         for key, name in keys.items():
             data = self._known(name, "validating")
             if data is not None:
-                found[key] = np.load(io.BytesIO(data), allow_pickle=False)
+                scores[key] = np.load(io.BytesIO(data), allow_pickle=False)
         items = {
             (case, start): (score_item, (data, shard, normalization))
             for start, shard in shards
             for case, data in models.items()
-            if (case, start) not in found
+            if (case, start) not in scores
         }
 
         def done(key: tuple[Case, int], values: Float32Array) -> None:
@@ -180,8 +182,8 @@ class _Work:
             self.cache.put(keys[key], stored.getvalue())
             self._step("validating")
 
-        found.update(run_all(self.executor, items, done))
-        return {case: np.concatenate([found[case, start] for start, _ in shards]) for case in models}
+        scores.update(run_all(self.executor, items, done))
+        return {case: np.concatenate([scores[case, start] for start, _ in shards]) for case in models}
 
     def _known(self, key: str, what: str) -> bytes | None:
         data = self.cache.get(key)
@@ -238,15 +240,15 @@ def _trial(
 ) -> Trial:
     if exact.shape != scores.shape:
         raise ModelError(f"the converted model gives scores of shape {scores.shape}, and the float model {exact.shape}")
-    own = _hits(scores, images)
-    noise = np.square(exact.astype(np.float64) - scores).sum()
+    accuracy = _hits(scores, images)
+    error = np.square(exact.astype(np.float64) - scores).sum()
     return Trial(
         recipe=case[0],
         bits=case[1],
         bytes=after,
         ratio=before / after,
-        top1=own,
-        change=None if own is None or top1 is None else own - top1,
+        top1=accuracy,
+        change=None if accuracy is None or top1 is None else accuracy - top1,
         agreement=float((exact.argmax(1) == scores.argmax(1)).mean()),
-        sqnr_db=sqnr_db(float(np.square(exact, dtype=np.float64).sum()), float(noise)),
+        sqnr_db=sqnr_db(float(np.square(exact, dtype=np.float64).sum()), float(error)),
     )

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from requant_onnx.convert.report import ValidationReport, sqnr_db
+from requant_onnx.convert.report import Compared, FileSizes, ValidationReport, sqnr_db
 from requant_onnx.errors import DataError
-from requant_onnx.files.load import ModelLike, Source, load_model, source_of
+from requant_onnx.files.load import LoadedModel, ModelLike, Source
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
@@ -22,8 +22,8 @@ LATENCY_RUNS = 30
 
 
 def validate(
-    reference: ModelLike,
-    candidate: ModelLike,
+    reference: ModelLike | LoadedModel,
+    candidate: ModelLike | LoadedModel,
     images: ImageSet,
     normalization: Normalization | None = None,
     *,
@@ -32,12 +32,11 @@ def validate(
     """Run both models on all images in ONNX Runtime's CPU provider with default options.
 
     normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
-    Raises ModelError when a model is refused (runtime.py), DataError when the images or labels do not fit.
+    Raises ModelError when a model is refused, DataError when the images or labels do not fit.
     """
-    reference, candidate = source_of(reference), source_of(candidate)
-    load_model(reference)  # its errors say more than ONNX Runtime's
-    notes = _notes(load_model(candidate))
-    models = (_open(reference, "the reference"), _open(candidate, "the candidate"))
+    reference, candidate = LoadedModel.of(reference), LoadedModel.of(candidate)  # whose errors say more than ONNX Runtime's
+    notes = _notes(candidate.proto)
+    models = (_open(reference.source, "the reference"), _open(candidate.source, "the candidate"))
     if len(images) == 0:
         raise DataError("there are no images; give at least one")
     for model in models:
@@ -61,7 +60,7 @@ class _Tally:
     def __init__(self) -> None:
         self.hits = np.zeros(2, np.int64)
         self.broken = np.zeros(2, np.int64)
-        self.agree, self.signal, self.noise = 0, 0.0, 0.0
+        self.agree, self.power, self.error = 0, 0.0, 0.0
 
     def add(self, reference: Float32Array, candidate: Float32Array, labels: Int64Array | None) -> None:
         if reference.shape != candidate.shape:
@@ -79,8 +78,8 @@ class _Tally:
                 )
             self.hits += [int((top == labels).sum()) for top in tops]
         self.agree += int((tops[0] == tops[1]).sum())
-        self.signal += float(np.square(reference, dtype=np.float64).sum())
-        self.noise += float(np.square(reference.astype(np.float64) - candidate).sum())
+        self.power += float(np.square(reference, dtype=np.float64).sum())
+        self.error += float(np.square(reference.astype(np.float64) - candidate).sum())
 
     def notes(self) -> tuple[str, ...]:
         """A sentence for each model that gives NaN or infinity."""
@@ -88,15 +87,15 @@ class _Tally:
         return tuple(f"the {name} gives NaN or infinite scores for {count} images" for name, count in named if count)
 
     def report(
-        self, models: tuple[Classifier, Classifier], images: ImageSet, latency: tuple[float, float], notes: tuple[str, ...]
+        self, models: tuple[Classifier, Classifier], images: ImageSet, latency: Compared, notes: tuple[str, ...]
     ) -> ValidationReport:
         count = len(images)
         return ValidationReport(
             images=count,
-            top1=None if images.y is None else (self.hits[0] / count, self.hits[1] / count),
+            top1=None if images.y is None else Compared(*(float(hits) / count for hits in self.hits)),
             agreement=self.agree / count,
-            sqnr_db=sqnr_db(self.signal, self.noise),
-            bytes=(models[0].bytes, models[1].bytes),
+            sqnr_db=sqnr_db(self.power, self.error),
+            bytes=FileSizes(models[0].bytes, models[1].bytes),
             latency_ms=latency,
             latency_batch=_common_batch(models, free=1),
             notes=notes,
@@ -134,9 +133,8 @@ def _batches(
     return batches(images, normalization, size, fixed=any(model.batch is not None for model in models))
 
 
-def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization) -> tuple[float, float]:
+def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization) -> Compared:
     """Median milliseconds of each model, the runs interleaved so that other load hits both alike."""
     _, x = next(_batches(images.first(1), normalization, models))
     times = np.array([[model.latency(x) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]  # two to warm up
-    reference, candidate = np.median(times, axis=0)
-    return float(reference), float(candidate)
+    return Compared(*map(float, np.median(times, axis=0)))

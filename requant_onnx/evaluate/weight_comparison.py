@@ -14,7 +14,7 @@ import onnx
 
 from requant_onnx.convert.report import sqnr_db
 from requant_onnx.evaluate.pairing import Pair, find_pairs
-from requant_onnx.files.load import Source, load_model
+from requant_onnx.files.load import LoadedModel, ModelLike
 from requant_onnx.graph.readers import WeightReader
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
@@ -38,21 +38,21 @@ TENSOR_BYTES = 1 << 27  # of layer outputs compared at a time
 class Curve:
     """Signal-to-noise ratio in dB of a weight on its grid, over one alpha for all channels.
 
-    best: (alpha, dB) of the least error; full: dB at alpha = 1; own: dB with the best alpha of each channel.
+    best: (alpha, dB) of the least error; full: dB at alpha = 1; per_channel: dB with the best alpha of each channel.
     """
 
     alphas: Float64Array
     sqnr_db: Float64Array
     best: tuple[float, float]
     full: float
-    own: float
+    per_channel: float
 
 
 @dataclass(frozen=True)
 class Density:
     """A histogram of weights, in units of the level next to zero, so that the levels of all channels are the same.
 
-    edges: (bins+1,); counts: (bins,); levels: those that are taken.
+    edges: (bins+1,); counts: (bins,); levels: those that weights lie on.
     """
 
     edges: Float64Array
@@ -61,8 +61,8 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """One weight.  name: in the candidate.  kind: "same" values, on a "grid", "changed" in another way, or "unknown": without a
+class ComparedWeight:
+    """One weight.  name: in the candidate.  outcome: "same" values, on a "grid", "changed" in another way, or "unknown": without a
     counterpart in the reference, or inside an integer kernel that does not say how it is decoded.
 
     sqnr_db: of the decoded weight; output_sqnr_db: of what its node gives, nan where that was not compared.
@@ -73,7 +73,7 @@ class Anatomy:
     name: str
     op: str
     shape: tuple[int, ...]
-    kind: str
+    outcome: str
     sqnr_db: float
     output_sqnr_db: float
     bits: int = 32
@@ -85,27 +85,33 @@ class Anatomy:
 
 
 def dissect(
-    reference: Source, candidate: Source, calibration: Calibration | None, progress: Progress | None = None
-) -> tuple[Anatomy, ...]:
-    """Every weight of the candidate, in the order of its graph.
+    reference: ModelLike | LoadedModel,
+    candidate: ModelLike | LoadedModel,
+    calibration: Calibration | None,
+    progress: Progress | None = None,
+) -> tuple[ComparedWeight, ...]:
+    """Compare every weight of the candidate, in the order of its graph.
 
     calibration: the inputs on which the outputs of layers are compared; None leaves them.
     Raises ModelError, DataError as quantize_model.
     """
-    ours, theirs = load_model(reference), load_model(candidate)
-    pairs = find_pairs(reference, candidate)
-    names = {pair.outputs[0]: pair.outputs[1] for _, pair in pairs if pair is not None and pair.outputs}
-    outputs = {} if calibration is None else output_sqnr(ours, theirs, names, calibration_chunks(ours, calibration))
-    found = []
+    float_model, quantized = LoadedModel.of(reference).proto, LoadedModel.of(candidate).proto
+    pairs = find_pairs(float_model, quantized)
+    names = {pair.output.reference: pair.output.candidate for _, pair in pairs if pair is not None and pair.output is not None}
+    chunks = [] if calibration is None else calibration_chunks(float_model, calibration)
+    outputs = output_sqnr(float_model, quantized, names, chunks) if chunks else {}
+    weights = []
     for done, (reader, pair) in enumerate(pairs, 1):
         if pair is None:
             shape = tuple(n if isinstance(n, int) else -1 for n in reader.node.inputs[reader.operand].shape or ())
-            found.append(Anatomy(reader.weight, reader.op, shape, "unknown", math.nan, math.nan))
+            weights.append(ComparedWeight(reader.weight, reader.op, shape, "unknown", math.nan, math.nan))
         else:
-            found.append(_anatomy(reader, pair, outputs.get(pair.outputs[0], math.nan) if pair.outputs else math.nan))
+            weights.append(
+                _anatomy(reader, pair, math.nan if pair.output is None else outputs.get(pair.output.reference, math.nan))
+            )
         if progress is not None:
             progress(reader.weight, done, len(pairs))
-    return tuple(found)
+    return tuple(weights)
 
 
 def output_sqnr(
@@ -113,23 +119,24 @@ def output_sqnr(
 ) -> dict[str, float]:
     """Output SQNR in dB of tensors of the reference on the same inputs.  names: of the tensor -> of its like in the candidate."""
     left = list(names)
-    found: dict[str, float] = {}
+    sqnr: dict[str, float] = {}
     while left:
         some = _fitting(reference, left, chunks[0])
         left = left[len(some) :]
         both = ((reference, some), (candidate, [names[name] for name in some]))
-        sessions = [open_session(_with_outputs(model, own), "the model") for model, own in both]
+        sessions = [open_session(_with_outputs(model, tensors), "the model") for model, tensors in both]
         sums = np.zeros((len(some), 2))
         for chunk in chunks:
-            ours, theirs = (run_session(session, "the model", None, chunk) for session in sessions)
-            for k, (own, their) in enumerate(zip(ours, theirs, strict=True)):
-                exact = np.asarray(own, np.float64)
-                if exact.shape == np.shape(their):
-                    sums[k] += (np.square(exact).sum(), np.square(exact - np.asarray(their, np.float64)).sum())
+            outputs = (run_session(session, "the model", None, chunk) for session in sessions)
+            for k, (y, y_hat) in enumerate(zip(*outputs, strict=True)):
+                exact = np.asarray(y, np.float64)
+                if exact.shape == np.shape(y_hat):
+                    sums[k] += (np.square(exact).sum(), np.square(exact - np.asarray(y_hat, np.float64)).sum())
                 else:
                     sums[k] = np.nan
-        found.update((name, sqnr_db(*map(float, own))) for name, own in zip(some, sums, strict=True) if np.isfinite(own).all())
-    return found
+        known = [(name, energies) for name, energies in zip(some, sums, strict=True) if np.isfinite(energies).all()]
+        sqnr.update((name, sqnr_db(*map(float, energies))) for name, energies in known)
+    return sqnr
 
 
 def _fitting(model: onnx.ModelProto, names: Sequence[str], chunk: Chunk) -> list[str]:
@@ -147,28 +154,28 @@ def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return changed
 
 
-def _anatomy(reader: WeightReader, pair: Pair, output: float) -> Anatomy:
+def _anatomy(reader: WeightReader, pair: Pair, output: float) -> ComparedWeight:
     w, w_hat = pair.w.astype(np.float64), pair.w_hat.astype(np.float64)
     if w.shape != w_hat.shape:
-        return Anatomy(reader.weight, reader.op, pair.shape, "changed", math.nan, output)
+        return ComparedWeight(reader.weight, reader.op, pair.shape, "changed", math.nan, output)
     sqnr = sqnr_db(float(np.square(w).sum()), float(np.square(w_hat - w).sum()))
-    kind = "same" if math.isinf(sqnr) else "changed"
-    per_tensor = None if kind == "same" else infer_grid(pair.w_hat.reshape(1, -1), half=pair.half)
-    grid = None if kind == "same" else per_tensor or infer_grid(pair.w_hat, half=pair.half)
-    plain = Anatomy(reader.weight, reader.op, pair.shape, kind, sqnr, output)
+    outcome = "same" if math.isinf(sqnr) else "changed"
+    per_tensor = None if outcome == "same" else infer_grid(pair.w_hat.reshape(1, -1), half=pair.half)
+    grid = None if outcome == "same" else per_tensor or infer_grid(pair.w_hat, half=pair.half)
+    plain = ComparedWeight(reader.weight, reader.op, pair.shape, outcome, sqnr, output)
     if grid is None:
         return plain
     whole = (pair.w.reshape(1, -1), pair.w_hat.reshape(1, -1)) if per_tensor else (pair.w, pair.w_hat)
     return _on_grid(plain, *whole, grid)
 
 
-def _on_grid(plain: Anatomy, w: Float32Array, w_hat: Float32Array, grid: InferredGrid) -> Anatomy:
+def _on_grid(plain: ComparedWeight, w: Float32Array, w_hat: Float32Array, grid: InferredGrid) -> ComparedWeight:
     chosen = _sample(w, grid.scale)
     rows, scale, table = np.sort(w[chosen], axis=1), grid.scale[chosen], grid.table
     ranges = _ranges(rows, grid)
     step = np.where(ranges.step > 0.0, ranges.step, 1.0)
     alpha = table.kind.transformed_scale(scale * table.unit) / step
-    return Anatomy(
+    return ComparedWeight(
         plain.name, plain.op, plain.shape, "grid", plain.sqnr_db, plain.output_sqnr_db,
         bits=table.bits,
         grid=table.kind,
@@ -180,7 +187,7 @@ def _on_grid(plain: Anatomy, w: Float32Array, w_hat: Float32Array, grid: Inferre
 
 
 def _sample(w: Float32Array, scale: Float64Array) -> Int64Array:
-    """Float32Array with a scale, at most MAX_ROWS of them, and MAX_VALUES values."""
+    """Rows with a scale, at most MAX_ROWS of them, and MAX_VALUES values."""
     used = np.flatnonzero(scale > 0.0)
     most = max(1, min(MAX_ROWS, MAX_VALUES // max(1, w.shape[1])))
     return used[:: math.ceil(used.size / most)]
@@ -199,8 +206,8 @@ def _curve(rows: Float32Array, ranges: RowRanges, grid: InferredGrid) -> Curve:
         return np.array([sqnr_db(signal, float(error)) for error in errors])
 
     errors = error_curve(rows, ranges, grid.table, ALPHAS).sum(0) * rows.shape[1]
-    own = search_alpha(rows, ranges, grid.table)
-    least = np.array([error_curve(rows[k : k + 1], _row(ranges, k), grid.table, own[k : k + 1])[0, 0] for k in range(len(rows))])
+    alphas = search_alpha(rows, ranges, grid.table)
+    least = np.array([error_curve(rows[k : k + 1], _row(ranges, k), grid.table, alphas[k : k + 1])[0, 0] for k in range(len(rows))])
     shown = decibels(errors)
     best = int(errors.argmin())
     return Curve(
@@ -226,11 +233,11 @@ def _densities(rows: Float32Array, w_hat: Float32Array, scale: Float64Array, gri
     kind = shown_transform(grid.table.kind)
     ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit
     known = np.unique(grid.table.integers)
-    taken = np.searchsorted((known[1:] + known[:-1]) / 2, np.unique(w_hat / scale[:, None]))
-    reached = known[np.unique(taken)] / grid.table.unit
+    places = np.searchsorted((known[1:] + known[:-1]) / 2, np.unique(w_hat / scale[:, None]))
+    reached = known[np.unique(places)] / grid.table.unit
     spaces = [(ratios, reached), (kind.transform(ratios), kind.transform(reached))]
-    made = []
+    densities = []
     for values, levels in spaces:
         counts, edges = np.histogram(values, BINS)
-        made.append(Density(edges, counts, levels))
-    return made[0], made[1]
+        densities.append(Density(edges, counts, levels))
+    return densities[0], densities[1]

@@ -14,14 +14,14 @@ from requant_onnx.files.leftovers import claim, remove_unclaimed
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync, rename.  Raises OutputError; leaves nothing behind when it fails or is interrupted."""
+    """Write, fsync and rename.  Raises OutputError; leaves nothing behind when it fails or is interrupted."""
     with reporting_errors(path), replacing(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def reporting_errors(path: Path) -> Iterator[None]:
-    """What the operating system refuses becomes an OutputError that names the path."""
+    """Turn every OSError into an OutputError that names the path."""
     try:
         yield
     except OSError as error:
@@ -32,13 +32,13 @@ def reporting_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` at the end of the block, and is gone where the block fails."""
+    """Open a file for writing that replaces `path` at the end of the block, and is removed where the block fails."""
     prefix, suffix = f".{path.name}.", ".partial"
     remove_unclaimed(file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.name.endswith(suffix))
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     try:
         os.close(descriptor)
-        with open(partial, "wb") as file:  # its name is the path, which os.fdopen would not give
+        with open(partial, "wb") as file:  # unlike a file of os.fdopen, it has the path as its name
             claim(file)
             yield file
             file.flush()

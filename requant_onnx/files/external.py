@@ -1,6 +1,6 @@
-"""The values of stored tensors: in the model itself, or in a data file beside it (external data).
+"""The values of stored tensors: in the model itself, or in a data file next to it (external data).
 
-Data files are attacked ground: a path may lead outside the model's folder, an offset behind the end of the file.
+References to data files are not trusted: a path may lead outside the model's directory, an offset past the end of the file.
 https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
 
@@ -29,21 +29,21 @@ TYPED = {
     "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"),
     "string_data": ("STRING",),
-}  # int32_data holds all others
+}  # int32_data holds all other types
 
 
 def is_external(tensor: TensorProto) -> bool:
-    """Whether the values lie in a data file."""
+    """Whether the values are in a data file."""
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
 def stored_bytes(tensor: TensorProto) -> int:
-    """Size of the raw values, wherever they are; 0 for values in typed fields."""
+    """The size of the raw values in bytes, wherever they are; 0 for values in typed fields."""
     return _length(tensor) if is_external(tensor) else len(tensor.raw_data)
 
 
 def values_of(tensor: TensorProto) -> npt.NDArray[np.generic]:
-    """The values; of external data that `resolve` has seen, read from the file.  Raises ModelError when they cannot be read."""
+    """The values of a tensor; external data, once resolved, are read from the file.  Raises ModelError when they cannot be read."""
     if not is_external(tensor):
         return np.asarray(numpy_helper.to_array(tensor))
     here = TensorProto()
@@ -80,7 +80,7 @@ def fetch(tensor: TensorProto) -> None:
 
 
 def resolve(model: onnx.ModelProto, folder: Path, name: str) -> int:
-    """Check every reference to a data file, and make its path absolute.  Changes `model`.  Returns the bytes outside.
+    """Check every reference to a data file, and make its path absolute.  Changes `model`.  Returns the bytes of external data.
 
     Raises ModelError when a path leads outside `folder`, a file is missing, or offset and length do not fit file and shape.
     """
@@ -128,13 +128,13 @@ def _number(text: str, label: str) -> int:
 
 
 def raw_bytes(tensor: TensorProto) -> int | None:
-    """How many bytes the values take as raw data; None for strings and unknown types."""
+    """The number of bytes of the values as raw data; None for strings and unknown types."""
     bits = _bits(tensor.data_type)
     return None if bits is None else -(-math.prod(tensor.dims) * bits // 8)
 
 
 def check_tensors(model: onnx.ModelProto, name: str) -> None:
-    """Raise ModelError where a tensor's values are not as many as its shape says."""
+    """Raise ModelError where the number of a tensor's values does not match its shape."""
     for tensor in stored_tensors(model):
         label, count = f"the tensor '{tensor.name}' in {name}", math.prod(tensor.dims)
         if min(tensor.dims, default=0) < 0 or count > MAX_ELEMENTS:
@@ -151,9 +151,8 @@ def check_texts(message: Any, name: str) -> None:
         if descriptor.message_type is not None:
             for each in values:
                 check_texts(each, name)
-        elif descriptor.type == descriptor.TYPE_STRING and not all(
-            isinstance(text, str) for text in values
-        ):  # protobuf gives bytes
+        # protobuf gives bytes where a text is not UTF-8
+        elif descriptor.type == descriptor.TYPE_STRING and not all(isinstance(text, str) for text in values):
             raise ModelError(f"{name} holds a name or text that is not UTF-8; export the model again")
 
 
@@ -161,13 +160,13 @@ def _check_count(tensor: TensorProto, count: int, label: str) -> None:
     kind = _kind(tensor.data_type)
     field = next((name for name, kinds in TYPED.items() if kind in kinds), "int32_data")
     if tensor.HasField("raw_data"):
-        expected, found, unit = raw_bytes(tensor), len(tensor.raw_data), "bytes"
+        expected, actual, unit = raw_bytes(tensor), len(tensor.raw_data), "bytes"
     else:
         bits = _bits(tensor.data_type)
-        expected, found, unit = count * (2 if kind.startswith("COMPLEX") else 1), len(getattr(tensor, field)), "values"
+        expected, actual, unit = count * (2 if kind.startswith("COMPLEX") else 1), len(getattr(tensor, field)), "values"
         expected = -(-expected * bits // 8) if bits in (2, 4) else expected
-    if expected != found:
-        raise ModelError(f"{label} has {found} {unit} where its shape and type {kind} ask for {expected}; export the model again")
+    if expected != actual:
+        raise ModelError(f"{label} has {actual} {unit} where its shape and type {kind} ask for {expected}; export the model again")
 
 
 def _kind(data_type: int) -> str:

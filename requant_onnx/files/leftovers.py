@@ -1,4 +1,4 @@
-"""Files that a killed run leaves behind: claimed by a lock while a run lives, removed by a later run when nobody claims them."""
+"""Files that a killed run leaves behind: a lock claims them while a run lives, and a later run removes those without a lock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX, CLAIM = "requant_onnx-", ".claim"
 
 
 def claim(file: IO[Any]) -> bool:
-    """Mark an open file as in use until it is closed, or the process ends.  False where another process has claimed it."""
+    """Mark an open file as in use until it is closed, or the process ends.  Returns False where another process has claimed it."""
     if fcntl is None:
         return False
     try:
@@ -30,7 +30,7 @@ def claim(file: IO[Any]) -> bool:
 
 
 def remove_unclaimed(files: Iterable[Path]) -> None:
-    """Delete those of the files that no living process has claimed."""
+    """Delete the files that no living process has claimed."""
     for file in files:
         with contextlib.suppress(OSError), open(file, "r+b") as opened:
             if claim(opened):
@@ -39,7 +39,7 @@ def remove_unclaimed(files: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder; those that killed runs left are removed first."""
+    """Make a temporary directory, after removing those that killed runs left."""
     base = Path(tempfile.gettempdir())
     for claimed in base.glob(f"{PREFIX}*/{CLAIM}"):
         with contextlib.suppress(OSError), open(claimed, "r+b") as opened:

@@ -1,7 +1,9 @@
-"""Load a model from a path or a ModelProto, or say in one sentence why not."""
+"""Load a model from a path or a ModelProto, or raise ModelError with one sentence that says why not."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import IO, TypeAlias
@@ -18,17 +20,18 @@ from requant_onnx.text import first_line
 Source: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 ModelLike: TypeAlias = "Source | bytes | IO[bytes]"
 MIN_OPSET = 7
-MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # 27 is the newest whose operators ONNX Runtime 1.32 has
-MAX_BYTES = 2**31 - 1  # of one protobuf message
-MAX_PARTS = 1 << 20  # what a model of 65,000 nodes has
-FETCHED_BYTES = 1 << 28  # of external data
-LARGE_BYTES = MAX_BYTES - 2**26  # of initializers; leaves 64 MB for the rest
+MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # ONNX Runtime 1.32 has the operators of opset 27 and no newer one
+MAX_BYTES = 2**31 - 1  # largest size of one protobuf message
+MAX_PARTS = 1 << 20  # number of parts of a model of 65,000 nodes
+FETCHED_BYTES = 1 << 28  # external data up to this size are read with the model
+LARGE_BYTES = MAX_BYTES - 2**26  # size of the initializers; leaves 64 MB for the rest
 
 
 def source_of(model: ModelLike) -> Source:
-    """What can be read more than once: a path or a ModelProto as it is; bytes and what a binary file object gives, parsed.
+    """Turn a model into a source that can be read more than once: a path or a ModelProto is returned as it is, bytes are parsed.
 
-    Raises ModelError when these are no ONNX file, or the model is given as anything else.
+    model: a path, a ModelProto, bytes, or a binary file object.
+    Raises ModelError when the bytes are no ONNX file, or the model is given as anything else.
     """
     if isinstance(model, onnx.ModelProto | str | PathLike):
         return model
@@ -46,9 +49,9 @@ def source_of(model: ModelLike) -> Source:
 
 
 def load_model(source: ModelLike) -> onnx.ModelProto:
-    """A valid model that the caller may change: read (`source_of`), or copied from a ModelProto.
+    """Load a valid model that the caller may change: read (`source_of`), or copied from a ModelProto.
 
-    External data of more than FETCHED_BYTES stay in their files, for graph.external to read: see `materialize`.
+    External data of more than FETCHED_BYTES stay in their files, from which files.external reads them: see `materialize`.
     Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
     """
     source = source_of(source)
@@ -71,20 +74,57 @@ def load_model(source: ModelLike) -> onnx.ModelProto:
         fetch(tensor)
     if not stays and not is_large(model):
         _check(model, name)
-    elif path is not None:  # the checker reads what is too large to be handed over, and looks for data files
+    elif path is not None:  # the checker itself reads a model that is too large to be passed, and checks its data files
         _check(str(path), name)
     return model
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that was read and checked once.  source: what ONNX Runtime opens; proto: what it holds, which nobody may change."""
+
+    source: Source
+    proto: onnx.ModelProto
+
+    @classmethod
+    def of(cls, model: ModelLike | LoadedModel) -> LoadedModel:
+        """Read and check, unless that was done.  Raises ModelError as `load_model`."""
+        if isinstance(model, LoadedModel):
+            return model
+        source = source_of(model)
+        return cls(source, load_model(source))
+
+    @property
+    def label(self) -> str:
+        """The path, where there is one."""
+        return "the model" if isinstance(self.source, onnx.ModelProto) else str(self.source)
+
+    @property
+    def name(self) -> str:
+        """The model in a sentence."""
+        return self.label if isinstance(self.source, onnx.ModelProto) else f"'{self.label}'"
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file with its external data, or of the serialized model."""
+        return self.source.ByteSize() if isinstance(self.source, onnx.ModelProto) else file_bytes(Path(self.source))
+
+    def copy(self) -> onnx.ModelProto:
+        """What it holds, to be changed."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        return model
+
+
 def materialize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with all external data in it.  Changes and returns `model`."""
+    """Read all external data into the model.  Changes and returns `model`."""
     for tensor in stored_tensors(model):
         fetch(tensor)
     return model
 
 
 def is_large(model: onnx.ModelProto) -> bool:
-    """Whether the model may be more than one protobuf message can hold: it cannot be serialized then, nor be measured."""
+    """Whether the model may be too large for one protobuf message; such a model can be neither serialized nor measured."""
     return sum(stored_bytes(item) for item in model.graph.initializer) > LARGE_BYTES
 
 
@@ -99,23 +139,28 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The external data files of a model; none when it is no model."""
+    """The external data files of a model; none when the file is no model."""
     try:
-        model = _parse(path)
-    except ModelError:
+        stat = path.stat()
+        return [path.parent / name for name in _locations(path, stat.st_mtime_ns, stat.st_size)]
+    except (ModelError, OSError, ValueError):
         return []
+
+
+@lru_cache(maxsize=8)
+def _locations(path: Path, mtime_ns: int, size: int) -> tuple[str, ...]:  # noqa: ARG001  # a file that has changed is parsed again
     outside = {
         entry.value
-        for tensor in stored_tensors(model)
+        for tensor in stored_tensors(_parse(path))
         if is_external(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return [path.parent / name for name in sorted(outside)]
+    return tuple(sorted(outside))
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a model with its external data files."""
+    """The size of a model file and its external data files, in bytes."""
     return path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
 
 

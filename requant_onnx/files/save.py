@@ -19,15 +19,15 @@ from requant_onnx.files.wire import copy_fields, pieces_of
 from requant_onnx.text import first_line
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
-MAGIC = b"requant_onnx\0\0\0\0"  # at the start of our data files: what a killed run left is known by it
-PAGE, WORD = 4096, 16  # alignment in the data file of tensors that are worth mapping into memory, and of others
+MAGIC = b"requant_onnx\0\0\0\0"  # at the start of our data files: it identifies those that a killed run left
+PAGE, WORD = 4096, 16  # alignment in the data file: of tensors that are worth mapping into memory, and of all other tensors
 MAPPED_BYTES = 1 << 20
 
 
 def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False) -> int:
-    """Check the model with onnx.checker and write it.  Returns its size in bytes, that of its external data included.
+    """Check the model with onnx.checker and write it.  Returns its size in bytes, external data included.
 
-    external_data: write initializers of 1 kB and more to a second file beside it, `<name>.data`, as a model above 2 GB needs.
+    external_data: whether initializers of 1 kB and more go to a second file next to it, `<name>.data`, as a model above 2 GB needs.
     Raises ModelError when the model is invalid, or above 2 GB without external data, OutputError when it cannot be written.
     """
     path = Path(path)
@@ -52,7 +52,7 @@ def _check(model: onnx.ModelProto | str) -> None:
 
 
 def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, or, to check a large one in little memory, a copy with its larger initializers as inputs."""
+    """The model, or a copy with its larger initializers as inputs, which takes little memory to check."""
     large = {item.name for item in model.graph.initializer if stored_bytes(item) >= MAPPED_BYTES}
     if not large:
         return model
@@ -69,7 +69,7 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _save_externally(model: onnx.ModelProto, path: Path) -> int:
-    """The data under a name that is new, then the model that refers to it: at no moment does a model refer to other data."""
+    """Write the data under a new name, then the model that refers to it: at no moment does a model refer to other data."""
     former = _data_files(path)
     location = next(name for name in _data_names(path) if not (path.parent / name).exists())
     skeleton, outside = _without_data(model, location)
@@ -93,7 +93,7 @@ def _save_externally(model: onnx.ModelProto, path: Path) -> int:
 
 
 def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[tuple[int, onnx.TensorProto]]]:
-    """A copy of the model whose larger initializers refer to `location`, and these with their offsets there."""
+    """A copy of the model whose larger initializers refer to `location`, and these initializers with their offsets there."""
     skeleton, outside, end = onnx.ModelProto(), [], len(MAGIC)
     copy_fields(model, skeleton, but="graph")
     copy_fields(model.graph, skeleton.graph, but="initializer")
@@ -125,22 +125,22 @@ def _data_names(path: Path) -> Iterator[str]:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The external data files of a model that was written here before, and will be replaced."""
-    ours = _own_data(path)
-    return [file for file in data_files(path) if file.parent == path.parent and ours.fullmatch(file.name)]
+    """The external data files of the model at `path`, which will be replaced, that have names of this module."""
+    pattern = _data_pattern(path)
+    return [file for file in data_files(path) if file.parent == path.parent and pattern.fullmatch(file.name)]
 
 
 def _orphans(path: Path, used: Collection[Path]) -> list[Path]:
-    """Data files that a run killed before its last step left for this model, which nothing refers to."""
-    found = []
+    """Data files of this model that a run left when it was killed before its last step, and that nothing refers to."""
+    orphans = []
     for file in path.parent.iterdir():
-        if file not in used and _own_data(path).fullmatch(file.name) and file.is_file():
+        if file not in used and _data_pattern(path).fullmatch(file.name) and file.is_file():
             with contextlib.suppress(OSError), open(file, "rb") as opened:
-                found += [file] if opened.read(len(MAGIC)) == MAGIC else []
-    return found
+                orphans += [file] if opened.read(len(MAGIC)) == MAGIC else []
+    return orphans
 
 
-def _own_data(path: Path) -> re.Pattern[str]:
+def _data_pattern(path: Path) -> re.Pattern[str]:
     return re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
 
 

@@ -1,4 +1,4 @@
-"""Every graph, every read and every stored tensor of a model, bodies of If, Loop and Scan included."""
+"""All graphs, all reads and all stored tensors of a model, bodies of If, Loop and Scan included."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def reads_in(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every tensor name read in a graph, its outputs and the bodies nested in it included."""
+    """Every tensor name that a graph reads, its outputs and the bodies nested in it included."""
     for each in all_graphs(graph):
         for node in each.node:
             yield from node.input
@@ -35,7 +35,7 @@ def reads_in(graph: onnx.GraphProto) -> Iterator[str]:
 def stored_tensors(model: onnx.ModelProto, skip_main: bool = False) -> Iterator[TensorProto]:
     """Every tensor in the model: initializers and attributes, in bodies, functions and training information too.
 
-    skip_main: without the initializers of the main graph.
+    skip_main: whether the initializers of the main graph are skipped.
     """
     training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
     bodies = [body for function in model.functions for node in function.node for body in subgraphs_of(node)]

@@ -15,8 +15,8 @@ import onnx
 from requant_onnx.files.external import chunks_of, is_external, stored_bytes
 
 Buffer: TypeAlias = "mmap.mmap | bytes"
-SMALL_BYTES = 1 << 22  # of a file: as many parts as it can have take no more than 0.4 GB
-FIXED = {1: 8, 5: 4}  # bytes of a value by wire type
+SMALL_BYTES = 1 << 22  # size of a file whose parts take at most 0.4 GB, however many it has
+FIXED = {1: 8, 5: 4}  # wire type -> bytes of a value
 
 
 def pieces_of(model: onnx.ModelProto) -> Iterator[bytes]:
@@ -32,15 +32,15 @@ def pieces_of(model: onnx.ModelProto) -> Iterator[bytes]:
         if is_external(tensor):
             head.ClearField("data_location")
             del head.external_data[:]
-        own = head.SerializeToString(deterministic=True)
-        own += _tag(tensor, "raw_data", size) if size or tensor.HasField("raw_data") else b""
-        heads.append((_tag(graph, "initializer", len(own) + size) + own, size))
+        encoded = head.SerializeToString(deterministic=True)
+        encoded += _tag(tensor, "raw_data", size) if size or tensor.HasField("raw_data") else b""
+        heads.append((_tag(graph, "initializer", len(encoded) + size) + encoded, size))
     nodes = graph.SerializeToString(deterministic=True)
     yield rest.SerializeToString(deterministic=True)
     yield _tag(model, "graph", len(nodes) + sum(len(head) + size for head, size in heads))
     yield nodes
-    for tensor, (own, _) in zip(model.graph.initializer, heads, strict=True):
-        yield own
+    for tensor, (encoded, _) in zip(model.graph.initializer, heads, strict=True):
+        yield encoded
         yield from chunks_of(tensor)
 
 
@@ -58,9 +58,9 @@ def copy_fields(source: Any, target: Any, but: str) -> None:
 
 
 def has_more_parts(source: Path | bytes, limit: int) -> bool:
-    """Whether a serialized model has more than `limit` messages, strings and other values, counted without making them.
+    """Whether a serialized model has more than `limit` messages, strings and other values, counted without creating them.
 
-    A file of tiny parts takes a hundred times its size when it is parsed.  What is no protobuf counts up to its first error.
+    A file of tiny parts takes a hundred times its size when it is parsed.  Data that are no protobuf count up to the first error.
     """
     if (len(source) if isinstance(source, bytes) else source.stat().st_size) <= SMALL_BYTES:
         return False
@@ -99,7 +99,7 @@ def _parts(data: Buffer) -> Iterator[None]:
 
 
 def _varint(data: Buffer, at: int) -> tuple[int, int]:
-    """(value, where it ends).  Raises IndexError where there is none."""
+    """Read a varint: (value, index after it).  Raises IndexError where there is none."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]
@@ -111,7 +111,7 @@ def _varint(data: Buffer, at: int) -> tuple[int, int]:
 
 
 def _tag(message: Any, field: str, length: int) -> bytes:
-    """What stands before a field of that length: its number, wire type 2, and the length, as varints."""
+    """The bytes before a field of that length: field number with wire type 2, and the length, as varints."""
     coded = b""
     for rest in [message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length]:
         sevens = [rest >> k & 127 for k in range(0, max(rest.bit_length(), 1), 7)]

@@ -35,9 +35,9 @@ def channel_means(model: ModelGraph) -> dict[str, Float64Array]:
     """(channels,) of each tensor of which it is known.  The model has its BatchNormalization nodes still."""
     known: dict[str, _Normal] = {}
     for node in model.nodes:
-        found = _of(node, known) if is_standard(node) and node.outputs else None
-        if found is not None:
-            known[node.outputs[0].name] = found
+        normal = _of(node, known) if is_standard(node) and node.outputs else None
+        if normal is not None:
+            known[node.outputs[0].name] = normal
     return {name: item.mean for name, item in known.items()}
 
 
@@ -117,10 +117,10 @@ FUNCTIONS: dict[str, Callable[[gs.Node], Function | None]] = {
 
 def _bounds(node: gs.Node) -> tuple[float, float] | None:
     """Of a Clip: attributes up to opset 10, then inputs; None when they are not constant."""
-    found = [float(node.attrs.get("min", -np.inf)), float(node.attrs.get("max", np.inf))]
+    bounds = [float(node.attrs.get("min", -np.inf)), float(node.attrs.get("max", np.inf))]
     for k, tensor in enumerate(node.inputs[1:3]):
         root = find_root(tensor) if tensor.name else None
         if tensor.name and root is None:
             return None
-        found[k] = found[k] if root is None else float(root.load().astype(np.float64).ravel()[0])
-    return found[0], found[1]
+        bounds[k] = bounds[k] if root is None else float(root.load().astype(np.float64).ravel()[0])
+    return bounds[0], bounds[1]

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
-from requant_onnx.graph.operands import operator_of, weight_operand
+from requant_onnx.graph.operands import bias_input, operator_of, weight_operand
 from requant_onnx.graph.operators import Operator
 from requant_onnx.graph.products import Product
 from requant_onnx.numerics.arrays import Float32Array, Float64Array
@@ -97,17 +97,19 @@ def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
     stored = {item.name for item in graph.initializer}
     for node in model.nodes:
         operator = operator_of(node)
-        root = None if operator is None or operator.bias is None else find_root(node.inputs[operator.weights[0]])
-        if operator is None or root is None or root.name not in weights or operator.scales_bias(node.attrs):
+        if operator is None or operator.bias is None:
+            continue
+        root = find_root(node.inputs[operator.weights[0]])
+        if root is None or root.name not in weights or operator.scales_bias(node.attrs):
             continue
         bias = _bias(node, operator, operator.product(node.attrs, root.shape), model.read_counts)
-        target = proto[node.outputs[0].name]
-        given = target.input[2] if len(target.input) > 2 else ""
+        target, edge = proto[node.outputs[0].name], bias_input(node)
+        given = "" if edge is None else edge.name
         if bias is None or (given in stored and given not in interface and model.read_counts[given] == 1):
             continue
         name = names.take(f"{target.input[1]}_bias")
         set_initializer(graph, bias[1], name)
-        del target.input[2:]
+        del target.input[operator.bias :]
         target.input.append(name)
 
 
@@ -121,10 +123,9 @@ def _added_to(node: gs.Node) -> str:
 
 def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, Float32Array] | None:
     """(name if only this node reads it, values); None for values that are not constant or no vector."""
-    position = operator.bias
-    if position is None or len(node.inputs) <= position or not node.inputs[position].name:
+    edge = bias_input(node)
+    if edge is None:
         return "", np.zeros(product.channels, np.float32)
-    edge = node.inputs[position]
     root = find_root(edge)
     if root is None or root.dtype != onnx.TensorProto.FLOAT or root.shape != (product.channels,):
         return None

@@ -26,6 +26,14 @@ def weight_operand(node: gs.Node) -> int | None:
     return next(constant, None)
 
 
+def bias_input(node: gs.Node) -> gs.Tensor | None:
+    """What a node with a weight adds to its product; None for nothing."""
+    operator = operator_of(node)
+    if operator is None or operator.bias is None or len(node.inputs) <= operator.bias:
+        return None
+    return node.inputs[operator.bias] if node.inputs[operator.bias].name else None
+
+
 def edge_nodes(graph: gs.Graph) -> set[int]:
     """ids of the nodes with a weight that have no other one before them, or none behind them."""
     weighted = {id(node) for node in graph.nodes if weight_operand(node) is not None}

@@ -74,8 +74,8 @@ def constant_part(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelP
             behind.extend(makers[name].input if name in makers else ())
     nodes = [node for node in model.graph.node if needed.intersection(node.output)]
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
-    own = [stored[name] for name in sorted(needed) if name in stored]
-    graph = onnx.helper.make_graph(nodes, "constants", [], outputs, own)
+    initializers = [stored[name] for name in sorted(needed) if name in stored]
+    graph = onnx.helper.make_graph(nodes, "constants", [], outputs, initializers)
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
@@ -89,10 +89,10 @@ def settled_tensors(model: onnx.ModelProto) -> dict[str, str]:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     outputs = {item.name for item in model.graph.output}
-    found = {}
+    settled = {}
     for name, nodes in readers.items():
         codes = {node.output[0] for node in nodes if node.op_type == "QuantizeLinear" and node.input[0] == name}
         behind = [node for code in codes for node in readers.get(code, ()) if node.op_type == "DequantizeLinear"]
         if len(nodes) == len(codes) and behind and name not in outputs:
-            found[name] = str(behind[0].output[0])
-    return found
+            settled[name] = str(behind[0].output[0])
+    return settled

@@ -60,7 +60,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class LeftAlone:
+class SkippedWeight:
     """A weight that stays as it is, and why (a sentence without its subject).  bytes: stored, 0 where it is no constant."""
 
     name: str
@@ -75,7 +75,7 @@ class View:
     """All weights of a model in graph order."""
 
     weights: tuple[Weight, ...]
-    left_alone: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedWeight, ...]
 
 
 def find_weights(model: ModelGraph) -> View:
@@ -84,10 +84,10 @@ def find_weights(model: ModelGraph) -> View:
     edges = edge_nodes(model.graph) or {edge for body in model.bodies for edge in edge_nodes(body)}
     interface = _Interface.of(model.proto)
     weights: dict[str, Weight] = {}
-    skipped: dict[tuple[str, str], tuple[LeftAlone, gs.Tensor | None]] = {}
+    skipped: dict[tuple[str, str], tuple[SkippedWeight, gs.Tensor | None]] = {}
     for node in (node for graph in graphs for node in graph.nodes):
         for item, tensor in _look_at(node, interface, id(node) in edges):
-            if isinstance(item, LeftAlone):
+            if isinstance(item, SkippedWeight):
                 skipped.setdefault((item.name, item.op), (item, tensor))
             elif item.name not in weights or item.is_edge:  # shared: the first reader decides, any edge makes an edge
                 weights[item.name] = replace(weights.get(item.name, item), is_edge=item.is_edge)
@@ -95,8 +95,8 @@ def find_weights(model: ModelGraph) -> View:
     return View(tuple(weights.values()), tuple(item for item in left if item.name not in weights))
 
 
-def _with_bytes(skipped: Iterable[tuple[LeftAlone, gs.Tensor | None]]) -> Iterator[LeftAlone]:
-    """Those left alone with the bytes of the constants that they come from; a constant behind several counts at the first."""
+def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
+    """Those skipped with the bytes of the constants that they come from; a constant behind several counts at the first."""
     counted: set[int] = set()
     for item, tensor in skipped:
         constants = [] if tensor is None else constants_behind(tensor) or []
@@ -105,7 +105,7 @@ def _with_bytes(skipped: Iterable[tuple[LeftAlone, gs.Tensor | None]]) -> Iterat
         yield replace(item, bytes=sum(_bytes(each) for each in new))
 
 
-def _in_functions(model: onnx.ModelProto) -> Iterator[LeftAlone]:
+def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:
     """The nodes with weights in functions that were not inlined."""
     seen: set[tuple[str, str]] = set()
     for function in model.functions:
@@ -114,7 +114,7 @@ def _in_functions(model: onnx.ModelProto) -> Iterator[LeftAlone]:
             key = (node.name or function.name, node.op_type)
             if node.op_type in OPERATORS and key not in seen:
                 seen.add(key)
-                yield LeftAlone(*key, (), reason)
+                yield SkippedWeight(*key, (), reason)
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,19 @@ class _Interface:
         return cls(frozenset(item.name for item in model.graph.output), inputs, sparse, stored)
 
 
-def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | LeftAlone, gs.Tensor | None]]:
+def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor | None]]:
     """The weights of a node, or why they stay, each with the tensor that the node reads; None for one of an integer kernel."""
     if operator_of(node) is not None:
         yield from _weight_of(node, interface, is_edge)
     elif node.op in NOT_CONVERTED:
         for tensor in (node.inputs[k] for k in NOT_CONVERTED[node.op] if k < len(node.inputs)):
-            yield LeftAlone(tensor.name, node.op, _shape(tensor), f"{node.op} weights are not converted"), tensor
+            yield SkippedWeight(tensor.name, node.op, _shape(tensor), f"{node.op} weights are not converted"), tensor
     elif node.op in KERNELS:
         tensor = node.inputs[KERNELS[node.op].weight]
-        yield LeftAlone(tensor.name, node.op, _shape(tensor), f"is already quantized ({node.op})"), None
+        yield SkippedWeight(tensor.name, node.op, _shape(tensor), f"is already quantized ({node.op})"), None
 
 
-def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | LeftAlone, gs.Tensor]]:
+def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor]]:
     operator, operand = OPERATORS[node.op], weight_operand(node)
     if operand is None:
         return
@@ -159,7 +159,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
     if root is None:
         reason = _why_computed(tensor)
         if reason is not None:
-            yield LeftAlone(tensor.name, node.op, _shape(tensor), reason), tensor
+            yield SkippedWeight(tensor.name, node.op, _shape(tensor), reason), tensor
         return
     seen = seen_shape(root)
     if seen is not None and not operator.fits(node.attrs, seen):
@@ -168,7 +168,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
         )
     reason = _refusal(root, interface)
     if reason is not None:
-        yield LeftAlone(root.name, node.op, root.shape, reason), tensor
+        yield SkippedWeight(root.name, node.op, root.shape, reason), tensor
         return
     weight = Weight(
         name=root.name,

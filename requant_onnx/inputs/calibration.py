@@ -1,4 +1,4 @@
-"""What a model is calibrated on: images drawn at random, inputs by name, or synthetic images (noise)."""
+"""Calibration inputs: images drawn at random, inputs by name, or synthetic images (noise)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import AnyArray
 
 DEFAULT_COUNT = 256
-NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, near those of any natural images
-NOISE_HEADROOM = 1.5  # by which ranges seen on noise are widened, for images reach further (measured: README, "int8")
+NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
+NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
 Feed: TypeAlias = "Mapping[str, AnyArray]"
 
 
 @runtime_checkable
 class CalibrationDataReader(Protocol):
-    """What onnxruntime.quantization.CalibrationDataReader is used for here."""
+    """The method of onnxruntime.quantization.CalibrationDataReader that is used here."""
 
     def get_next(self) -> Feed | None:
-        """The next inputs by name, None after the last."""
+        """The next inputs by name; None after the last."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the activations are watched on: `count` images drawn at random; or the first `count` feeds, which are inputs by name
-    for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
+    """The inputs on which activations are measured: `count` images drawn at random; or the first `count` feeds, which are inputs by
+    name for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
 
-    normalization: for uint8 images (default: pixel / 255) and for noise (default: ImageNet's, for 3 channels).
-    seed: of the drawing, and of the noise.  size: of the noise; it (height, width) is needed where the model leaves it free.
+    normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: that of ImageNet, for 3 channels).
+    seed: seed for drawing images and for noise.  size: (height, width) of noise, needed where the model leaves them free.
     """
 
     images: ImageSet | None = None
@@ -59,12 +59,12 @@ class Calibration:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the inputs are made up."""
+        """Whether the inputs are noise."""
         return self.images is None and not self.feeds
 
     @property
     def headroom(self) -> float:
-        """Factor on the ranges seen."""
+        """The factor on measured ranges."""
         return NOISE_HEADROOM if self.is_noise else 1.0
 
     def __post_init__(self) -> None:

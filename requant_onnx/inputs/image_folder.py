@@ -1,4 +1,4 @@
-"""Images in a folder, decoded when they are needed, with the usual steps of torchvision: resize, center crop.
+"""Images in a directory, decoded when they are needed, with the usual steps of torchvision: resize, center crop.
 
 https://docs.pytorch.org/vision/stable/transforms.html: Resize(n) (bilinear, antialiased, on the shorter side), CenterCrop(n).
 """
@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class Pipeline:
-    """resize: length of the shorter side, or None; crop: (height, width) cut out of the center, or None."""
+    """Steps applied to an image.  resize: length of the shorter side, or None.  crop: (height, width) of the center, or None."""
 
     resize: int | None = None
     crop: tuple[int, int] | None = None
@@ -32,7 +32,7 @@ class Pipeline:
             raise ConfigError(f"images are resized to {self.resize} and cropped to {self.crop}; both must be 1 .. 16384 pixels")
 
     def apply(self, image: Any) -> Any:
-        """image: of Pillow; so is the result."""
+        """Resize and crop an image of Pillow."""
         if self.resize is not None:
             image = self._resized(image, self.resize)
         if self.crop is not None:
@@ -51,7 +51,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Looks like an array of shape (n, 3, h, w) of uint8 pixels.  size: (h, w) of every image."""
+    """Images that behave like an array of uint8 pixels, (n, 3, h, w).  size: (h, w) of every image."""
 
     paths: tuple[Path, ...]
     pipeline: Pipeline
@@ -60,7 +60,7 @@ class FolderImages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(n, 3, h, w)."""
+        """The shape (n, 3, h, w)."""
         return (len(self.paths), 3, *self.size)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class FolderImages:
         return replace(self, paths=chosen)
 
     def fingerprint(self) -> bytes:
-        """The pipeline, and names, sizes and times of the files."""
+        """Bytes that identify the images: the pipeline, and names, sizes and times of the files."""
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         return repr((self.pipeline, self.size, stats)).encode("utf-8", "surrogateescape")
 
@@ -91,24 +91,26 @@ class FolderImages:
 
 
 def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Array | None]:
-    """(images, labels): as torchvision's ImageFolder, one class a subfolder, in the order of names; no labels where images lie in
-    the folder itself.
+    """Open the images of a directory: (images, labels).
 
-    Raises DataError when there is none, some lie beside the subfolders, or the first cannot be read; others when they are decoded.
+    As in torchvision's ImageFolder, each subdirectory is a class, in the order of names; images in the directory itself have no
+    labels.  Raises DataError when there is no image, some are next to subdirectories of images, or the first cannot be read; an
+    unreadable later image raises it when it is decoded.
     """
     try:
-        own = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+        unlabeled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
         classes = [_images_below(each) for each in sorted(folder.iterdir()) if each.is_dir()]
     except OSError as error:
         raise DataError(f"cannot read the folder '{folder}' ({error.strerror or error}); give a folder of images") from None
     labeled = [(path, label) for label, paths in enumerate(classes) for path in paths]
-    if own and labeled:
+    if unlabeled and labeled:
         raise DataError(f"'{folder}' holds images and subfolders of images; give a folder of one or the other")
-    paths = tuple(own or (path for path, _ in labeled))
+    paths = tuple(unlabeled or (path for path, _ in labeled))
     if not paths:
         raise DataError(f"'{folder}' holds no image ({', '.join(SUFFIXES)}); give a folder of images, or of one folder a class")
     height, width, _ = _decoded(paths[0], pipeline).shape
-    return FolderImages(paths, pipeline, (height, width)), None if own else np.array([label for _, label in labeled], np.int64)
+    labels = None if unlabeled else np.array([label for _, label in labeled], np.int64)
+    return FolderImages(paths, pipeline, (height, width)), labels
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -116,7 +118,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _decoded(path: Path, pipeline: Pipeline) -> UInt8Array:
-    """(h, w, 3)."""
+    """The pixels of a file, (h, w, 3)."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Images, labeled for validation: CIFAR in its official binary layout, an .npz file, or a folder of images.
+"""Images, labeled for validation: CIFAR in its official binary layout, an .npz file, or a directory of images.
 
 CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a record is the label bytes
 (CIFAR-10: 1; CIFAR-100: coarse, fine), then 3072 bytes, channel by channel, row by row.
@@ -24,12 +24,12 @@ from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array,
 Pixels: TypeAlias = "UInt8Array | Float32Array"
 Images: TypeAlias = "Pixels | FolderImages"
 PIXELS = 3 * 32 * 32
-MAX_VALUES = 1 << 29  # of images made or put together; 2 GB
+MAX_VALUES = 1 << 29  # largest number of values of images that are generated or padded; 2 GB
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
 }
-"""Per-channel mean and standard deviation of each train split, for pixels in 0..1."""
+"""The mean and standard deviation of each channel of each train split, for pixels in 0..1."""
 
 _FILES = {
     ("cifar10", "train"): ("cifar-10-batches-bin", [f"data_batch_{k}.bin" for k in range(1, 6)]),
@@ -44,9 +44,9 @@ _LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 class ImageSet:
     """Images and, where known, their labels.
 
-    x: (n, c, h, w), uint8 pixels 0..255 or float32 values that are already normalized; n >= 1.
-    FolderImages look like such an array.
-    y: (n,) int64 class indices, or None.
+    x: uint8 pixels 0..255 or float32 values that are already normalized, (n, c, h, w), n >= 1.
+    FolderImages behave like such an array.
+    y: class indices, (n,) int64, or None.
     """
 
     x: Images
@@ -57,7 +57,7 @@ class ImageSet:
 
     @property
     def pixels(self) -> Pixels:
-        """x as an array, all of it in memory."""
+        """The images as an array in memory."""
         return self.x[:]
 
     def first(self, count: int | None) -> ImageSet:
@@ -69,13 +69,13 @@ class ImageSet:
         return self._subset(slice(start, end))
 
     def fingerprint(self) -> bytes:
-        """What tells these images from others, but for their labels: pixels, or names, sizes and times of the files of a folder."""
+        """Bytes that identify the images, not their labels: pixels, or names, sizes and times of the files of a directory."""
         if isinstance(self.x, FolderImages):
             return self.x.fingerprint()
         return repr((self.x.shape, self.x.dtype.str)).encode() + hashlib.sha256(np.ascontiguousarray(self.x).data).digest()
 
     def drawn(self, count: int, seed: int) -> ImageSet:
-        """`count` images at random, in their order; all where there are no more.  The same for the same seed."""
+        """Draw `count` images at random, kept in their order; all images where there are no more.  The same for the same seed."""
         if count >= len(self.x):
             return self
         return self._subset(np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False)))
@@ -92,7 +92,7 @@ class ImageSet:
 class Normalization:
     """x = (pixel / 255 - mean) / std, channel by channel.
 
-    mean, std: one value a channel, or one for all; in units of pixel / 255.
+    mean, std: one value per channel, or one for all, in units of pixel / 255.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -103,7 +103,7 @@ class Normalization:
             raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
 
     def apply(self, x: Pixels) -> Float32Array:
-        """(n, c, h, w) uint8 pixels -> float32; float32 images stay as they are.  Raises DataError when c does not fit."""
+        """Normalize uint8 pixels, (n, c, h, w), to float32; float32 images do not change.  Raises DataError when c does not fit."""
         if x.dtype != np.uint8:
             return x.astype(np.float32, copy=False)
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -116,7 +116,7 @@ class Normalization:
 
 
 def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, Float32Array]]:
-    """(start, x) of `size` images, the last batch smaller; or, where the size is fixed, padded with its own last image.
+    """Batches (start, x) of `size` images; the last is smaller, or, where the size is fixed, padded with copies of its last image.
 
     Raises DataError where a fixed size is too large to be held.
     """
@@ -130,9 +130,9 @@ def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed:
 
 
 def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeline | None = None) -> ImageSet:
-    """Load `cifar10:DIR`, `cifar100:DIR` (that split of it, train or test), `FILE.npz` (`x`, optionally `y`) or `images:DIR`.
+    """Load `cifar10:DIR`, `cifar100:DIR` (the split, train or test), `FILE.npz` (`x`, optionally `y`) or `images:DIR`.
 
-    pipeline: of images:DIR, which are labeled where each class has a folder of its own (image_folder.py).
+    pipeline: resize and crop for images:DIR, whose images are labeled where each class has a subdirectory (image_folder.py).
     Raises DataError when the files are missing, damaged, empty or of another shape.
     """
     spec = str(spec)
@@ -147,7 +147,7 @@ def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeli
 
 
 def load_cifar(dataset: str, folder: Path, split: str) -> ImageSet:
-    """Load one split of CIFAR.  folder: the folder of the .bin files, or its parent.  x: (n, 3, 32, 32) uint8.
+    """Load one split of CIFAR.  folder: directory of the .bin files, or its parent.  x: (n, 3, 32, 32) uint8.
 
     Raises DataError when a file is missing or its size is not a whole number of records.
     """
@@ -178,9 +178,9 @@ def holds_images(path: Path) -> bool:
 
 
 def load_feeds(path: Path) -> list[dict[str, GenericArray]]:
-    """The inputs of a model by name, of an .npz file that holds each as one array, stacked along the first axis.
+    """Load the inputs of a model by name from an .npz file that holds each input as one array, stacked along the first axis.
 
-    Raises DataError when it cannot be read or the arrays are not equally many.
+    Raises DataError when it cannot be read or the arrays differ in length.
     """
     with _opened(path) as arrays:
         inputs = {name: arrays[name] for name in arrays}

@@ -1,8 +1,8 @@
 """Images that need no data, for calibration: noise with the statistics of natural images.
 
-Natural images are made of things that hide each other, of every size.  The dead leaves model (Lee, Mumford and Huang 2001,
-Int. J. Computer Vision 41) is just that: opaque shapes dropped at random, their radii r distributed as r**-3, which makes the
-image look the same at every scale.  Over it lies texture with the amplitude spectrum 1/f (Field 1987, J. Opt. Soc. Am. A 4).
+Natural images show objects of every size that hide each other.  The dead leaves model (Lee, Mumford and Huang 2001, Int. J.
+Computer Vision 41) does the same: opaque shapes dropped at random, their radii r distributed as r**-3, which makes the image
+look the same at every scale.  A texture with the amplitude spectrum 1/f (Field 1987, J. Opt. Soc. Am. A 4) is added.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy.typing as npt
 from requant_onnx.numerics.arrays import Float64Array, UInt8Array
 from requant_onnx.numerics.compiled import compiled
 
-MEAN, STD = 0.47, 0.25  # of the brightness of shapes, in 0..1: about those of the train splits of CIFAR and ImageNet
+MEAN, STD = 0.47, 0.25  # brightness of shapes, in 0..1: about that of the train splits of CIFAR and ImageNet
 COLOR = 0.1  # standard deviation of a channel about the brightness of its shape
 SHADING = 0.2  # standard deviation of the change of brightness along the longer side, within a shape
 TEXTURE = 0.04  # standard deviation of the 1/f texture
 COMMON = 0.95  # correlation of two channels of the texture
-SMALLEST, LARGEST = 2.0, 0.7  # radius of a shape: in pixels, and of the longer side
-SHAPES = 400  # at most, a 32x32 image; in proportion to the pixels
+SMALLEST, LARGEST = 2.0, 0.7  # radius of a shape: in pixels, and as a fraction of the longer side
+SHAPES = 400  # largest number of shapes in a 32x32 image; proportional to the number of pixels
 
 
 def noise_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> UInt8Array:
-    """(count, channels, height, width) pixels 0..255; the same for the same seed."""
+    """Synthetic images, pixels 0..255, (count, channels, height, width); the same for the same seed."""
     generator = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     amplitude = np.divide(1.0, frequency, out=np.zeros_like(frequency), where=frequency > 0.0)
@@ -37,7 +37,7 @@ def noise_images(count: int, channels: int, height: int, width: int, seed: int =
 
 
 def _leaves(generator: np.random.Generator, channels: int, height: int, width: int) -> Float64Array:
-    """(channels, height, width), in 0..1 but for the tails of the distributions."""
+    """Draw the shapes of an image, (channels, height, width), in 0..1 except for the tails of the distributions."""
     side, shapes = max(height, width), max(1, SHAPES * height * width // 32**2)
     smallest, largest = min(SMALLEST, LARGEST * side), LARGEST * side
     radius = (smallest**-2 + generator.random(shapes) * (largest**-2 - smallest**-2)) ** -0.5
@@ -89,7 +89,7 @@ def _paint(
 
 
 def _fields(generator: np.random.Generator, count: int, amplitude: Float64Array, shape: tuple[int, int]) -> Float64Array:
-    """(count, h, w) Gaussian fields with that amplitude spectrum, of mean 0 and standard deviation 1."""
+    """Gaussian fields, (count, h, w), with the amplitude spectrum `amplitude`, mean 0 and standard deviation 1."""
     white = np.fft.rfft2(generator.normal(size=(count, *shape)))
     fields = np.fft.irfft2(white * amplitude, s=shape)
     deviation = fields.std(axis=(1, 2), keepdims=True)

@@ -21,19 +21,19 @@ from requant_onnx.numerics.search import search_alpha
 
 HALF = 1 << 13  # bins to either side of zero
 BITS = 8
-PERCENTILE = 99.99  # of all values, zeros included
+PERCENTILE = 99.99  # percentile of all values, zeros included
 
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """scale: float32, positive; zero_point: uint8.  Codes 0 .. 255."""
+    """A grid with the codes 0 .. 255.  scale: step between levels, float32, positive.  zero_point: code of zero, uint8."""
 
     scale: np.float32
     zero_point: np.uint8
 
     @property
     def low(self) -> float:
-        """The least value."""
+        """The smallest value."""
         return -float(self.scale) * int(self.zero_point)
 
     @property
@@ -44,9 +44,10 @@ class ActivationGrid:
 
 @dataclass
 class Histogram:
-    """Counts of the values seen, in bins of one width; where a value lies beyond, pairs of bins are joined until it does not.
+    """Counts of values in bins of one width; where a value lies outside all bins, pairs of bins are joined until it does not.
 
-    counts: (2 * HALF,) of the bins [k * width, (k + 1) * width), k = -HALF .. HALF - 1, without zeros.
+    counts: numbers of values in the bins [k * width, (k + 1) * width), k = -HALF .. HALF - 1, (2 * HALF,); zeros are not counted.
+    width: width of a bin, 0 before the first value.  low, high: extremes, zero included.  seen: number of values, zeros included.
     """
 
     counts: Int64Array = field(default_factory=lambda: np.zeros(2 * HALF, np.int64))
@@ -79,7 +80,7 @@ class Histogram:
         _count(x, 1.0 / self.width, self.counts)
 
     def centers(self) -> tuple[Float32Array, Float32Array]:
-        """Middle and count of every bin that is not empty, ascending."""
+        """The middles and counts of all bins that are not empty, ascending."""
         (filled,) = np.nonzero(self.counts)
         middles = np.clip((filled - HALF + 0.5) * self.width, self.low, self.high)
         return middles.astype(np.float32), self.counts[filled].astype(np.float32)
@@ -88,9 +89,9 @@ class Histogram:
 def activation_grid(
     histogram: Histogram, method: ActivationRange, headroom: float = 1.0, ceiling: float = np.inf
 ) -> ActivationGrid:
-    """The grid for the values counted; of scale 1 when all were zero.
+    """Choose the grid for the counted values; its scale is 1 when all are zero.
 
-    headroom: factor on the range, for values like those counted, only larger.  ceiling: the range may not pass it.
+    headroom: factor on the range, where values larger than the counted ones are expected.  ceiling: upper bound of the range.
     """
     low, high = histogram.low, histogram.high
     if method is ActivationRange.PERCENTILE:
@@ -108,7 +109,7 @@ def activation_grid(
 
 
 def _percentile(histogram: Histogram) -> tuple[float, float]:
-    """The bounds that leave (100 - PERCENTILE) per cent of the values outside, on either side."""
+    """The bounds that leave (100 - PERCENTILE) percent of the values outside, on either side."""
     middles, counts = histogram.centers()
     if not middles.size:
         return 0.0, 0.0
@@ -119,7 +120,7 @@ def _percentile(histogram: Histogram) -> tuple[float, float]:
 
 
 def _joined(counts: Int64Array) -> Int64Array:
-    """Bins of twice the width: k // 2, so that zero stays an edge."""
+    """Join pairs of bins: bin k goes into bin k // 2, so that zero stays an edge."""
     joined = np.zeros_like(counts)
     joined[HALF // 2 : HALF // 2 + HALF] = counts.reshape(-1, 2).sum(1)
     return joined

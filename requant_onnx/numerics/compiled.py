@@ -1,4 +1,4 @@
-"""What the compiled loops share: the decorator and the array types."""
+"""The decorator of the compiled loops."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """numba.njit without the GIL, cached on disk where Numba finds a place to write."""
+    """Compile with numba.njit, without the GIL, cached on disk where Numba finds a writable directory."""
     try:
         return cast("F", numba.njit(nogil=True, cache=True)(function))
-    except RuntimeError:  # "no locator available": nothing is writable, so it is compiled in every process
+    except RuntimeError:  # "no locator available": no directory is writable, so the function is compiled in every process
         return cast("F", numba.njit(nogil=True)(function))

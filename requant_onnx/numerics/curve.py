@@ -24,12 +24,13 @@ from requant_onnx.numerics.ranges import RowRanges
 
 
 class Row(NamedTuple):
-    """One row of weights with what its curve needs.
+    """One row of weights with the inputs of its curve.
 
-    w: (n,) sorted weights; u: (n,) values whose error counts; prefix: (n+1,) running sums of h * u; counts: (n+1,) those
-    of h, or (0,) where all are 1; squares: sum h * u**2.
-    thresholds: (K,) and levels: (K+1,) in units of their step, K = 2**bits - 1.  positions: (K,) first element not below each
-    threshold, of the last evaluation.  step: at alpha = 1.  power: 1/a.  in_weights: u is w.
+    w: sorted weights, (n,).  u: values whose error is measured, (n,).  prefix: running sums of h * u, (n+1,).
+    counts: running sums of h, (n+1,), or (0,) where every h is 1.  squares: sum h * u**2.
+    thresholds, levels: thresholds (K,) and levels (K+1,) in units of their step, K = 2**bits - 1.
+    positions: index of the first element not below each threshold at the last evaluation, (K,).
+    step: step at alpha = 1.  power: 1/a.  in_weights: whether u is w.
     """
 
     w: AnyArray
@@ -46,9 +47,11 @@ class Row(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """All rows of a weight: w, u, h (rows, n); steps, zero_points (rows,); the whole tables thresholds (2K,), levels (2K+1,).
+    """The inputs of the curves of all rows of a weight.
 
-    h: importance of each element; (rows, 0) where all are 1.
+    w: sorted weights, (rows, n).  u: values whose error is measured, (rows, n).
+    h: importance of each element, (rows, n), or (rows, 0) where all are 1.
+    thresholds, levels: whole tables, (2K,) and (2K+1,).  steps, zero_points: (rows,).  power: 1/a.  in_weights: whether u is w.
     """
 
     w: AnyArray
@@ -71,7 +74,10 @@ def curves_of(
     objective_in_weights: bool,
     round_in_weights: bool,
 ) -> Curves:
-    """rows: (rows, n) float32, each row sorted ascending; importance: the same shape, in the same order."""
+    """Collect the inputs of the curves.
+
+    rows: weights, (rows, n) float32, each row sorted ascending.  importance: the same shape, in the same order.
+    """
     u = rows if objective_in_weights else table.kind.transform(rows)
     levels = table.weight_levels if objective_in_weights else table.transformed_levels
     thresholds = table.thresholds(round_in_weights)
@@ -89,7 +95,10 @@ def error_curve(
     objective_in_weights: bool = True,
     round_in_weights: bool = True,
 ) -> Float64Array:
-    """Exact mean squared error at each alpha.  rows, importance: (rows, n), sorted; alphas: (points,).  Returns (rows, points)."""
+    """The exact mean squared error at each alpha, (rows, points).
+
+    rows: weights, (rows, n), each row sorted ascending.  importance: the same shape, in the same order.  alphas: (points,).
+    """
     curves = curves_of(
         rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
     )
@@ -98,7 +107,7 @@ def error_curve(
 
 @compiled
 def prepare(curves: Curves, r: int, prefix: Float64Array, counts: Float64Array, positions: Int64Array) -> Row:
-    """Row r, its thresholds placed for alpha = 1.  prefix, counts and positions are filled."""
+    """Prepare row r, with the positions of its thresholds at alpha = 1.  Fills prefix, counts and positions."""
     w, u, h = curves.w[r], curves.u[r], curves.h[r]
     total, squares = 0.0, 0.0
     prefix[0] = 0.0
@@ -123,13 +132,13 @@ def prepare(curves: Curves, r: int, prefix: Float64Array, counts: Float64Array, 
 
 @compiled
 def count_below(row: Row, position: int) -> float:
-    """How often the first elements of a row count."""
+    """The sum of the importances of the first `position` elements of a row."""
     return row.counts[position] if row.counts.size else float(position)
 
 
 @compiled
 def scales(row: Row, alpha: float) -> tuple[float, float]:
-    """Scale of the thresholds (weight space) and scale of the levels (space of u)."""
+    """The scale of the thresholds (weight space) and the scale of the levels (space of u)."""
     v_scale = alpha * row.step
     w_scale = v_scale if row.power == 1.0 else v_scale**row.power
     return w_scale, (w_scale if row.in_weights else v_scale)
@@ -137,7 +146,7 @@ def scales(row: Row, alpha: float) -> tuple[float, float]:
 
 @compiled
 def error_at(row: Row, alpha: float) -> float:
-    """Squared error less sum h * u**2.  Moves row.positions."""
+    """The squared error minus sum h * u**2.  Updates row.positions."""
     t_scale, m_scale = scales(row, alpha)
     w, levels, n = row.w, row.levels, row.w.size
     last = levels.size - 1
@@ -161,11 +170,11 @@ def error_at(row: Row, alpha: float) -> float:
 @compiled
 def _evaluate(curves: Curves, alphas: Float64Array) -> Float64Array:
     count, n = curves.w.shape
-    found = np.zeros((count, alphas.size))
+    errors = np.zeros((count, alphas.size))
     prefix, counts = np.empty(n + 1), np.empty(n + 1 if curves.h.size else 0)
     positions = np.empty(curves.thresholds.size // 2, np.int64)
     for r in range(count):
         row = prepare(curves, r, prefix, counts, positions)
         for i in range(alphas.size):
-            found[r, i] = (row.squares + error_at(row, alphas[i])) / count_below(row, n)
-    return found
+            errors[r, i] = (row.squares + error_at(row, alphas[i])) / count_below(row, n)
+    return errors

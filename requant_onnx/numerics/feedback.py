@@ -1,4 +1,4 @@
-"""Rounding that sees what a layer's inputs are: error feedback, then coordinate descent, on any level table.
+"""Rounding by the second moments of a layer's inputs: error feedback, then coordinate descent, on any level table.
 
 The output error of one channel with the weights w, decoded to w_hat, is (w_hat - w) H (w_hat - w)' with H = E[x x'].
 
@@ -21,40 +21,42 @@ from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import half_scale
 
-BLOCK = 128  # columns rounded before the rest learns of it, by one matrix product
-DAMPING = 0.01  # of the mean diagonal, added to the diagonal before the inverse
-PASSES = 5  # of descent at most
-SMALLEST_GAIN = 1e-12  # of one step squared: below it rounding errors could move codes for ever
-REFITS = 3  # alternations of scale and descent
+BLOCK = 128  # columns rounded before their errors are pushed into the later ones by one matrix product
+DAMPING = 0.01  # fraction of the mean diagonal that is added to the diagonal before the inverse
+PASSES = 5  # largest number of passes of the descent
+SMALLEST_GAIN = 1e-12  # of a change, in units of scale**2 * h[j, j]: below it rounding errors could change codes forever
+REFITS = 3  # largest number of alternations of scale and descent
 
 
 @dataclass(frozen=True)
 class RowGrid:
-    """Where rows of weights may lie: w_hat = scale * integers[code + offset], code 0 .. K.
+    """The grids of rows of weights: w_hat = scale * integers[code + offset], code 0 .. K.
 
-    scale: (rows,) float64 of one integer level; at least min_scale; representable in float16 where half is set.
-    offset: (rows,) int64, K - zero_point.  in_weights: round in weight space.
+    scale: value of one integer level, (rows,) float64, at least min_scale, representable in float16 where half is set.
+    offset: K - zero_point, (rows,) int64.
     """
 
     scale: Float64Array
     offset: Int64Array
     table: LevelTable
-    in_weights: bool
     min_scale: Float64Array
     half: bool
 
     def decode(self, codes: UInt8Array) -> Float64Array:
-        """(rows, n) codes -> weights."""
+        """The weights of codes, (rows, n)."""
         return np.asarray(self.table.integers[codes.astype(np.int64) + self.offset[:, None]] * self.scale[:, None])
 
 
 def feedback(w: Float64Array, h: Float64Array, grid: RowGrid) -> UInt8Array:
-    """Round with error feedback, the columns with the largest inputs first.  w: (rows, n); h: (n, n), positive semidefinite."""
+    """Round with error feedback, the columns with the largest inputs first.
+
+    w: weights, (rows, n).  h: second moments of the inputs, (n, n), positive semidefinite.
+    """
     order = np.argsort(-np.diag(h), kind="stable")
     u = _upper_of_inverse(h[np.ix_(order, order)])
     left = np.ascontiguousarray(w[:, order])
     codes = np.empty(w.shape, np.uint8)
-    thresholds = grid.table.thresholds(grid.in_weights) * grid.table.unit
+    thresholds = grid.table.thresholds(True) * grid.table.unit
     integers = grid.table.integers.astype(np.float64)
     for start in range(0, w.shape[1], BLOCK):
         end = min(start + BLOCK, w.shape[1])
@@ -62,24 +64,24 @@ def feedback(w: Float64Array, h: Float64Array, grid: RowGrid) -> UInt8Array:
         block = np.ascontiguousarray(u[start:end, start:end])
         _round_block(left[:, start:end], block, grid.scale, grid.offset, thresholds, integers, codes[:, start:end], errors)
         left[:, end:] -= errors @ u[start:end, end:]
-    found = np.empty_like(codes)
-    found[:, order] = codes
-    return found
+    codes_in_order = np.empty_like(codes)
+    codes_in_order[:, order] = codes
+    return codes_in_order
 
 
 def conditional_variances(h: Float64Array) -> Float64Array:
-    """(n,) what is left of the variance of each input once all that come later in `feedback` are known: 1 / U_jj**2.
+    """The conditional variance of each input, given all inputs that come later in `feedback`, (n,): 1 / U_jj**2.
 
-    Sum over j of (error of w_j)**2 times this is the error of the output after feedback.
+    The output error after feedback is the sum over j of (error of w_j)**2 times this variance.
     """
     order = np.argsort(-np.diag(h), kind="stable")
-    found = np.empty(len(h))
-    found[order] = np.diag(_upper_of_inverse(h[np.ix_(order, order)])) ** -2.0
-    return found
+    variances = np.empty(len(h))
+    variances[order] = np.diag(_upper_of_inverse(h[np.ix_(order, order)])) ** -2.0
+    return variances
 
 
 def refine(w: Float64Array, h: Float64Array, grid: RowGrid, codes: UInt8Array, *, refit: bool) -> tuple[UInt8Array, RowGrid]:
-    """Coordinate descent from `codes`; with refit, in turn with the best scale."""
+    """Lower the output error by coordinate descent from `codes`; with refit, alternate it with the best scale."""
     codes = np.ascontiguousarray(codes)
     for _ in range(REFITS if refit else 1):
         if refit:
@@ -93,7 +95,7 @@ def refine(w: Float64Array, h: Float64Array, grid: RowGrid, codes: UInt8Array, *
 
 
 def refit_scale(w: Float64Array, h: Float64Array, grid: RowGrid, codes: UInt8Array) -> RowGrid:
-    """The scale of least error for the levels as they are; kept where it would not be positive."""
+    """Fit the scale of least error to the levels of `codes`; keep the scale where it would not be positive."""
     levels = grid.decode(codes) / grid.scale[:, None]
     hl = levels @ h
     numerator, denominator = np.einsum("rn,rn->r", hl, w), np.einsum("rn,rn->r", hl, levels)
@@ -103,12 +105,12 @@ def refit_scale(w: Float64Array, h: Float64Array, grid: RowGrid, codes: UInt8Arr
 
 
 def output_error(difference: Float64Array, h: Float64Array) -> Float64Array:
-    """(rows,) d H d' of each row."""
+    """The output error d H d' of each row, (rows,).  difference: d, (rows, n)."""
     return np.asarray(np.einsum("rn,rn->r", difference @ h, difference))
 
 
 def _upper_of_inverse(h: Float64Array) -> Float64Array:
-    """U, upper triangular, with U' U = inv(H + damping); more damping where inputs hardly vary and rounding errors rule."""
+    """U, upper triangular, with U' U = inv(H + damping); more damping where inputs hardly vary and rounding errors dominate."""
     damping = max(DAMPING * float(np.mean(np.diag(h))), 1e-30)
     while (u := _upper(h + np.eye(len(h)) * damping)) is None:
         damping *= 10
@@ -124,11 +126,12 @@ def _upper(h: Float64Array) -> Float64Array | None:
 
 
 def _descend_in_parallel(codes: UInt8Array, gradients: Float64Array, h: Float64Array, grid: RowGrid) -> None:
-    """Rows are independent, so the result is the same however they are shared out."""
+    """Descend in threads.  Rows are independent, so the result is the same however they are divided among threads."""
     count = min(len(codes), os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as executor:
-        for own in [slice(k, None, count) for k in range(count)]:
-            executor.submit(_descend, codes[own], gradients[own], h, grid.scale[own], grid.offset[own], grid.table.integers, PASSES)
+        for rows in [slice(k, None, count) for k in range(count)]:
+            scale, offset = grid.scale[rows], grid.offset[rows]
+            executor.submit(_descend, codes[rows], gradients[rows], h, scale, offset, grid.table.integers, PASSES)
 
 
 @compiled
@@ -142,12 +145,12 @@ def _round_block(
     codes: UInt8Array,
     errors: Float64Array,
 ) -> None:
-    """Round the columns of one block in their order.  thresholds: in integer levels.  codes, errors: filled; w changes."""
+    """Round the columns of one block in their order.  thresholds: in integer levels.  Fills codes and errors; changes w."""
     last = thresholds.size // 2
     for r in range(w.shape[0]):
-        own, levels = thresholds[offset[r] : offset[r] + last], integers[offset[r] : offset[r] + last + 1]
+        row_thresholds, levels = thresholds[offset[r] : offset[r] + last], integers[offset[r] : offset[r] + last + 1]
         for j in range(w.shape[1]):
-            code = np.searchsorted(own, w[r, j] / scale[r], side="right")
+            code = np.searchsorted(row_thresholds, w[r, j] / scale[r], side="right")
             codes[r, j] = code
             error = (w[r, j] - scale[r] * levels[code]) / u[j, j]
             errors[r, j] = error
@@ -165,9 +168,9 @@ def _descend(
     integers: Int64Array,
     passes: int,
 ) -> None:
-    """Move single codes to the level next to them while it lowers the error.
+    """Change single codes to the neighboring level as long as that lowers the error.
 
-    gradients: (rows, n), (w_hat - w) H.  codes, gradients: changed.
+    gradients: (w_hat - w) H, (rows, n).  Changes codes and gradients.
     """
     last = integers.size // 2
     n = h.shape[0]
@@ -180,10 +183,10 @@ def _descend(
                 direction = -1 if gradient[j] > 0.0 else 1  # where the error falls
                 code = codes[r, j] + direction
                 if 0 <= code <= last:
-                    step = scale[r] * (integers[code + offset[r]] - here)
-                    if step * (2.0 * gradient[j] + step * h[j, j]) < -SMALLEST_GAIN * h[j, j] * scale[r] * scale[r]:
+                    change = scale[r] * (integers[code + offset[r]] - here)
+                    if change * (2.0 * gradient[j] + change * h[j, j]) < -SMALLEST_GAIN * h[j, j] * scale[r] * scale[r]:
                         codes[r, j] = code
                         moves += 1
-                        gradient += step * h[j]
+                        gradient += change * h[j]
             if moves == 0:
                 break

@@ -3,8 +3,8 @@
     v = sign(w) * |w|**a        transformed space, where the levels k are one step apart
     w = sign(v) * |v|**(1/a)    a = 1: uniform levels;  a = 1/2: the square root of REQuant (arXiv 2510.04044)
 
-Whoever needs to know a kind asks it: no exponent is compared outside this module.  A kind that is no power is a class with the same
-members, and an entry in `GridKind`.
+Other modules use the members of a kind: no exponent is compared outside this module.  To add a kind that is no power, write a class
+with the same members and add it to `GridKind`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
 
 
 class LevelDecode(Enum):
-    """What turns k = code - zero_point into an integer level: nothing, k * |k|, or a look-up in a table."""
+    """The operation that turns k = code - zero_point into an integer level: none, k * |k|, or a look-up in a table."""
 
     IDENTITY = "identity"
     SIGNED_SQUARE = "signed square"
@@ -40,6 +40,11 @@ class PowerGrid:
     exponent: float
 
     @property
+    def is_learned(self) -> bool:
+        """Whether the levels belong to one weight, so that no other decode can share their table."""
+        return False
+
+    @property
     def power(self) -> float:
         """1/a: scales of weights are scales of transformed weights to this power."""
         return 1 / self.exponent
@@ -51,7 +56,7 @@ class PowerGrid:
 
     @property
     def decode(self) -> LevelDecode:
-        """What a decode has to do, as long as no limit rounds the levels."""
+        """The operation of a decode, as long as no limit rounds the levels."""
         return {1.0: LevelDecode.IDENTITY, 0.5: LevelDecode.SIGNED_SQUARE}.get(self.exponent, LevelDecode.TABLE)
 
     def transform(self, w: npt.NDArray[np.floating]) -> Float64Array:
@@ -72,21 +77,29 @@ class PowerGrid:
         return scale**self.exponent
 
     def unit(self, bits: int) -> int:
-        """What integer levels are multiplied by: 1 where they are integers, else the largest with which they fit 24 bits."""
+        """The factor of integer levels: 1 where the levels are integers, else the largest with which they fit into 24 bits."""
         whole = abs(self.power - round(self.power)) < 1e-9
         return 1 if whole else int(MAX_LEVEL / (2**bits - 1) ** self.power)
 
+    def fitted(self, rows: npt.NDArray[np.floating], bits: int) -> PowerGrid:  # noqa: ARG002
+        """The kind for these weights: a kind whose levels are learned learns them here.  rows: (rows, n)."""
+        return self
+
+    def transformed_levels(self, bits: int) -> Float64Array:
+        """(2K+1,) levels in transformed space in units of the step: -K .. K."""
+        return np.arange(1 - 2**bits, 2**bits, dtype=np.float64)
+
     def levels(self, bits: int) -> Int64Array:
-        """(2K+1,) the integer levels of k = -K .. K, K = 2**bits - 1."""
+        """The integer levels of k = -K .. K, (2K+1,), K = 2**bits - 1."""
         k = np.arange(1 - 2**bits, 2**bits)
         return np.rint(self.unit(bits) * np.sign(k) * np.abs(k, dtype=np.float64) ** self.power).astype(np.int64)
 
     def distance(self, other: PowerGrid) -> float:
-        """How unlike two kinds are; 0 for the same."""
+        """The difference between two kinds; 0 where they are equal."""
         return abs(self.exponent - other.exponent)
 
     def describe(self) -> str:
-        """As --transform has it."""
+        """The name of the kind, as --transform accepts it."""
         return {0.5: "sqrt", 1.0: "none"}.get(self.exponent, f"power:{self.exponent:g}")
 
     def formula(self, symbol: str) -> str:

@@ -3,7 +3,7 @@
     v_hat = scale_v * k,   w_hat = restore(v_hat) = scale * L[k],   k = q - zero_point      (kinds.py)
 
 `k` runs over -K .. K with K = 2**bits - 1, so that one table serves every zero point 0 .. K.  Where |L| must not exceed a limit
-(an int8 kernel) and even the symmetric zero point h = 2**(bits-1) would, the table is rounded: L[k] = rint(L[k] * limit / L[h]).
+(an int8 kernel) and even L[h] of the symmetric zero point h = 2**(bits-1) does, the table is rounded: rint(L[k] * limit / L[h]).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from requant_onnx.numerics.kinds import GridKind, LevelDecode
 
 @dataclass(frozen=True)
 class LevelTable:
-    """All levels of one grid.  Compare and hash by (bits, kind, limit): tables come from `level_table` and `limited_table`.
+    """All levels of one grid, compared and hashed by (bits, kind, limit): tables come from `level_table` and `limited_table`.
 
-    integers: (2K+1,) int64, odd-symmetric, strictly increasing (unless rounded to a limit), index k + K.
-    unit: level k is worth `integers[k + K] / unit` times the transformed step ** (1/a).
-    limit: the largest level, to which the table was rounded; None for an exact table.
+    integers: integer levels, (2K+1,) int64, odd-symmetric, strictly increasing (unless rounded to a limit), index k + K.
+    unit: divisor of the integer levels: level k is `integers[k + K] / unit` times the transformed step ** (1/a).
+    limit: largest level, to which the table was rounded; None for an exact table.
     """
 
     bits: int
@@ -39,22 +39,22 @@ class LevelTable:
 
     @property
     def decode(self) -> LevelDecode:
-        """What turns k into a level."""
+        """The operation that turns k into a level."""
         return self.kind.decode if self.limit is None else LevelDecode.TABLE
 
     @property
     def weight_levels(self) -> Float64Array:
-        """(2K+1,) levels in weight space in units of step ** (1/a)."""
+        """The levels in weight space, in units of step ** (1/a), (2K+1,)."""
         return self.integers / self.unit
 
     @property
     def transformed_levels(self) -> Float64Array:
-        """(2K+1,) levels in transformed space in units of the step: -K .. K."""
-        return np.arange(-self.max_code, self.max_code + 1, dtype=np.float64)
+        """The levels in transformed space, in units of the step, (2K+1,): -K .. K."""
+        return self.kind.transformed_levels(self.bits)
 
     @property
     def symmetric_zero_point(self) -> int:
-        """2**(bits-1): levels reach as far to one side as to the other, but for one."""
+        """The zero point 2**(bits-1), with which the levels reach equally far to both sides, except for one level."""
         return int(2 ** (self.bits - 1))
 
     def reach(self, zero_point: Int64Array) -> Int64Array:
@@ -66,13 +66,14 @@ class LevelTable:
         return self.bits, self.kind, self.limit
 
     def thresholds(self, in_weight_space: bool) -> Float64Array:
-        """(2K,) decision thresholds between neighboring levels, in units of step ** (1/a).
+        """The decision thresholds between neighboring levels, in units of step ** (1/a), (2K,).
 
-        In weight space the midpoint of two levels, else the image of `k + 1/2` (rint in transformed space).
+        A threshold is the midpoint of two levels in weight space, else the image of their midpoint in transformed space (of k + 1/2
+        for powers, as rint rounds there).
         """
         if in_weight_space:
             return np.asarray((self.weight_levels[1:] + self.weight_levels[:-1]) / 2)
-        return self.kind.restore(self.transformed_levels[:-1] + 0.5)
+        return self.kind.restore((self.transformed_levels[1:] + self.transformed_levels[:-1]) / 2)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -83,7 +84,7 @@ class LevelTable:
 
 @lru_cache(maxsize=64)
 def level_table(bits: int, kind: GridKind) -> LevelTable:
-    """The table of one grid.
+    """The exact table of one grid.
 
     >>> from requant_onnx.numerics.kinds import PowerGrid
     >>> level_table(2, PowerGrid(0.5)).integers.tolist(), level_table(4, PowerGrid(0.75)).unit
@@ -96,7 +97,7 @@ def level_table(bits: int, kind: GridKind) -> LevelTable:
 
 @lru_cache(maxsize=64)
 def limited_table(bits: int, kind: GridKind, limit: int) -> LevelTable:
-    """The table of one grid with levels of `limit` at most at the symmetric zero point: exact where that holds, else rounded.
+    """The table of one grid whose levels are at most `limit` at the symmetric zero point: the exact one, or else a rounded one.
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
     >>> limited_table(4, SQUARE_ROOT, 64).limit, limited_table(5, SQUARE_ROOT, 64).integers[31 - 16 : 31 - 12].tolist()

@@ -1,7 +1,7 @@
-"""Second moments of what a layer reads and of what it should give, streamed: all that its output error depends on.
+"""Second moments of a layer's inputs and of its target outputs, summed batch by batch; its output error depends on nothing else.
 
 A Conv is a matrix product for each place of its kernel: y[r] = sum_c w[r, c] x[c] + b[r] with c over (ic/group, kh, kw).
-With the means taken out (the bias takes them in), the squared error of a row w_hat against the target y is
+With the means removed (the bias absorbs them), the squared error of a row w_hat against the target y is
 
     E (w_hat x - y)**2  =  w_hat C_xx w_hat'  -  2 w_hat C_xy  +  C_yy,      best bias  b = E y - w_hat E x
 """
@@ -15,12 +15,12 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import Float32Array, Float64Array
 
-PATCH_BYTES = 1 << 26  # of the patches cut out at a time
+PATCH_BYTES = 1 << 26  # bytes of the patches that are cut out at a time
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a Conv moves over its input, one entry a spatial axis; pads: before and after each axis."""
+    """The window that a Conv slides over its input, one entry per spatial axis.  pads: elements before and after each axis."""
 
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
@@ -31,7 +31,11 @@ class Window:
 
 @dataclass
 class Moments:
-    """Sums over all places seen, for one group of channels.  xx: (n, n), xy: (rows, n), yy, y: (rows,), x: (n,)."""
+    """Sums over all places added so far, for one group of channels.
+
+    xx: sum of x x', (n, n).  xy: sum of y x', (rows, n).  yy: sum of y**2, (rows,).  x, y: sums of x, (n,), and of y, (rows,).
+    count: number of places.
+    """
 
     xx: Float64Array
     xy: Float64Array
@@ -42,11 +46,11 @@ class Moments:
 
     @classmethod
     def empty(cls, columns: int, rows: int) -> Moments:
-        """No place seen yet."""
+        """The moments of no place."""
         return cls(np.zeros((columns, columns)), np.zeros((rows, columns)), np.zeros(rows), np.zeros(columns), np.zeros(rows))
 
     def add(self, x: Float32Array, y: Float32Array) -> None:
-        """x: (places, n), y: (places, rows)."""
+        """Add places.  x: inputs, (places, n).  y: target outputs, (places, rows)."""
         with np.errstate(over="ignore", invalid="ignore"):
             self.xx += x.T @ x
             self.xy += y.T @ x
@@ -57,37 +61,36 @@ class Moments:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no input and no output was NaN, infinite, or beyond what float32 can sum."""
+        """Whether no input and no output was NaN, infinite, or too large to be summed in float32."""
         return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all() and np.isfinite(self.yy).all())
 
     def centered(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
+        """The central moments C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - np.outer(x, x)
-        xx += np.eye(len(x)) * (
-            1e-6 * float(np.mean(np.diag(self.xx))) / self.count
-        )  # what rounding errors leave of constant inputs
+        # covers the rounding errors that constant inputs leave
+        xx += np.eye(len(x)) * (1e-6 * float(np.mean(np.diag(self.xx))) / self.count)
         return (xx + xx.T) / 2, self.xy / self.count - np.outer(y, x), np.maximum(self.yy / self.count - y * y, 0.0)
 
     def uncentered(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """The same about zero, for a layer that has no bias."""
+        """The same moments about zero, for a layer without a bias."""
         return self.xx / self.count, self.xy / self.count, self.yy / self.count
 
     def bias(self, w_hat: Float64Array) -> Float64Array:
-        """(rows,) the bias of least error."""
+        """The bias of least error, (rows,).  w_hat: decoded weights, (rows, n)."""
         return np.asarray((self.y - w_hat @ self.x) / self.count)
 
 
 def error_of(w_hat: Float64Array, moments: tuple[Float64Array, Float64Array, Float64Array]) -> Float64Array:
-    """(rows,) mean squared output error.  w_hat: (rows, n)."""
+    """The mean squared output error, (rows,).  w_hat: decoded weights, (rows, n)."""
     xx, xy, yy = moments
     return np.asarray(np.einsum("rn,rn->r", w_hat @ xx - 2 * xy, w_hat) + yy)
 
 
 def patches(x: Float32Array, window: Window) -> Iterator[tuple[slice, list[Float32Array]]]:
-    """(images, [(places, ic/group * kernel) for each group]) of an input (n, ic, ...), PATCH_BYTES at a time.
+    """Cut an input (n, ic, ...) into patches, PATCH_BYTES at a time: (images, [(places, ic/group * kernel) for each group]).
 
-    Places in the order (image, *spatial), as an output (n, oc, ...) has them when its channels are moved last.
+    Places are in the order (image, *spatial), as in an output (n, oc, ...) with its channels moved last.
     """
     rank = len(window.kernel)
     spatial = tuple(range(2, 2 + rank))
@@ -104,4 +107,4 @@ def patches(x: Float32Array, window: Window) -> Iterator[tuple[slice, list[Float
         part = np.moveaxis(view[images], 1, 1 + rank)  # (n, *places, ic, *kernel)
         places = int(np.prod(part.shape[: 1 + rank]))
         cut = [part] if window.group == 1 else np.split(part, window.group, 1 + rank)
-        yield images, [np.ascontiguousarray(own).reshape(places, -1) for own in cut]
+        yield images, [np.ascontiguousarray(group).reshape(places, -1) for group in cut]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -16,18 +16,18 @@ from requant_onnx.numerics.rounding import decode_rows, encode_rows
 from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
-TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # of float16; below 2**-14 it loses digits
-LARGE_SCALE = 2.0**-10  # next to which the digits lost, 2**-25 times 127 levels, are 0.4 % of a step
+TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # float16; it loses digits below 2**-14
+LARGE_SCALE = 2.0**-10  # relative to it the lost digits, 2**-25 times 127 levels, are 0.4 % of a step
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How one weight tensor is to be quantized: the decision that `quantize_weight` carries out.
+    """The settings with which `quantize_weight` quantizes one weight tensor.
 
-    axis: the dimension with one scale an index (per-channel), or None (per-tensor).
-    search: False takes alpha = 1.  objective_in_weights, round_in_weights: see config.Space.
-    limit: no level may exceed it (an int8 kernel follows); None for no limit.
-    half_scales: round the scales of channels to float16, unless one would be subnormal there.
+    axis: dimension with one scale per index (per-channel), or None (per-tensor).
+    search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
+    limit: largest level (where an int8 kernel follows); None for no limit.
+    half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
     """
 
     bits: int
@@ -42,10 +42,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes with all that is needed to decode them.
+    """The codes of a weight with the parameters that decode them.
 
-    codes: uint8, shape of the weight, values 0 .. 2**bits - 1.
-    scale: float32, positive, and zero_point: uint8, both () or (channels,) along `axis`; alpha: float64, the same shape.
+    codes: uint8, values 0 .. 2**bits - 1, the shape of the weight.
+    scale, zero_point, alpha: float32 (positive), uint8 and float64, each () or (channels,) along `axis`.
     """
 
     codes: UInt8Array
@@ -57,7 +57,7 @@ class QuantizedWeight:
 
     @property
     def has_half_scale(self) -> bool:
-        """Whether float16 holds every scale exactly, and is worth it: there is more than one."""
+        """Whether there is more than one scale, and float16 holds each exactly."""
         return bool(self.scale.size > 1 and (_to_half(self.scale) == self.scale).all())
 
     def broadcast(self, parameter: npt.NDArray[T]) -> npt.NDArray[T]:
@@ -84,8 +84,8 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
 
-    min_scale: () or (channels,), the least scales, for kernels whose bias is counted in them; default: none.
-    importance: shape of w, positive; what the squared error of each weight counts in the search (default: 1).
+    min_scale: smallest allowed scales, () or (channels,), for kernels whose bias is counted in them; default: none.
+    importance: factor on the squared error of each weight in the search, positive, the shape of w (default: 1).
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
     >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, SQUARE_ROOT, axis=None, search=False))
@@ -93,6 +93,7 @@ def quantize_weight(
     ([0, 5, 8, 15], 5, [-1.0, 0.0, 0.35999998450279236, 4.0])
     """
     rows = to_rows(w, grid.axis)
+    grid = replace(grid, kind=grid.kind.fitted(rows, grid.bits))
     table, ranges = _levels_and_ranges(rows, grid)
     weights = None if importance is None else to_rows(importance, grid.axis)
     alpha = _search(rows, ranges, table, grid, weights) if grid.search else np.ones(len(rows))
@@ -116,7 +117,7 @@ def quantize_weight(
 
 
 def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowRanges]:
-    """The grid's own, or, in each row whose levels would pass the limit, the symmetric ones."""
+    """The level table and the ranges of the rows; symmetric ranges in each row whose levels would exceed the limit."""
     w_min, w_max = rows.min(1).astype(np.float64), rows.max(1).astype(np.float64)
     ranges = row_ranges(w_min, w_max, grid.bits, grid.kind)
     if grid.limit is None:
@@ -126,30 +127,28 @@ def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowR
     if table.limit is not None:
         return table, symmetric
     fits = table.reach(ranges.zero_point) <= grid.limit
-    step, zero_point = (
-        np.where(fits, ours, theirs) for ours, theirs in ((ranges.step, symmetric.step), (ranges.zero_point, symmetric.zero_point))
-    )
-    return table, RowRanges(step, zero_point)
+    step = np.where(fits, ranges.step, symmetric.step)
+    return table, RowRanges(step, np.where(fits, ranges.zero_point, symmetric.zero_point))
 
 
 def _fits_half(scale: Float32Array) -> bool:
-    """Whether several scales can be float16 at no loss that counts."""
+    """Whether there are several scales and float16 holds them with negligible loss."""
     digits = scale.min() >= SMALLEST_HALF or scale.max() >= LARGE_SCALE
     return bool(scale.size > 1 and digits and scale.max() <= LARGEST_HALF)
 
 
 def half_scale(scale: Float32Array) -> Float32Array:
-    """Scales rounded to float16, but none to zero."""
+    """Round scales to float16, but none to zero."""
     return _to_half(np.maximum(scale, TINIEST_HALF))
 
 
 def _to_half(scale: Float32Array) -> Float32Array:
-    with np.errstate(over="ignore"):  # what overflows is not equal to what it was
+    with np.errstate(over="ignore"):  # a scale that overflows is not equal to its float16 value
         return scale.astype(np.float16).astype(np.float32)
 
 
 def to_rows(w: npt.NDArray[T], axis: int | None) -> npt.NDArray[T]:
-    """(oc, ic, kh, kw), axis 0 -> (oc, ic*kh*kw); axis None -> (1, oc*ic*kh*kw).  Always C-contiguous."""
+    """Reshape (oc, ic, kh, kw) to (oc, ic*kh*kw) for axis 0, to (1, oc*ic*kh*kw) for axis None.  Always C-contiguous."""
     if axis is None:
         return np.ascontiguousarray(w.reshape(1, -1))
     return np.ascontiguousarray(np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1))

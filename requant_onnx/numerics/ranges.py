@@ -1,9 +1,9 @@
-"""The transformed range of each row of weights (REQuant, arXiv 2510.04044, with alpha taken out of the zero point).
+"""The transformed range of each row of weights (REQuant, arXiv 2510.04044, with alpha removed from the zero point).
 
     v = transform(w),   v_min = min(0, min v),   v_max = max(0, max v)
     step = (v_max - v_min) / (2**bits - 1),   zero_point = rint(-v_min / step)
 
-The quantizer for alpha has the step `alpha * step` and the *same* zero point, for alpha cancels in `-alpha*v_min / (alpha*step)`.
+The quantizer for alpha has the step `alpha * step` and the *same* zero point: alpha cancels in `-alpha*v_min / (alpha*step)`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from requant_onnx.numerics.kinds import GridKind
 
 @dataclass(frozen=True)
 class RowRanges:
-    """step: (rows,) float64, 0 for a row of zeros.  zero_point: (rows,) int64 in 0 .. 2**bits - 1."""
+    """The ranges of rows.  step: (rows,) float64, 0 for a row of zeros.  zero_point: (rows,) int64 in 0 .. 2**bits - 1."""
 
     step: Float64Array
     zero_point: Int64Array
 
 
 def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKind) -> RowRanges:
-    """Step at alpha = 1 and zero point of each row.  w_min, w_max: (rows,) extremes of the weights.
+    """The step at alpha = 1 and the zero point of each row.  w_min, w_max: extremes of the weights, (rows,).
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
     >>> row_ranges(np.array([-1.0]), np.array([4.0]), 4, SQUARE_ROOT)
@@ -39,7 +39,7 @@ def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKi
 
 
 def symmetric_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKind) -> RowRanges:
-    """The same with the zero point 2**(bits-1) in every row; the least step with which the levels span the row.
+    """The ranges with the zero point 2**(bits-1) in every row, and the smallest step with which the levels span the row.
 
     >>> from requant_onnx.numerics.kinds import UNIFORM
     >>> symmetric_ranges(np.array([-1.0]), np.array([4.0]), 4, UNIFORM)

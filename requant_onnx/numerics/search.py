@@ -21,10 +21,10 @@ from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.ranges import RowRanges
 
 SCAN_POINTS = 256
-FINE_STEP = 1 / 4096  # of the second scan
-FINE_REACH = 32  # its points to either side at 15 thresholds; fewer at more, where an evaluation costs more
-TOLERANCE = 1e-5  # of alpha, in the golden-section search
-PIECES = 4096  # most pieces of the curve that the exact finish looks at, to either side
+FINE_STEP = 1 / 4096  # distance of the points of the second scan
+FINE_REACH = 32  # points of the second scan to either side at 15 thresholds; fewer with more thresholds, which cost more
+TOLERANCE = 1e-5  # width of the last interval of alpha in the golden-section search
+PIECES = 4096  # largest number of pieces of the curve that the exact finish examines, to either side
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -37,10 +37,10 @@ def search_alpha(
     objective_in_weights: bool = True,
     round_in_weights: bool = True,
 ) -> Float64Array:
-    """The alpha in (0, 1] of least squared error of each row.
+    """Find the alpha in (0, 1] of least squared error of each row, (rows,) float64; 1.0 for a row of zeros.
 
-    rows: (rows, n) float32, each row sorted ascending.  importance: (rows, n), how often each element counts (default: once).
-    Returns (rows,) float64; 1.0 for a row of zeros.
+    rows: weights, (rows, n) float32, each row sorted ascending.
+    importance: factor on the squared error of each element, (rows, n) (default: 1).
     """
     curves = curves_of(
         rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
@@ -71,7 +71,7 @@ def _search(curves: Curves) -> Float64Array:
 
 @compiled
 def _scan(row: Row) -> tuple[float, float]:
-    """Best of the points i/256, from alpha = 1 down to where clipping alone costs more.  Returns (alpha, error)."""
+    """The best of the points i/256, from alpha = 1 down to where clipping alone costs more: (alpha, error)."""
     u, prefix, n = row.u, row.prefix, row.w.size
     low, high, low_squares, high_squares = 0, n, 0.0, 0.0
     best, best_alpha = np.inf, 1.0
@@ -96,7 +96,7 @@ def _scan(row: Row) -> tuple[float, float]:
 
 @compiled
 def _scan_finely(row: Row, alpha: float, best: float, reach: int) -> tuple[float, float]:
-    """Best of alpha and the points FINE_STEP apart, `reach` of them to either side.  Returns (alpha, error)."""
+    """The best of alpha and of `reach` points to either side, FINE_STEP apart: (alpha, error)."""
     center = alpha
     for i in range(-reach, reach + 1):
         x = center + i * FINE_STEP
@@ -109,7 +109,7 @@ def _scan_finely(row: Row, alpha: float, best: float, reach: int) -> tuple[float
 
 @compiled
 def _golden(row: Row, lo: float, hi: float, alpha: float, best: float) -> tuple[float, float]:
-    """Golden-section search on lo .. hi (Kiefer 1953), one new evaluation a step.  Returns the best (alpha, error) seen."""
+    """Golden-section search on lo .. hi (Kiefer 1953), with one new evaluation per step.  Returns the best (alpha, error)."""
     x1, x2 = hi - GOLDEN * (hi - lo), lo + GOLDEN * (hi - lo)
     f1, f2 = error_at(row, x1), error_at(row, x2)
     while True:
@@ -172,17 +172,17 @@ def _sums(row: Row, positions: Int64Array) -> tuple[float, float]:
 
 @compiled
 def _next_kink(row: Row, positions: Int64Array, direction: int) -> tuple[int, float]:
-    """The threshold that meets a weight next as the scale grows (direction 1) or shrinks (-1), and the scale where it does.
+    """The threshold that next meets a weight as the scale grows (direction 1) or shrinks (-1), and the scale where it does.
 
     Returns (-1, 0.0) when none does.
     """
     w, c = row.w, row.thresholds
-    found, at = -1, 0.0
+    threshold, at = -1, 0.0
     for j in range(c.size):
         moves_up = (c[j] > 0.0) == (direction > 0)
         p = positions[j] if moves_up else positions[j] - 1
         if 0 <= p < w.size and w[p] != 0.0 and c[j] != 0.0 and (w[p] > 0.0) == (c[j] > 0.0):
             scale = w[p] / c[j]
-            if found < 0 or (scale < at) == (direction > 0):
-                found, at = j, scale
-    return found, at
+            if threshold < 0 or (scale < at) == (direction > 0):
+                threshold, at = j, scale
+    return threshold, at

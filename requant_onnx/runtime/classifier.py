@@ -67,7 +67,7 @@ class Classifier:
         """(c, h, w) of the images it takes, None where it leaves one free.  size: (h, w) to take where they are free."""
         last = self.shape[3] in (1, 3) and self.shape[1] not in (1, 3)
         channels, *sizes = (self.shape[3], *self.shape[1:3]) if last else self.shape[1:]
-        height, width = (own or (size and size[k]) for k, own in enumerate(sizes))
+        height, width = (fixed or (size and size[k]) for k, fixed in enumerate(sizes))
         return (channels, height, width) if channels and height and width else None
 
     def accepts(self, image: tuple[int, ...]) -> bool:

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.config import Form
 from requant_onnx.files.leftovers import scratch_folder
-from requant_onnx.files.load import ModelLike, load_model, source_of
+from requant_onnx.files.load import LoadedModel, ModelLike
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import ModelGraph, ancestors, find_root, from_constants
 from requant_onnx.graph.decode.forms import FORMS, Fate
@@ -68,30 +68,28 @@ def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dic
     }
 
 
-def explain(model: ModelLike) -> Explanation:
+def explain(model: ModelLike | LoadedModel) -> Explanation:
     """Load a model in ONNX Runtime with default options and say what happens to each weight.
 
     Raises ModelError when it cannot be loaded.
     """
-    model = source_of(model)
-    loaded = load_model(model)
-    name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
+    loaded = LoadedModel.of(model)
     with scratch_folder() as folder:
-        runtime, optimized = optimized_graph(model, name, folder)
-    graph = ModelGraph.of(loaded)
+        runtime, optimized = optimized_graph(loaded.source, loaded.name, folder)
+    graph = ModelGraph.of(loaded.proto)
     nodes = [*graph.nodes, *(inner for body in graph.bodies for inner in body.nodes)]
     fates = _Fates.of(optimized.graph)
-    weights, shapes = _weights(nodes), find_shapes(loaded)
+    weights, shapes = _weights(nodes), find_shapes(loaded.proto)
     decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
-    times = Counter(name for own in decoded.values() for name in own)
-    found = []
+    times = Counter(name for names in decoded.values() for name in names)
+    weight_fates = []
     for node, tensor in weights:
         behind = decoded[tensor.name]
         fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates)
-        found.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
-    found += [fate for node in nodes for fate in _integer_operators(node)]
+        weight_fates.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
+    weight_fates += [fate for node in nodes for fate in _integer_operators(node)]
     operators = Counter(node.op_type for each in all_graphs(optimized.graph) for node in each.node)
-    return Explanation(runtime, tuple(found), dict(operators.most_common()))
+    return Explanation(runtime, tuple(weight_fates), dict(operators.most_common()))
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,12 @@ class _Fates:
 
 
 def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
-    found = []
+    weights = []
     for node in nodes:
         operand = weight_operand(node)
         if operand is not None and from_constants(node.inputs[operand]):
-            found.append((node, node.inputs[operand]))
-    return found
+            weights.append((node, node.inputs[operand]))
+    return weights
 
 
 def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
@@ -137,12 +135,12 @@ def _decode_of(tensor: gs.Tensor) -> set[str]:
     return {each.name for each in ancestors(tensor)}
 
 
-def _fate(node: gs.Node, tensor: gs.Tensor, own: set[str], fates: _Fates) -> WeightFate:
-    """own: the tensors of its decode that no other weight is decoded from."""
+def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) -> WeightFate:
+    """exclusive: the tensors of its decode that no other weight is decoded from."""
     shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
     results = {output.name for output in _results(node)}
-    kernel = next((fates.kernels[name] for name in (*results, *sorted(own)) if name in fates.kernels), "")
-    decoder = next((fates.decoders[name] for name in sorted(own) if name in fates.decoders), "")
+    kernel = next((fates.kernels[name] for name in (*results, *sorted(exclusive)) if name in fates.kernels), "")
+    decoder = next((fates.decoders[name] for name in sorted(exclusive) if name in fates.decoders), "")
     if find_root(tensor) is not None:
         return WeightFate(tensor.name, node.op, shape, Fate.FLOAT, node.op, "stored as float; convert it")
     if kernel:

@@ -46,8 +46,8 @@ def watch_activations(
     source = _feeds_source(watched, calibration) if calibration.feeds else _image_source(watched, calibration)
     for done, feed in source.feeds(BATCH_BYTES):
         values = run_session(source.session, "the model", None, feed) if computed else ()
-        for name, own in zip(computed, values, strict=True):
-            _add(histograms[name], name, np.asarray(own))
+        for name, activation in zip(computed, values, strict=True):
+            _add(histograms[name], name, np.asarray(activation))
         for name in inputs.intersection(tensors):
             _add(histograms[name], name, feed[name])
         if progress is not None:

@@ -17,7 +17,7 @@ Outputs = list[list[Float64Array]]
 """For each chunk of inputs, the outputs."""
 
 
-def noise_of_each(
+def output_errors(
     model: onnx.ModelProto, replacements: Iterable[Mapping[str, Float32Array]], names: Collection[str], chunks: Sequence[Chunk]
 ) -> Iterator[float]:
     """Error of the outputs, relative to their power, for each set of stored tensors replaced.  names: all of those in the sets."""
@@ -41,20 +41,20 @@ def noise_of_each(
     exact = run(stored)
     for replaced in replacements:
         others = {name: values.astype(stored[name].dtype) for name, values in replaced.items()}
-        yield relative_noise(exact, run({**stored, **others}))
+        yield relative_error(exact, run({**stored, **others}))
 
 
-def outputs(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
+def outputs_of(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
     """What a model gives for each chunk of inputs."""
     session = open_session(model, "the model")
     return [[np.asarray(y, np.float64) for y in run_session(session, "the model", None, chunk)] for chunk in chunks]
 
 
-def relative_noise(exact: Outputs, others: Outputs) -> float:
+def relative_error(exact: Outputs, others: Outputs) -> float:
     """Squared error over squared values, summed over all chunks, the mean over the outputs."""
     ratios = []
-    for own, theirs in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):
-        signal = sum(float((y**2).sum()) for y in own)
-        noise = sum(float(((y - z) ** 2).sum()) for y, z in zip(own, theirs, strict=True))
-        ratios.append(noise / signal if signal > 0.0 else 0.0)
+    for outputs, changed in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):
+        power = sum(float((y**2).sum()) for y in outputs)
+        error = sum(float(((y - z) ** 2).sum()) for y, z in zip(outputs, changed, strict=True))
+        ratios.append(error / power if power > 0.0 else 0.0)
     return float(np.mean(ratios)) if ratios else 0.0

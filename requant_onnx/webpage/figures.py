@@ -1,6 +1,6 @@
-"""Charts as SVG for a page (matplotlib): colors are the page's, so that they follow its theme; text stays text.
+"""Charts as SVG for a page (matplotlib): colors are variables of the page, so that they follow its theme; text stays text.
 
-Each has a text that says what it shows, for those who do not see it.
+Each chart has a text that describes it to readers who do not see it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from requant_onnx.evaluate.recipes import Trial
-from requant_onnx.evaluate.weight_comparison import Anatomy, Curve, Density, shown_transform
+from requant_onnx.evaluate.weight_comparison import ComparedWeight, Curve, Density, shown_transform
 
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}
@@ -47,15 +47,15 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """title: a few words.  text: what it shows, in words.  svg: an element to be put into a page."""
+    """A chart.  title: a few words.  text: description in words.  svg: element to insert into a page."""
 
     title: str
     text: str
     svg: str
 
 
-def charts_of(weight: Anatomy, number: int) -> list[Chart]:
-    """The charts of one weight; none where it lies on no grid.  number: tells the ids of one weight's charts from another's."""
+def charts_of(weight: ComparedWeight, number: int) -> list[Chart]:
+    """The charts of one weight; none where it lies on no grid.  number: number that makes the ids unique."""
     if weight.grid is None or weight.curve is None or weight.densities is None or weight.scales is None or weight.alpha is None:
         return []
     space = shown_transform(weight.grid)
@@ -73,8 +73,8 @@ def charts_of(weight: Anatomy, number: int) -> list[Chart]:
     return charts + ([_scales_chart(weight, f"w{number}d")] if weight.scales.size > 1 else [])
 
 
-def growth_chart(weights: Sequence[Anatomy]) -> Chart | None:
-    """Output SQNR behind each layer, in the order of the graph; None where nothing was compared."""
+def growth_chart(weights: Sequence[ComparedWeight]) -> Chart | None:
+    """The chart of the output SQNR after each layer, in the order of the graph; None where nothing was compared."""
     values = [min(weight.output_sqnr_db, EXACT) for weight in weights]
     known = [(k, value) for k, value in enumerate(values) if not math.isnan(value)]
     if not known:
@@ -96,16 +96,16 @@ MEASURES = {"sqnr_db": ("output SQNR, dB", 1.0), "top1": ("top-1 accuracy, %", 1
 
 
 def trials_chart(trials: Sequence[Trial], measure: str) -> Chart:
-    """A measure over the size of the file, one line a recipe.  measure: a key of MEASURES."""
+    """The chart of a measure over the file size, one line per recipe.  measure: a key of MEASURES."""
     label, factor = MEASURES[measure]
     with mpl.rc_context(STYLE):
         figure, axes = _figure(WIDE)
         for k, recipe in enumerate(dict.fromkeys(trial.recipe for trial in trials)):
-            own = sorted(
+            points = sorted(
                 (trial.bytes / 1000, min(getattr(trial, measure), 1e3) * factor) for trial in trials if trial.recipe == recipe
             )
             axes.plot(
-                *zip(*own, strict=True),
+                *zip(*points, strict=True),
                 MARKERS[k % 6],
                 ls=LINES[k // 3 % 2],
                 color=(FIRST, SECOND, THIRD)[k % 3],
@@ -126,13 +126,13 @@ def _curve_chart(curve: Curve, alpha: tuple[float, float, float], key: str) -> C
         axes.plot(curve.alphas, curve.sqnr_db, color=FIRST, lw=1.4, label="one alpha for all")
         axes.plot(*curve.best, "o", color=FIRST, ms=5, label=f"optimum, {curve.best[0]:.2f}")
         axes.plot(1.0, curve.full, "s", color=SECOND, ms=5, label="full range")
-        axes.axhline(curve.own, color=THIRD, lw=1, ls="--", label="each channel its own")
+        axes.axhline(curve.per_channel, color=THIRD, lw=1, ls="--", label="each channel its own")
         axes.axvspan(max(alpha[0], 0.3), min(alpha[2], 1.02), color=FILL, lw=0, label=f"taken, mean {alpha[1]:.2f}")
         axes.set(xlabel="alpha", ylabel="weight SQNR, dB", xlim=(0.28, 1.03))
         axes.legend(loc="lower right", fontsize=7)
         text = (
             f"Weight SQNR over alpha: best {curve.best[1]:.1f} dB at {curve.best[0]:.2f}, {curve.full:.1f} dB with the full range, "
-            f"{curve.own:.1f} dB when each channel has its own; taken were {alpha[0]:.3f} to {alpha[2]:.3f}."
+            f"{curve.per_channel:.1f} dB when each channel has its own; taken were {alpha[0]:.3f} to {alpha[2]:.3f}."
         )
         return Chart("error over alpha", text, _svg(figure, key))
 
@@ -153,7 +153,7 @@ def _density_chart(density: Density, title: str, label: str, key: str) -> Chart:
         return Chart(title, text, _svg(figure, key))
 
 
-def _scales_chart(weight: Anatomy, key: str) -> Chart:
+def _scales_chart(weight: ComparedWeight, key: str) -> Chart:
     scales = weight.scales
     assert scales is not None
     used = scales[scales > 0]
@@ -175,7 +175,7 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, key: str) -> str:
-    """The svg element alone, its ids unique by `key`, its colors variables of the page."""
+    """The svg element alone, with ids made unique by `key`, and variables of the page as colors."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

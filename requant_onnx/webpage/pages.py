@@ -26,11 +26,11 @@ def html_report(
     settings: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> str:
-    """A web page, whole in one text, that shows what became of each weight and what it costs.  The candidate may be of any tool.
+    """Make a self-contained web page that shows the error and the cost of each weight.  Any tool may have made the candidate.
 
-    images: to compare the models on, with labels for accuracy; calibration: other inputs in their place, noise of a size or inputs
-    by name; neither: noise, where the model takes images of a known size.
-    conversion: the report of the conversion, if there was one.  settings: (title, text) of how the file was made.
+    images: images on which the models are compared, with labels for accuracy.  calibration: other inputs instead of images, noise
+    of a size or inputs by name.  Without both: noise, where the model takes images of a known size.
+    conversion: report of the conversion, if there was one.  settings: (title, text) of the settings that made the file.
     Raises ModelError, DataError as `validate`; ConfigError where the extra `report` is not installed.
     """
     require()
@@ -38,16 +38,16 @@ def html_report(
 
     if images is not None:
         calibration = Calibration(images, normalization, len(images))
-    found = study(source_of(reference), source_of(candidate), calibration, progress)
-    return render(replace(found, conversion=conversion, settings=settings), progress)
+    studied = study(source_of(reference), source_of(candidate), calibration, progress)
+    return render(replace(studied, conversion=conversion, settings=settings), progress)
 
 
-def html_comparison(found: Comparison, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
-    """A web page with the table of a comparison, and charts.  Raises ConfigError where the extra `report` is not installed."""
+def html_comparison(comparison: Comparison, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
+    """Make a web page with the table of a comparison, and charts.  Raises ConfigError where the extra `report` is not installed."""
     require()
     from requant_onnx.webpage.recipes_page import render_comparison  # noqa: PLC0415
 
-    return render_comparison(found, name, settings)
+    return render_comparison(comparison, name, settings)
 
 
 def require() -> None:

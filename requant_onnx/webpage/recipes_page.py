@@ -11,11 +11,12 @@ from requant_onnx.webpage.figures import trials_chart
 from requant_onnx.webpage.report_page import Cell, Column, fill
 
 
-def render_comparison(found: Comparison, name: str, settings: Sequence[tuple[str, str]]) -> str:
-    """The page, as HTML.  name: of the model."""
-    labeled = found.top1 is not None
-    cards = [("file size", f"{found.bytes:,} B", ""), ("images", f"{found.images:,}", "" if labeled else "without labels")]
-    cards += [("top-1 accuracy", f"{found.top1:.2%}", "")] if found.top1 is not None else []
+def render_comparison(comparison: Comparison, name: str, settings: Sequence[tuple[str, str]]) -> str:
+    """The page, as HTML.  name: name of the model."""
+    labeled = comparison.top1 is not None
+    cards = [("file size", f"{comparison.bytes:,} B", "")]
+    cards.append(("images", f"{comparison.images:,}", "" if labeled else "without labels"))
+    cards += [("top-1 accuracy", f"{comparison.top1:.2%}", "")] if comparison.top1 is not None else []
     measures = ["sqnr_db", *(["top1"] if labeled else ["agreement"])]
     titles = ["recipe", "bits", "bytes", "x smaller", *(["top-1", "change, points"] if labeled else []), "agreement", "SQNR, dB"]
     return fill(
@@ -24,9 +25,9 @@ def render_comparison(found: Comparison, name: str, settings: Sequence[tuple[str
         subtitle="Every recipe at every width, beside the float model.",
         cards=[{"label": label, "value": value, "note": note} for label, value, note in cards],
         notes=[] if labeled else ["The images have no labels: this says how alike the models answer, not how well."],
-        charts=[trials_chart(found.trials, measure) for measure in measures],
+        charts=[trials_chart(comparison.trials, measure) for measure in measures],
         columns=[Column(title, title == "recipe") for title in titles],
-        rows=[_row(k, trial, labeled) for k, trial in enumerate(found.trials)],
+        rows=[_row(k, trial, labeled) for k, trial in enumerate(comparison.trials)],
         settings=[{"title": title, "text": text} for title, text in settings],
     )
 

@@ -1,4 +1,4 @@
-"""One self-contained page about a conversion: no network, light and dark, for screens of every width."""
+"""A self-contained page about a conversion: it needs no network, has a light and a dark theme, and fits every screen width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from requant_onnx.convert.report import WeightReport
 from requant_onnx.evaluate.page_data import Study
-from requant_onnx.evaluate.weight_comparison import Anatomy
+from requant_onnx.evaluate.weight_comparison import ComparedWeight
 from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import WeightFate
@@ -27,7 +27,7 @@ from requant_onnx.webpage.figures import charts_of, growth_chart
 
 @dataclass(frozen=True)
 class Column:
-    """Of a table."""
+    """A column of a table.  title: heading.  text: whether it holds text."""
 
     title: str
     text: bool = False
@@ -35,7 +35,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """value: what it is sorted by."""
+    """A cell of a table.  shown: text.  value: sort key.  text: whether it is text."""
 
     shown: str
     value: float | str = ""
@@ -62,14 +62,14 @@ def render(study: Study, progress: Progress | None = None) -> str:
         growth=growth_chart(study.weights),
         columns=_columns(study.conversion is not None),
         rows=rows,
-        left=[f"{item.name} ({item.op}) {item.reason}" for item in study.conversion.left_alone] if study.conversion else [],
+        left=[f"{item.name} ({item.op}) {item.reason}" for item in study.conversion.skipped] if study.conversion else [],
         weights=details,
         settings=[{"title": title, "text": text} for title, text in study.settings],
     )
 
 
 def fill(name: str, **values: Any) -> str:
-    """A page made from a template."""
+    """Fill a template."""
     templates = Environment(loader=PackageLoader("requant_onnx", "webpage"), autoescape=True, trim_blocks=True)
     page: str = templates.get_template(name).render(
         version=version("requant_onnx"),
@@ -87,34 +87,34 @@ def _text(name: str) -> str:
 
 def _cards(study: Study) -> list[dict[str, str]]:
     before, after = study.bytes
-    found = [("file size", f"{after:,} B", f"of {before:,} B, {before / max(1, after):.2f} x smaller")]
+    cards = [("file size", f"{after:,} B", f"of {before:,} B, {before / max(1, after):.2f} x smaller")]
     result = study.validation
     if result is not None and result.top1 is not None:
         change = (result.top1[1] - result.top1[0]) * 100
-        found.append(("top-1 accuracy", f"{result.top1[1]:.2%}", f"of {result.top1[0]:.2%}, {change:+.2f} points"))
+        cards.append(("top-1 accuracy", f"{result.top1[1]:.2%}", f"of {result.top1[0]:.2%}, {change:+.2f} points"))
     if result is not None:
-        found.append(("top-1 agreement", f"{result.agreement:.2%}", f"on {result.images:,} images"))
-        found.append(("output SQNR", _decibels(result.sqnr_db), "of the scores"))
+        cards.append(("top-1 agreement", f"{result.agreement:.2%}", f"on {result.images:,} images"))
+        cards.append(("output SQNR", _decibels(result.sqnr_db), "of the scores"))
         ratio = result.latency_ms[1] / result.latency_ms[0]
         note = f"{result.latency_ms[1]:.2f} ms of {result.latency_ms[0]:.2f} ms, batch {result.latency_batch}"
-        found.append(("latency", f"{ratio:.2f} x", note))
+        cards.append(("latency", f"{ratio:.2f} x", note))
     if study.conversion is not None:
         made = study.conversion
         note = f"{len(made.converted)} weights, {made.bytes_before:,} to {made.bytes_after:,} B"
-        found.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all weights; {note}"))
+        cards.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all weights; {note}"))
     else:
-        quantized = sum(weight.kind == "grid" for weight in study.weights)
-        found.append(("weights", f"{quantized}", f"of {len(study.weights)} lie on a grid"))
-    return [{"label": label, "value": value, "note": note} for label, value, note in found]
+        quantized = sum(weight.outcome == "grid" for weight in study.weights)
+        cards.append(("weights", f"{quantized}", f"of {len(study.weights)} lie on a grid"))
+    return [{"label": label, "value": value, "note": note} for label, value, note in cards]
 
 
 def _notes(study: Study) -> list[str]:
-    found = [*study.notes, *(study.validation.notes if study.validation else ())]
-    found += study.conversion.notes if study.conversion else ()
+    notes = [*study.notes, *(study.validation.notes if study.validation else ())]
+    notes += study.conversion.notes if study.conversion else ()
     if study.validation is not None and study.validation.top1 is None:
-        found.append("the images have no labels: this says how alike the models answer, not how well")
-    found = [f"outputs of layers were compared on {study.inputs}", *found] if study.inputs else found
-    return [note[:1].upper() + note[1:].rstrip(".") + "." for note in found]
+        notes.append("the images have no labels: this says how alike the models answer, not how well")
+    notes = [f"outputs of layers were compared on {study.inputs}", *notes] if study.inputs else notes
+    return [note[:1].upper() + note[1:].rstrip(".") + "." for note in notes]
 
 
 def _columns(converted: bool) -> list[Column]:
@@ -124,19 +124,21 @@ def _columns(converted: bool) -> list[Column]:
     return [*titles, Column("in ONNX Runtime", True)]
 
 
-def _report_of(weight: Anatomy, fate: WeightFate | None, reports: Sequence[WeightReport]) -> WeightReport | None:
-    """What the conversion says of a weight, by its name or by that of a tensor it is decoded from: a Cast may stand between."""
+def _report_of(weight: ComparedWeight, fate: WeightFate | None, reports: Sequence[WeightReport]) -> WeightReport | None:
+    """The report on a weight, by its name or by that of a tensor it is decoded from: a Cast may be in between."""
     names = {weight.name} if fate is None else {weight.name, *fate.behind}
     return next((report for report in reports if report.name in names), None)
 
 
-def _row(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None, converted: bool) -> dict[str, Any]:
+def _row(
+    number: int, weight: ComparedWeight, fate: WeightFate | None, report: WeightReport | None, converted: bool
+) -> dict[str, Any]:
     elements = math.prod(weight.shape)
     cells = [
         Cell(weight.name),
         Cell(weight.op, text=True),
         Cell(shape_text(weight.shape), elements),
-        Cell(str(weight.bits) if weight.kind == "grid" else "32" if weight.kind == "same" else "", weight.bits),
+        Cell(str(weight.bits) if weight.outcome == "grid" else "32" if weight.outcome == "same" else "", weight.bits),
         Cell("" if weight.grid is None else _transform(weight.grid), text=True),
         Cell("", "") if weight.alpha is None else Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
         _number(weight.sqnr_db),
@@ -154,7 +156,7 @@ def _number(decibels: float) -> Cell:
     return Cell("exact" if math.isinf(decibels) else f"{decibels:.1f}", min(decibels, 1e9))
 
 
-def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
+def _detail(number: int, weight: ComparedWeight, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
     facts = [("operator", weight.op), ("shape", shape_text(weight.shape))]
     if weight.grid is not None and weight.alpha is not None and weight.scales is not None:
         transform = "no transform" if weight.grid.is_uniform else f"transform {_transform(weight.grid)}"
@@ -167,16 +169,17 @@ def _detail(number: int, weight: Anatomy, fate: WeightFate | None, report: Weigh
         "grid": _decibels(weight.sqnr_db),
         "unknown": "not compared",
     }
-    facts += [("weight SQNR", kinds[weight.kind]), ("output SQNR", _decibels(weight.output_sqnr_db))]
+    facts += [("weight SQNR", kinds[weight.outcome]), ("output SQNR", _decibels(weight.output_sqnr_db))]
     if report is not None:
-        facts += [("form", report.form), ("taken", report.step), ("bytes", f"{report.bytes_before:,} to {report.bytes_after:,}")]
+        facts += [("form", report.form), ("method", report.method), ("bytes", f"{report.bytes_before:,} to {report.bytes_after:,}")]
         tried = ", ".join(f"{step} {error:.2e}" for step, error in report.output_errors.items())
         facts += [("relative output error of what was tried", tried)] if tried else []
+        facts += [("not int8, for it", report.why_not_int8)] if report.why_not_int8 else []
     if fate is not None:
         facts += [
             ("in ONNX Runtime", f"{fate.fate.value}, read by {fate.kernel or weight.op}{f': {fate.why}' if fate.why else ''}")
         ]
-    line = f"{weight.bits} bits, {_decibels(weight.sqnr_db)}" if weight.kind == "grid" else kinds[weight.kind]
+    line = f"{weight.bits} bits, {_decibels(weight.sqnr_db)}" if weight.outcome == "grid" else kinds[weight.outcome]
     return {"id": f"weight-{number}", "title": weight.name, "line": line, "facts": facts, "charts": charts_of(weight, number)}
 
 

@@ -224,7 +224,7 @@ def _largest_level(q: QuantizedWeight) -> int:
 
 
 def _is_native(target: Target, form: Form, table: LevelTable) -> bool:
-    return target.stores_natively(form, table.bits, table.kind.decode)
+    return target.stores_natively(form, table.bits, table.decode)
 
 
 class Fate(Enum):
@@ -245,18 +245,18 @@ class FormRow:
     dequantizes_codes: DequantizeLinear reads codes, not levels.  any_grid: other grids than uniform ones cost nothing at inference.
     half_scales: scales may be stored as float16.  transposes_gemm: weights of Gemm are stored as (ic, oc).
     on_integers: activations are quantized too, so that integer kernels multiply: a conversion needs calibration inputs, levels have
-    a limit, biases are counted in scales of channels, and a weight that no such kernel reads takes the form `fallback`.
+    a limit, biases are counted in scales of channels.  fallback: the form of weights that no such kernel reads.
     session_options: with which a session runs it best, (key, value).  hint: a sentence for users, "" for none.
     """
 
     write: Callable[[DecodeWriter, Sequence[Coded], _Stack, Target], None]
     promise: Fate | None
-    fallback: Form
     dequantizes_codes: bool = False
     any_grid: bool = True
     half_scales: bool = True
     transposes_gemm: bool = False
     on_integers: bool = False
+    fallback: Form | None = None
     session_options: tuple[tuple[str, str], ...] = ()
     hint: str = ""
 
@@ -265,7 +265,6 @@ FORMS: dict[Form, FormRow] = {
     Form.QDQ: FormRow(
         write=_write_qdq,
         promise=None,
-        fallback=Form.QDQ,
         dequantizes_codes=True,
         any_grid=False,
         half_scales=False,
@@ -273,7 +272,7 @@ FORMS: dict[Form, FormRow] = {
         session_options=(("session.disable_quant_qdq", "1"),),
         hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed",
     ),
-    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED, fallback=Form.FOLDED),
-    Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, fallback=Form.FOLDED, on_integers=True),
+    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED),
+    Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, on_integers=True, fallback=Form.FOLDED),
 }
 """The behavior of each form."""

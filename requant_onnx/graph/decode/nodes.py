@@ -160,7 +160,8 @@ def write_levels(writer: DecodeWriter, codes: str, zero_point: str, q: Quantized
         offset = writer.node("Cast", zero_point or writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(wide))
     k = writer.node("Sub", writer.node("Cast", codes, to=onnx_type(wide)), offset)
     if by_table:
-        return writer.node("Gather", writer.shared(_from_the_middle(q.table).astype(dtype)), k)
+        table = _from_the_middle(q.table).astype(dtype)
+        return writer.node("Gather", writer.own("levels", table) if q.table.kind.is_learned else writer.shared(table), k)
     return k if q.table.decode is LevelDecode.IDENTITY else writer.node("Mul", k, writer.node("Abs", k))
 
 

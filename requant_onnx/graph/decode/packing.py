@@ -1,11 +1,11 @@
-"""Codes of 2 to 8 bits at their true size in uint8 tensors, and the ONNX nodes that unpack them.
+"""Codes of 2 to 7 bits at their true size in uint8 tensors, and the ONNX nodes that unpack them.
 
-A code is cut into fields of 4, 2 and 1 bits (8 stays whole), low bits first; each field has a tensor of its own, 8/f fields of f
+A code of 2 to 7 bits is cut into fields of 4, 2 and 1 bits, low bits first; each field has a tensor of its own, 8/f fields of f
 bits in a byte.  Fields are laid out in planes: with m = ceil(n / (8/f)) bytes, byte j holds the fields of the codes j, j + m,
 j + 2m, ..., the first in the lowest bits, so that unpacking is one shift by a column of amounts and a reshape:
 
-    bits    2    3      4    5      6      7          8
-    fields  2    2, 1   4    4, 1   4, 2   4, 2, 1    8
+    bits    2    3      4    5      6      7
+    fields  2    2, 1   4    4, 1   4, 2   4, 2, 1
 
 BitShift takes uint8 from opset 11 on (https://onnx.ai/onnx/operators/onnx__BitShift.html): a shift to the left drops the fields
 above, one to the right those below.
@@ -19,7 +19,7 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import UInt8Array
 
-FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 
 
 def pack(codes: UInt8Array, bits: int) -> tuple[UInt8Array, ...]:
@@ -38,11 +38,6 @@ def unpack(fields: tuple[UInt8Array, ...], bits: int, count: int) -> UInt8Array:
         planes = packed[None, :] >> shifts(width)[:, None] & np.uint8(2**width - 1)
         codes |= planes.reshape(-1)[:count] << low
     return codes
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Size of `count` packed codes."""
-    return sum(-(-count * width // 8) for width in FIELDS[bits])
 
 
 def _pack_field(values: UInt8Array, width: int) -> UInt8Array:

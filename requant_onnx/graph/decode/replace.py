@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import onnx
 
@@ -10,20 +10,15 @@ from requant_onnx.graph.decode.nodes import Decode
 from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
-def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: list[Decode]) -> None:
-    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader.
-
-    Takes the decodes out of their list, so that their values are not in memory twice.
-    """
+def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Iterable[Decode]) -> None:
+    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader."""
     graph = model.graph
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in names])
     drop_stale_types(graph, names)  # a float16 weight may have become float32
     kept = [node for node in graph.node if not (node.op_type == "Constant" and node.output[0] in names)]
     shared: dict[str, onnx.TensorProto] = {}
     decoders: list[onnx.NodeProto] = []
-    decodes.reverse()
-    while decodes:
-        decode = decodes.pop()
+    for decode in decodes:
         graph.initializer.extend(decode.initializers)
         decoders += decode.nodes
         shared.update(decode.shared)

@@ -22,6 +22,7 @@ from requant_onnx.graph.constants import ModelGraph, find_root
 from requant_onnx.graph.edit import drop_unread, tensor_proto
 from requant_onnx.graph.integer.plan import IntegerPlan, WeightedNode
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.graph.operands import bias_input
 from requant_onnx.numerics.activation import ActivationGrid
 from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.numerics.quantize import QuantizedWeight
@@ -43,7 +44,8 @@ def biases_of(model: ModelGraph, plan: IntegerPlan) -> list[Bias]:
     nodes = {node.outputs[0].name: node for node in model.nodes if node.outputs}
     biases = []
     for weighted in plan.weighted:
-        root = find_root(nodes[weighted.output].inputs[2]) if weighted.bias else None
+        edge = bias_input(nodes[weighted.output])
+        root = None if edge is None else find_root(edge)
         if root is not None:
             biases.append(Bias(weighted, root.load().astype(np.float32)))
     return biases
@@ -137,7 +139,8 @@ def _write_biases(
                 helper.make_node("Mul", [node_of[bias.node.weight].input[1], key[2]], [scale]),
                 helper.make_node("DequantizeLinear", [stored, scale], [made[key]], axis=0),
             ]
-        node_of[bias.node.output].input[2] = made[key]
+        reader = node_of[bias.node.output]
+        reader.input[list(reader.input).index(bias.node.bias)] = made[key]
     return nodes
 
 

@@ -19,7 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from requant_onnx.graph.constants import ModelGraph, find_root, from_constants, is_standard
-from requant_onnx.graph.operands import operator_of, weight_operand
+from requant_onnx.graph.operands import bias_input, operator_of, weight_operand
 from requant_onnx.graph.operators import OPERATORS
 
 GENERIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
@@ -41,7 +41,7 @@ class WeightedNode:
 
 @dataclass
 class IntegerPlan:
-    """weighted, generic, moves: the nodes on integers; the last two by their first output.
+    """The nodes on integers: weighted, with a weight; moves, which move codes, by their first output.
 
     source: quantized tensor -> the tensor whose range it has (itself, or that from which moves carry it).
     floats: quantized tensors that a float node computes (or the caller gives), so that float readers keep the float.
@@ -50,7 +50,6 @@ class IntegerPlan:
     """
 
     weighted: list[WeightedNode] = field(default_factory=list)
-    generic: list[str] = field(default_factory=list)
     moves: list[str] = field(default_factory=list)
     source: dict[str, str] = field(default_factory=dict)
     floats: set[str] = field(default_factory=set)
@@ -60,10 +59,10 @@ class IntegerPlan:
     @property
     def weights(self) -> dict[str, list[WeightedNode]]:
         """Integer weight -> the nodes that read it."""
-        found: dict[str, list[WeightedNode]] = {}
+        readers: dict[str, list[WeightedNode]] = {}
         for node in self.weighted:
-            found.setdefault(node.weight, []).append(node)
-        return found
+            readers.setdefault(node.weight, []).append(node)
+        return readers
 
 
 def plan_integers(model: ModelGraph, weights: Collection[str]) -> IntegerPlan:
@@ -80,7 +79,8 @@ def plan_integers(model: ModelGraph, weights: Collection[str]) -> IntegerPlan:
             plan.weighted.append(weighted[id(node)])
             _carry(plan, node.inputs[0])
         elif id(node) in able and id(results.of(node)) in wanted:
-            (plan.moves if node.op in MOVES else plan.generic).append(node.outputs[0].name)
+            if node.op in MOVES:
+                plan.moves.append(node.outputs[0].name)
         else:
             continue
         result = results.of(node)
@@ -133,7 +133,7 @@ def _ceiling(clip: gs.Node) -> float:
 
 def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
     """By id of the node.  A weight counts only if everything that reads it can work on integers."""
-    found: dict[int, WeightedNode] = {}
+    weighted: dict[int, WeightedNode] = {}
     axes: dict[str, int] = {}
     for node in graph.nodes:
         for operand, tensor in enumerate(node.inputs):
@@ -144,11 +144,12 @@ def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str
             if reason is None and axes.setdefault(root.name, axis := _channel_axis(node, len(root.shape))) != axis:
                 reason = "is read along two axes"
             if reason is None:
-                bias = node.inputs[2].name if len(node.inputs) > 2 else ""
-                found[id(node)] = WeightedNode(node.outputs[0].name, root.name, node.inputs[0].name, bias)
+                bias = bias_input(node)
+                names = (node.outputs[0].name, root.name, node.inputs[0].name)
+                weighted[id(node)] = WeightedNode(*names, "" if bias is None else bias.name)
             elif node.op not in ("Cast", "Identity"):  # on the way to the reader proper
                 why_not.setdefault(root.name, reason)
-    return {key: node for key, node in found.items() if node.weight not in why_not}
+    return {key: node for key, node in weighted.items() if node.weight not in why_not}
 
 
 def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
@@ -159,11 +160,11 @@ def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
         return f"is not the second operand of {node.op}"
     if from_constants(node.inputs[0]):
         return "is multiplied with a constant"
-    has_bias = len(node.inputs) > 2 and node.inputs[2].name != ""
-    refusal = operator.refusal(node.attrs, has_bias)
+    bias = bias_input(node)
+    refusal = operator.refusal(node.attrs, bias is not None)
     if refusal:
         return refusal
-    return "is added to a bias that is no constant vector" if has_bias and not _is_vector(node) else None
+    return "is added to a bias that is no constant vector" if bias is not None and not _is_vector(bias, node) else None
 
 
 def _channel_axis(node: gs.Node, rank: int) -> int:
@@ -171,9 +172,9 @@ def _channel_axis(node: gs.Node, rank: int) -> int:
     return OPERATORS[node.op].channel_axis(node.attrs, 1, rank)
 
 
-def _is_vector(node: gs.Node) -> bool:
+def _is_vector(bias: gs.Tensor, node: gs.Node) -> bool:
     """Whether the bias has one constant value an output channel."""
-    root, weight = find_root(node.inputs[2]), find_root(node.inputs[1])
+    root, weight = find_root(bias), find_root(node.inputs[1])
     if root is None or weight is None or root.dtype != onnx.TensorProto.FLOAT:
         return False
     return root.shape == (weight.shape[_channel_axis(node, len(weight.shape))],)

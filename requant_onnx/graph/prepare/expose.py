@@ -93,13 +93,13 @@ def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
 
 def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """The constants of a graph itself that no caller can replace, by the name of the tensor."""
-    found = {item.name: item for item in graph.initializer}
+    constants = {item.name: item for item in graph.initializer}
     for node in graph.node:
         value = value_of(node)
         if value is not None:
-            found[node.output[0]] = value
+            constants[node.output[0]] = value
     inputs = {item.name for item in graph.input}
-    return {name: tensor for name, tensor in found.items() if name not in inputs}
+    return {name: tensor for name, tensor in constants.items() if name not in inputs}
 
 
 def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
@@ -180,10 +180,10 @@ def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, def
     interface = {item.name for each in all_graphs(body) for item in each.output}
     wanted: dict[str, None] = {}
     for each in all_graphs(body):  # bodies in it read its constants too
-        own = set(_defined_in(each)) if each is not body else set()
+        defined_inside = set(_defined_in(each)) if each is not body else set()
         for name in _sources(each):
             fits = name in constants and constants[name].data_type in FLOATS and math.prod(constants[name].dims) > 0
-            if fits and name not in own and name not in interface:
+            if fits and name not in defined_inside and name not in interface:
                 wanted[name] = None
     for name in wanted:
         tensor = graph.initializer.add()

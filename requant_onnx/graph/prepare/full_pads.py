@@ -13,13 +13,13 @@ from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.shapes import find_shapes
 
 
-def write_full_pads(view: ModelGraph) -> int:
-    """Each Pad with constant pads and axes gets pads for every axis; returns how many.  Changes the model."""
+def write_full_pads(view: ModelGraph) -> None:
+    """Give each Pad with constant pads and axes pads for every axis.  Changes the model."""
     model = view.proto
     pads = [n for n in view.nodes if n.op == "Pad" and is_standard(n) and len(n.inputs) > 3 and n.inputs[3].name]
     if not pads:
-        return 0
-    names, done = FreshNames(model), 0
+        return
+    names = FreshNames(model)
     shapes = find_shapes(model)
     nodes = {node.output[0]: node for node in model.graph.node if node.op_type == "Pad"}
     for pad in pads:
@@ -33,5 +33,3 @@ def write_full_pads(view: ModelGraph) -> int:
         set_initializer(model.graph, full.ravel(), name)
         node.input[1] = name
         del node.input[3:]
-        done += 1
-    return done

@@ -18,8 +18,8 @@ from requant_onnx.graph.edit import drop_stale_types, drop_unread, set_initializ
 from requant_onnx.graph.names import FreshNames
 
 
-def transpose_gemm(model: ModelGraph, weights: Collection[str]) -> int:
-    """Turn every Gemm with transB=1 that reads one of these weights; returns how many.  Changes the model."""
+def transpose_gemm(model: ModelGraph, weights: Collection[str]) -> None:
+    """Turn every Gemm with transB=1 that reads one of these weights.  Changes the model."""
     graph, names = model.proto.graph, FreshNames(model.proto)
     by_output = {node.output[0]: node for node in graph.node if node.op_type == "Gemm"}
     stale: list[str] = []
@@ -38,4 +38,3 @@ def transpose_gemm(model: ModelGraph, weights: Collection[str]) -> int:
         next(item for item in node.attribute if item.name == "transB").i = 0
         stale.append(edge)
     drop_unread(graph, stale)
-    return len(stale)
