@@ -120,3 +120,15 @@ def test_declared_shapes_that_contradict_each_other_do_no_harm() -> None:
     made, report = quantize_model(model, QuantConfig(bits=4, form=Form.FOLDED))
     assert len(report.converted) == 4
     assert {weight.fate for weight in explain(made).weights} == {Fate.FOLDED}
+
+
+def test_codes_that_numpy_lacks_are_named() -> None:
+    """float8 behind DequantizeLinear: graphsurgeon gives its type as a number."""
+    weight = onnx.helper.make_tensor("q", onnx.TensorProto.FLOAT8E4M3FN, [4, 3, 3, 3], laplace(108).tolist())
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 4, 6, 6] y) {
+        xq = QuantizeLinear(x, s, z) xd = DequantizeLinear(xq, s, z) w = DequantizeLinear(q, s)
+        c = Conv(xd, w) yq = QuantizeLinear(c, s, z) y = DequantizeLinear(yq, s, z) }"""
+    model = parse(text, opset=19, ir=9, s=np.float32(0.05), z=np.uint8(128))
+    model.graph.initializer.append(weight)
+    (fate,) = explain(model).weights
+    assert fate.why == "no integer kernel takes codes of type float8e4m3fn; int8 is taken"
