@@ -6,26 +6,34 @@ Missing data skips the tests that need it, visibly; with REQUIRE_DATA=1 it fails
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from cifar import find_cifar
+from threadpoolctl import threadpool_limits
+
+from requant_onnx import ImageSet, Normalization, ValidationReport, load_images, quantize_model, validate
 
 ROOT = Path(__file__).parents[1]
 OWN_MODEL = ROOT / "models" / "resnet20_cifar10.onnx"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several that pytest-xdist has started
+OWN_NORMALIZATION = Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 MODEL_NAMES = (
     "resnet20_cifar10",
     "resnet20_cifar10_opset13_bn",
-    "resnet56_cifar10",
+    pytest.param("resnet56_cifar10", marks=pytest.mark.slow),
     "googlenet_cifar10",
     "preact_resnet20_cifar10",
     "resnet8_cifar10",
-    "resnet18_cifar10_fp16_weights",
-    "rapidocr_cls",
-    "silero_vad",
+    pytest.param("resnet18_cifar10_fp16_weights", marks=pytest.mark.slow),
+    pytest.param("rapidocr_cls", marks=pytest.mark.slow),
+    pytest.param("silero_vad", marks=pytest.mark.slow),
 )
 
 
@@ -65,6 +73,12 @@ def small_cnn(**options: int) -> onnx.ModelProto:
     return parse(text, **weights, **options)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: whoever is done with them has quick ones to go on with, while another worker ends its last."""
+    if IS_WORKER:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def missing(what: str) -> NoReturn:
     if os.environ.get("REQUIRE_DATA"):
         pytest.fail(f"{what}, and REQUIRE_DATA is set")
@@ -80,6 +94,52 @@ def trained_model(name: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_each() -> Iterator[None]:
+    """Beside other workers of pytest-xdist, ONNX Runtime and BLAS take one thread where nobody asks for another number.
+
+    By themselves they start one for every core in every worker, and those of ONNX Runtime spin while they wait: two workers on
+    two cores then mostly keep each other from working.  Without pytest-xdist nothing is changed.
+    """
+    if not IS_WORKER:
+        yield
+        return
+    start = onnxruntime.InferenceSession.__init__
+
+    def start_with_one(
+        session: onnxruntime.InferenceSession,
+        model: str | bytes | os.PathLike[str],
+        sess_options: onnxruntime.SessionOptions | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+        if options.intra_op_num_threads == 0:  # nobody asked
+            options.intra_op_num_threads = 1
+        start(session, model, options, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, threadpool_limits(limits=1, user_api="blas"):
+        patch.setattr(onnxruntime.InferenceSession, "__init__", start_with_one)
+        for library in ("OMP", "OPENBLAS", "MKL"):  # of the processes that tests start
+            patch.setenv(f"{library}_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Beside other workers, temporary files lie in a folder of this one, also those of the processes that tests start.
+
+    Some tests count what conversions leave there, and a conversion tidies up what it takes for left by a killed one.
+    """
+    if not IS_WORKER:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)  # asks $TMPDIR again
+        yield
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> Path:
     """The folder of CIFAR-10's .bin files; skips where it is missing."""
@@ -87,6 +147,26 @@ def cifar10() -> Path:
     if folder is None:
         missing("CIFAR-10 is neither in $CIFAR_DIR nor in the cache")
     return folder
+
+
+@pytest.fixture(scope="session")
+def own_report(cifar10: Path) -> ValidationReport:
+    """Our model against itself in 8 bits, on all test images.  Who reads it is in one xdist_group: it takes a while."""
+    converted, _ = quantize_model(OWN_MODEL)
+    return validate(OWN_MODEL, converted, load_images(f"cifar10:{cifar10}"), OWN_NORMALIZATION)
+
+
+def top1(model: Path | onnx.ModelProto, images: ImageSet, normalization: Normalization) -> float:
+    """The accuracy of one model by itself, with ONNX Runtime's default options as validate() has them; that one runs two."""
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    assert images.y is not None
+    right = 0
+    for start in range(0, len(images), 250):
+        x = normalization.apply(images.x[start : start + 250])
+        right += int((np.asarray(session.run(None, {name: x})[0]).argmax(1) == images.y[start : start + 250]).sum())
+    return right / len(images)
 
 
 @pytest.fixture(scope="session", params=MODEL_NAMES)
