@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import OWN_MODEL, laplace, parse, small_cnn, trained_model
+from conftest import OWN_MODEL, OWN_NORMALIZATION, laplace, parse, small_cnn, top1, trained_model
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -28,6 +28,7 @@ from requant_onnx import (
     QuantConfig,
     Refinement,
     Transform,
+    ValidationReport,
     explain,
     load_images,
     quantize_model,
@@ -39,7 +40,7 @@ from requant_onnx.graph.integer.plan import plan_integers
 
 INT8 = QuantConfig(bits=4, form=Form.INT8)
 NOISE = Calibration(count=8)
-CIFAR = Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+CIFAR = OWN_NORMALIZATION
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FLOAT_OPERATORS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Concat", "AveragePool", "GlobalAveragePool"}
 RESIDUAL = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
@@ -262,6 +263,7 @@ def test_a_relu_in_a_body_is_not_taken_for_one_behind_the_conv() -> None:
     assert set(plan_integers(ModelGraph.of(model), {"w"}).source) == {"x", "a"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_cifar10", "resnet56_cifar10", "googlenet_cifar10"])
 def test_accuracy_is_within_0_3_points_of_float_activations(name: str, cifar10: Path) -> None:
     """Same 4-bit weights in both; calibrated on 256 images of the train split."""
@@ -275,8 +277,9 @@ def test_accuracy_is_within_0_3_points_of_float_activations(name: str, cifar10: 
     assert abs(report.top1[1] - report.top1[0]) <= 0.003
 
 
-def test_own_model_keeps_its_accuracy_without_any_data(cifar10: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.xdist_group("own_report")
+def test_own_model_keeps_its_accuracy_without_any_data(cifar10: Path, own_report: ValidationReport) -> None:
     integer, _ = quantize_model(OWN_MODEL, QuantConfig(form=Form.INT8), calibration=Calibration())
-    report = validate(OWN_MODEL, integer, load_images(f"cifar10:{cifar10}"), CIFAR)
-    assert report.top1 is not None
-    assert report.top1[1] >= report.top1[0] - 0.005
+    assert own_report.top1 is not None
+    assert top1(integer, load_images(f"cifar10:{cifar10}"), OWN_NORMALIZATION) >= own_report.top1[0] - 0.005

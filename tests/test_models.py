@@ -10,10 +10,10 @@ from pathlib import Path
 import onnx
 import pytest
 from cifar import find_cifar
-from conftest import ROOT, missing
+from conftest import ROOT, missing, top1
 from oracle import check
 
-from requant_onnx import Form, Normalization, QuantConfig, Transform, validate
+from requant_onnx import Form, Normalization, QuantConfig, Transform
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 
 FILES = sorted(path for path in (ROOT / "models").iterdir() if path.suffix in (".onnx", ".npz"))
@@ -37,6 +37,7 @@ def test_all_weights_are_converted_and_the_oracle_holds(path: Path, config: Quan
     assert not report.skipped
 
 
+@pytest.mark.slow
 @HERE
 def test_accuracy_is_that_of_the_readme(path: Path) -> None:
     """On some of the test images: within three standard errors of what the README says of all of them."""
@@ -48,6 +49,5 @@ def test_accuracy_is_that_of_the_readme(path: Path) -> None:
     assert told is not None
     share = float(told[1]) / 100
     images = load_cifar(dataset, folder, "test").first(SOME)
-    found = validate(path, path, images, Normalization(*CIFAR_MEAN_STD[dataset])).top1
-    assert found is not None
-    assert found[0] == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / SOME))
+    found = top1(path, images, Normalization(*CIFAR_MEAN_STD[dataset]))
+    assert found == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / SOME))
