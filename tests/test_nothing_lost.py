@@ -27,7 +27,7 @@ from requant_onnx import save_model
 from requant_onnx.cli.main import main
 from requant_onnx.files.load import load_model
 
-KILLS = 12
+MOMENTS = 8  # of a run, one in each eighth of it
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -50,6 +50,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--form", "folded"], ["--external-data"]], ids=["one file", "external data"])
 def test_killed_at_any_moment(tmp_path: Path, options: list[str]) -> None:
     """The output is the old file or the new one, whole; after one more run there is nothing else."""
@@ -60,12 +61,10 @@ def test_killed_at_any_moment(tmp_path: Path, options: list[str]) -> None:
     settled = len(contents(home))
     kept = [item.name for item in scratch()]
     command = [sys.executable, "-c", CHILD, str(source), str(output), "--force", *options]
-    moments = random.Random(0)
-    started = time.monotonic()
-    whole = run_until(command, None)
-    duration = whole - started
-    for _ in range(KILLS):
-        run_until(command, moments.uniform(0.0, min(duration, 2.0)))
+    generator = random.Random(0)
+    duration = run_until(command, None)
+    for k in range(MOMENTS):
+        run_until(command, duration * generator.uniform(k, k + 1) / MOMENTS)
         load_model(output)  # whole, and its data are there
         assert contents(home)["in.onnx"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert main(["convert", str(source), str(output), "--force", *options]) == 0
@@ -78,7 +77,7 @@ def scratch() -> list[Path]:
 
 
 def run_until(command: list[str], seconds: float | None) -> float:
-    """Kill the process that long after it is ready; without a time, wait for it.  Returns the time of being ready."""
+    """Kill the process that long after it is ready; without a time, wait for it.  Returns how long it lived after that."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -87,7 +86,7 @@ def run_until(command: list[str], seconds: float | None) -> float:
             time.sleep(seconds)
             child.send_signal(signal.SIGKILL)
         child.stdout.read()
-    return ready if seconds is not None else time.monotonic()
+    return time.monotonic() - ready
 
 
 @pytest.fixture
@@ -103,6 +102,7 @@ def full_disk() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--external-data"], ["--json"]], ids=["one file", "external data", "report"])
 def test_a_full_disk(full_disk: Path, options: list[str]) -> None:
     """Full, or, where no file system could be mounted for it, with a limit to the size of a file."""
@@ -150,6 +150,7 @@ def without_rights() -> None:
             assert libc.prctl(24, capability, 0, 0, 0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--bits", "4", "--form", "folded"], ["--bits", "3", "--calibrate", "noise"]])
 def test_the_same_bytes_every_time(tmp_path: Path, options: list[str]) -> None:
     """In another process, with another hash seed and another number of threads."""
