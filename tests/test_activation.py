@@ -36,6 +36,7 @@ def test_a_histogram_that_grew_equals_one_that_knew_the_range(batches: list[np.n
     assert grown.seen == everything.size
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(x=values, method=st.sampled_from(ActivationRange))
 def test_zero_is_exact_and_min_max_covers_all(x: np.ndarray, method: ActivationRange) -> None:

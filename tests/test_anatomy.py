@@ -19,6 +19,7 @@ from requant_onnx.runtime.stream import Chunk
 INPUTS = Calibration(ImageSet(np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8)).astype(np.uint8), None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", list(Form))
 def test_grids_errors_and_scales_are_those_of_the_report(form: Form) -> None:
     config = QuantConfig(bits=4, form=form, transform=Transform(None if form is Form.INT8 else 0.5))
@@ -180,6 +181,7 @@ def test_weights_in_bodies_are_matched() -> None:
     assert sorted(weight.sqnr_db for weight in found) == pytest.approx(sorted(told.sqnr_db for told in report.converted), abs=0.01)
 
 
+@pytest.mark.slow
 def test_pages_join_weights_behind_a_cast_and_say_what_is_odd() -> None:
     text = "net (float[n, 3, 8, 8] x) => (float[n, 16, 8, 8] y) { v = Cast<to = 1>(w) y = Conv<pads = [1, 1, 1, 1]>(x, v) }"
     model = parse(text, w=laplace(16, 3, 3, 3).astype(np.float16))

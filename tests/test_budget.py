@@ -43,7 +43,12 @@ def bits_of(config: QuantConfig, calibration: Calibration | None = None) -> dict
 
 
 @pytest.mark.parametrize(
-    ("form", "calibration"), [(Form.QDQ, None), (Form.FOLDED, None), *((form, Calibration(count=8)) for form in Form)]
+    ("form", "calibration"),
+    [
+        (Form.QDQ, None),
+        (Form.FOLDED, None),
+        *(pytest.param(form, Calibration(count=8), marks=pytest.mark.slow) for form in Form),
+    ],
 )
 def test_the_file_is_never_above_the_budget(form: Form, calibration: Calibration | None) -> None:
     sizes = [quantize_model(net(), QuantConfig(bits, form=form), calibration=calibration)[0].ByteSize() for bits in (2, 7)]
@@ -93,6 +98,7 @@ def test_a_target_is_reached_in_less_than_the_same_bits_everywhere(refinement: R
     assert made.ByteSize() < quantize_model(net(), QuantConfig(6, form=Form.FOLDED))[0].ByteSize()
 
 
+@pytest.mark.slow
 def test_auto_is_no_worse_than_the_same_bits_everywhere() -> None:
     """Our ResNet-20 at the size of 3 bits, without data: the output error, on other images of noise."""
     others = calibration_chunks(onnx.load(OWN_MODEL), Calibration(None, NOISE.normalization, count=64, seed=1))

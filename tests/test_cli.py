@@ -222,6 +222,7 @@ def test_bad_data(model: Path, capsys: pytest.CaptureFixture[str], options: list
     expect_one_sentence(capsys, message)
 
 
+@pytest.mark.slow
 def test_python_m_and_usage_errors_leave_with_2() -> None:
     runs = {
         arguments: subprocess.run([sys.executable, "-m", "requant_onnx", *arguments], capture_output=True, text=True, check=False)

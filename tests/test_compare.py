@@ -26,6 +26,7 @@ from requant_onnx.evaluate.cache import Cache
 from requant_onnx.evaluate.jobs import open_executor, run_all
 from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
 
+pytestmark = pytest.mark.xdist_group("compare")  # one table to compare with, and free ports that nobody else looks for
 RNG = np.random.default_rng(0)
 IMAGES = ImageSet(RNG.integers(0, 256, (1200, 3, 8, 8)).astype(np.uint8), RNG.integers(0, 10, 1200))
 CALIBRATION = Calibration(IMAGES.first(40))
@@ -62,6 +63,7 @@ def test_recipes_differ_from_each_other(recipe: str) -> None:
     assert RECIPES[recipe](4) not in others
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_table(expected: Comparison) -> None:
     with open_executor(2) as executor:
         assert table(executor) == expected
@@ -126,6 +128,7 @@ def _refuse() -> None:
     raise DataError("one sentence")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_an_error_and_others_pass_through() -> None:
     with pytest.raises(RequantError, match="ended from outside"), open_executor(2) as executor:
         run_all(executor, {1: (_end, ())}, lambda *_: None)
@@ -178,6 +181,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_the_same_table_though_a_worker_is_killed(
     cluster: tuple[str, list[subprocess.Popen[bytes]]], expected: Comparison
 ) -> None:
@@ -208,6 +212,7 @@ def test_no_scheduler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_workers_is_an_error(
     cluster: tuple[str, list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +270,7 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
     assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
 def test_ctrl_c_is_one_line_while_processes_start(tmp_path: Path, seconds: float) -> None:
@@ -291,7 +297,7 @@ def test_ctrl_c_is_one_line_while_processes_start(tmp_path: Path, seconds: float
         ["--bits", "9"],
         ["--bits", "x"],
         ["--recipes", "nothing"],
-        ["--recipes", ""],
+        pytest.param(["--recipes", ""], marks=pytest.mark.slow),  # starts processes first
         ["--jobs", "0"],
         ["--form", "x"],
         ["--data", "x"],
@@ -306,6 +312,6 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("recipes", ["", " ", ",", "max,,best"])
 def test_an_empty_recipe_is_refused_with_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str], recipes: str) -> None:
     onnx.save(small_cnn(), tmp_path / "in.onnx")
-    assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", "--recipes", recipes]) == 2
+    assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "1", "--recipes", recipes]) == 2
     error = capsys.readouterr().err
     assert error == f"error: the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}\n"

@@ -220,6 +220,7 @@ def test_rounding_in_transformed_space_is_for_nearest_levels(refinement: Refinem
     assert quantize_model(small_cnn(), config)[1].converted
 
 
+@pytest.mark.slow
 def test_a_conversion_imports_the_graph_once_for_each_of_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """As given, with BatchNormalization folded, and ready; once more to refine, and for the check in ONNX Runtime."""
     imports: list[int] = []

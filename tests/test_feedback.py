@@ -198,6 +198,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_accuracy_of_our_model_without_any_data(bits: int) -> None:
     """Agreement with float on 1,000 CIFAR-10 train images, calibrated on noise; nearest levels: 88 % at 3 bits, 97 % at 4."""

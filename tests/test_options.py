@@ -132,6 +132,7 @@ def test_quiet_prints_nothing_and_verbose_more(model: Path, capsys: pytest.Captu
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_color_codes_without_a_terminal_or_with_no_color(model: Path) -> None:
     script = shutil.which("script")
     command = [sys.executable, "-m", "requant_onnx", "inspect", str(model)]

@@ -39,6 +39,7 @@ def test_square_root_grid_by_hand() -> None:
     assert quantize_weight(w, Grid(2, PowerGrid(0.5), None, search=False, round_in_weights=False)).codes.tolist() == [[0, 2, 2, 3]]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(w=weights, grid=grids)
 def test_codes_are_in_range_and_zero_is_exact(w: np.ndarray, grid: Grid) -> None:

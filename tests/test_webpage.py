@@ -19,6 +19,7 @@ from requant_onnx.cli.main import main
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.xdist_group("webpage")  # one page, one browser
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}"
 
 
@@ -54,6 +55,7 @@ def test_the_page_stands_alone(page: Path) -> None:
     assert "bits = &#34;3&#34;" in text
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_charts(page: Path) -> None:
     from requant_onnx.evaluate.weight_comparison import dissect  # noqa: PLC0415
     from requant_onnx.webpage.figures import charts_of  # noqa: PLC0415
@@ -74,6 +76,7 @@ def test_hostile_names_are_text() -> None:
     assert "{{7*7}}" in text
 
 
+@pytest.mark.slow
 def test_without_images_that_fit_the_weights_are_shown_all_the_same() -> None:
     model = small_cnn()
     for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
@@ -86,6 +89,7 @@ def test_without_images_that_fit_the_weights_are_shown_all_the_same() -> None:
     assert "top-1 accuracy" in html_report(model, made, images)
 
 
+@pytest.mark.slow
 def test_pages_do_not_replace_files(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = [str(page.with_name("in.onnx")), str(page.with_name("out.onnx"))]
     before = page.read_bytes()
