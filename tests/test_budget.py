@@ -58,6 +58,7 @@ def test_the_file_is_never_above_the_budget(form: Form, calibration: Calibration
         assert {weight.bits for weight in report.converted} - {7, 8}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(size=st.integers(9_000, 21_000), granularity=st.sampled_from(Granularity), edges=st.sampled_from(EdgeLayers))
 def test_every_budget_is_kept_or_refused(size: int, granularity: Granularity, edges: EdgeLayers) -> None:
@@ -153,6 +154,7 @@ def test_nothing_to_convert_is_within_any_budget() -> None:
     assert (made, report.converted) == (model, ())
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes() -> None:
     config = QuantConfig(Budget(size=13_000), form=Form.FOLDED)
     images = Calibration(ImageSet(np.random.default_rng(0).normal(size=(16, 3, 8, 8)).astype(np.float32), None))

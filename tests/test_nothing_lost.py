@@ -126,6 +126,7 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
     """As somebody who is not the administrator, who may write everywhere."""
     shutil.copy(OWN_MODEL, tmp_path / "in.onnx")

@@ -25,7 +25,7 @@ from requant_onnx.graph.decode.nodes import Decode
 from requant_onnx.graph.operators import OPERATORS
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
-LARGE = ("light_bvlc_alexnet", "light_densenet121", "light_vgg19", "light_zfnet512")
+LARGE = tuple(f"light_{name}" for name in ("bvlc_alexnet", "densenet121", "inception_v2", "resnet50", "vgg19", "zfnet512"))
 LIGHT = [
     pytest.param(path, marks=pytest.mark.slow if path.stem in LARGE else ()) for path in sorted((DATA / "light").glob("*.onnx"))
 ]

@@ -9,7 +9,7 @@ from architectures import resnet
 from onnxruntime import InferenceSession
 
 
-@pytest.mark.parametrize(("depth", "parameters"), [(18, 11_164_352), (50, 23_467_712)])
+@pytest.mark.parametrize(("depth", "parameters"), [(18, 11_164_352), pytest.param(50, 23_467_712, marks=pytest.mark.slow)])
 def test_resnets_have_the_published_size_and_run(depth: int, parameters: int) -> None:
     """Convolution and linear weights for 10 classes and a 3x3 stem."""
     model = resnet(depth)

@@ -64,6 +64,7 @@ def test_the_same_run_gives_the_same_charts(page: Path) -> None:
     assert [charts_of(weight, 0) for weight in weights] == [charts_of(weight, 0) for weight in weights]
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text() -> None:
     model = small_cnn()
     for item in model.graph.initializer:
