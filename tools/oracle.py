@@ -42,8 +42,7 @@ def feeds_for(model: onnx.ModelProto, seed: int = 7, free: int = 2) -> Feeds:
 def with_decoded_weights(source: onnx.ModelProto, config: QuantConfig, converted: set[str]) -> onnx.ModelProto:
     """The normalized model with w_hat from NumPy in the place of each converted weight."""
     prepared = prepare(load_model(source), config, None, (), None)
-    results, _ = quantize(prepared, prepared.plan.planned, None, None)
-    for result in results:
+    for result in quantize(prepared, prepared.plan.planned, None, None).results:
         weight = result.planned.weight
         if weight.name in converted:
             stored = onnx.helper.tensor_dtype_to_np_dtype(weight.emit)

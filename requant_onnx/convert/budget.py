@@ -7,14 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import onnx
-
 from requant_onnx.config import Budget
 from requant_onnx.convert.allocate import BLIND_POWER, Market, Picks, open_market
 from requant_onnx.convert.ladder import HELD_OUT
 from requant_onnx.convert.nearest import Result, quantize_all
-from requant_onnx.convert.report import FrontPoint, QuantReport
-from requant_onnx.convert.steps import Prepared, copied, quantize, write
+from requant_onnx.convert.report import FrontPoint
+from requant_onnx.convert.steps import Built, Prepared, convert, copied, write
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.quantize import Grid
@@ -33,7 +31,6 @@ OF_OUTPUT = (
     "the SQNR of the front is that of the output with nearest levels, by the sum of what each weight does; refinement adds to it"
 )
 OF_WEIGHTS = "the SQNR of the front is that of the weights, for without --calibrate nothing is known of the output"
-Built = tuple[onnx.ModelProto, QuantReport]
 
 
 def write_within(
@@ -169,7 +166,7 @@ class _Search:
         return best
 
     def _built(self, picks: Picks) -> Built:
-        return write(copied(self.prepared), *quantize(self.prepared, self.market.chosen(picks), self.progress, self.threads))
+        return convert(copied(self.prepared), self.market.chosen(picks), self.progress, self.threads)
 
     def _size(self, picks: Picks) -> int:
         chosen = self.market.chosen(picks)

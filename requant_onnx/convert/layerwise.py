@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,18 @@ class LayerResult:
     layer: Layer
 
 
+@dataclass(frozen=True)
+class Belief:
+    """What the model gives with the refined weights, as far as the refinement knows.
+
+    feed: some of the calibration inputs; exact, refined: the outputs for them in float, and with the refined weights.
+    """
+
+    feed: Chunk
+    exact: list[GenericArray]
+    refined: list[GenericArray]
+
+
 def quantize_layers(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
@@ -41,8 +54,8 @@ def quantize_layers(
     refinement: Refinement,
     min_scales: Mapping[str, Float64Array],
     progress: Progress | None,
-) -> list[LayerResult]:
-    """Those of the planned weights that one node alone multiplies with finite values.  The model does not change."""
+) -> tuple[list[LayerResult], Belief]:
+    """Refine those of the planned weights that one node alone multiplies with finite values.  The model does not change."""
     work = onnx.ModelProto()
     work.CopyFrom(model)
     constants_to_initializers(work)
@@ -56,28 +69,42 @@ def quantize_layers(
         exact.advance(layer.index, {})
         rounded.advance(layer.index, replaced)
         plan = plans[layer.weight]
-        fitted, held = _moments(layer, exact, rounded)
-        if not all(moments.is_finite for moments in (*fitted, *held)):
+        moments = _moments(layer, exact, rounded)
+        if moments is None:
             continue
+        fitted, held = moments
         w = plan.weight.load()
         choice = choose(layer, w, (plan.grid, *plan.others), fitted, held, refinement, min_scales.get(layer.weight))
         final = replace(plan, grid=choice.grid, others=())
         result = replace(measure(final, w, choice.quantized), method=choice.method, output_errors=choice.errors)
         replaced[layer.weight] = tensor_proto(_emitted(plan, choice), layer.weight)
         if choice.bias is not None:
-            replaced[layer.bias] = tensor_proto(choice.bias, layer.bias)
+            replaced[layer.bias] = tensor_proto(layer.stored_bias(choice.bias), layer.bias)
         results.append(LayerResult(result, choice, layer))
         if progress is not None:
             progress(layer.weight, done, len(layers))
-    return results
+    for stream, weights in ((exact, {}), (rounded, replaced)):
+        stream.advance(len(work.graph.node), weights)
+    names = [item.name for item in model.graph.output]
+    outputs = [[stream.values[0][name] for name in names if name in stream.values[0]] for stream in (exact, rounded)]
+    return results, Belief(chunks[0], *outputs)
 
 
 def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
     return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
-def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]]:
-    """Of the inputs to fit on, and of those held out (of all of them in both, where there are too few chunks)."""
+def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]] | None:
+    """Of the inputs to fit on, and of those held out (of all of them in both, where there are too few chunks).
+
+    None where there is nothing to fit: values are not finite, no input reaches the layer, or their number depends on the data, and
+    so differs between the float and the quantized model.
+    """
+    if any(layer.x not in chunk for chunk in exact.values):  # it multiplies a constant
+        return None
+    shapes = [(np.shape(a[layer.x]), np.shape(b[layer.x])) for a, b in zip(exact.values, rounded.values, strict=True)]
+    if any(float_shape != shape or math.prod(shape) == 0 for float_shape, shape in shapes):
+        return None
     outputs = targets(layer, exact, rounded)
     sums = []
     for held in (False, True):
@@ -88,7 +115,8 @@ def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments
             x, y = (np.asarray(v, np.float32) for v in (rounded.values[k][layer.x], outputs[k]))
             _add(layer, x, y, total)
         sums.append(total)
-    return sums[0], sums[1]
+    usable = all(moments.count and moments.is_finite for moments in (*sums[0], *sums[1]))
+    return (sums[0], sums[1]) if usable and all(sums) else None
 
 
 @dataclass(frozen=True)
@@ -123,9 +151,10 @@ def probe_layers(
     stream = Stream(work, chunks)
     for layer in find_layers(ModelGraph.of(work), plans.keys()):
         stream.advance(layer.index, {})
-        fitted, held = _moments(layer, stream, stream)
-        if not all(moments.is_finite for moments in (*fitted, *held)):
+        moments = _moments(layer, stream, stream)
+        if moments is None:
             continue
+        fitted, held = moments
         item, min_scale = plans[layer.weight], min_scales.get(layer.weight)
         w = item.weight.load()
         triples = [m.centered() if layer.can_correct and refinement is not Refinement.NONE else m.uncentered() for m in fitted]
@@ -152,8 +181,8 @@ def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Float32Array]:
 
 
 def _add(layer: Layer, x: Float32Array, y: Float32Array, total: list[Moments]) -> None:
-    bias = layer.bias_values if not layer.can_correct else np.zeros_like(layer.bias_values)
     product = layer.product
+    bias = np.zeros(product.channels, np.float32) if layer.can_correct else layer.bias_values.astype(np.float32)
     biases = bias.reshape(product.group, -1)
     for images, groups in product.places(x):
         results = product.results(y[images])

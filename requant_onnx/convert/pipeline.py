@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from requant_onnx.config import Budget, Form, QuantConfig, Refinement, Space
 from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
-from requant_onnx.convert.steps import drain, prepare, quantize, write
+from requant_onnx.convert.steps import convert, prepare
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of
 from requant_onnx.files.walk import all_graphs
@@ -92,8 +92,7 @@ def _convert(
         prepared = prepare(source, config, calibration, excluded, progress)
         if isinstance(config.bits, Budget):
             return write_within(prepared, config.bits, calibration, progress, threads)
-        results, biases = quantize(prepared, prepared.plan.planned, progress, threads)
-        return write(prepared, drain(results), biases)
+        return convert(prepared, prepared.plan.planned, progress, threads)
 
 
 def inspect_model(model: ModelLike) -> InspectReport:

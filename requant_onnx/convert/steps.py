@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeVar
 
+import numpy as np
 import onnx
 
 from requant_onnx.config import METADATA_KEY, NARROW_ORT, QuantConfig, Refinement
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
-from requant_onnx.convert.layerwise import quantize_layers
+from requant_onnx.convert.layerwise import Belief, quantize_layers
 from requant_onnx.convert.nearest import Result, quantize_all
 from requant_onnx.convert.plan import Plan, PlannedWeight, kept_in_float, opset_for, plan_conversion
 from requant_onnx.convert.report import QuantReport, WeightReport
 from requant_onnx.errors import ModelError
-from requant_onnx.files.load import opset_of
+from requant_onnx.files.load import is_large, opset_of
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS, Coded, Target, bytes_of_each, decode_of, group_weights
@@ -34,11 +36,16 @@ from requant_onnx.graph.prepare.opset import raise_opset
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import SkippedWeight, find_weights
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.numerics.arrays import Float32Array, Float64Array
+from requant_onnx.numerics.arrays import Float64Array, GenericArray
 from requant_onnx.progress import Progress
+from requant_onnx.runtime.sensitivity import numbers_in, relative_error
+from requant_onnx.runtime.sessions import load_session, run_session
+from requant_onnx.text import decibels
 
 T = TypeVar("T")
-Biases = Mapping[str, Float32Array]
+Built = tuple[onnx.ModelProto, QuantReport]
+DOUBT, ROUNDING = 0.25, 1e-6  # of the squared error of outputs, relative to it and to their power: float32 sums in other orders
+Biases = Mapping[str, GenericArray]
 
 
 @dataclass(frozen=True)
@@ -110,27 +117,65 @@ def prepare(
     return Prepared(source, model, config, opset, folded, integers, plan, refining, means)
 
 
-def quantize(
-    prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None
-) -> tuple[list[Result], Biases]:
-    """Every planned weight, in order, on calibration inputs where a layer can be; and the biases that change with them."""
+@dataclass(frozen=True)
+class Quantized:
+    """results: of every planned weight, in order.  biases: those that change with them.
+
+    belief: what the refinement knows of the outputs, where it saw every weight; else None.
+    """
+
+    results: list[Result]
+    biases: Biases
+    belief: Belief | None
+
+
+def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Built:
+    """Quantize the planned weights and write them.  Changes `prepared.model`.
+
+    Raises ModelError where the finished model does not give what the refinement believed.
+    """
+    quantized = quantize(prepared, planned, progress, threads)
+    model, report = write(prepared, drain(quantized.results), quantized.biases)
+    complete = not report.activations and len(report.converted) == len(planned) and not is_large(model)
+    if quantized.belief is not None and complete:
+        check_belief(model, quantized.belief)
+    return model, report
+
+
+def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
+    """Raise ModelError where the outputs of a finished model are further from the float ones than the refinement believed."""
+    finished = run_session(load_session(model), "the converted model", None, belief.feed)
+    exact = [numbers_in(belief.exact)]
+    believed, actual = (relative_error(exact, [numbers_in(outputs)]) for outputs in (belief.refined, finished))
+    if actual > believed * (1 + DOUBT) + ROUNDING:
+        raise ModelError(
+            f"the converted model has an output SQNR of {decibels(-10 * math.log10(actual))} where the refinement expected "
+            f"{decibels(-10 * math.log10(max(believed, ROUNDING)))}; please report this, and convert with --refinement none"
+        )
+
+
+def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Quantized:
+    """Quantize every planned weight, on calibration inputs where a layer can be."""
+    belief = None
     refined: dict[str, Result] = {}
-    biases: dict[str, Float32Array] = {}
+    biases: dict[str, GenericArray] = {}
     min_scales = prepared.integers.min_scales
     if prepared.refining is not None and planned:
         refinement = prepared.config.refinement
-        for done in quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, progress):
+        layers, belief = quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, progress)
+        for done in layers:
             refined[done.layer.weight] = done.result
             if done.choice.bias is not None:
-                biases[done.layer.bias] = done.choice.bias
+                biases[done.layer.bias] = done.layer.stored_bias(done.choice.bias)
     rest = tuple(item for item in planned if item.weight.name not in refined)
     nearest = {result.planned.weight.name: result for result in quantize_all(rest, min_scales, progress, threads)}
     if prepared.means:
         _correct(prepared, nearest, biases)
-    return [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned], biases
+    results = [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned]
+    return Quantized(results, biases, None if rest else belief)
 
 
-def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, Float32Array]) -> None:
+def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, GenericArray]) -> None:
     """Take out of each bias what the error of the weight adds to the mean of the output, where the means of inputs are known.
 
     Nagel et al. 2019 (arXiv 1906.04721), equation 16.  Changes `results` and `biases`.
@@ -141,7 +186,7 @@ def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, F
             w = result.planned.weight.load()
             bias = layer.corrected_bias(result.quantized.dequantize() - w, prepared.means[layer.x])
             if bias is not None and result.finite:
-                biases[layer.bias] = bias
+                biases[layer.bias] = layer.stored_bias(bias)
                 results[layer.weight] = replace(result, method="nearest, bias from BatchNormalization")
 
 
@@ -163,7 +208,9 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
         return prepared.source, report
     replace_weights(model, {weight.name for weight in converted}, drain(decodes))
     if integers.plan.weighted:
-        new_biases = [replace(bias, values=biases.get(bias.node.bias, bias.values)) for bias in integers.biases]
+        new_biases = [
+            replace(bias, values=np.asarray(biases.get(bias.node.bias, bias.values), np.float32)) for bias in integers.biases
+        ]
         quantize_activations(model, integers.plan, integers.grids, new_biases, quantized)
     set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
     return model, report

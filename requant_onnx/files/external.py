@@ -71,6 +71,20 @@ def chunks_of(tensor: TensorProto) -> Iterator[bytes]:
         raise ModelError(f"cannot read the data file '{location}' of '{tensor.name}' ({error.strerror or error})") from None
 
 
+def dense_values(sparse: onnx.SparseTensorProto) -> npt.NDArray[np.generic]:
+    """The values of a sparse tensor, in its whole shape.  https://onnx.ai/onnx/repo-docs/IR.html, SparseTensorProto.
+
+    indices: (values,) positions in the flattened tensor, or (values, rank) coordinates.
+    """
+    values, indices = values_of(sparse.values), values_of(sparse.indices).astype(np.int64)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
+
+
 def fetch(tensor: TensorProto) -> None:
     """Move external data into the tensor."""
     if is_external(tensor):

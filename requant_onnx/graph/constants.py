@@ -16,7 +16,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from requant_onnx.errors import ModelError
-from requant_onnx.files.external import values_of
+from requant_onnx.files.external import dense_values, values_of
 from requant_onnx.files.walk import reads_in
 from requant_onnx.graph.reshapes import RESHAPING, Reshaped, reshaped
 from requant_onnx.numerics.arrays import GenericArray
@@ -105,14 +105,14 @@ def load_values(tensor: gs.Constant) -> GenericArray:
     return load_proto(stored.tensor) if isinstance(stored, LazyValues) else np.asarray(stored)
 
 
-def load_proto(tensor: onnx.TensorProto) -> GenericArray:
+def load_proto(tensor: onnx.TensorProto | onnx.SparseTensorProto) -> GenericArray:
     """The values of a tensor.  Raises ModelError when they do not fit its shape."""
+    sparse = isinstance(tensor, onnx.SparseTensorProto)
+    name = tensor.values.name if sparse else tensor.name
     try:
-        return values_of(tensor)
-    except (TypeError, ValueError) as error:
-        raise ModelError(
-            f"the values of '{tensor.name}' do not fit its shape ({first_line(error)}); export the model again"
-        ) from None
+        return dense_values(tensor) if sparse else values_of(tensor)
+    except (IndexError, TypeError, ValueError) as error:
+        raise ModelError(f"the values of '{name}' do not fit its shape ({first_line(error)}); export the model again") from None
 
 
 def is_standard(node: gs.Node) -> bool:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
+from requant_onnx.graph.constants import FLOATS, ModelGraph, find_root, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import bias_input, operator_of, weight_operand
 from requant_onnx.graph.operators import Operator
 from requant_onnx.graph.products import Product
-from requant_onnx.numerics.arrays import Float32Array, Float64Array
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Layer:
     """A node with a weight of its own.
 
     index: of the node.  weight: name of the stored tensor.  x: activation it reads.  product: what it computes with them.
-    bias: name of a bias that only this node reads, "" for none.  bias_values: (oc,), zeros for none.
+    bias: name of a bias that only this node reads, "" for none.  bias_values: (oc,), zeros for none, in the type of the node.
     added_to: the other input of an Add that alone reads the output, "" for none.
     """
 
@@ -34,13 +35,19 @@ class Layer:
     x: str
     product: Product
     bias: str
-    bias_values: Float32Array
+    bias_values: GenericArray
     added_to: str = ""
 
     @property
     def can_correct(self) -> bool:
         """Whether it has a bias to correct."""
         return self.bias != ""
+
+    def stored_bias(self, bias: Float32Array) -> GenericArray:
+        """A new bias in the type of the node, (oc,); half precision may have no room for it, then the largest that it has."""
+        dtype = self.bias_values.dtype
+        largest = float(np.finfo(np.float16).max) if dtype == np.float16 else float(np.finfo(np.float32).max)
+        return np.clip(bias, -largest, largest).astype(dtype)
 
     def bias_of(self, g: int) -> Float64Array:
         """(rows,) the bias of one group; 0 where there is none."""
@@ -58,7 +65,7 @@ class Layer:
         parts = self.product.matrices(difference)
         added = [part.astype(np.float64) @ x for part, x in zip(parts, inputs, strict=True)]
         with np.errstate(over="ignore"):
-            bias = (self.bias_values - np.concatenate(added)).astype(np.float32)
+            bias = (self.bias_values.astype(np.float32) - np.concatenate(added)).astype(np.float32)
         return bias if np.isfinite(bias).all() else None
 
     def importance(self, powers: Sequence[Float64Array]) -> Float32Array:
@@ -121,13 +128,20 @@ def _added_to(node: gs.Node) -> str:
     return others[0] if len(others) == 1 else ""
 
 
-def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, Float32Array] | None:
+def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, GenericArray] | None:
     """(name if only this node reads it, values); None for values that are not constant or no vector."""
     edge = bias_input(node)
     if edge is None:
-        return "", np.zeros(product.channels, np.float32)
+        return "", np.zeros(product.channels, _float_type(node))
     root = find_root(edge)
-    if root is None or root.dtype != onnx.TensorProto.FLOAT or root.shape != (product.channels,):
+    if root is None or root.edge_dtype not in FLOATS or root.dtype not in FLOATS or root.shape != (product.channels,):
         return None
     only_here = root.name == edge.name and reads[root.name] == 1 and not operator.scales_bias(node.attrs)
-    return (root.name if only_here else ""), root.load().astype(np.float32)
+    return (root.name if only_here else ""), root.load().astype(onnx.helper.tensor_dtype_to_np_dtype(root.edge_dtype))
+
+
+def _float_type(node: gs.Node) -> np.dtype[Any]:
+    """The type that a node computes in: that of its weight as it reads it."""
+    root = find_root(node.inputs[1])
+    kind = root.edge_dtype if root is not None and root.edge_dtype in FLOATS else onnx.TensorProto.FLOAT
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))

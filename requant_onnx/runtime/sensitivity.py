@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,9 +35,7 @@ def output_errors(
     session = open_session(work, "the model")
 
     def run(feeds: Mapping[str, GenericArray]) -> Outputs:
-        return [
-            [np.asarray(y, np.float64) for y in run_session(session, "the model", None, {**feeds, **chunk})] for chunk in chunks
-        ]
+        return [numbers_in(run_session(session, "the model", None, {**feeds, **chunk})) for chunk in chunks]
 
     exact = run(stored)
     for replaced in replacements:
@@ -47,14 +46,23 @@ def output_errors(
 def outputs_of(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
     """What a model gives for each chunk of inputs."""
     session = open_session(model, "the model")
-    return [[np.asarray(y, np.float64) for y in run_session(session, "the model", None, chunk)] for chunk in chunks]
+    return [numbers_in(run_session(session, "the model", None, chunk)) for chunk in chunks]
+
+
+def numbers_in(outputs: Sequence[Any]) -> list[Float64Array]:
+    """The tensors of numbers among the outputs of a model: texts, sequences and maps have no error to measure."""
+    arrays = [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind not in "OSU"]
+    return [np.asarray(y, np.float64) for y in arrays]
 
 
 def relative_error(exact: Outputs, others: Outputs) -> float:
-    """Squared error over squared values, summed over all chunks, the mean over the outputs."""
+    """Squared error over squared values, summed over all chunks, the mean over the outputs.
+
+    An output of another shape (as many boxes as were found, say) counts as lost.
+    """
     ratios = []
     for outputs, changed in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):
         power = sum(float((y**2).sum()) for y in outputs)
-        error = sum(float(((y - z) ** 2).sum()) for y, z in zip(outputs, changed, strict=True))
+        error = sum(float(((y - z if y.shape == z.shape else y) ** 2).sum()) for y, z in zip(outputs, changed, strict=True))
         ratios.append(error / power if power > 0.0 else 0.0)
     return float(np.mean(ratios)) if ratios else 0.0

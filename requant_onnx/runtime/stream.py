@@ -5,11 +5,14 @@ Only tensors that a later node reads are kept; inputs are run in chunks, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx
 import onnxruntime
+from onnx import numpy_helper
 
+from requant_onnx.files.external import dense_values
 from requant_onnx.files.walk import reads_in, subgraphs_of
 from requant_onnx.graph.constants import value_of
 from requant_onnx.numerics.arrays import GenericArray
@@ -19,23 +22,28 @@ Chunk = dict[str, GenericArray]
 
 
 class Stream:
-    """One run of a model, up to some node.  values: for each chunk of inputs, the tensors that are still to be read."""
+    """One run of a model, up to some node.  values: for each chunk of inputs, the tensors that are still to be read.
+
+    Nodes that read constants only are run again with each piece that needs them, on the initializers as they are then: a Cast or a
+    Transpose behind a weight may stand anywhere in the graph, long before the weight is replaced.
+    """
 
     def __init__(self, model: onnx.ModelProto, chunks: Iterable[Chunk]) -> None:
         self.values: list[Chunk] = [dict(chunk) for chunk in chunks]
         self._model = model
         self._stored = {item.name: item for item in model.graph.initializer}
-        self._reads = [set(_reads(node)) for node in model.graph.node]
-        self._last = {name: k for k, names in enumerate(self._reads) for name in names}
+        self._constant = _constant_nodes(model.graph, self._stored)
+        self._last = {item.name: len(model.graph.node) for item in model.graph.output}
+        self._last = {**{name: k for k, node in enumerate(model.graph.node) for name in _reads(node)}, **self._last}
         self._done = 0
 
     def advance(self, end: int, replaced: Mapping[str, onnx.TensorProto]) -> None:
         """Run the nodes before `end`.  replaced: initializers with other values."""
-        nodes = self._model.graph.node[self._done : end]
+        nodes = [node for node in self._model.graph.node[self._done : end] if not self._is_constant(node)]
         made = [name for node in nodes for name in node.output if name]
         wanted = [name for name in made if self._last.get(name, -1) >= end]
         if wanted:
-            self._run(nodes, set(made), wanted, replaced)
+            self._run(nodes, wanted, replaced)
         for chunk in self.values:
             for name in [name for name in chunk if self._last.get(name, -1) < end]:
                 del chunk[name]
@@ -44,20 +52,22 @@ class Stream:
     def output(self, index: int) -> list[GenericArray]:
         """What node `index`, the next one, gives for each chunk; it is not advanced over."""
         node = self._model.graph.node[index]
-        session, feeds = self._session([node], set(node.output), [node.output[0]], {})
+        session, feeds = self._session([node], [node.output[0]], {})
         return [run_session(session, "the model", None, {name: chunk[name] for name in feeds})[0] for chunk in self.values]
 
-    def _run(
-        self, nodes: Iterable[onnx.NodeProto], made: set[str], wanted: list[str], replaced: Mapping[str, onnx.TensorProto]
-    ) -> None:
-        session, feeds = self._session(nodes, made, wanted, replaced)
+    def _is_constant(self, node: onnx.NodeProto) -> bool:
+        return any(name in self._constant for name in node.output)
+
+    def _run(self, nodes: Sequence[onnx.NodeProto], wanted: list[str], replaced: Mapping[str, onnx.TensorProto]) -> None:
+        session, feeds = self._session(nodes, wanted, replaced)
         for chunk in self.values:
             chunk.update(zip(wanted, run_session(session, "the model", None, {name: chunk[name] for name in feeds}), strict=True))
 
     def _session(
-        self, nodes: Iterable[onnx.NodeProto], made: set[str], wanted: list[str], replaced: Mapping[str, onnx.TensorProto]
+        self, nodes: Sequence[onnx.NodeProto], wanted: list[str], replaced: Mapping[str, onnx.TensorProto]
     ) -> tuple[onnxruntime.InferenceSession, list[str]]:
-        nodes = list(nodes)
+        nodes = [*self._constants_before(nodes), *nodes]
+        made = {name for node in nodes for name in node.output}
         read = {name for node in nodes for name in _reads(node)} - made
         stored = [replaced.get(name, self._stored[name]) for name in sorted(read) if name in self._stored]
         feeds = sorted(name for name in read if name in self.values[0])
@@ -68,9 +78,40 @@ class Stream:
         model.functions.extend(self._model.functions)
         return open_session(model, "the model"), feeds
 
+    def _constants_before(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """The constant nodes that these nodes need, in the order of the graph."""
+        waiting = [name for node in nodes for name in _reads(node)]
+        needed: dict[int, onnx.NodeProto] = {}
+        while waiting:
+            index = self._constant.get(waiting.pop(), -1)
+            if index >= 0 and index not in needed:
+                needed[index] = self._model.graph.node[index]
+                waiting.extend(_reads(needed[index]))
+        return [needed[index] for index in sorted(needed)]
+
+
+def _constant_nodes(graph: onnx.GraphProto, stored: Collection[str]) -> dict[str, int]:
+    """Tensor -> index of the node that gives it, for nodes whose inputs are constants or come from such nodes.
+
+    Nodes without inputs (Constant, but random numbers too) and nodes with bodies are none.
+    """
+    constant: dict[str, int] = {}
+    for index, node in enumerate(graph.node):
+        names = [name for name in node.input if name]
+        computed = names and all(name in stored or name in constant for name in names)
+        if computed and not node.op_type.startswith(("Random", "Bernoulli")) and not any(subgraphs_of(node)):
+            constant.update((name, index) for name in node.output if name)
+    return constant
+
 
 def constants_to_initializers(model: onnx.ModelProto) -> None:
-    """Store the values of Constant nodes as initializers, so that they are not kept once a chunk.  Changes `model`."""
+    """Store the values of Constant nodes and sparse initializers as initializers, so that they are not kept once a chunk.
+
+    Changes `model`.
+    """
+    for sparse in model.graph.sparse_initializer:
+        model.graph.initializer.append(numpy_helper.from_array(dense_values(sparse), sparse.values.name))
+    del model.graph.sparse_initializer[:]
     kept = []
     for node in model.graph.node:
         value = value_of(node)
@@ -91,6 +132,15 @@ def _reads(node: onnx.NodeProto) -> Iterable[str]:
         yield from reads_in(body)
 
 
-def _typed(name: str, values: GenericArray) -> onnx.ValueInfoProto:
-    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, [None] * values.ndim)
+def _typed(name: str, values: Any) -> onnx.ValueInfoProto:
+    """The type of what ONNX Runtime gave: a tensor of numbers or texts, a sequence of such, or an optional without a value."""
+    return onnx.helper.make_value_info(name, _type_of(values))
+
+
+def _type_of(values: Any) -> onnx.TypeProto:
+    if isinstance(values, list):
+        element = _type_of(values[0]) if values else onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        element.tensor_type.ClearField("shape")  # the tensors of a sequence may differ in shape
+        return onnx.helper.make_sequence_type_proto(element)
+    kind = onnx.TensorProto.STRING if values.dtype.kind in "OSU" else onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    return onnx.helper.make_tensor_type_proto(kind, [None] * values.ndim)
