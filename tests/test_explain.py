@@ -10,7 +10,19 @@ import onnxruntime
 import pytest
 from conftest import laplace, parse, small_cnn
 
-from requant_onnx import Calibration, Form, ModelError, QuantConfig, Transform, explain, load_session, quantize_model, save_model
+from requant_onnx import (
+    Calibration,
+    EdgeLayers,
+    Form,
+    Granularity,
+    ModelError,
+    QuantConfig,
+    Transform,
+    explain,
+    load_session,
+    quantize_model,
+    save_model,
+)
 from requant_onnx.graph.decode.forms import Fate
 from requant_onnx.runtime.explain import broken_promises
 
@@ -132,3 +144,26 @@ def test_codes_that_numpy_lacks_are_named() -> None:
     model.graph.initializer.append(weight)
     (fate,) = explain(model).weights
     assert fate.why == "no integer kernel takes codes of type float8e4m3fn; int8 is taken"
+
+
+@pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
+def test_a_weight_with_a_live_reader_is_folded_all_the_same(form: Form) -> None:
+    """A table of embeddings, gathered from at every run, whose transpose is the weight of the last layer."""
+    text = """net (float[n, 16] x, int64[k] i) => (float[n, 40] y, float[k, 16] e) {
+        t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) e = Gather(w, i) }"""
+    model, report = quantize_model(parse(text, w=laplace(40, 16)), QuantConfig(4, form=form))
+    assert [weight.name for weight in report.converted] == ["w"]
+    (fate,) = explain(model).weights
+    assert fate.fate is (Fate.EVERY_RUN if form is Form.QDQ else Fate.FOLDED)
+
+
+def test_a_scalar_of_the_model_that_equals_one_of_the_decode_is_not_decoding() -> None:
+    """ONNX Runtime merges equal scalars, and a node of the model then reads what has the decode's name."""
+    w = np.linspace(-7.5, 7.5, 400).reshape(16, 25).astype(np.float32)
+    plain = parse("net (float[n, 16] x) => (float[n, 25] y) { y = MatMul(x, w) }", w=w)
+    config = QuantConfig(4, granularity=Granularity.PER_TENSOR, form=Form.FOLDED, edge_layers=EdgeLayers.PLAIN)
+    scale = quantize_model(plain, config)[1].converted[0].scale.low
+    text = "net (float[n, 16] x) => (float[n, 25] y) { a = Mul(x, c) b = MatMul(a, w) y = Mul(b, c) }"
+    model, report = quantize_model(parse(text, w=w, c=np.float32(scale)), config)
+    assert len(report.converted) == 1
+    assert [weight.fate for weight in explain(model).weights] == [Fate.FOLDED]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,7 +81,7 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
     nodes = [*graph.nodes, *(inner for body in graph.bodies for inner in body.nodes)]
     fates = _Fates.of(optimized.graph)
     weights, shapes = _weights(nodes), find_shapes(loaded.proto)
-    decoded = {tensor.name: _decode_of(tensor) for _, tensor in weights}
+    decoded = {tensor.name: {each.name for each in ancestors(tensor)} for _, tensor in weights}
     times = Counter(name for names in decoded.values() for name in names)
     weight_fates = []
     for node, tensor in weights:
@@ -94,22 +95,31 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
 
 @dataclass(frozen=True)
 class _Fates:
-    """The optimized graph by what its nodes touch.  kernels: tensor -> kernel that reads it, or gives it."""
+    """The optimized graph by what its nodes touch.  kernels: tensor -> kernel that reads it, or gives it.
+
+    makers, readers: tensor -> another operator that gives it, or that reads it.
+    """
 
     kernels: dict[str, str]
-    decoders: dict[str, str]
+    makers: dict[str, str]
+    readers: dict[str, str]
 
     @classmethod
     def of(cls, graph: onnx.GraphProto) -> _Fates:
         nodes = [node for each in all_graphs(graph) for node in each.node]
         kernels = {name: n.op_type for n in nodes if n.op_type in KERNELS for name in (*n.input[1:], *n.output)}
-        decoders = {
-            name: n.op_type
-            for n in nodes
-            if n.op_type not in FLOAT_KERNELS and n.op_type not in KERNELS
-            for name in (*n.input, *n.output)
-        }
-        return cls(kernels, decoders)
+        others = [n for n in nodes if n.op_type not in FLOAT_KERNELS and n.op_type not in KERNELS]
+        makers = {name: n.op_type for n in others for name in n.output}
+        return cls(kernels, makers, {name: n.op_type for n in others for name in n.input})
+
+    def decoder(self, tensors: Collection[str], codes: Collection[str]) -> str:
+        """The operator that still decodes at every run: it gives a tensor of the decode, or reads the codes; "" for none.
+
+        Reading another tensor of the decode proves nothing: a weight that is folded may have live readers, and ONNX Runtime merges
+        equal scalars, those of a decode with those of the model.
+        """
+        makers = (self.makers[name] for name in sorted(tensors) if name in self.makers)
+        return next(makers, "") or next((self.readers[name] for name in sorted(codes) if name in self.readers), "")
 
 
 def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
@@ -130,9 +140,9 @@ def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
             yield WeightFate(tensor.name, node.op, shape, Fate.FUSED, node.op, "")
 
 
-def _decode_of(tensor: gs.Tensor) -> set[str]:
-    """Names of the tensors that a weight is decoded from, itself included."""
-    return {each.name for each in ancestors(tensor)}
+def _codes_of(tensor: gs.Tensor) -> set[str]:
+    """Names of the constants that a weight is decoded from, but for scalars."""
+    return {each.name for each in ancestors(tensor) if isinstance(each, gs.Constant) and math.prod(each.shape) > 1}
 
 
 def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) -> WeightFate:
@@ -140,7 +150,7 @@ def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) 
     shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
     results = {output.name for output in _results(node)}
     kernel = next((fates.kernels[name] for name in (*results, *sorted(exclusive)) if name in fates.kernels), "")
-    decoder = next((fates.decoders[name] for name in sorted(exclusive) if name in fates.decoders), "")
+    decoder = fates.decoder(exclusive, exclusive & _codes_of(tensor))
     if find_root(tensor) is not None:
         return WeightFate(tensor.name, node.op, shape, Fate.FLOAT, node.op, "stored as float; convert it")
     if kernel:
