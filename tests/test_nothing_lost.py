@@ -25,6 +25,7 @@ from conftest import OWN_MODEL, laplace, parse, small_cnn
 
 from requant_onnx import save_model
 from requant_onnx.cli.main import main
+from requant_onnx.files.leftovers import scratch_folder
 from requant_onnx.files.load import load_model
 
 MOMENTS = 8  # of a run, one in each eighth of it
@@ -172,3 +173,15 @@ def test_the_same_bytes_every_time(tmp_path: Path, options: list[str]) -> None:
         found.add((tmp_path / f"{k}.onnx").read_bytes())
     assert len(found) == 1
     onnx.checker.check_model(onnx.load_from_string(found.pop()))
+
+
+def test_a_directory_that_another_run_removed_before_it_was_claimed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    claims = iter([False, True])
+    monkeypatch.setattr("requant_onnx.files.leftovers.claim", lambda _: next(claims))
+    with scratch_folder() as folder:
+        (folder / "file").write_bytes(b"kept")
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert not list(tmp_path.iterdir())

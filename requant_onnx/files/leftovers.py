@@ -16,6 +16,7 @@ except ImportError:  # Windows, where nothing is removed
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, CLAIM = "requant_onnx-", ".claim"
+TRIES = 5  # to make a directory that no other run takes for a leftover
 
 
 def claim(file: IO[Any]) -> bool:
@@ -45,6 +46,10 @@ def scratch_folder() -> Iterator[Path]:
         with contextlib.suppress(OSError), open(claimed, "r+b") as opened:
             if claim(opened):
                 shutil.rmtree(claimed.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, open(os.path.join(name, CLAIM), "wb") as opened:
-        claim(opened)
-        yield Path(name)
+    for attempt in range(TRIES):
+        directory = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        with directory as name, open(os.path.join(name, CLAIM), "wb") as opened:
+            ours = claim(opened) and os.fstat(opened.fileno()).st_nlink > 0  # another run may have removed it before it was claimed
+            if ours or attempt == TRIES - 1:  # file systems without locks never say yes
+                yield Path(name)
+                return
