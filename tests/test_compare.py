@@ -277,7 +277,11 @@ def test_ctrl_c_is_one_line_while_processes_start(tmp_path: Path, seconds: float
     """As a terminal does it, to all processes at once; seconds: after the first of them has started."""
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     command = [sys.executable, "-m", "requant_onnx", "compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "2"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    try:
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text() and started.poll() is None:
         time.sleep(0.01)
     time.sleep(seconds)
