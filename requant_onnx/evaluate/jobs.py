@@ -66,9 +66,9 @@ def _local_executor(jobs: int) -> Executor:
     if jobs == 1:
         return ThreadPoolExecutor(1)
     context = multiprocessing.get_context("spawn")  # ONNX Runtime's threads do not survive a fork
-    executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_on_interrupt)
     resource_tracker.ensure_running()  # which lets interrupts through when it starts
-    with _interrupts_held():
+    with _interrupts_held():  # an executor that is half built leaks a semaphore, and the tracker prints that
+        executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_on_interrupt)
         wait([executor.submit(_nothing) for _ in range(jobs)])  # each starts a process
     return executor
 
