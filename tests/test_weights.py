@@ -18,7 +18,6 @@ IO = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
 MATRIX_IO = "net (float[n, 6] x) => (float[n, c] y)"
 W_OUT = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y, float[5, 4, 3, 3] w)"
 W_IN = "net (float[n, 4, 6, 6] x, float[5, 4, 3, 3] w) => (float[n, c, h, w] y)"
-LSTM = "net (float[s, n, 4] x) => (float[s, d, n, 2] y) { y = LSTM<hidden_size = 2>(x, w, w) }"
 W = laplace(5, 4, 3, 3)
 
 
@@ -83,13 +82,11 @@ def test_a_product_of_two_activations_is_no_weight() -> None:
     [
         (IO + "{ a = Mul(w, w) y = Conv(x, a) }", W, "is decoded from other constants (Mul)"),
         (IO + "{ m = ReduceMean(x) a = Mul(w, m) y = Conv(x, a) }", W, "is computed by Mul"),
-        (IO + "{ y = Conv(x, w) }", laplace(5, 4, 3, 3).astype(np.float64), "has type DOUBLE"),
         (W_OUT + "{ y = Conv(x, w) }", W, "is an output"),
         (W_IN + "{ y = Conv(x, w) }", W, "a caller may replace"),
         (W_IN + "{ y = Conv(x, w) }", None, "is an input of the model"),
         ("net (float[n, 6] x) => (float[n] y) { y = MatMul(x, w) }", laplace(6), "has 1 dimensions"),
         (IO + "{ y = Conv(x, w) }", np.zeros((0, 4, 3, 3), np.float32), "has no elements"),
-        (LSTM, laplace(1, 8, 4), "LSTM weights are not"),
         (MATRIX_IO + "{ y = MatMulInteger(x, w) }", laplace(6, 5), "is already quantized (MatMulInteger)"),
     ],
 )  # fmt: skip

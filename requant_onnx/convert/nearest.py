@@ -45,7 +45,9 @@ class Result:
 
     def coded(self) -> Coded:
         """The weight as the graph takes it."""
-        return Coded(self.planned.weight.name, self.quantized, self.planned.weight.emit, self.planned.form)
+        weight = self.planned.weight
+        looked_up = weight.lookup_axis is not None and self.quantized.axis in (None, weight.lookup_axis)
+        return Coded(weight.name, self.quantized, weight.emit, self.planned.form, looked_up)
 
     def report(self, bytes_after: int, why_not_int8: str = "") -> WeightReport:
         """The weight as the user sees it."""

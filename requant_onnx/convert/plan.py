@@ -90,9 +90,9 @@ def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeigh
             objective_in_weights=config.objective is Space.WEIGHT,
             round_in_weights=config.rounding is Space.WEIGHT,
             limit=int(config.int8_levels.value) if FORMS[form].on_integers else None,
-            half_scales=FORMS[form].half_scales,
+            half_scales=FORMS[form].half_scales or weight.lookup_axis is not None,
         )
-        for bits in _widths(config, weight.is_edge)
+        for bits in ([EDGE_BITS] if weight.is_table else _widths(config, weight.is_edge))
         for granularity in _granularities(weight, config)
         for kind in _kinds(config, bits, weight.is_edge)
     ]

@@ -23,6 +23,7 @@ from requant_onnx.files.load import is_large, opset_of
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS, Coded, Target, bytes_of_each, decode_of, group_weights
+from requant_onnx.graph.decode.lookup import decode_after_lookup
 from requant_onnx.graph.decode.nodes import Constants, Decode
 from requant_onnx.graph.decode.replace import replace_weights, set_metadata
 from requant_onnx.graph.edit import set_initializer
@@ -32,6 +33,7 @@ from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.prepare.full_pads import write_full_pads
+from requant_onnx.graph.prepare.merge_directions import merge_directions
 from requant_onnx.graph.prepare.opset import raise_opset
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
 from requant_onnx.graph.weights import SkippedWeight, find_weights
@@ -99,6 +101,7 @@ def prepare(
     analytic = refining is None and config.refinement is not Refinement.NONE
     means = channel_means(given) if analytic else {}
     folded = fold_batchnorm(given)
+    merge_directions(given)
     model = ModelGraph.of(raise_opset(given.proto, opset_for(config, _is_narrow(config))))
     wanted = {w.name for w in find_weights(model).weights if not kept_in_float(w, config)}
     if form.on_integers:
@@ -206,7 +209,7 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
     report = QuantReport(config.to_dict(), opsets, prepared.folded, converted, everything, integers.reports())
     if not decodes:
         return prepared.source, report
-    replace_weights(model, {weight.name for weight in converted}, drain(decodes))
+    decode_after_lookup(model, replace_weights(model, {weight.name for weight in converted}, drain(decodes)))
     if integers.plan.weighted:
         new_biases = [
             replace(bias, values=np.asarray(biases.get(bias.node.bias, bias.values), np.float32)) for bias in integers.biases

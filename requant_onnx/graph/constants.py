@@ -23,7 +23,7 @@ from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
 PASS_THROUGH = ("Identity", "Cast")
-FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 G_LOGGER.severity = G_LOGGER.CRITICAL  # graphsurgeon prints its warnings to standard output
 
 
@@ -51,6 +51,21 @@ class ModelGraph:
     def bodies(self) -> list[gs.Graph]:
         """The bodies of If, Loop and Scan, at every depth."""
         return [body for node in self.graph.nodes for body in node.subgraphs(recursive=True)]
+
+    @cached_property
+    def constant_tensors(self) -> frozenset[int]:
+        """ids of the tensors that are constants, or computed from constants only."""
+        found: set[int] = set()
+        for node in (node for graph in (self.graph, *self.bodies) for node in graph.nodes):
+            found.update(id(tensor) for tensor in node.inputs if isinstance(tensor, gs.Constant))
+            fixed = all(id(tensor) in found for tensor in node.inputs if tensor.name)
+            if fixed and not is_random(node.op) and not any(node.subgraphs()):
+                found.update(id(tensor) for tensor in node.outputs)
+        return frozenset(found)
+
+    def computes(self, node: gs.Node) -> bool:
+        """Whether the node depends on an input of the model: it is no part of the decode of a constant."""
+        return not all(id(tensor) in self.constant_tensors for tensor in node.outputs)
 
     @cached_property
     def read_counts(self) -> Counter[str]:
@@ -113,6 +128,11 @@ def load_proto(tensor: onnx.TensorProto | onnx.SparseTensorProto) -> GenericArra
         return dense_values(tensor) if sparse else values_of(tensor)
     except (IndexError, TypeError, ValueError) as error:
         raise ModelError(f"the values of '{name}' do not fit its shape ({first_line(error)}); export the model again") from None
+
+
+def is_random(op: str) -> bool:
+    """Whether an operator gives other values at every run."""
+    return op.startswith(("Random", "Bernoulli", "Multinomial"))
 
 
 def is_standard(node: gs.Node) -> bool:
@@ -207,6 +227,8 @@ def stored_axis(root: Root, axis: int) -> int | None:
             continue
         size, outer = step.shape[axis], math.prod(step.shape[:axis])
         same = [k for k, n in enumerate(before.shape) if n == size and math.prod(before.shape[:k]) == outer]
+        if not same and before.shape and before.shape[0] == size * outer:  # all axes up to this one, merged: each index lies in one
+            same = [0]
         if not same:
             return None
         axis = same[0]

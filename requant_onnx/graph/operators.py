@@ -8,7 +8,8 @@
     MatMul         x @ w, (..., ic, oc)   last axis         DenseProduct        QLinearMatMul
                    w @ x, (..., oc, ic)   last but one
 
-A new operator is a row, and a product (products.py) where none of these fits; tests/test_operators.py holds every row to what ONNX
+Operators with weights that are no such product have a table of their own (holders.py).  A new operator is a row, and a product
+(products.py) where none of these fits; tests/test_operators.py holds every row to what ONNX
 Runtime computes.  https://onnx.ai/onnx/operators/
 """
 
@@ -154,9 +155,6 @@ MATMUL = Operator(
 )
 OPERATORS: dict[str, Operator] = {row.name: row for row in (CONV, CONV_TRANSPOSE, GEMM, MATMUL)}
 """The operators whose weights are converted, by name."""
-
-NOT_CONVERTED: dict[str, tuple[int, ...]] = {"LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
-"""Operators whose weights are counted, but not converted -> the inputs that are weights."""
 
 KERNELS: dict[str, IntegerKernel] = {
     row.name: row

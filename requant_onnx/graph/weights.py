@@ -26,9 +26,12 @@ from requant_onnx.graph.constants import (
     seen_shape,
     stored_axis,
 )
+from requant_onnx.graph.holders import Holder, holder_of
 from requant_onnx.graph.operands import edge_nodes, operator_of, weight_operand
-from requant_onnx.graph.operators import KERNELS, NOT_CONVERTED, OPERATORS
+from requant_onnx.graph.operators import KERNELS, OPERATORS
 from requant_onnx.numerics.arrays import Float32Array
+
+LATTICE, LATTICE_POINTS = 1e-3, 1 << 14  # how far, in steps, float32 puts a multiple of one from where it belongs, of so many
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Weight:
     emit: ONNX type that its readers expect.
     channel_axis: see above; None where the readers see no axis of the stored tensor as output channels.
     is_edge: no other weight lies before it, or none behind it (the first and last layers).
+    is_table: its values reach results themselves, see holders.py.
+    lookup_axis: the axis along which all its readers look up entries, None where one reads it whole.
     """
 
     name: str
@@ -49,10 +54,13 @@ class Weight:
     is_edge: bool
     stored_bytes: int
     tensor: gs.Constant = field(repr=False, compare=False)
+    is_table: bool = False
+    lookup_axis: int | None = None
 
     def load(self) -> Float32Array:
         """The values as float32.  Raises ModelError when one is NaN or infinite."""
-        w = load_values(self.tensor).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            w = load_values(self.tensor).astype(np.float32, copy=False)
         bad = w.size - np.count_nonzero(np.isfinite(w))
         if bad:
             raise ModelError(f"the weight '{self.name}' holds {bad} NaN or infinite values; repair or export the model again")
@@ -86,13 +94,19 @@ def find_weights(model: ModelGraph) -> View:
     weights: dict[str, Weight] = {}
     skipped: dict[tuple[str, str], tuple[SkippedWeight, gs.Tensor | None]] = {}
     for node in (node for graph in graphs for node in graph.nodes):
-        for item, tensor in _look_at(node, interface, id(node) in edges):
+        for item, tensor in _look_at(model, node, interface, id(node) in edges):
             if isinstance(item, SkippedWeight):
                 skipped.setdefault((item.name, item.op), (item, tensor))
-            elif item.name not in weights or item.is_edge:  # shared: the first reader decides, any edge makes an edge
-                weights[item.name] = replace(weights.get(item.name, item), is_edge=item.is_edge)
+            else:
+                weights[item.name] = _merged(weights.get(item.name, item), item)
     left = [*_with_bytes(skipped.values()), *_in_functions(model.proto)]
     return View(tuple(weights.values()), tuple(item for item in left if item.name not in weights))
+
+
+def _merged(first: Weight, other: Weight) -> Weight:
+    """A weight that is read twice: the first reader decides, any edge makes an edge, any table a table."""
+    whole = first.lookup_axis if first.lookup_axis == other.lookup_axis else None
+    return replace(first, is_edge=first.is_edge or other.is_edge, is_table=first.is_table or other.is_table, lookup_axis=whole)
 
 
 def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
@@ -138,16 +152,19 @@ class _Interface:
         return cls(frozenset(item.name for item in model.graph.output), inputs, sparse, stored)
 
 
-def _look_at(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor | None]]:
+def _look_at(
+    model: ModelGraph, node: gs.Node, interface: _Interface, is_edge: bool
+) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor | None]]:
     """The weights of a node, or why they stay, each with the tensor that the node reads; None for one of an integer kernel."""
     if operator_of(node) is not None:
         yield from _weight_of(node, interface, is_edge)
-    elif node.op in NOT_CONVERTED:
-        for tensor in (node.inputs[k] for k in NOT_CONVERTED[node.op] if k < len(node.inputs)):
-            yield SkippedWeight(tensor.name, node.op, _shape(tensor), f"{node.op} weights are not converted"), tensor
     elif node.op in KERNELS:
         tensor = node.inputs[KERNELS[node.op].weight]
         yield SkippedWeight(tensor.name, node.op, _shape(tensor), f"is already quantized ({node.op})"), None
+    else:
+        holder = holder_of(node)
+        if holder is not None and model.computes(node):
+            yield from _held_by(node, holder, interface)
 
 
 def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor]]:
@@ -170,17 +187,62 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
     if reason is not None:
         yield SkippedWeight(root.name, node.op, root.shape, reason), tensor
         return
-    weight = Weight(
+    axis = None if seen is None or len(seen) < 2 else operator.channel_axis(node.attrs, operand, len(seen))
+    yield replace(_weight(root, node, axis), is_edge=is_edge), tensor
+
+
+def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor]]:
+    """The weights of an operator that is no known product."""
+    for operand, tensor in enumerate(node.inputs):
+        root = find_stored(tensor) if tensor.name else None
+        seen = None if root is None else seen_shape(root)
+        if root is None or not holder.may_hold(operand, root.shape if seen is None else seen):
+            continue
+        reason = _refusal(root, interface) or (_why_exact(root) if holder.is_table else None)
+        if reason is not None:
+            yield SkippedWeight(root.name, node.op, root.shape, reason), tensor
+            continue
+        axis = None if seen is None else holder.channel_axis(node.attrs, operand, len(seen))
+        weight = _weight(root, node, axis)
+        yield (
+            replace(weight, is_table=holder.is_table, lookup_axis=weight.channel_axis if _is_lookup(tensor, holder) else None),
+            tensor,
+        )
+
+
+def _is_lookup(tensor: gs.Tensor, holder: Holder) -> bool:
+    """Whether all readers look up entries, so that codes can be looked up before they are decoded."""
+    rows = [holder_of(reader) for reader in tensor.outputs]
+    direct = all(reader.inputs[0] is tensor and tensor not in reader.inputs[1:] for reader in tensor.outputs)
+    return holder.looks_up and holder.domain == "" and direct and all(row is holder for row in rows)
+
+
+def _weight(root: Root, node: gs.Node, axis: int | None) -> Weight:
+    """axis: of the output channels, as the node sees the weight."""
+    return Weight(
         name=root.name,
         op=node.op,
         shape=root.shape,
-        channel_axis=_stored_channel_axis(node, operand, root),
+        channel_axis=None if axis is None else stored_axis(root, axis),
         emit=_emitted_type(root),
-        is_edge=is_edge,
+        is_edge=False,
         stored_bytes=_bytes(root.tensor),
         tensor=root.tensor,
     )
-    yield weight, tensor
+
+
+def _why_exact(root: Root) -> str | None:
+    """Why values that reach results themselves have to stay exact; None where they need not."""
+    values = np.unique(root.load().astype(np.float64))
+    if not np.isfinite(values).all():
+        return "holds infinite values or NaN, as masks do"
+    if values.size == 1:
+        return "holds one value only"
+    step = float(np.diff(values).min())
+    counts = (values - values[0]) / step
+    if counts[-1] < LATTICE_POINTS and abs(counts - np.rint(counts)).max() < LATTICE:
+        return f"holds numbers in steps of {step:.6g}, as coordinates and masks do, which have to be exact"
+    return None
 
 
 def _why_computed(tensor: gs.Tensor) -> str | None:
@@ -198,7 +260,7 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
 def _refusal(root: Root, interface: _Interface) -> str | None:
     if root.dtype not in FLOATS or root.edge_dtype not in FLOATS:
         name = onnx.TensorProto.DataType.Name(root.dtype) if root.dtype else "other than these"
-        return f"has type {name}, and only FLOAT, FLOAT16 and BFLOAT16 are converted"
+        return f"has type {name}, and only FLOAT, FLOAT16, BFLOAT16 and DOUBLE are converted"
     if root.name not in interface.stored:
         return "is an output of a body of If, Loop or Scan"
     if root.name in interface.sparse:
@@ -214,13 +276,6 @@ def _unfit_shape(shape: tuple[int, ...]) -> str | None:
     if 0 in shape:
         return "has no elements"
     return f"has {len(shape)} dimensions, and a weight has at least 2" if len(shape) < 2 else None
-
-
-def _stored_channel_axis(node: gs.Node, operand: int, root: Root) -> int | None:
-    seen = seen_shape(root)
-    if seen is None or len(seen) < 2:
-        return None
-    return stored_axis(root, OPERATORS[node.op].channel_axis(node.attrs, operand, len(seen)))
 
 
 def _emitted_type(root: Root) -> int:

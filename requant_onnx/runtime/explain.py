@@ -17,6 +17,8 @@ from requant_onnx.files.load import LoadedModel, ModelLike
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import ModelGraph, ancestors, find_root, from_constants
 from requant_onnx.graph.decode.forms import FORMS, Fate
+from requant_onnx.graph.decode.lookup import looks_up_codes
+from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.operands import weight_operand
 from requant_onnx.graph.operators import FLOAT_KERNELS, KERNELS, OPERATORS
 from requant_onnx.graph.shapes import find_shapes
@@ -80,7 +82,9 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
     graph = ModelGraph.of(loaded.proto)
     nodes = [*graph.nodes, *(inner for body in graph.bodies for inner in body.nodes)]
     fates = _Fates.of(optimized.graph)
-    weights, shapes = _weights(nodes), find_shapes(loaded.proto)
+    shapes = find_shapes(loaded.proto)
+    weights = _weights(nodes)
+    weights += _held(graph, nodes, shapes, {id(each) for _, tensor in weights for each in ancestors(tensor)})
     decoded = {tensor.name: {each.name for each in ancestors(tensor)} for _, tensor in weights}
     times = Counter(name for names in decoded.values() for name in names)
     weight_fates = []
@@ -131,6 +135,22 @@ def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
     return weights
 
 
+def _held(
+    graph: ModelGraph, nodes: Sequence[gs.Node], shapes: Mapping[str, tuple[int, ...]], seen: set[int]
+) -> Iterator[tuple[gs.Node, gs.Tensor]]:
+    """Weights of operators that are no known product, each at its first reader.  seen: ids of tensors that count already."""
+    for node in nodes:
+        holder = holder_of(node)
+        if holder is None or not graph.computes(node):
+            continue
+        for operand, tensor in enumerate(node.inputs):
+            shape = shapes.get(tensor.name, tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ()))
+            constant = id(tensor) in graph.constant_tensors and id(tensor) not in seen
+            if constant and holder.may_hold(operand, shape):
+                seen.add(id(tensor))
+                yield node, tensor
+
+
 def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
     """A weight that the file itself gives to an integer kernel."""
     if node.op in KERNELS:
@@ -156,6 +176,8 @@ def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) 
     if kernel:
         why = "with activations that it rounds to int8 by default" if kernel == "MatMulNBits" else ""
         return WeightFate(tensor.name, node.op, shape, Fate.FUSED, kernel, why)
+    if looks_up_codes(node):
+        return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, "only the entries that are looked up")
     if decoder:
         return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, _why_decoded(node, tensor, decoder))
     return WeightFate(tensor.name, node.op, shape, Fate.FOLDED, node.op, _why_float(node))

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from requant_onnx.files.external import dense_values
 from requant_onnx.files.walk import reads_in, subgraphs_of
-from requant_onnx.graph.constants import value_of
+from requant_onnx.graph.constants import is_random, value_of
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 
@@ -99,7 +99,7 @@ def _constant_nodes(graph: onnx.GraphProto, stored: Collection[str]) -> dict[str
     for index, node in enumerate(graph.node):
         names = [name for name in node.input if name]
         computed = names and all(name in stored or name in constant for name in names)
-        if computed and not node.op_type.startswith(("Random", "Bernoulli")) and not any(subgraphs_of(node)):
+        if computed and not is_random(node.op_type) and not any(subgraphs_of(node)):
             constant.update((name, index) for name in node.output if name)
     return constant
 

@@ -23,6 +23,7 @@ from requant_onnx.graph.decode.nodes import (
     Constants,
     Decode,
     DecodeWriter,
+    Scales,
     packs_zero_point,
     write_levels,
     write_scale,
@@ -53,12 +54,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Coded:
-    """A quantized weight on its way into the graph.  name: the tensor to output.  emit: its ONNX type, FLOAT or FLOAT16."""
+    """A quantized weight on its way into the graph.  name: the tensor to output.  emit: its ONNX type.
+
+    looked_up: whether its readers look up entries, so that levels are output, and scales, for nodes behind the readers (lookup.py).
+    """
 
     name: str
     quantized: QuantizedWeight
     emit: int
     form: Form
+    looked_up: bool = False
 
     @property
     def payload(self) -> int:
@@ -96,10 +101,17 @@ def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded,
 def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
     """What weights that can be decoded together have in common."""
     q = weight.quantized
+    if decodes_after_lookup(weight):
+        return (weight.name,)
     if reads_codes(weight.form, q.table.decode) and _is_native(target, weight.form, q.table):
         return (weight.name,)  # a single node reads the codes
     shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
     return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
+
+
+def decodes_after_lookup(weight: Coded) -> bool:
+    """Whether the readers of a weight get levels."""
+    return weight.looked_up and FORMS[weight.form].decodes_lookups
 
 
 def decode_of(group: Sequence[Coded], target: Target, constants: Constants) -> Decode:
@@ -158,6 +170,9 @@ def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, t
 def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
     q = stack.quantized
+    if group[0].looked_up:
+        _write_lookup(writer, group[0], target)
+        return
     if reads_codes(Form.QDQ, q.table.decode):
         codes = _write_codes(writer, q, Form.QDQ, target)
         bits = q.table.bits if _is_native(target, Form.QDQ, q.table) else 8
@@ -171,6 +186,17 @@ def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, targ
         levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
     for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
         _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale))
+
+
+def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
+    """Levels under the name of the weight, in the narrowest type, and the scales."""
+    q = weight.quantized
+    largest = _largest_level(q)
+    levels = _write_levels(writer, q, Form.FOLDED, target, np.int32)
+    to = onnx.TensorProto.INT8 if largest <= 127 else onnx.TensorProto.INT16 if largest <= 32767 else onnx.TensorProto.INT32
+    writer.node("Cast", levels, output=weight.name, to=to)
+    scale = write_scale(writer, q, q.broadcast(q.scale))
+    writer.scales[weight.name] = Scales(scale, q.axis is not None, weight.emit)
 
 
 def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
@@ -244,6 +270,7 @@ class FormRow:
     write: appends the decode of a group.  promise: what ONNX Runtime must make of its weights; None: whatever it likes.
     dequantizes_codes: DequantizeLinear reads codes, not levels.  any_grid: other grids than uniform ones cost nothing at inference.
     half_scales: scales may be stored as float16.  transposes_gemm: weights of Gemm are stored as (ic, oc).
+    decodes_lookups: entries of a table are looked up as levels and decoded behind that.
     on_integers: activations are quantized too, so that integer kernels multiply: a conversion needs calibration inputs, levels have
     a limit, biases are counted in scales of channels.  fallback: the form of weights that no such kernel reads.
     session_options: with which a session runs it best, (key, value).  hint: a sentence for users, "" for none.
@@ -255,6 +282,7 @@ class FormRow:
     any_grid: bool = True
     half_scales: bool = True
     transposes_gemm: bool = False
+    decodes_lookups: bool = False
     on_integers: bool = False
     fallback: Form | None = None
     session_options: tuple[tuple[str, str], ...] = ()
@@ -269,6 +297,7 @@ FORMS: dict[Form, FormRow] = {
         any_grid=False,
         half_scales=False,
         transposes_gemm=True,
+        decodes_lookups=True,
         session_options=(("session.disable_quant_qdq", "1"),),
         hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed",
     ),

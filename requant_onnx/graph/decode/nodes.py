@@ -28,15 +28,30 @@ from requant_onnx.numerics.quantize import QuantizedWeight
 
 
 @dataclass(frozen=True)
+class Scales:
+    """The scales of a table that is looked up as levels.
+
+    name: of the tensor.  by_entry: whether they are looked up like the levels.
+    emit: ONNX type that the readers of the table expect.
+    """
+
+    name: str
+    by_entry: bool
+    emit: int
+
+
+@dataclass(frozen=True)
 class Decode:
     """Nodes in order, which output the weights under their own names, and the initializers they read.
 
     shared: small constants and level tables that other decodes read too, by name; each is stored once.
+    scales: of tables whose levels are looked up before they are decoded (lookup.py), by name.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
     initializers: tuple[onnx.TensorProto, ...]
     shared: dict[str, onnx.TensorProto]
+    scales: dict[str, Scales] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -74,13 +89,14 @@ class DecodeWriter:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     used: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    scales: dict[str, Scales] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._prefix = f"d{self.constants.next_decode()}"
 
     def finish(self) -> Decode:
         """What was written."""
-        return Decode(tuple(self.nodes), tuple(self.initializers), self.used)
+        return Decode(tuple(self.nodes), tuple(self.initializers), self.used, self.scales)
 
     def own(self, suffix: str, values: GenericArray) -> str:
         """An initializer of this decode."""

@@ -6,25 +6,31 @@ from collections.abc import Collection, Iterable
 
 import onnx
 
-from requant_onnx.graph.decode.nodes import Decode
+from requant_onnx.graph.decode.nodes import Decode, Scales
 from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
-def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Iterable[Decode]) -> None:
-    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader."""
+def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Iterable[Decode]) -> dict[str, Scales]:
+    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader.
+
+    Returns the scales of tables that were replaced by levels: their readers have to change (lookup.py).
+    """
     graph = model.graph
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in names])
     drop_stale_types(graph, names)  # a float16 weight may have become float32
     kept = [node for node in graph.node if not (node.op_type == "Constant" and node.output[0] in names)]
     shared: dict[str, onnx.TensorProto] = {}
+    scales: dict[str, Scales] = {}
     decoders: list[onnx.NodeProto] = []
     for decode in decodes:
         graph.initializer.extend(decode.initializers)
         decoders += decode.nodes
         shared.update(decode.shared)
+        scales.update(decode.scales)
     graph.initializer.extend(shared.values())
     del graph.node[:]
     graph.node.extend(decoders + kept)
+    return scales
 
 
 def set_metadata(model: onnx.ModelProto, key: str, value: str) -> None:

@@ -1,7 +1,7 @@
 """Bring constant weights to where they can be converted: the main graph, in the shape that their reader takes.
 
 1. Initializers leave the list of inputs, where IR 3 demands them.
-2. Model-local functions that hold Conv, ConvTranspose, Gemm or MatMul are inlined, as ONNX Runtime does when it loads them
+2. Model-local functions that hold weights are inlined, as ONNX Runtime does when it loads them
    (https://onnx.ai/onnx/api/inliner.html).
 3. Transpose, Reshape, Unsqueeze, Squeeze and Flatten between a constant and its only reader are computed once and for all.
 4. Weights in bodies of If, Loop and Scan move to the main graph, which bodies can read.
@@ -21,6 +21,7 @@ from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto, value_of
 from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, tensor_proto
+from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operators import OPERATORS
 from requant_onnx.graph.reshapes import RESHAPING, reshaped
@@ -51,7 +52,8 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not any(node.op_type in OPERATORS for function in model.functions for node in function.node):
+    nodes = (node for function in model.functions for node in function.node)
+    if not any(node.op_type in OPERATORS or _holds(node) for node in nodes):
         return model
     if _inlined_nodes(model) > MAX_NODES:
         raise ModelError(
@@ -84,11 +86,26 @@ def _inlined_nodes(model: onnx.ModelProto) -> int:
     return size_of(model.graph.node)
 
 
+def _holds(node: onnx.NodeProto) -> bool:
+    """Whether an operator exists to multiply with a weight: an Add may have one, and seldom has."""
+    holder = holder_of(node)
+    return holder is not None and not holder.is_table
+
+
+def _is_weight(node: onnx.NodeProto, operand: int, tensor: onnx.TensorProto) -> bool:
+    """Whether a constant counts as a weight where it is read."""
+    holder = None if node.op_type in OPERATORS else holder_of(node)
+    return tensor.data_type in FLOATS and (holder is None or holder.may_hold(operand, tensor.dims))
+
+
 def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
     """(node, index) of every input that may be a weight."""
     for node in graph.node:
+        holder = holder_of(node)
         if node.op_type in OPERATORS and is_standard_proto(node):
             yield from ((node, k) for k in sorted(OPERATORS[node.op_type].weights) if k < len(node.input))
+        elif holder is not None:
+            yield from ((node, k) for k in range(len(node.input)) if holder.weights is None or k in holder.weights)
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
@@ -112,7 +129,7 @@ def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
         chain = _chain(reader.input[operand], producers, readers)
         root = chain[-1].input[0] if chain else ""
         steps = [node for node in reversed(chain) if node.op_type in RESHAPING]
-        if not steps or root not in constants or readers[root] != 1 or constants[root].data_type not in FLOATS:
+        if not steps or root not in constants or readers[root] != 1 or not _is_weight(reader, operand, constants[root]):
             continue
         values = _stepped(load_proto(constants[root]), steps, outer)
         if values is None:
@@ -181,8 +198,8 @@ def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, def
     wanted: dict[str, None] = {}
     for each in all_graphs(body):  # bodies in it read its constants too
         defined_inside = set(_defined_in(each)) if each is not body else set()
-        for name in _sources(each):
-            fits = name in constants and constants[name].data_type in FLOATS and math.prod(constants[name].dims) > 0
+        for node, operand, name in _sources(each):
+            fits = name in constants and _is_weight(node, operand, constants[name]) and math.prod(constants[name].dims) > 0
             if fits and name not in defined_inside and name not in interface:
                 wanted[name] = None
     for name in wanted:
@@ -195,12 +212,12 @@ def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, def
     drop_stale_types(body, wanted)
 
 
-def _sources(graph: onnx.GraphProto) -> Iterator[str]:
-    """The tensors that the operands of its nodes come from, through nodes that change no value."""
+def _sources(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int, str]]:
+    """(node, operand, tensor): the tensors that the operands of its nodes come from, through nodes that change no value."""
     producers = {output: node for node in graph.node for output in node.output}
     for node, operand in _operands(graph):
         behind = [step.input[0] for step in _nodes_behind(node.input[operand], producers)]
-        yield behind[-1] if behind else node.input[operand]
+        yield node, operand, behind[-1] if behind else node.input[operand]
 
 
 def _rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:

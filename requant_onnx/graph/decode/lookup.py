@@ -1,0 +1,65 @@
+"""Look up codes before they are decoded: a table behind DequantizeLinear would be decoded whole at every run.
+
+    y = Gather(decode(codes), indices)  ->  y = Cast(Gather(levels, indices)) * Gather(scale, indices)
+
+https://onnx.ai/onnx/operators/onnx__Gather.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import helper
+
+from requant_onnx.files.walk import all_graphs
+from requant_onnx.graph.decode.nodes import Scales
+from requant_onnx.graph.holders import holder_of
+from requant_onnx.graph.names import FreshNames
+
+
+def decode_after_lookup(model: onnx.ModelProto, scales: Mapping[str, Scales]) -> None:
+    """Let every reader of these tables, now levels, decode what it looks up.  Changes `model`.
+
+    scales: by table; of a shape that broadcasts against it.
+    """
+    if not scales:
+        return
+    names = FreshNames(model)
+    for graph in all_graphs(model.graph):
+        nodes = []
+        for node in graph.node:
+            nodes.append(node)
+            table = node.input[0] if node.input else ""
+            if table in scales:
+                nodes += _decoded(node, scales[table], names)
+        if len(nodes) > len(graph.node):
+            copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+            del graph.node[:]
+            graph.node.extend(copies)
+
+
+def _decoded(node: onnx.NodeProto, scale: Scales, names: FreshNames) -> list[onnx.NodeProto]:
+    """The nodes behind a lookup, whose output becomes that of the last.  Changes the node."""
+    result, axis = node.output[0], next((item.i for item in node.attribute if item.name == "axis"), 0)
+    levels, numbers, factors, product = (
+        names.take(f"{node.input[0]}_{part}") for part in ("levels", "numbers", "scales", "product")
+    )
+    node.output[0] = levels
+    is_float = scale.emit == onnx.TensorProto.FLOAT
+    nodes = [helper.make_node("Cast", [levels], [numbers], to=onnx.TensorProto.FLOAT)]
+    if scale.by_entry:
+        nodes.append(helper.make_node("Gather", [scale.name, node.input[1]], [factors], axis=axis))
+    factor = factors if scale.by_entry else scale.name
+    nodes.append(helper.make_node("Mul", [numbers, factor], [result if is_float else product]))
+    return nodes if is_float else [*nodes, helper.make_node("Cast", [product], [result], to=scale.emit)]
+
+
+def looks_up_codes(node: gs.Node) -> bool:
+    """Whether a node looks up integers that the nodes behind it decode."""
+    holder = holder_of(node)
+    if holder is None or not holder.looks_up or node.domain not in (None, "", "ai.onnx"):
+        return False
+    followers = node.outputs[0].outputs
+    return len(followers) == 1 and followers[0].op == "Cast" and any(each.op == "Mul" for each in followers[0].outputs[0].outputs)

@@ -1,0 +1,144 @@
+"""Every operator of the table of holders is converted, and answers with w_hat in the place of w.  A new row needs a case here."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from conftest import laplace, parse
+from onnx import helper
+from oracle import check, feeds_for, run
+
+from requant_onnx import Form, Granularity, QuantConfig, quantize_model
+from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.holders import HOLDERS, MICROSOFT
+from requant_onnx.graph.weights import find_weights
+from requant_onnx.runtime.explain import Fate, explain
+
+Shapes = dict[str, tuple[int, ...]]
+SEQUENCE = "net (float[5, 2, 16] x) => (float[s, d, n, h] y)"
+ROW = "net (float[2, 32] x) => (float[a, b] y)"
+IMAGE = "net (float[1, 8, 9, 9] x) => (float[n, c, h, w] y)"
+CASES: list[tuple[str, str, Shapes, dict[str, int | None]]] = [  # operator, text, weights, channel axis of each
+    ("LSTM", SEQUENCE + "{ y = LSTM<hidden_size = 24>(x, w, r) }", {"w": (1, 96, 16), "r": (1, 96, 24)}, {"w": 1, "r": 1}),
+    ("GRU", SEQUENCE + "{ y = GRU<hidden_size = 24>(x, w, r) }", {"w": (1, 72, 16), "r": (1, 72, 24)}, {"w": 1, "r": 1}),
+    ("RNN", SEQUENCE + "{ y = RNN<hidden_size = 40>(x, w, r) }", {"w": (1, 40, 16), "r": (1, 40, 40)}, {"w": 1, "r": 1}),
+    (
+        "LSTM",
+        SEQUENCE + '{ y = LSTM<hidden_size = 24, direction = "bidirectional">(x, w, r) }',
+        {"w": (2, 96, 16), "r": (2, 96, 24)},
+        {"w_rows": 0, "r_rows": 0},
+    ),
+    ("Gather", "net (int64[2, 3] x) => (float[a, b, c] y) { y = Gather(w, x) }", {"w": (60, 20)}, {"w": 0}),
+    ("Gather", "net (int64[2] x) => (float[a, b] y) { y = Gather<axis = -1>(w, x) }", {"w": (20, 60)}, {"w": 1}),
+    (
+        "Einsum",
+        ROW[:-1] + ', float[e, f, g] z) { y = Einsum<equation = "ab,bc->ac">(x, w) z = Einsum<equation = "ab,bcd->acd">(x, v) }',
+        {"w": (32, 24), "v": (32, 4, 9)},
+        {"w": 1, "v": 2},
+    ),
+    ("Einsum", ROW + '{ y = Einsum<equation = "cb,ab">(w, x) }', {"w": (24, 32)}, {"w": 0}),
+    (
+        "DeformConv",
+        "net (float[1, 8, 9, 9] x, float[1, 18, 7, 7] o) => (float[n, c, h, w] y) { y = DeformConv(x, w, o) }",
+        {"w": (12, 8, 3, 3)},
+        {"w": 0},
+    ),
+    ("Add", "net (float[2, 30, 20] x) => (float[a, b, c] y) { y = Add(x, w) }", {"w": (1, 30, 20)}, {"w": 2}),
+    ("Sub", "net (float[2, 30, 20] x) => (float[a, b, c] y) { y = Sub(w, x) }", {"w": (30, 20)}, {"w": 1}),
+    ("Mul", "net (float[2, 30, 20] x) => (float[a, b, c] y) { y = Mul(x, w) }", {"w": (1, 30, 20)}, {"w": 2}),
+    ("FusedConv", IMAGE + '{ y = com.microsoft.FusedConv<activation = "Relu">(x, w) }', {"w": (12, 8, 3, 3)}, {"w": 0}),
+    ("FusedGemm", ROW + '{ y = com.microsoft.FusedGemm<transB = 1, activation = "Relu">(x, w) }', {"w": (24, 32)}, {"w": 0}),
+    ("FusedGemm", ROW + '{ y = com.microsoft.FusedGemm<activation = "Relu">(x, w) }', {"w": (32, 24)}, {"w": 1}),
+    ("FusedMatMul", ROW + "{ y = com.microsoft.FusedMatMul<alpha = 0.5>(x, w) }", {"w": (32, 24)}, {"w": 1}),
+    ("FusedMatMul", ROW + "{ y = com.microsoft.FusedMatMul<transB = 1>(x, w) }", {"w": (24, 32)}, {"w": 0}),
+    (
+        "Attention",
+        "net (float[1, 5, 32] x) => (float[a, b, c] y) { y = com.microsoft.Attention<num_heads = 2>(x, w, b) }",
+        {"w": (32, 96), "b": (96,)},
+        {"w": 1},
+    ),
+]
+UNTRIED = {"NhwcFusedConv", "FusedMatMulActivation", "TransposeMatMul", "EmbedLayerNormalization"}
+"""Rows whose operators ONNX Runtime makes itself, and runs on some processors only, or whose layout is that of another row."""
+EVERY_CASE = pytest.mark.parametrize(("name", "text", "shapes", "axes"), CASES)
+CONFIGS = [
+    QuantConfig(8),
+    QuantConfig(4),
+    QuantConfig(3, form=Form.FOLDED),
+    QuantConfig(4, form=Form.FOLDED, granularity=Granularity.PER_TENSOR),
+    QuantConfig(5, granularity=Granularity.PER_TENSOR),
+]
+
+
+def model_of(text: str, shapes: Shapes, dtype: type = np.float32) -> onnx.ModelProto:
+    model = parse(text, opset=19, **{name: laplace(*shape, seed=k).astype(dtype) for k, (name, shape) in enumerate(shapes.items())})
+    model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return model
+
+
+def test_every_row_has_a_case() -> None:
+    assert {name for _, name in HOLDERS} == {case[0] for case in CASES} | UNTRIED
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_holder_answers_with_w_hat(
+    name: str, text: str, shapes: Shapes, axes: dict[str, int | None], config: QuantConfig
+) -> None:
+    del name
+    report = check(model_of(text, shapes), config)
+    per_channel = config.granularity is Granularity.PER_CHANNEL
+    assert {w.name: w.axis for w in report.converted} == {w: axis if per_channel else None for w, axis in axes.items()}
+
+
+@EVERY_CASE
+def test_folded_weights_of_holders_are_folded(name: str, text: str, shapes: Shapes, axes: dict[str, int | None]) -> None:
+    made, report = quantize_model(model_of(text, shapes), QuantConfig(8, form=Form.FOLDED))
+    assert len(report.converted) == len(axes)
+    fates = [weight for weight in explain(made).weights if weight.op == name]
+    assert len(fates) == len(axes)
+    assert {weight.fate for weight in fates} == {Fate.FOLDED}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_embedding_of_the_qdq_form_is_decoded_behind_the_lookup(bits: int) -> None:
+    made, _ = quantize_model(model_of(CASES[4][1], CASES[4][2]), QuantConfig(bits))
+    optimized = explain(made)
+    assert "DequantizeLinear" not in optimized.operators
+    (weight,) = optimized.weights
+    assert (weight.fate, weight.why) == (Fate.EVERY_RUN, "only the entries that are looked up")
+
+
+def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:
+    text = "net (int64[3] x) => (float[a, b] y) { e = Gather(w, x) t = Transpose(w) y = MatMul(e, t) }"
+    report = check(model_of(text, {"w": (60, 20)}), QuantConfig(4), feeds_for(parse(text)))
+    assert [w.axis for w in report.converted] == [0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
+def test_other_float_types(dtype: type, form: Form) -> None:
+    kind = {np.float16: "float16", np.float64: "double"}[dtype]
+    text = f"net ({kind}[2, 32] x, int64[2] i) => ({kind}[a, b] y) {{ m = MatMul(x, w) e = Gather(v, i) y = Add(m, e) }}"
+    source = model_of(text, {"w": (32, 24), "v": (50, 24)}, dtype)
+    made, report = quantize_model(source, QuantConfig(8, form=form))
+    assert report.coverage == 1.0
+    feeds = feeds_for(source)
+    (y,), (expected,) = run(made, feeds), run(source, feeds)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y, expected, atol=0.02 * abs(expected).max())
+
+
+def test_coordinates_and_masks_stay_exact() -> None:
+    text = "net (float[1, 2, 400] x) => (float[a, b, c] y) { a = Add(x, grid) b = Mul(a, mask) y = Add(b, bias) }"
+    grid = np.stack(np.mgrid[0:20, 0:20]).reshape(1, 2, 400).astype(np.float32) + 0.5
+    mask = (laplace(1, 2, 400) > 0).astype(np.float32)
+    cut = np.where(laplace(1, 2, 400) > 0, 0, -np.inf).astype(np.float32)
+    view = find_weights(ModelGraph.of(parse(text, grid=grid, mask=mask, bias=cut)))
+    assert not view.weights
+    assert [item.reason for item in view.skipped] == [
+        "holds numbers in steps of 1, as coordinates and masks do, which have to be exact",
+        "holds numbers in steps of 1, as coordinates and masks do, which have to be exact",
+        "holds infinite values or NaN, as masks do",
+    ]
