@@ -2,6 +2,7 @@
 
 from requant_onnx.config import (
     ActivationRange,
+    BiasType,
     Budget,
     EdgeLayers,
     Form,
@@ -28,6 +29,7 @@ from requant_onnx.webpage.pages import html_report
 __all__ = [
     "ActivationRange",
     "ActivationReport",
+    "BiasType",
     "Budget",
     "Calibration",
     "ConfigError",

@@ -94,6 +94,15 @@ class Int8Levels(Choice):
     FULL = "127"
 
 
+class BiasType(Choice):
+    """How biases and other vectors are stored: as float16 where that changes no output by more than the weights' own error does
+    (by default in the folded and int8 forms), or as they are."""
+
+    AUTO = "auto"
+    HALF = "float16"
+    FLOAT = "float32"
+
+
 class Space(Choice):
     """Where distances are measured: between weights `w`, or between transformed weights `v = sign(w) * |w|**a`."""
 
@@ -202,6 +211,8 @@ class QuantConfig:
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
     min_ort: the oldest ONNX Runtime that has to load the file.
     refinement: what calibration inputs are used for, beside the ranges of activations.
+    biases: how biases and other vectors are stored.
+    keep_inputs: whether weights that a caller may replace (initializers that are inputs of the graph too) stay, in float.
     activation_range, int8_levels: of the int8 form.
     """
 
@@ -215,6 +226,8 @@ class QuantConfig:
     form: Form = Form.QDQ
     min_ort: Version = Version(1, 20)
     refinement: Refinement = Refinement.DESCENT
+    biases: BiasType = BiasType.AUTO
+    keep_inputs: bool = False
     activation_range: ActivationRange = ActivationRange.MIN_MAX
     int8_levels: Int8Levels = Int8Levels.SAFE
 
@@ -222,14 +235,14 @@ class QuantConfig:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
         if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
             raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
-        for name, kind in {**ENUMS, "transform": Transform, "min_ort": Version}.items():
+        for name, kind in {**ENUMS, "transform": Transform, "min_ort": Version, "keep_inputs": bool}.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
 
     @classmethod
     def paper(cls, bits: int | Budget = 8) -> QuantConfig:
         """REQuant as published (arXiv 2510.04044): per tensor, square root, searched alpha, rounding in transformed
-        space, first and last layer without the transform."""
+        space, first and last layer without the transform, biases in float32."""
         return cls(
             bits=bits,
             granularity=Granularity.PER_TENSOR,
@@ -237,6 +250,7 @@ class QuantConfig:
             edge_layers=EdgeLayers.PLAIN,
             rounding=Space.TRANSFORMED,
             refinement=Refinement.NONE,
+            biases=BiasType.FLOAT,
         )
 
     def to_dict(self) -> dict[str, int | float | str]:
@@ -260,6 +274,7 @@ ENUMS: dict[str, type[Choice]] = {
     "rounding": Space,
     "form": Form,
     "refinement": Refinement,
+    "biases": BiasType,
     "activation_range": ActivationRange,
     "int8_levels": Int8Levels,
 }

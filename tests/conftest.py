@@ -18,7 +18,10 @@ import pytest
 from cifar import find_cifar
 from threadpoolctl import threadpool_limits
 
-from requant_onnx import ImageSet, Normalization, ValidationReport, load_images, quantize_model, validate
+from requant_onnx import ImageSet, Normalization, QuantReport, ValidationReport, load_images, quantize_model, validate
+from requant_onnx.convert.report import InspectReport
+from requant_onnx.graph.float_constants import VECTOR
+from requant_onnx.graph.weights import SkippedWeight, View
 
 ROOT = Path(__file__).parents[1]
 OWN_MODEL = ROOT / "models" / "resnet20_cifar10.onnx"
@@ -47,6 +50,11 @@ def parse(text: str, *, opset: Any = 18, ir: Any = 8, **weights: Any) -> onnx.Mo
 def laplace(*shape: int, seed: int = 0) -> np.ndarray:
     """Random weights with the heavy tails of trained ones."""
     return np.random.default_rng(seed).laplace(scale=0.1, size=shape).astype(np.float32)
+
+
+def skipped_weights(report: QuantReport | InspectReport | View) -> list[SkippedWeight]:
+    """Those skipped that are weights: no vectors, which many conversions leave as they are."""
+    return [item for item in report.skipped if item.reason != VECTOR]
 
 
 def small_cnn(**options: int) -> onnx.ModelProto:

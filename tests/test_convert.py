@@ -109,6 +109,8 @@ def test_the_paper_recipe_is_the_paper() -> None:
         "form": "qdq",
         "min_ort": "1.20",
         "refinement": "none",
+        "biases": "float32",
+        "keep_inputs": False,
     }
 
 

@@ -11,9 +11,10 @@ from oracle import check, feeds_for, run
 
 from requant_onnx import Form, Granularity, QuantConfig, quantize_model
 from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.decode.forms import Fate
 from requant_onnx.graph.holders import HOLDERS, MICROSOFT
 from requant_onnx.graph.weights import find_weights
-from requant_onnx.runtime.explain import Fate, explain
+from requant_onnx.runtime.explain import explain
 
 Shapes = dict[str, tuple[int, ...]]
 SEQUENCE = "net (float[5, 2, 16] x) => (float[s, d, n, h] y)"
@@ -119,7 +120,7 @@ def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
 def test_other_float_types(dtype: type, form: Form) -> None:
-    kind = {np.float16: "float16", np.float64: "double"}[dtype]
+    kind = "float16" if dtype is np.float16 else "double"
     text = f"net ({kind}[2, 32] x, int64[2] i) => ({kind}[a, b] y) {{ m = MatMul(x, w) e = Gather(v, i) y = Add(m, e) }}"
     source = model_of(text, {"w": (32, 24), "v": (50, 24)}, dtype)
     made, report = quantize_model(source, QuantConfig(8, form=form))
@@ -132,7 +133,7 @@ def test_other_float_types(dtype: type, form: Form) -> None:
 
 def test_coordinates_and_masks_stay_exact() -> None:
     text = "net (float[1, 2, 400] x) => (float[a, b, c] y) { a = Add(x, grid) b = Mul(a, mask) y = Add(b, bias) }"
-    grid = np.stack(np.mgrid[0:20, 0:20]).reshape(1, 2, 400).astype(np.float32) + 0.5
+    grid = np.asarray(np.mgrid[0:20, 0:20]).reshape(1, 2, 400).astype(np.float32) + 0.5
     mask = (laplace(1, 2, 400) > 0).astype(np.float32)
     cut = np.where(laplace(1, 2, 400) > 0, 0, -np.inf).astype(np.float32)
     view = find_weights(ModelGraph.of(parse(text, grid=grid, mask=mask, bias=cut)))

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 from onnxruntime import InferenceSession, SessionOptions
 
-from requant_onnx import QuantConfig, QuantReport, Refinement, quantize_model
-from requant_onnx.convert.steps import prepare, quantize
+from requant_onnx import BiasType, QuantConfig, QuantReport, Refinement, quantize_model
+from requant_onnx.convert.prepare import prepare
+from requant_onnx.convert.steps import quantize
 from requant_onnx.files.load import load_model
 from requant_onnx.graph.edit import tensor_proto
 
@@ -70,8 +71,8 @@ def same(found: list[np.ndarray], expected: list[np.ndarray], rounding: float) -
 
 
 def check(source: onnx.ModelProto, config: QuantConfig, feeds: Feeds | None = None, rounding: float = ROUNDING) -> QuantReport:
-    """Convert without refinement, and hold the rewrite to the oracle, the normalized float model to the source."""
-    config = replace(config, refinement=Refinement.NONE)
+    """Convert without refinement, with float biases, and hold the rewrite to the oracle, the normalized model to the source."""
+    config = replace(config, refinement=Refinement.NONE, biases=BiasType.FLOAT)
     feeds = feeds or feeds_for(source)
     converted, report = quantize_model(source, config)
     onnx.checker.check_model(converted, full_check=True)

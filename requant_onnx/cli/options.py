@@ -147,6 +147,12 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_choice(parser, "objective", "S", "space of the error that alpha minimizes: ")
     _add_choice(parser, "rounding", "S", "space in which the nearest level is chosen: ")
     _add_choice(parser, "form", "F")
+    _add_choice(parser, "biases", "B", "biases and other vectors: ")
+    parser.add_argument(
+        "--keep-inputs",
+        action="store_true",
+        help="leave weights in float that are inputs of the graph too, which a caller may replace",
+    )
     parser.add_argument(
         "--min-ort", metavar="V", help=f"oldest ONNX Runtime that has to load the file (default: {DEFAULT.min_ort})"
     )

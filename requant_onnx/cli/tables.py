@@ -9,12 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from requant_onnx.config import Form
-from requant_onnx.convert.report import InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.convert.report import FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
+
+ALIKE = 3  # skipped weights with the same reason that get a line each
 
 
 def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int]) -> None:
@@ -37,14 +39,21 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
     if report.opset[0] != report.opset[1]:
         console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which the decode needs")
     if report.front:
-        table = Table("file of about", "SQNR dB", box=None, header_style="bold", pad_edge=False)
-        for point in report.front:
-            table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")
-        console.print(table)
+        _print_front(console, report.front)
     before, after = report.bytes_before, report.bytes_after
-    covered = f", {report.coverage:.1%} of the bytes of all weights" if report.converted else ""
+    covered = f", {report.coverage:.1%} of the bytes of all float constants" if report.converted else ""
+    vectors = report.vectors
+    if vectors.count:
+        console.print(f"vectors as float16: {vectors.count}, {vectors.bytes_before:,} -> {vectors.bytes_after:,} bytes")
     console.print(f"weights: {len(report.converted)} converted{covered}, {before:,} -> {after:,} bytes{_ratio(before, after)}")
     console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
+
+
+def _print_front(console: Console, front: tuple[FrontPoint, ...]) -> None:
+    table = Table("file of about", "SQNR dB", box=None, header_style="bold", pad_edge=False)
+    for point in front:
+        table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")
+    console.print(table)
 
 
 def _remarks(report: QuantReport) -> list[str]:
@@ -55,9 +64,17 @@ def _remarks(report: QuantReport) -> list[str]:
 
 
 def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
-    """Print one line per skipped weight."""
+    """Print one line per skipped weight, and one for all that share a reason, where there are many."""
+    counts = Counter(item.reason for item in items)
+    many = {reason: count for reason, count in counts.items() if count > ALIKE}
     for item in items:
-        console.print(escape(f"skipped: {item.name} ({item.op}, {shape_text(item.shape)}) {item.reason}"))
+        if item.reason not in many:
+            console.print(escape(f"skipped: {item.name} ({item.op}, {shape_text(item.shape)}) {item.reason}"))
+    for reason, count in many.items():
+        alike = [item for item in items if item.reason == reason]
+        ops = ", ".join(f"{op} {number}" for op, number in Counter(item.op for item in alike).most_common())
+        size = sum(item.bytes for item in alike)
+        console.print(escape(f"skipped: {count} constants of {size:,} bytes ({ops}), each of which {reason}"))
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:

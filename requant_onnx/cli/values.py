@@ -36,6 +36,8 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
             raise ConfigError(f"{option} is for --form {form.value}; give --form {form.value}, or drop {option}")
     if bits is not None:
         given["bits"] = bits
+    if args.keep_inputs:
+        given["keep_inputs"] = True
     return dataclasses.replace(base, **given)
 
 

@@ -11,8 +11,10 @@ from requant_onnx.config import Budget
 from requant_onnx.convert.allocate import BLIND_POWER, Market, Picks, open_market
 from requant_onnx.convert.ladder import HELD_OUT
 from requant_onnx.convert.nearest import Result, quantize_all
+from requant_onnx.convert.prepare import Prepared, copied
 from requant_onnx.convert.report import FrontPoint
-from requant_onnx.convert.steps import Built, Prepared, convert, copied, write
+from requant_onnx.convert.steps import convert
+from requant_onnx.convert.write import Built, write
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.quantize import Grid
@@ -60,7 +62,7 @@ def write_within(
         picks, (model, report) = search.good_enough(budget.sqnr_db, held)
     rest = model.ByteSize() - market.bytes(picks)
     points = [FrontPoint(market.bytes(p) + rest, _decibels(_shown(market, p, chunks))) for p in market.front(picks, FRONT_POINTS)]
-    return model, replace(report, front=tuple(points), notes=(OF_OUTPUT if chunks else OF_WEIGHTS,))
+    return model, replace(report, front=tuple(points), notes=(*report.notes, OF_OUTPUT if chunks else OF_WEIGHTS))
 
 
 def _shown(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:

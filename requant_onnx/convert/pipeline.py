@@ -11,18 +11,19 @@ from threadpoolctl import threadpool_limits
 
 from requant_onnx.config import Budget, Form, QuantConfig, Refinement, Space
 from requant_onnx.convert.budget import write_within
+from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
-from requant_onnx.convert.steps import convert, prepare
+from requant_onnx.convert.steps import convert
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of
 from requant_onnx.files.walk import all_graphs
-from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS
-from requant_onnx.graph.prepare.expose import expose_weights
+from requant_onnx.graph.float_constants import float_constants, unconverted
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import WeightFate, broken_promises
+from requant_onnx.runtime.fold_constants import exposed
 from requant_onnx.runtime.sessions import loads
 
 COARSE_BITS = 5  # up to here, refinement is worth more than the noise of a test set
@@ -100,14 +101,15 @@ def inspect_model(model: ModelLike) -> InspectReport:
     loaded = LoadedModel.of(model).copy()
     opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
-    view = find_weights(ModelGraph.of(expose_weights(loaded)))
+    graph = exposed(loaded).graph
+    view = find_weights(graph)
     return InspectReport(
         opset=opset,
         ir_version=ir_version,
         producer=f"{loaded.producer_name} {loaded.producer_version}".strip(),
         ops=dict(ops.most_common()),
         weights=tuple(InspectedWeight(w.name, w.op, w.shape, w.is_edge, w.stored_bytes) for w in view.weights),
-        skipped=view.skipped,
+        skipped=(*view.skipped, *unconverted(float_constants(graph.proto), {w.name for w in view.weights}, view.skipped)),
     )
 
 

@@ -84,8 +84,19 @@ class FrontPoint:
 
 
 @dataclass(frozen=True)
+class VectorReport:
+    """Biases and other vectors that were stored as float16: how many, and their bytes before and after."""
+
+    count: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclass(frozen=True)
 class QuantReport:
     """One conversion.  opset: (before, after).  config: in the words of the command line.  activations: of the int8 form.
+
+    skipped: every float constant that stays as it was, and weights that are none.  floats: bytes of all of them in the input.
 
     front: with a budget, the best compromises between size and error, from the smallest file on.
     """
@@ -98,6 +109,8 @@ class QuantReport:
     activations: tuple[ActivationReport, ...]
     notes: tuple[str, ...] = ()
     front: tuple[FrontPoint, ...] = ()
+    vectors: VectorReport = field(default_factory=VectorReport)
+    floats: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -111,9 +124,9 @@ class QuantReport:
 
     @property
     def coverage(self) -> float:
-        """Share of the bytes of all weights, those skipped included, that was converted, 0 .. 1; 0 where there are none."""
-        total = self.bytes_before + sum(item.bytes for item in self.skipped)
-        return self.bytes_before / total if total else 0.0
+        """Share of the bytes of all float constants that was converted, or folded into what was, 0 .. 1; 0 where there are none."""
+        left = sum(item.bytes for item in self.skipped)
+        return max(0.0, 1 - left / self.floats) if self.floats else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the totals, for JSON."""

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 
 from requant_onnx.graph.constants import ModelGraph
-from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.readers import WeightReader, constant_part, find_readers, settled_tensors
 from requant_onnx.numerics.arrays import Float32Array, GenericArray
 from requant_onnx.numerics.quantize import to_rows
+from requant_onnx.runtime.fold_constants import exposed
 from requant_onnx.runtime.sessions import open_session, run_session
 
 
@@ -61,13 +61,12 @@ def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[t
 
     The reference counts as it is, and with BatchNormalization folded.  Raises ModelError where a model does not load.
     """
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(reference)
-    exposed = expose_weights(exposed)
-    view = ModelGraph.of(exposed)
-    known = _weights(exposed, find_readers(view))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(reference)
+    view = exposed(copy).graph
+    known = _weights(view.proto, find_readers(view))
     if fold_batchnorm(view):
-        known += _weights(exposed, find_readers(ModelGraph.of(exposed)))
+        known += _weights(view.proto, find_readers(ModelGraph.of(view.proto)))
     readers = find_readers(ModelGraph.of(candidate))
     decoded = {id(weight.reader): weight for weight in _weights(candidate, readers)}
     names = _Outputs(_made(reference), _made(candidate), settled_tensors(candidate))

@@ -168,13 +168,13 @@ def _walk_back(edge: gs.Tensor, through: Collection[str]) -> Root | None:
     chain: list[gs.Node] = []
     while True:
         if isinstance(tensor, gs.Constant):
-            return Root(tensor.name, False, tensor, _dtype_of(tensor), edge, tuple(chain))
+            return Root(tensor.name, False, tensor, dtype_of(tensor), edge, tuple(chain))
         if not tensor.inputs:
             return None
         producer = tensor.inputs[0]
         value = producer.attrs.get("value")
         if producer.op == "Constant" and isinstance(value, gs.Constant):
-            return Root(tensor.name, True, value, _dtype_of(value), edge, tuple(chain))
+            return Root(tensor.name, True, value, dtype_of(value), edge, tuple(chain))
         if producer.op not in through or not is_standard(producer):
             return None
         if producer.op == "Cast" and cast_target(producer) not in FLOATS:
@@ -253,7 +253,7 @@ def cast_target(node: gs.Node) -> int:
     return int(to) if isinstance(to, int) else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(to)))
 
 
-def _dtype_of(tensor: gs.Constant) -> int:
+def dtype_of(tensor: gs.Constant) -> int:
     """The ONNX type; UNDEFINED where NumPy has none that ONNX knows."""
     if isinstance(tensor.dtype, int):  # one that NumPy lacks: bfloat16, float8, ...
         return int(tensor.dtype)

@@ -19,7 +19,6 @@ from requant_onnx.graph.constants import (
     ModelGraph,
     Root,
     cast_target,
-    constants_behind,
     find_stored,
     from_constants,
     load_values,
@@ -110,13 +109,13 @@ def _merged(first: Weight, other: Weight) -> Weight:
 
 
 def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
-    """Those skipped with the bytes of the constants that they come from; a constant behind several counts at the first."""
-    counted: set[int] = set()
+    """Those skipped with the bytes of the floats that are stored for them, once each; 0 for what the graph computes."""
+    counted: set[str] = set()
     for item, tensor in skipped:
-        constants = [] if tensor is None else constants_behind(tensor) or []
-        new = [each for each in constants if id(each) not in counted]
-        counted.update(id(each) for each in new)
-        yield replace(item, bytes=sum(_bytes(each) for each in new))
+        root = None if tensor is None else find_stored(tensor)
+        stored = root is not None and root.dtype in FLOATS and root.name not in counted
+        counted.update(() if root is None else (root.name,))
+        yield replace(item, bytes=_bytes(root.tensor)) if stored and root is not None else item
 
 
 def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:

@@ -101,7 +101,7 @@ def _cards(study: Study) -> list[dict[str, str]]:
     if study.conversion is not None:
         made = study.conversion
         note = f"{len(made.converted)} weights, {made.bytes_before:,} to {made.bytes_after:,} B"
-        cards.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all weights; {note}"))
+        cards.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all float constants; {note}"))
     else:
         quantized = sum(weight.outcome == "grid" for weight in study.weights)
         cards.append(("weights", f"{quantized}", f"of {len(study.weights)} lie on a grid"))

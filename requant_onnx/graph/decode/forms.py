@@ -269,7 +269,8 @@ class FormRow:
 
     write: appends the decode of a group.  promise: what ONNX Runtime must make of its weights; None: whatever it likes.
     dequantizes_codes: DequantizeLinear reads codes, not levels.  any_grid: other grids than uniform ones cost nothing at inference.
-    half_scales: scales may be stored as float16.  transposes_gemm: weights of Gemm are stored as (ic, oc).
+    half_scales, half_vectors: scales, and by default biases and other vectors, may be stored as float16.
+    transposes_gemm: weights of Gemm are stored as (ic, oc).
     decodes_lookups: entries of a table are looked up as levels and decoded behind that.
     on_integers: activations are quantized too, so that integer kernels multiply: a conversion needs calibration inputs, levels have
     a limit, biases are counted in scales of channels.  fallback: the form of weights that no such kernel reads.
@@ -281,6 +282,7 @@ class FormRow:
     dequantizes_codes: bool = False
     any_grid: bool = True
     half_scales: bool = True
+    half_vectors: bool = False
     transposes_gemm: bool = False
     decodes_lookups: bool = False
     on_integers: bool = False
@@ -301,7 +303,7 @@ FORMS: dict[Form, FormRow] = {
         session_options=(("session.disable_quant_qdq", "1"),),
         hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed",
     ),
-    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED),
-    Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, on_integers=True, fallback=Form.FOLDED),
+    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED, half_vectors=True),
+    Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, half_vectors=True, on_integers=True, fallback=Form.FOLDED),
 }
 """The behavior of each form."""

@@ -1,0 +1,129 @@
+"""Prepare a conversion: normalize the graph, find the weights, watch activations, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import onnx
+
+from requant_onnx.config import NARROW_ORT, QuantConfig, Refinement
+from requant_onnx.convert.integer_ranges import Integers, watch_integers
+from requant_onnx.convert.plan import Plan, kept_in_float, opset_for, plan_conversion
+from requant_onnx.files.load import opset_of
+from requant_onnx.graph.channel_means import channel_means
+from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.decode.forms import FORMS, Target
+from requant_onnx.graph.float_constants import FloatConstant, float_constants
+from requant_onnx.graph.layers import find_layers, give_biases
+from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
+from requant_onnx.graph.prepare.full_pads import write_full_pads
+from requant_onnx.graph.prepare.merge_directions import merge_directions
+from requant_onnx.graph.prepare.opset import raise_opset
+from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
+from requant_onnx.graph.weights import find_weights
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.numerics.arrays import Float64Array
+from requant_onnx.progress import Progress
+from requant_onnx.runtime.fold_constants import exposed
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model as it was given.  overridable: how many weights callers could replace.  constants: all floats that it stores."""
+
+    source: onnx.ModelProto
+    opset: int
+    overridable: int
+    constants: list[FloatConstant]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready for its weights to be quantized, and what was decided about it.
+
+    graph: normalized.  folded: BatchNormalizations.  refining: the calibration, if rounding is to follow it.
+    means: without it, what BatchNormalization says of the means of activations.
+    """
+
+    origin: Origin
+    graph: ModelGraph
+    config: QuantConfig
+    folded: int
+    integers: Integers
+    plan: Plan
+    refining: Calibration | None
+    means: Mapping[str, Float64Array]
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The normalized model."""
+        return self.graph.proto
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of what was done to the graph."""
+        count = self.origin.overridable
+        return (
+            (f"{count} weights and biases were inputs of the graph too, and callers can no longer replace them; see --keep-inputs",)
+            if count
+            else ()
+        )
+
+    @property
+    def target(self) -> Target:
+        """What the file is written for."""
+        return Target(opset_of(self.model), _is_narrow(self.config))
+
+
+def prepare(
+    source: onnx.ModelProto,
+    config: QuantConfig,
+    calibration: Calibration | None,
+    excluded: Collection[str],
+    progress: Progress | None,
+) -> Prepared:
+    """Prepare everything up to the weights themselves.
+
+    source: does not change.  excluded: weights that integer kernels are not planned for.
+    """
+    opset, work = opset_of(source), onnx.ModelProto()
+    work.CopyFrom(source)
+    start = exposed(work, config.keep_inputs)
+    given, view = start.graph, find_weights(start.graph)
+    origin = Origin(source, opset, start.overridable, float_constants(given.proto))
+    refining = calibration if config.refinement is not Refinement.NONE else None
+    if not view.weights:
+        return Prepared(origin, given, config, 0, Integers(), plan_conversion(view, config), refining, {})
+    form = FORMS[config.form]
+    analytic = refining is None and config.refinement is not Refinement.NONE
+    means = channel_means(given) if analytic else {}
+    folded = fold_batchnorm(given)
+    merge_directions(given)
+    model = ModelGraph.of(raise_opset(given.proto, opset_for(config, _is_narrow(config))))
+    wanted = {w.name for w in find_weights(model).weights if not kept_in_float(w, config)}
+    if form.on_integers:
+        write_full_pads(model)
+    give_biases(
+        model, wanted if refining is not None else {layer.weight for layer in find_layers(model, wanted) if layer.x in means}
+    )
+    if form.transposes_gemm:
+        transpose_gemm(model, wanted)
+    model = ModelGraph.of(model.proto)
+    view = find_weights(model)
+    integers = Integers()
+    if form.on_integers and calibration is not None:
+        integers = watch_integers(model, view, config, calibration, excluded, progress)
+    plan = plan_conversion(view, config, integers.plan.weights)
+    return Prepared(origin, model, config, folded, integers, plan, refining, means)
+
+
+def copied(prepared: Prepared) -> Prepared:
+    """One that may be written while the other stays."""
+    model = onnx.ModelProto()
+    model.CopyFrom(prepared.model)
+    return replace(prepared, graph=replace(prepared.graph, proto=model))
+
+
+def _is_narrow(config: QuantConfig) -> bool:
+    return (config.min_ort.major, config.min_ort.minor) > NARROW_ORT

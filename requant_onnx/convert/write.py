@@ -1,0 +1,158 @@
+"""Write a converted model: decodes in the place of weights, vectors as float16, activations on integers, and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import TypeVar
+
+import numpy as np
+import onnx
+
+from requant_onnx.config import METADATA_KEY, BiasType
+from requant_onnx.convert.nearest import Result
+from requant_onnx.convert.prepare import Prepared
+from requant_onnx.convert.report import QuantReport, VectorReport, WeightReport
+from requant_onnx.errors import ModelError
+from requant_onnx.graph.decode.forms import FORMS, Coded, Target, bytes_of_each, decode_of, group_weights
+from requant_onnx.graph.decode.lookup import decode_after_lookup
+from requant_onnx.graph.decode.nodes import Constants, Decode, DecodeWriter
+from requant_onnx.graph.decode.replace import replace_weights, set_metadata
+from requant_onnx.graph.decode.vectors import decode_vectors, halvable
+from requant_onnx.graph.edit import set_initializer
+from requant_onnx.graph.float_constants import float_constants, unconverted
+from requant_onnx.graph.integer.nodes import quantize_activations
+from requant_onnx.graph.layers import find_layers
+from requant_onnx.graph.names import FreshNames
+from requant_onnx.graph.weights import SkippedWeight
+from requant_onnx.numerics.arrays import GenericArray
+
+T = TypeVar("T")
+Built = tuple[onnx.ModelProto, QuantReport]
+Biases = Mapping[str, GenericArray]
+
+
+def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
+    """The converted model and its report; the source where no weight is worth it.  Changes `prepared.model`, and returns it.
+
+    Codes and the nodes that hold them are never all in memory at once where the results come from `drain`.
+    """
+    model, config, integers, target = prepared.model, prepared.config, prepared.integers, prepared.target
+    finite, skipped = _finite(results)
+    quantized = {name: result.quantized for name, result in finite.items() if result.is_integer}
+    errors = {name: result.error for name, result in finite.items()}
+    for name, values in biases.items():
+        set_initializer(model.graph, values, name)
+    constants, writer = float_constants(model), Constants(FreshNames(model))
+    decodes, converted = _decode(finite, target, writer, integers.plan.why_not, skipped)
+    done, halved = {weight.name for weight in converted}, Vectors()
+    if done:
+        decode_after_lookup(model, replace_weights(model, done, drain(decodes)))
+        if integers.plan.weighted:
+            new_biases = [
+                replace(bias, values=np.asarray(biases.get(bias.node.bias, bias.values), np.float32)) for bias in integers.biases
+            ]
+            quantize_activations(model, integers.plan, integers.grids, new_biases, quantized)
+        halved = _halve_vectors(prepared, {each.name for each in constants} - done, errors, writer)
+        set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
+    stays = {item.name for item in model.graph.initializer} | {name for node in model.graph.node for name in node.output}
+    rest = [each for each in constants if each.name in stays - halved.names]
+    skips = (*prepared.plan.skipped, *skipped)
+    report = QuantReport(
+        config=config.to_dict(),
+        opset=(prepared.origin.opset, target.opset),
+        folded_batchnorms=prepared.folded,
+        converted=converted,
+        skipped=(*skips, *unconverted(rest, done, skips)),
+        activations=integers.reports(),
+        vectors=halved.report,
+        notes=prepared.notes,
+        floats=sum(each.bytes for each in prepared.origin.constants),
+    )
+    return (model if done else prepared.origin.source), report
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The vectors that were stored as float16."""
+
+    names: frozenset[str] = frozenset()
+    report: VectorReport = field(default_factory=VectorReport)
+
+
+def _halve_vectors(prepared: Prepared, names: Collection[str], errors: Mapping[str, float], constants: Constants) -> Vectors:
+    """Store biases and other vectors as float16 where the settings say so.  Changes `prepared.model`.
+
+    names: constants of the model that may be such.  errors: weight -> squared error.
+    """
+    form, wanted = FORMS[prepared.config.form], prepared.config.biases
+    if wanted is BiasType.FLOAT or (wanted is BiasType.AUTO and not form.half_vectors):
+        return Vectors()
+    layers = find_layers(prepared.graph, errors.keys())
+    limits = {layer.bias: errors[layer.weight] for layer in layers if layer.can_correct}
+    vectors = halvable(prepared.model, names, limits)
+    decode = decode_vectors(DecodeWriter(constants), vectors)
+    if decode is None:
+        return Vectors()
+    replace_weights(prepared.model, vectors.keys(), [decode])
+    before = sum(values.nbytes for values in vectors.values())
+    return Vectors(frozenset(vectors), VectorReport(len(vectors), before, decode.bytes))
+
+
+def drain(items: list[T]) -> Iterator[T]:
+    """The items in order, each out of its list: what nobody else refers to is freed once the next is asked for."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def _finite(results: Iterable[Result]) -> tuple[dict[str, Result], list[SkippedWeight]]:
+    """The results by weight, and those that cannot be: a graph planned for integers has no way back."""
+    finite: dict[str, Result] = {}
+    skipped = []
+    for result in results:
+        name = result.planned.weight.name
+        if result.finite:
+            finite[name] = result
+        elif result.is_integer:
+            raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or choose --form folded")
+        else:
+            skipped.append(_skipped(result, "has levels beyond the largest float"))
+    return finite, skipped
+
+
+def _decode(
+    results: dict[str, Result],
+    target: Target,
+    constants: Constants,
+    why_not_int8: Mapping[str, str],
+    skipped: list[SkippedWeight],
+) -> tuple[list[Decode], tuple[WeightReport, ...]]:
+    """The decodes of all weights that are worth it, and their reports.  Takes the results out of their dictionary one by one, and
+    adds those whose weights stay to `skipped`."""
+    order, decodes = list(results), []
+    reports: dict[str, WeightReport] = {}
+    for group in drain(group_weights([result.coded() for result in results.values()], target)):
+        decode = decode_of(group, target, constants)
+        members = [results.pop(weight.name) for weight in group]
+        stored = sum(result.planned.weight.stored_bytes for result in members)
+        if decode.bytes >= stored and not FORMS[group[0].form].on_integers:
+            skipped += [_skipped(result, _not_smaller(group, decode, stored)) for result in members]
+            continue
+        decodes.append(decode)
+        sizes = bytes_of_each(group, decode)
+        for weight, result in zip(group, members, strict=True):
+            reports[weight.name] = result.report(sizes[weight.name], why_not_int8.get(weight.name, ""))
+    return decodes, tuple(reports[name] for name in order if name in reports)
+
+
+def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
+    together = f", together with {len(group) - 1} others" if len(group) > 1 else ""
+    return f"would not get smaller ({stored} bytes, {decode.bytes} with its decode{together})"
+
+
+def _skipped(result: Result, reason: str) -> SkippedWeight:
+    weight = result.planned.weight
+    return SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes)

@@ -1,0 +1,178 @@
+"""Constants that are no plain initializers: inputs of the graph too, computed by the graph, vectors; and the account of all of them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from conftest import laplace, parse, skipped_weights, small_cnn
+from onnx import helper
+from oracle import feeds_for, run
+
+from requant_onnx import BiasType, Form, QuantConfig, Refinement, inspect_model, quantize_model
+from requant_onnx.graph.float_constants import VECTOR, float_constants
+
+EVERY_FORM = pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
+IO = "net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y)"
+FULL = {"v": laplace(16, 8, 3, 3), "g": laplace(16, 1, 1, 1, seed=1) + 1}
+COMPUTED = {
+    "weight norm": "{ n = ReduceL2<axes = [1, 2, 3], keepdims = 1>(v) s = Div(g, n) w = Mul(v, s) y = Conv(x, w) }",
+    "slice": "{ w = Slice(v, zero, eight, zero) u = Slice(v, eight, sixteen, zero) a = Conv(x, w) b = Conv(x, u) y = Add(a, b) }",
+    "split": "{ w, u = Split<axis = 0>(v, halves) a = Conv(x, w) b = Conv(x, u) y = Add(a, b) }",
+    "concat": "{ w = Concat<axis = 0>(v, other) y = Conv(x, w) }",
+    "gather": "{ w = Gather(v, order) y = Conv(x, w) }",
+    "bias": "{ b = Mul(d, d) y = Conv(x, v, b) }",
+    "scaled, behind a reshape": "{ r = Reshape(v, flat) s = Mul(r, half) w = Reshape(s, back) y = Conv(x, w) }",
+}
+CONSTANTS = {
+    "zero": np.array([0]),
+    "eight": np.array([8]),
+    "sixteen": np.array([16]),
+    "halves": np.array([8, 8]),
+    "order": np.arange(15, -1, -1),
+    "flat": np.array([16, -1]),
+    "back": np.array([16, 8, 3, 3]),
+    "half": np.array(0.5, np.float32),
+    "d": laplace(16, seed=2),
+    "other": laplace(4, 8, 3, 3, seed=3),
+}
+
+
+def near(made: onnx.ModelProto, source: onnx.ModelProto, error: float = 0.02) -> None:
+    feeds = feeds_for(source)
+    for y, expected in zip(run(made, feeds), run(source, feeds), strict=True):
+        np.testing.assert_allclose(y, expected, atol=error * abs(expected).max())
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("text", COMPUTED.values(), ids=COMPUTED)
+def test_weights_computed_from_float_constants_are_converted(text: str, form: Form) -> None:
+    read = {name: values for name, values in {**FULL, **CONSTANTS}.items() if name in re.findall(r"\w+", text)}
+    source = parse(f"{IO}{text}", opset=17, **read)
+    made, report = quantize_model(source, QuantConfig(8, form=form))
+    assert report.converted
+    assert not skipped_weights(report)
+    assert not {"ReduceL2", "Div", "Concat"} & {node.op_type for node in made.graph.node}
+    near(made, source)
+    assert [weight.name for weight in inspect_model(source).weights] == [weight.name for weight in report.converted]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{ c = Cast<to = 1>(codes) w = Mul(c, half) y = Conv(x, w) }", "is decoded from other constants (Mul)"),  # codes
+        ("{ w = Gather(palette, indices) y = Conv(x, w) }", "is decoded from other constants (Gather)"),
+        ("{ w = Tile(v, twice) y = Conv(x, w) }", "is decoded from other constants (Tile)"),  # the file would grow
+        ("{ w = RandomNormal<shape = [16, 8, 3, 3]>() y = Conv(x, w) }", "is decoded from other constants (RandomNormal)"),
+    ],
+)
+def test_decodes_of_codes_are_no_float_constants(text: str, reason: str) -> None:
+    codes = np.random.default_rng(0).integers(-7, 8, (16, 8, 3, 3))
+    constants = {
+        "codes": codes.astype(np.int8),
+        "palette": laplace(16),
+        "indices": abs(codes),
+        "twice": np.array([2, 1, 1, 1]),
+        "half": np.array(0.5, np.float32),
+        "v": FULL["v"],
+    }
+    source = parse(IO + text, **{name: values for name, values in constants.items() if name in text})
+    made, report = quantize_model(source, QuantConfig(4))
+    assert [item.reason.partition(",")[0] for item in skipped_weights(report)][:1] == [reason]
+    assert made == source
+
+
+def test_a_constant_with_another_reader_counts_as_kept() -> None:
+    """Two weights of half its size are no gain where the constant itself stays."""
+    text = "{ w = Slice(v, zero, eight, zero) y = Conv(x, w) z = Identity(v) }"
+    source = parse(IO[:-1] + ", float[16, 8, 3, 3] z)" + text, v=FULL["v"], zero=np.array([0]), eight=np.array([8]))
+    _, report = quantize_model(source)
+    assert [item.reason.partition(",")[0] for item in report.skipped] == ["is decoded from other constants (Slice)", VECTOR][:1] + [
+        "is read by Slice" for _ in report.skipped[1:]
+    ]
+
+
+def with_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every initializer is an input too."""
+    for item in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, item.dims))
+    return model
+
+
+@EVERY_FORM
+def test_weights_that_are_inputs_too_are_converted(form: Form) -> None:
+    source = with_inputs(small_cnn())
+    made, report = quantize_model(source, QuantConfig(8, form=form))
+    assert len(report.converted) == 4
+    assert [item.name for item in made.graph.input] == ["x"]
+    assert any("6 weights and biases were inputs of the graph too" in note for note in report.notes)
+    near(made, small_cnn())
+
+
+def test_keep_inputs() -> None:
+    source = with_inputs(small_cnn())
+    made, report = quantize_model(source, QuantConfig(8, keep_inputs=True))
+    assert not report.converted
+    assert made == source
+    assert {item.reason for item in skipped_weights(report)} == {"is also an input of the model, so a caller may replace it"}
+
+
+def test_inputs_that_are_no_weights_stay() -> None:
+    text = "net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y) { a = Conv(x, v) y = Clip(a, low, high) }"
+    source = with_inputs(parse(text, v=FULL["v"], low=np.float32(-1), high=np.float32(1)))
+    made, _ = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x", "low", "high"]
+
+
+def with_biases() -> onnx.ModelProto:
+    text = """net (float[2, 32] x) => (float[a, b] y) {
+        a = Gemm(x, w1, b1) c = Relu(a) d = Gemm(c, w2, b2) e = Relu(d) f = MatMul(e, w3) y = Add(f, b3) }"""
+    weights = {f"w{k}": laplace(*shape, seed=k) for k, shape in enumerate([(32, 90), (90, 80), (80, 70)], 1)}
+    return parse(text, **weights, **{f"b{k}": laplace(n, seed=10 + k) for k, n in enumerate((90, 80, 70), 1)})
+
+
+@pytest.mark.parametrize(("form", "biases"), [(Form.FOLDED, BiasType.AUTO), (Form.QDQ, BiasType.HALF)])
+def test_vectors_become_float16(form: Form, biases: BiasType) -> None:
+    source = with_biases()
+    made, report = quantize_model(source, QuantConfig(4, form=form, biases=biases, refinement=Refinement.NONE))
+    assert report.vectors.count == 3
+    assert report.vectors.bytes_after < report.vectors.bytes_before == 4 * 240
+    assert report.coverage == 1.0
+    names = ("b1", "b2", "b3")
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in source.graph.initializer}
+    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    for name, values in zip(names, run(made, feeds_for(source))[1:], strict=True):
+        np.testing.assert_array_equal(values, stored[name].astype(np.float16).astype(np.float32))
+
+
+def test_a_bias_whose_rounding_would_count_stays() -> None:
+    source = with_biases()
+    bias = next(item for item in source.graph.initializer if item.name == "b2")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.float32(1000) + laplace(80, seed=2), "b2"))
+    _, report = quantize_model(source, QuantConfig(8, form=Form.FOLDED))
+    assert [item.name for item in report.skipped] == ["b2"]
+
+
+@pytest.mark.parametrize("value", [1e6, np.inf, np.nan, 1e-9])
+def test_a_vector_beyond_float16_stays(value: float) -> None:
+    source = parse("net (float[1, 40] x) => (float[a, b] y) { m = MatMul(x, w) y = Add(m, b) }", w=laplace(40, 50), b=laplace(50))
+    source.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full(50, value, np.float32), "b"))
+    _, report = quantize_model(source, QuantConfig(8, form=Form.FOLDED))
+    assert report.vectors.count == 0
+
+
+def test_every_float_constant_is_in_the_account() -> None:
+    """Converted, skipped with a reason, or gone: bytes add up to those of the input."""
+    text = """net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y) {
+        k = Constant<value = float[2, 2] { 1.0, 2.0, 3.0, 4.0 }>()
+        a = Conv(x, v, b) c = Clip(a, low) d = Mul(c, scale) e = MatMul(d, m) y = Pad(e, pads, low) }"""
+    m, pads = laplace(4, 40, seed=3), np.zeros(8, np.int64)
+    source = parse(text, v=FULL["v"], b=laplace(16), low=np.float32(-1), scale=laplace(1, 16, 1, 1), m=m, pads=pads)
+    _, report = quantize_model(source, QuantConfig(8))
+    total = sum(each.bytes for each in float_constants(source))
+    assert report.floats == total == 4 * (16 * 72 + 16 + 1 + 16 + 160 + 4)
+    assert report.bytes_before + sum(item.bytes for item in report.skipped) == total
+    assert {item.name: item.reason for item in report.skipped if item.reason == VECTOR}.keys() == {"b", "low", "scale"}
+    assert [item.reason for item in report.skipped if item.name == "k"] == ["is read by no node"]
