@@ -1,4 +1,4 @@
-"""Constants that are no plain initializers: inputs of the graph too, computed by the graph, vectors; and the account of all of them."""
+"""Constants that are no plain initializers: inputs of the graph too, computed, vectors; and the account of all of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from onnx import helper
 from oracle import feeds_for, run
 
 from requant_onnx import BiasType, Form, QuantConfig, Refinement, inspect_model, quantize_model
+from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.float_constants import VECTOR, float_constants
 
 EVERY_FORM = pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
@@ -140,9 +141,10 @@ def test_vectors_become_float16(form: Form, biases: BiasType) -> None:
     assert report.vectors.count == 3
     assert report.vectors.bytes_after < report.vectors.bytes_before == 4 * 240
     assert report.coverage == 1.0
-    names = ("b1", "b2", "b3")
+    readers = [node for node in made.graph.node if node.op_type == "Gemm" or node.output[0] == "y"]
+    names = {f"b{k}": node.input[-1] for k, node in enumerate(readers, 1)}
     stored = {item.name: onnx.numpy_helper.to_array(item) for item in source.graph.initializer}
-    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names.values())
     for name, values in zip(names, run(made, feeds_for(source))[1:], strict=True):
         np.testing.assert_array_equal(values, stored[name].astype(np.float16).astype(np.float32))
 
@@ -174,5 +176,42 @@ def test_every_float_constant_is_in_the_account() -> None:
     total = sum(each.bytes for each in float_constants(source))
     assert report.floats == total == 4 * (16 * 72 + 16 + 1 + 16 + 160 + 4)
     assert report.bytes_before + sum(item.bytes for item in report.skipped) == total
-    assert {item.name: item.reason for item in report.skipped if item.reason == VECTOR}.keys() == {"b", "low", "scale"}
+    assert [(item.op, item.bytes) for item in report.skipped if item.reason == VECTOR] == [("Conv", 64), ("Mul", 64), ("Clip", 4)]
     assert [item.reason for item in report.skipped if item.name == "k"] == ["is read by no node"]
+
+
+def test_equal_small_constants_are_stored_once() -> None:
+    """Those of bodies too; not what a body defines anew under the same name, nor an output."""
+    text = """net (float[1, 8, 6, 6] x, bool c) => (float[n, c, h, w] y, int64[2] shape) {
+        a = Conv(x, v) p = Squeeze(a, first) q = Unsqueeze(p, again)
+        y = If (c) <
+            then_branch = t () => (float[n, c, h, w] u) { s = Constant<value = int64[1] { 0 }>() m = Squeeze(q, s) u = Unsqueeze(m, s) },
+            else_branch = e () => (float[n, c, h, w] u) {
+                s = Constant<value = int64[1] { 0 }>() u = Identity(q) r = Identity(s) }
+        > }"""
+    axes = {"first": np.array([0]), "again": np.array([0]), "shape": np.array([1, 2])}
+    source = parse(text, v=FULL["v"], **axes)
+    made, _ = quantize_model(source, QuantConfig(8))
+    assert not [node for graph in all_graphs(made.graph) for node in graph.node if node.op_type == "Constant"]
+    integers = [item for item in made.graph.initializer if item.data_type == onnx.TensorProto.INT64]
+    assert sorted(tuple(onnx.numpy_helper.to_array(item)) for item in integers) == [(0,), (1, 2)]
+    feeds = {"x": feeds_for(source)["x"], "c": np.array(True)}
+    for y, expected in zip(run(made, feeds), run(source, feeds), strict=True):
+        np.testing.assert_allclose(y, expected, atol=0.05)
+
+
+def test_what_no_runtime_needs_is_dropped() -> None:
+    source = small_cnn()
+    for node in source.graph.node:
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="File ...")
+        node.name = f"{node.output[0]}"
+    source.graph.node[0].attribute.append(helper.make_attribute("group", 1))
+    source.graph.node[0].attribute.append(helper.make_attribute("strides", [1, 1]))
+    source = onnx.shape_inference.infer_shapes(source)
+    source.graph.value_info.append(helper.make_tensor_value_info("nowhere", onnx.TensorProto.FLOAT, [7]))
+    made, _ = quantize_model(source, QuantConfig(8))
+    conv = next(node for node in made.graph.node if node.op_type == "Conv")
+    assert [item.name for item in conv.attribute] == ["pads"]
+    assert not any(node.metadata_props or node.name for node in made.graph.node)
+    assert [item.name for item in made.graph.value_info] == ["nowhere"]  # inference does not tell
+    near(made, source)

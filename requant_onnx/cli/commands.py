@@ -32,12 +32,13 @@ from requant_onnx.evaluate.jobs import open_executor
 from requant_onnx.evaluate.recipes import Comparison, compare
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.atomic import write_atomically
-from requant_onnx.files.load import data_files, file_bytes, is_large, load_model, materialize
+from requant_onnx.files.load import data_files, file_bytes, is_large, materialize
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
+from requant_onnx.runtime.sessions import load_runnable
 from requant_onnx.webpage.pages import html_comparison, html_report
 
 
@@ -54,7 +55,7 @@ def run_convert(args: argparse.Namespace) -> None:
         model, report = pipeline.convert_model(args.input, config, calibration, progress)
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
-        after = save_model(model, args.output, external_data=args.external_data or is_large(model))
+        after = save_model(model, args.output, external_data=args.external_data or is_large(model), check=not report.complaint)
     else:
         after = stored
         write_atomically(args.output, args.input.read_bytes())
@@ -171,7 +172,7 @@ def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tupl
 
 def _whole_file(path: Path) -> bytes:
     """The model in one piece, external data included."""
-    model = materialize(load_model(path))
+    model = materialize(load_runnable(path).copy())
     if is_large(model):
         raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; convert it with requant convert")
     data: bytes = model.SerializeToString() if data_files(path) else path.read_bytes()

@@ -24,7 +24,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import WeightFate, broken_promises
 from requant_onnx.runtime.fold_constants import exposed
-from requant_onnx.runtime.sessions import loads
+from requant_onnx.runtime.sessions import load_runnable, runs
 
 COARSE_BITS = 5  # up to here, refinement is worth more than the noise of a test set
 
@@ -61,13 +61,18 @@ def convert_model(
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """As quantize_model, but external data may still lie in the files of the input, where save_model finds them."""
     _check(config, calibration, threads)
-    loaded = LoadedModel.of(model)
+    loaded = load_runnable(model)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
         made, report = _convert(loaded.proto, config, calibration, excluded, progress, threads)
         notes, broken = _broken_promises(loaded, made, report.converted)
         if not broken:
-            return made, replace(report, notes=(*report.notes, *_notes(config, calibration, report), *notes, *excluded.values()))
+            notes = (*_odd(loaded), *_notes(config, calibration, report), *notes, *excluded.values())
+            if loaded.complaint and not is_large(made) and not runs(made):
+                raise ModelError(
+                    f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
+                )
+            return made, replace(report, notes=(*report.notes, *notes), complaint=loaded.complaint)
         for name, fate in broken.items():
             if not FORMS[config.form].on_integers or name in excluded:
                 raise ModelError(
@@ -98,7 +103,7 @@ def _convert(
 
 def inspect_model(model: ModelLike) -> InspectReport:
     """What a model holds and what `quantize_model` would do with it.  Raises ModelError when it cannot be loaded."""
-    loaded = LoadedModel.of(model).copy()
+    loaded = load_runnable(model).copy()
     opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
     graph = exposed(loaded).graph
@@ -132,6 +137,13 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
 
+def _odd(model: LoadedModel) -> tuple[str, ...]:
+    """A note on a model that runs and is not valid."""
+    if not model.complaint:
+        return ()
+    return (f"the checker of onnx does not take the model ({model.complaint}), and ONNX Runtime does, so it was converted",)
+
+
 def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
     """What could be better: calibration inputs at few bits, and the right ones."""
     if calibration is None:
@@ -157,6 +169,6 @@ def _broken_promises(
     try:
         return (), broken_promises(model, promised)
     except LoadError as error:
-        if loads(source.copy()):
+        if runs(source.source):
             raise
         return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",), {}

@@ -28,6 +28,7 @@ from requant_onnx.numerics.quantize import Grid
 EDGE_BITS = 8
 REFERENCE_BITS = 4
 SHORT_CHANNEL = 600  # weights; in longer ones, scales take less than 2 % of the codes
+MOST, FEW = 1 / 2, 4  # share of all weights that is most of them, in a model of at least so many
 SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 
 
@@ -56,15 +57,19 @@ class Plan:
 def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] = ()) -> Plan:
     """Give each weight its grid and form; first and last layers by `config.edge_layers`.
 
+    A first or last layer that holds most of the weights gets the bits asked for: at 8 it alone would decide the size of the file.
+
     integers: the weights that an integer kernel multiplies with, in the int8 form.
     """
     planned, left = [], list(view.skipped)
+    total = sum(math.prod(weight.shape) for weight in view.weights)
     for weight in view.weights:
         if kept_in_float(weight, config):
             reason = "is a first or last layer, kept in float as asked"
             left.append(SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
         else:
-            planned.append(_planned(weight, config, weight.name in integers))
+            is_most = len(view.weights) >= FEW and math.prod(weight.shape) > MOST * total
+            planned.append(_planned(weight, config, weight.is_edge and not is_most, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
 
 
@@ -79,7 +84,7 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
     return weight.is_edge and config.edge_layers is EdgeLayers.FLOAT
 
 
-def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeight:
+def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) -> PlannedWeight:
     form = config.form if integer else FORMS[config.form].fallback or config.form
     grids = [
         Grid(
@@ -92,9 +97,9 @@ def _planned(weight: Weight, config: QuantConfig, integer: bool) -> PlannedWeigh
             limit=int(config.int8_levels.value) if FORMS[form].on_integers else None,
             half_scales=FORMS[form].half_scales or weight.lookup_axis is not None,
         )
-        for bits in ([EDGE_BITS] if weight.is_table else _widths(config, weight.is_edge))
+        for bits in ([EDGE_BITS] if weight.is_table else _widths(config, is_edge))
         for granularity in _granularities(weight, config)
-        for kind in _kinds(config, bits, weight.is_edge)
+        for kind in _kinds(config, bits, is_edge)
     ]
     return PlannedWeight(weight, grids[0], form, tuple(grids[1:]))
 

@@ -18,6 +18,7 @@ from requant_onnx.graph.float_constants import FloatConstant, float_constants
 from requant_onnx.graph.layers import find_layers, give_biases
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
 from requant_onnx.graph.prepare.full_pads import write_full_pads
+from requant_onnx.graph.prepare.merge_constants import merge_constants
 from requant_onnx.graph.prepare.merge_directions import merge_directions
 from requant_onnx.graph.prepare.opset import raise_opset
 from requant_onnx.graph.prepare.transpose_gemm import transpose_gemm
@@ -100,6 +101,7 @@ def prepare(
     means = channel_means(given) if analytic else {}
     folded = fold_batchnorm(given)
     merge_directions(given)
+    merge_constants(given.proto)
     model = ModelGraph.of(raise_opset(given.proto, opset_for(config, _is_narrow(config))))
     wanted = {w.name for w in find_weights(model).weights if not kept_in_float(w, config)}
     if form.on_integers:

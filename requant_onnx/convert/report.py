@@ -97,6 +97,7 @@ class QuantReport:
     """One conversion.  opset: (before, after).  config: in the words of the command line.  activations: of the int8 form.
 
     skipped: every float constant that stays as it was, and weights that are none.  floats: bytes of all of them in the input.
+    complaint: what the checker of onnx says against the input, which ONNX Runtime runs all the same; "" for nothing.
 
     front: with a budget, the best compromises between size and error, from the smallest file on.
     """
@@ -111,6 +112,7 @@ class QuantReport:
     front: tuple[FrontPoint, ...] = ()
     vectors: VectorReport = field(default_factory=VectorReport)
     floats: int = 0
+    complaint: str = ""
 
     @property
     def bytes_before(self) -> int:

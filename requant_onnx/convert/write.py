@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TypeVar
@@ -11,21 +11,23 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from requant_onnx.config import METADATA_KEY, BiasType
+from requant_onnx.config import METADATA_KEY, BiasType, QuantConfig
 from requant_onnx.convert.nearest import Result
 from requant_onnx.convert.prepare import Prepared
 from requant_onnx.convert.report import QuantReport, VectorReport, WeightReport
 from requant_onnx.errors import ModelError
+from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.decode.forms import FORMS, Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.decode.lookup import decode_after_lookup
 from requant_onnx.graph.decode.nodes import Constants, Decode, DecodeWriter
 from requant_onnx.graph.decode.replace import replace_weights, set_metadata
-from requant_onnx.graph.decode.vectors import decode_vectors, halvable
+from requant_onnx.graph.decode.vectors import decode_vectors, halvable, shorten_names
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.float_constants import float_constants, unconverted
 from requant_onnx.graph.integer.nodes import quantize_activations
 from requant_onnx.graph.layers import find_layers
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.graph.slim import slim
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.numerics.arrays import GenericArray
 
@@ -56,8 +58,11 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
             ]
             quantize_activations(model, integers.plan, integers.grids, new_biases, quantized)
         halved = _halve_vectors(prepared, {each.name for each in constants} - done, errors, writer)
-        set_metadata(model, METADATA_KEY, json.dumps({"version": version("requant_onnx"), **config.to_dict()}, sort_keys=True))
-    stays = {item.name for item in model.graph.initializer} | {name for node in model.graph.node for name in node.output}
+        slim(model)
+        set_metadata(model, METADATA_KEY, _settings(config))
+    graphs = list(all_graphs(model.graph))
+    stays = {item.name for graph in graphs for item in (*graph.initializer, *(each.values for each in graph.sparse_initializer))}
+    stays |= {name for graph in graphs for node in graph.node for name in node.output}
     rest = [each for each in constants if each.name in stays - halved.names]
     skips = (*prepared.plan.skipped, *skipped)
     report = QuantReport(
@@ -82,7 +87,7 @@ class Vectors:
     report: VectorReport = field(default_factory=VectorReport)
 
 
-def _halve_vectors(prepared: Prepared, names: Collection[str], errors: Mapping[str, float], constants: Constants) -> Vectors:
+def _halve_vectors(prepared: Prepared, names: set[str], errors: Mapping[str, float], constants: Constants) -> Vectors:
     """Store biases and other vectors as float16 where the settings say so.  Changes `prepared.model`.
 
     names: constants of the model that may be such.  errors: weight -> squared error.
@@ -97,8 +102,16 @@ def _halve_vectors(prepared: Prepared, names: Collection[str], errors: Mapping[s
     if decode is None:
         return Vectors()
     replace_weights(prepared.model, vectors.keys(), [decode])
+    shorten_names(prepared.model, constants.names, vectors)
     before = sum(values.nbytes for values in vectors.values())
     return Vectors(frozenset(vectors), VectorReport(len(vectors), before, decode.bytes))
+
+
+def _settings(config: QuantConfig) -> str:
+    """The settings of a conversion, as JSON without those that are defaults, but for the form, on which sessions depend."""
+    defaults = QuantConfig(form=config.form).to_dict()
+    given = {name: value for name, value in config.to_dict().items() if name == "form" or value != defaults.get(name)}
+    return json.dumps({"version": version("requant_onnx"), **given}, sort_keys=True, separators=(",", ":"))
 
 
 def drain(items: list[T]) -> Iterator[T]:

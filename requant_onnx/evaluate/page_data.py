@@ -16,6 +16,7 @@ from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
+from requant_onnx.runtime.sessions import load_runnable
 
 COMPARED = 64  # images on which the outputs of layers are compared
 
@@ -52,7 +53,7 @@ def study(
 
     Raises ModelError where a model does not load, DataError as `validate`.
     """
-    models = (LoadedModel.of(reference), LoadedModel.of(candidate))
+    models = (load_runnable(reference), load_runnable(candidate))
     notes: list[str] = []
     validation, layers, inputs = None, None, ""
     if calibration is not None and calibration.feeds:

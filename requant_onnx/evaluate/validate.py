@@ -16,6 +16,7 @@ from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
+from requant_onnx.runtime.sessions import load_runnable
 
 BATCH = 100
 LATENCY_RUNS = 30
@@ -34,7 +35,7 @@ def validate(
     normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
     Raises ModelError when a model is refused, DataError when the images or labels do not fit.
     """
-    reference, candidate = LoadedModel.of(reference), LoadedModel.of(candidate)  # whose errors say more than ONNX Runtime's
+    reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
     notes = _notes(candidate.proto)
     models = (_open(reference.source, "the reference"), _open(candidate.source, "the candidate"))
     if len(images) == 0:

@@ -25,7 +25,7 @@ from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
-from requant_onnx.runtime.sessions import open_session, run_session
+from requant_onnx.runtime.sessions import load_runnable, open_session, run_session
 from requant_onnx.runtime.stream import Chunk
 
 ALPHAS = np.linspace(0.3, 1.0, 71)
@@ -95,7 +95,7 @@ def dissect(
     calibration: the inputs on which the outputs of layers are compared; None leaves them.
     Raises ModelError, DataError as quantize_model.
     """
-    float_model, quantized = LoadedModel.of(reference).proto, LoadedModel.of(candidate).proto
+    float_model, quantized = load_runnable(reference).proto, load_runnable(candidate).proto
     pairs = find_pairs(float_model, quantized)
     names = {pair.output.reference: pair.output.candidate for _, pair in pairs if pair is not None and pair.output is not None}
     chunks = [] if calibration is None else calibration_chunks(float_model, calibration)

@@ -93,35 +93,40 @@ def fetch(tensor: TensorProto) -> None:
         del tensor.external_data[:]
 
 
-def resolve(model: onnx.ModelProto, folder: Path, name: str) -> int:
+def resolve(model: onnx.ModelProto, model_path: Path, name: str) -> int:
     """Check every reference to a data file, and make its path absolute.  Changes `model`.  Returns the bytes of external data.
 
-    Raises ModelError when a path leads outside `folder`, a file is missing, or offset and length do not fit file and shape.
+    model_path: of the file that was read.
+    Raises ModelError when a path leads outside the folders of the model, a file is missing, or offset and length do not fit.
     """
     total = 0
     for tensor in stored_tensors(model):
         if is_external(tensor):
-            _check_reference(tensor, folder, name)
+            _check_reference(tensor, model_path, name)
             total += _length(tensor)
     return total
 
 
-def _check_reference(tensor: TensorProto, folder: Path, name: str) -> None:
+def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, label = entries.get("location", ""), f"the data of '{tensor.name}' in {name}"
-    parts = PureWindowsPath(location)
-    if not location or "\0" in location or parts.is_absolute() or parts.drive or parts.root or ".." in parts.parts:
+    windows = PureWindowsPath(location)
+    foreign = (os.name != "nt" and windows.drive) or windows.drive.startswith("\\\\")  # of Windows elsewhere, or of another machine
+    if not location or "\0" in location or ".." in windows.parts or foreign:
         raise ModelError(
             f"{label} is said to be at '{location}', and only files in the folder of the model are read; move it there"
         )
-    path = folder / location
+    path = model_path.parent / location  # an absolute location stays as it is
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
+        inside = any(path.resolve().is_relative_to(folder) for folder in _trusted_folders(model_path))
         size = path.stat().st_size if inside and path.is_file() else -1
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{label} cannot be read ({getattr(error, 'strerror', None) or error}); check '{path}'") from None
     if not inside:
-        raise ModelError(f"{label} is a link to outside the folder of the model, which is not followed; copy '{path}' into it")
+        raise ModelError(
+            f"{label} is said to be at '{location}', which is or links to a place outside the folder of the model, and is not "
+            "read; copy it into that folder"
+        )
     if size < 0:
         raise ModelError(f"'{path}' does not exist or is no file, and holds {label}; put it beside the model")
     expected = raw_bytes(tensor)
@@ -133,6 +138,14 @@ def _check_reference(tensor: TensorProto, folder: Path, name: str) -> None:
     del tensor.external_data[:]
     for key, value in (("location", os.path.abspath(path)), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
+
+
+def _trusted_folders(model_path: Path) -> tuple[Path, ...]:
+    """Where data files may be, links followed: beside the path that was given, and beside the file that it links to.
+
+    In a cache of Hugging Face, snapshots are links into a folder of blobs; ONNX Runtime 1.32 has the same rule.
+    """
+    return model_path.parent.resolve(), model_path.resolve().parent
 
 
 def _number(text: str, label: str) -> int:

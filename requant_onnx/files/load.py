@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -20,7 +21,7 @@ from requant_onnx.text import first_line
 Source: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 ModelLike: TypeAlias = "Source | bytes | IO[bytes]"
 MIN_OPSET = 7
-MAX_OPSET = min(27, onnx.defs.onnx_opset_version())  # ONNX Runtime 1.32 has the operators of opset 27 and no newer one
+MAX_OPSET = min(28, onnx.defs.onnx_opset_version())  # ONNX Runtime 1.32 has the operators of opset 28 and no newer one
 MAX_BYTES = 2**31 - 1  # largest size of one protobuf message
 MAX_PARTS = 1 << 20  # number of parts of a model of 65,000 nodes
 FETCHED_BYTES = 1 << 28  # external data up to this size are read with the model
@@ -48,9 +49,19 @@ def source_of(model: ModelLike) -> Source:
         raise ModelError("the bytes given are not an ONNX file or are cut short; export or download it again") from None
 
 
-def load_model(source: ModelLike) -> onnx.ModelProto:
-    """Load a valid model that the caller may change: read (`source_of`), or copied from a ModelProto.
+Runs: TypeAlias = "Callable[[Source], bool]"
 
+
+def load_model(source: ModelLike) -> onnx.ModelProto:
+    """As `load_checked`, refusing what the checker of onnx refuses."""
+    return load_checked(source)[0]
+
+
+def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.ModelProto, str]:
+    """Load a valid model that the caller may change: read (`source_of`), or copied from a ModelProto; and what the checker of onnx
+    says against it, "" for nothing.
+
+    runs: whether a runtime loads the model, which then counts as valid all the same.
     External data of more than FETCHED_BYTES stay in their files, from which files.external reads them: see `materialize`.
     Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
     """
@@ -69,30 +80,37 @@ def load_model(source: ModelLike) -> onnx.ModelProto:
         raise ModelError(
             f"the values of '{outside.name}' lie in a file that {name} alone does not tell; give the path of the model"
         )
-    stays = path is not None and resolve(model, path.parent, name) > FETCHED_BYTES
+    stays = path is not None and resolve(model, path, name) > FETCHED_BYTES
     for tensor in stored_tensors(model, skip_main=stays):
         fetch(tensor)
+    complaint = ""
     if not stays and not is_large(model):
-        _check(model, name)
+        complaint = _complaint(model)
     elif path is not None:  # the checker itself reads a model that is too large to be passed, and checks its data files
-        _check(str(path), name)
-    return model
+        complaint = _complaint(str(path))
+    if complaint and not (runs is not None and runs(source)):
+        raise ModelError(f"{name} is not valid ONNX ({complaint}); export it again")
+    return model, complaint
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that was read and checked once.  source: what ONNX Runtime opens; proto: what it holds, which nobody may change."""
+    """A model that was read and checked once.  source: what ONNX Runtime opens; proto: what it holds, which nobody may change.
+
+    complaint: what the checker of onnx says against it, "" for nothing.
+    """
 
     source: Source
     proto: onnx.ModelProto
+    complaint: str = ""
 
     @classmethod
-    def of(cls, model: ModelLike | LoadedModel) -> LoadedModel:
-        """Read and check, unless that was done.  Raises ModelError as `load_model`."""
+    def of(cls, model: ModelLike | LoadedModel, runs: Runs | None = None) -> LoadedModel:
+        """Read and check, unless that was done.  Raises ModelError as `load_checked`."""
         if isinstance(model, LoadedModel):
             return model
         source = source_of(model)
-        return cls(source, load_model(source))
+        return cls(source, *load_checked(source, runs))
 
     @property
     def label(self) -> str:
@@ -197,8 +215,9 @@ def _check_head(model: onnx.ModelProto, name: str) -> None:
         )
 
 
-def _check(model: onnx.ModelProto | str, name: str) -> None:
+def _complaint(model: onnx.ModelProto | str) -> str:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, DecodeError) as error:
-        raise ModelError(f"{name} is not valid ONNX ({first_line(error)}); export it again") from None
+        return first_line(error)
+    return ""

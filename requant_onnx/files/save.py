@@ -24,18 +24,20 @@ PAGE, WORD = 4096, 16  # alignment in the data file: of tensors that are worth m
 MAPPED_BYTES = 1 << 20
 
 
-def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False) -> int:
+def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False, check: bool = True) -> int:
     """Check the model with onnx.checker and write it.  Returns its size in bytes, external data included.
 
     external_data: whether initializers of 1 kB and more go to a second file next to it, `<name>.data`, as a model above 2 GB needs.
+    check: whether the checker has to take the model.
     Raises ModelError when the model is invalid, or above 2 GB without external data, OutputError when it cannot be written.
     """
     path = Path(path)
     if external_data:
-        return _save_externally(model, path)
+        return _save_externally(model, path, check)
     if is_large(model):
         raise ModelError(f"the model for '{path}' is larger than 2 GB, more than one ONNX file can hold; use --external-data")
-    _check(_slim(model))
+    if check:
+        _check(_slim(model))
     former = _data_files(path)
     with reporting_errors(path), replacing(path) as file:
         for piece in pieces_of(model):
@@ -68,7 +70,7 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
     return slim
 
 
-def _save_externally(model: onnx.ModelProto, path: Path) -> int:
+def _save_externally(model: onnx.ModelProto, path: Path, check: bool) -> int:
     """Write the data under a new name, then the model that refers to it: at no moment does a model refer to other data."""
     former = _data_files(path)
     location = next(name for name in _data_names(path) if not (path.parent / name).exists())
@@ -84,7 +86,8 @@ def _save_externally(model: onnx.ModelProto, path: Path) -> int:
         with reporting_errors(path), replacing(path) as file:
             file.write(skeleton.SerializeToString(deterministic=True))
             file.flush()
-            _check(file.name)
+            if check:
+                _check(file.name)
     except BaseException:
         _delete([data])
         raise

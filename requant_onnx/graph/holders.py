@@ -25,6 +25,7 @@ import onnx_graphsurgeon as gs
 from requant_onnx.graph.products import Attributes
 
 MICROSOFT = "com.microsoft"
+RECURRENT_BIAS = 3  # input of LSTM, GRU and RNN
 MIN_TABLE = 512  # elements; a smaller one takes less room than its decode
 
 
@@ -45,6 +46,10 @@ class Holder:
     is_table: bool = False
     looks_up: bool = False
     is_recurrent: bool = False
+
+    def is_parameter(self, operand: int) -> bool:
+        """Whether an input may be a weight, or the bias beside weights."""
+        return self.weights is None or operand in self.weights or (self.is_recurrent and operand == RECURRENT_BIAS)
 
     def may_hold(self, operand: int, shape: Sequence[int]) -> bool:
         """Whether a constant of that shape at that input is a weight: a matrix at least, and no small table."""

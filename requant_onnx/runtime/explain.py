@@ -22,7 +22,7 @@ from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.operands import weight_operand
 from requant_onnx.graph.operators import FLOAT_KERNELS, KERNELS, OPERATORS
 from requant_onnx.graph.shapes import find_shapes
-from requant_onnx.runtime.sessions import optimized_graph
+from requant_onnx.runtime.sessions import load_runnable, optimized_graph
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
 
     Raises ModelError when it cannot be loaded.
     """
-    loaded = LoadedModel.of(model)
+    loaded = load_runnable(model)
     with scratch_folder() as folder:
         runtime, optimized = optimized_graph(loaded.source, loaded.name, folder)
     graph = ModelGraph.of(loaded.proto)

@@ -7,7 +7,7 @@ floats as it adds, and codes are no floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,15 @@ import onnx_graphsurgeon as gs
 
 from requant_onnx.errors import RequantError
 from requant_onnx.files.load import is_large
-from requant_onnx.graph.constants import FLOATS, ModelGraph, ancestors, dtype_of, find_stored
-from requant_onnx.graph.edit import delete_where, drop_stale_types, set_initializer
+from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
+from requant_onnx.graph.constants import FLOATS, ModelGraph, ancestors, dtype_of, find_stored, load_values
+from requant_onnx.graph.edit import delete_where, set_initializer, tensor_proto
 from requant_onnx.graph.holders import holder_of
+from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import bias_input, operator_of
 from requant_onnx.graph.operators import OPERATORS
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.overridable import remove_weights_from_inputs
-from requant_onnx.graph.readers import constant_part
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 
@@ -55,38 +56,67 @@ class _Family:
     behind: dict[int, gs.Tensor]
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the nodes of the navigated graph are in the model: id of a node -> its message, and the graph that holds it."""
+
+    nodes: dict[int, onnx.NodeProto]
+    graphs: dict[int, onnx.GraphProto]
+
+    @classmethod
+    def of(cls, model: ModelGraph) -> _Places:
+        places = cls({}, {})
+        places._add(model.proto.graph, model.graph)
+        return places
+
+    def _add(self, proto: onnx.GraphProto, graph: gs.Graph) -> None:
+        for message, node in zip(proto.node, graph.nodes, strict=True):
+            self.nodes[id(node)], self.graphs[id(node)] = message, proto
+            for body, inner in zip(subgraphs_of(message), node.subgraphs(), strict=True):
+                self._add(body, inner)
+
+
 def fold_constants(model: ModelGraph) -> int:
     """Replace every weight that is computed from float constants by its values; returns how many.  Changes the model.
 
     A weight stays where ONNX Runtime cannot compute it, and where the file would grow.
     """
-    if is_large(model.proto):
+    weights = [] if is_large(model.proto) else list(_computed_weights(model))
+    if not weights:
         return 0
-    folded: list[str] = []
+    places, names = _Places.of(model), FreshNames(model.proto)
+    folded = 0
     gone: set[int] = set()
-    for family in _families(_computed_weights(model)):
-        values = _values(model.proto, [tensor.name for tensor in family.weights])
+    for family in _families(weights):
+        values = _values(model, places, family)
         doomed = _unneeded(model, family)
         floats = sum(_elements(each) for each in family.behind.values() if id(each) in doomed)
-        if values is None or sum(each.size for each in values) > floats:
+        distinct = {(each.shape, each.tobytes()): each for each in values or ()}
+        if values is None or sum(each.size for each in distinct.values()) > floats:
             continue
+        stored: dict[object, str] = {}
         for tensor, each in zip(family.weights, values, strict=True):
-            set_initializer(model.proto.graph, each, tensor.name)
-            folded.append(tensor.name)
+            key = (each.shape, each.tobytes())
+            if key not in stored:
+                stored[key] = names.take(f"{tensor.name}_folded")
+                set_initializer(model.proto.graph, each, stored[key])
+            _redirect(tensor, stored[key], places)
+        folded += len(family.weights)
         gone |= doomed
-    _delete(model, gone, folded)
-    return len(folded)
+    _delete(model, gone, places)
+    return folded
 
 
 def _computed_weights(model: ModelGraph) -> Iterator[gs.Tensor]:
-    """Weights and biases that nodes of the main graph compute from constants."""
-    outputs = {id(tensor) for tensor in model.graph.outputs}
-    for node in model.nodes:
+    """Weights and biases that nodes compute from constants."""
+    graphs = (model.graph, *model.bodies)
+    outputs = {id(tensor) for graph in graphs for tensor in graph.outputs}
+    for node in (node for graph in graphs for node in graph.nodes):
         if not model.computes(node):
             continue
         for tensor in _operands(node):
             computed = id(tensor) in model.constant_tensors and tensor.inputs and id(tensor) not in outputs
-            if computed and find_stored(tensor) is None and not isinstance(tensor, gs.Constant):
+            if computed and find_stored(tensor) is None:
                 yield tensor
 
 
@@ -97,7 +127,7 @@ def _operands(node: gs.Node) -> Iterator[gs.Tensor]:
         bias = bias_input(node)
         yield from () if bias is None else (bias,)
     elif holder is not None and not holder.is_table:
-        yield from (tensor for k, tensor in enumerate(node.inputs) if holder.weights is None or k in holder.weights)
+        yield from (node.inputs[k] for k in range(len(node.inputs)) if holder.is_parameter(k))
 
 
 def _families(weights: Iterable[gs.Tensor]) -> list[_Family]:
@@ -113,12 +143,26 @@ def _families(weights: Iterable[gs.Tensor]) -> list[_Family]:
     return families
 
 
-def _values(model: onnx.ModelProto, names: Sequence[str]) -> list[GenericArray] | None:
+def _values(model: ModelGraph, places: _Places, family: _Family) -> list[GenericArray] | None:
     """What ONNX Runtime computes; None where it computes no floats that a weight may have."""
+    names = {key: f"t{number}" for number, key in enumerate(family.behind)}
+    nodes: list[onnx.NodeProto] = []
+    needed = {id(node) for tensor in family.behind.values() for node in tensor.inputs}
+    for node in (node for graph in (model.graph, *model.bodies) for node in graph.nodes if id(node) in needed):
+        message = onnx.NodeProto()
+        message.CopyFrom(places.nodes[id(node)])
+        message.input[:] = [names.get(id(tensor), "") for tensor in node.inputs]
+        message.output[:] = [names.get(id(tensor), f"unused{len(nodes)}_{k}") for k, tensor in enumerate(node.outputs)]
+        nodes.append(message)
     try:
-        session = open_session(constant_part(model, names), "the model")
-        values = [np.asarray(each) for each in run_session(session, "the model", None, {})]
-    except (RequantError, KeyError):
+        constants = [tensor for tensor in family.behind.values() if isinstance(tensor, gs.Constant)]
+        initializers = [tensor_proto(load_values(tensor), names[id(tensor)]) for tensor in constants]
+        outputs = [onnx.ValueInfoProto(name=names[id(tensor)]) for tensor in family.weights]
+        graph = onnx.helper.make_graph(nodes, "constants", [], outputs, initializers)
+        part = onnx.helper.make_model(graph, opset_imports=model.proto.opset_import, ir_version=model.proto.ir_version)
+        part.functions.extend(model.proto.functions)
+        values = [np.asarray(each) for each in run_session(open_session(part, "the model"), "the model", None, {})]
+    except (RequantError, KeyError, TypeError, ValueError):  # types that NumPy lacks
         return None
     return values if all(each.dtype.kind == "f" and each.ndim for each in values) else None
 
@@ -126,18 +170,15 @@ def _values(model: onnx.ModelProto, names: Sequence[str]) -> list[GenericArray] 
 def _unneeded(model: ModelGraph, family: _Family) -> set[int]:
     """ids of the tensors behind a family that nothing else reads, once its weights are stored."""
     outputs = {id(tensor) for graph in (model.graph, *model.bodies) for tensor in graph.outputs}
-    doomed: set[int] = set()
-    weights = {id(tensor) for tensor in family.weights}
-    changed = True
-    while changed:
-        changed = False
+    doomed = {id(tensor) for tensor in family.weights}
+    grew = True
+    while grew:
+        grew = False
         for key, tensor in family.behind.items():
-            if key in doomed or key in outputs:
-                continue
             readers = [reader for reader in tensor.outputs if reader.outputs]
-            if key in weights or (readers and all(_is_doomed(reader, doomed) for reader in readers)):
+            if key not in doomed | outputs and readers and all(_is_doomed(reader, doomed) for reader in readers):
                 doomed.add(key)
-                changed = True
+                grew = True
     return doomed
 
 
@@ -153,15 +194,25 @@ def _elements(tensor: gs.Tensor) -> int:
     return math.prod(int(n) for n in value.shape) if dtype_of(value) in FLOATS else 0
 
 
-def _delete(model: ModelGraph, gone: set[int], folded: Sequence[str]) -> None:
+def _redirect(tensor: gs.Tensor, name: str, places: _Places) -> None:
+    """Let all readers of a tensor read another one."""
+    for reader in tensor.outputs:
+        message = places.nodes.get(id(reader))
+        for k, read in enumerate(reader.inputs):
+            if read is tensor and message is not None:
+                message.input[k] = name
+
+
+def _delete(model: ModelGraph, gone: set[int], places: _Places) -> None:
     """Delete the nodes that gave tensors which are gone, and the constants among these.  Changes the model."""
-    if not folded:
-        return
-    graph = model.proto.graph
-    nodes = [k for k, node in enumerate(model.nodes) if node.outputs and _is_doomed(node, gone)]
-    names = {
-        tensor.name for node in model.nodes for tensor in node.inputs if id(tensor) in gone and isinstance(tensor, gs.Constant)
-    }
-    delete_where(graph.node, nodes)
-    delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in names - set(folded)])
-    drop_stale_types(graph, folded)
+    nodes = [node for graph in (model.graph, *model.bodies) for node in graph.nodes]
+    for node in nodes:
+        if node.outputs and _is_doomed(node, gone):
+            graph, message = places.graphs[id(node)], places.nodes[id(node)]
+            graph.node.remove(message)
+    read = set(reads_in(model.proto.graph))
+    for graph in all_graphs(model.proto.graph):
+        constants = {
+            tensor.name for node in nodes for tensor in node.inputs if id(tensor) in gone and isinstance(tensor, gs.Constant)
+        }
+        delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in constants - read])

@@ -13,7 +13,7 @@ import onnxruntime
 
 from requant_onnx.config import METADATA_KEY, Form, Int8Levels
 from requant_onnx.errors import LoadError, ModelError
-from requant_onnx.files.load import ModelLike, is_large, load_skeleton, source_of
+from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_skeleton, source_of
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
@@ -101,10 +101,18 @@ def serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> by
     return data
 
 
-def loads(model: onnx.ModelProto) -> bool:
-    """Whether ONNX Runtime takes the model at all: it may lack operators of other domains."""
+def load_runnable(model: ModelLike | LoadedModel) -> LoadedModel:
+    """Read and check a model; one that ONNX Runtime loads is valid whatever the checker of onnx says.
+
+    Raises ModelError where it is damaged, or neither of the two takes it.
+    """
+    return LoadedModel.of(model, runs)
+
+
+def runs(source: onnx.ModelProto | str | os.PathLike[str]) -> bool:
+    """Whether ONNX Runtime loads a model.  source: the model, or the path of a file."""
     try:
-        start_session(model.SerializeToString(), "the model", quiet_options())
-    except LoadError:
+        start_session(serialized(source, "the model"), "the model", quiet_options())
+    except ModelError:
         return False
     return True

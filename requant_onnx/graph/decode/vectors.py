@@ -7,47 +7,72 @@ ONNX Runtime computes this once, when it loads the model.  https://onnx.ai/onnx/
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
 
 from requant_onnx.files.walk import all_graphs
-from requant_onnx.graph.constants import is_standard_proto, load_proto
+from requant_onnx.graph.constants import is_standard_proto, load_proto, value_of
 from requant_onnx.graph.decode.nodes import Decode, DecodeWriter
+from requant_onnx.graph.names import FreshNames
+from requant_onnx.graph.reshapes import RESHAPING
 from requant_onnx.numerics.arrays import Float32Array
 
 PART = 1 / 16  # of the squared error of a layer's weights, which rounding its bias may add at most
 SAFE = 1e-3  # of the values, on average: more than float16 rounds by, where no value is beyond its range
 HEADER, MIN_RESHAPED = 8, 64  # bytes around name and values of an initializer; size of a vector that is worth a Reshape
 NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
-READERS = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "Mul", "PRelu", "LSTM", "GRU", "RNN", *NORMALIZATIONS))
+RECURRENT = frozenset(("LSTM", "GRU", "RNN"))  # whose biases are (directions, n)
+READERS = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "Mul", "PRelu", "STFT", *NORMALIZATIONS)) | RECURRENT
 """What adds or multiplies with a vector and does not need it stored as it is."""
 
 
-def halvable(model: onnx.ModelProto, names: Collection[str], errors: Mapping[str, float]) -> dict[str, Float32Array]:
+def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float]) -> dict[str, Float32Array]:
     """The float32 vectors of the main graph that can be float16, by name.
 
     names: the initializers that may be.  errors: bias -> squared error that quantized weights cause in the output of its layer, for
     inputs of power 1.
     """
     graph = model.graph
-    readers: dict[str, set[str]] = {}
-    for node in (node for each in all_graphs(graph) for node in each.node):
-        for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type if is_standard_proto(node) else "")
+    readers = _readers(graph)
     fixed = {item.name for each in all_graphs(graph) for item in each.output} | {item.name for item in graph.input}
+    values = {node.output[0]: value_of(node) for node in graph.node if node.output}
+    stored = {
+        **{item.name: item for item in graph.initializer},
+        **{name: value for name, value in values.items() if value is not None},
+    }
     vectors = {}
-    for item in graph.initializer:
-        usable = item.name in names and item.name not in fixed and readers.get(item.name, {""}) <= READERS
-        if usable and item.data_type == onnx.TensorProto.FLOAT and _is_vector(item.dims):
-            values = load_proto(item).astype(np.float32)
-            if _fits(values, errors.get(item.name)):
-                vectors[item.name] = values
+    for name in sorted(names & stored.keys() - fixed):
+        read_by, tensor = readers.get(name, frozenset({""})), stored[name]
+        if tensor.data_type == onnx.TensorProto.FLOAT and read_by <= READERS and _is_vector(tensor.dims, read_by <= RECURRENT):
+            numbers = load_proto(tensor).astype(np.float32)
+            if _fits(numbers, errors.get(name)):
+                vectors[name] = numbers
     return vectors
 
 
-def _is_vector(dims: Sequence[int]) -> bool:
+def _readers(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
+    """The operators that read each tensor, also behind nodes that change no value; "" for one of another domain."""
+    direct: dict[str, list[onnx.NodeProto]] = {}
+    nodes = [node for each in all_graphs(graph) for node in each.node]
+    for node in nodes:
+        for name in node.input:
+            direct.setdefault(name, []).append(node)
+    found: dict[str, frozenset[str]] = {}
+    for name in [*(name for node in reversed(nodes) for name in (*node.output, *node.input))]:
+        ops: set[str] = set()
+        for node in direct.get(name, ()):
+            through = is_standard_proto(node) and node.op_type in (*RESHAPING, "Identity") and node.input[0] == name
+            ops |= found.get(node.output[0], {""}) if through else {node.op_type if is_standard_proto(node) else ""}
+        found[name] = frozenset(ops or {""})
+    return found
+
+
+def _is_vector(dims: Sequence[int], recurrent: bool) -> bool:
+    if recurrent and len(dims) == 2:
+        return math.prod(dims) >= MIN_RESHAPED
     return sum(n > 1 for n in dims) == 1 and min(dims) > 0 and (len(dims) == 1 or max(dims) >= MIN_RESHAPED)
 
 
@@ -61,7 +86,7 @@ def _fits(values: Float32Array, error: float | None) -> bool:
 
 
 def decode_vectors(writer: DecodeWriter, vectors: Mapping[str, Float32Array]) -> Decode | None:
-    """The decode of all vectors together; None where it saves nothing."""
+    """The decode of all vectors together, which outputs them under their names; None where it saves nothing."""
     if not vectors:
         return None
     joined = np.concatenate([values.ravel() for values in vectors.values()]).astype(np.float16)
@@ -75,3 +100,14 @@ def decode_vectors(writer: DecodeWriter, vectors: Mapping[str, Float32Array]) ->
     before = sum(values.nbytes + len(name) + HEADER for name, values in vectors.items())
     shared = sum(item.ByteSize() for item in decode.shared.values())
     return decode if decode.bytes + shared < before else None
+
+
+def shorten_names(model: onnx.ModelProto, names: FreshNames, vectors: Iterable[str]) -> None:
+    """Give vectors short names, for each stands in the file at least twice.  Changes the model."""
+    short = {name: names.take("b") for name in vectors}
+    for graph in all_graphs(model.graph):
+        for node in graph.node:
+            for tensors in (node.input, node.output):
+                for k, name in enumerate(tensors):
+                    if len(short.get(name, name)) < len(name):
+                        tensors[k] = short[name]

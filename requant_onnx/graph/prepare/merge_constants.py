@@ -1,0 +1,67 @@
+"""Store equal small constants once: the axes, shapes and scalars that exporters write anew, with a long name, for every node.
+
+Those of bodies of If, Loop and Scan move to the main graph, which bodies can read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import onnx
+
+from requant_onnx.files.external import is_external
+from requant_onnx.files.walk import all_graphs
+from requant_onnx.graph.constants import FLOATS, value_of
+from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.names import FreshNames
+
+MAX_ELEMENTS = 16
+
+
+def merge_constants(model: onnx.ModelProto) -> None:
+    """Merge integers of few elements, and floats that are scalars.  Changes the model."""
+    graph, names = model.graph, FreshNames(model)
+    interface = {item.name for each in all_graphs(graph) for item in (*each.input, *each.output)}
+    merged: dict[tuple[int, tuple[int, ...], bytes], onnx.TensorProto] = {}
+    for each in list(all_graphs(graph)):
+        renamed = {}
+        for name, tensor in _small(each):
+            if name in interface:
+                continue
+            key = (tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes())
+            if key not in merged:
+                merged[key] = onnx.TensorProto()
+                merged[key].CopyFrom(tensor)
+                merged[key].name = names.take("k")
+            renamed[name] = merged[key].name
+        delete_where(each.initializer, [k for k, item in enumerate(each.initializer) if item.name in renamed])
+        delete_where(each.node, [k for k, node in enumerate(each.node) if _is_renamed(node, renamed)])
+        delete_where(each.value_info, [k for k, item in enumerate(each.value_info) if item.name in renamed])
+        _rename_reads(each, renamed)
+    graph.initializer.extend(merged.values())
+
+
+def _small(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """The constants of a graph itself that are worth merging."""
+    constants = [(item.name, item) for item in graph.initializer]
+    constants += [(node.output[0], value) for node in graph.node if (value := value_of(node)) is not None]
+    for name, tensor in constants:
+        fits = not tensor.dims if tensor.data_type in FLOATS else 0 < math.prod(tensor.dims) <= MAX_ELEMENTS
+        if fits and tensor.data_type != onnx.TensorProto.STRING and not is_external(tensor):
+            yield name, tensor
+
+
+def _is_renamed(node: onnx.NodeProto, renamed: dict[str, str]) -> bool:
+    return value_of(node) is not None and node.output[0] in renamed
+
+
+def _rename_reads(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """In a graph and the bodies in it, but for those that define a tensor of the same name themselves."""
+    for each in all_graphs(graph):
+        own = set() if each is graph else {item.name for item in (*each.input, *each.initializer)}
+        own |= set() if each is graph else {name for node in each.node for name in node.output}
+        for node in each.node:
+            for k, name in enumerate(node.input):
+                if name in renamed and name not in own:
+                    node.input[k] = renamed[name]
