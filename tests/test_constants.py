@@ -185,7 +185,8 @@ def test_equal_small_constants_are_stored_once() -> None:
     text = """net (float[1, 8, 6, 6] x, bool c) => (float[n, c, h, w] y, int64[2] shape) {
         a = Conv(x, v) p = Squeeze(a, first) q = Unsqueeze(p, again)
         y = If (c) <
-            then_branch = t () => (float[n, c, h, w] u) { s = Constant<value = int64[1] { 0 }>() m = Squeeze(q, s) u = Unsqueeze(m, s) },
+            then_branch = t () => (float[n, c, h, w] u) {
+                s = Constant<value = int64[1] { 0 }>() m = Squeeze(q, s) u = Unsqueeze(m, s) },
             else_branch = e () => (float[n, c, h, w] u) {
                 s = Constant<value = int64[1] { 0 }>() u = Identity(q) r = Identity(s) }
         > }"""

@@ -81,7 +81,7 @@ def test_images_of_several_sizes_need_a_pipeline(tmp_path: Path) -> None:
     write(tmp_path / "a.png", 8, 8)
     write(tmp_path / "b.png", 16, 8)
     images = load_images(f"images:{tmp_path}")
-    with pytest.raises(DataError, match=r"b\.png' is 16x8 and 'a\.png' is 8x8; give --resize and --crop"):
+    with pytest.raises(DataError, match=r"b\.png' is 16x8 and 'a\.png' is 8x8; give --fit, or --resize and --crop"):
         images.pixels  # noqa: B018
     assert load_images(f"images:{tmp_path}", pipeline=Pipeline(8, (8, 8))).pixels.shape == (2, 3, 8, 8)
 

@@ -188,10 +188,15 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
     command = ["convert", str(model), str(model.with_name("out.onnx")), "--bits", "4", "--calibrate", str(path)]
     assert main([*command, "-v"]) == 0
     assert "feedback" in capsys.readouterr().out
-    for arrays in ({}, {"pixels": np.zeros(()), "b": np.zeros(3)}, {"pixels": np.zeros((2, 3)), "b": np.zeros((3, 3))}):
+    for arrays, said in (
+        ({}, "holds [] and the model takes ['pixels']; give the inputs by name"),
+        ({"b": np.zeros(3)}, "holds ['b'] and the model takes ['pixels']"),
+        ({"pixels": np.zeros(())}, "has 0 dimensions, and the input of the model 4"),
+        ({"pixels": np.zeros((0, 3, 8, 8))}, "at least one, of each"),
+    ):
         np.savez(path, **arrays)
         assert main([*command, "--force"]) == 2
-        assert "one array for each input" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 def test_every_option_of_convert_can_be_in_a_file() -> None:

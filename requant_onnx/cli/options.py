@@ -172,8 +172,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         metavar="SPEC",
         help="inputs, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
-        "split), images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW where "
-        "the model leaves the size free), or none (default)",
+        "split), DIR or images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW "
+        "where the model leaves the size free), or none (default)",
     )
     _add_choice(parser, "refinement", "R", "use of the inputs of --calibrate: ")
     parser.add_argument(
@@ -257,6 +257,9 @@ def _add_images(parser: argparse.ArgumentParser, whose: str) -> None:
     parser.add_argument("--resize", metavar="N", help="for images:DIR: resize the shorter side to N pixels (default: no resizing)")
     parser.add_argument(
         "--crop", metavar="N", help="for images:DIR: crop the center to N pixels, 224 or HxW (default: no cropping)"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="for images:DIR: crop to the size that the model takes, and resize to 8/7 of it before"
     )
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig, Transform, Version
 from requant_onnx.errors import ConfigError
+from requant_onnx.files.load import input_shapes
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, NATURAL, Calibration
-from requant_onnx.inputs.image_folder import Pipeline
-from requant_onnx.inputs.images import CIFAR_MEAN_STD, ImageSet, Normalization, holds_images, load_feeds, load_images
+from requant_onnx.inputs.feeds import holds_images, load_feeds
+from requant_onnx.inputs.image_folder import FolderImages, Pipeline
+from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images
+
+SIZES = ("resize", "crop", "fit")
+RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
 
 
 def config_of(args: argparse.Namespace) -> QuantConfig:
@@ -44,7 +50,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
 def _bits(args: argparse.Namespace) -> int | Budget | None:
     if args.bits != "auto":
         for name in ("size", "target_sqnr"):
-            if getattr(args, name) is not None and name not in args.from_file:
+            if getattr(args, name) not in (None, False) and name not in args.from_file:
                 raise ConfigError(f"{_flag(name)} is for --bits auto; give --bits auto, or drop {_flag(name)}")
         return None if args.bits is None else whole_of(args.bits, "--bits")
     if (args.size is None) == (args.target_sqnr is None):
@@ -60,18 +66,21 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     """The calibration that --calibrate asks for.  Raises ConfigError, DataError."""
     spec = args.calibrate
     if spec in (None, "none"):
-        _refuse(args, ("calibrate_limit", "seed", "mean", "std", "resize", "crop"), "is for --calibrate; give --calibrate, or")
+        _refuse(args, ("calibrate_limit", "seed", "mean", "std", *SIZES), "is for --calibrate; give --calibrate, or")
         return None
+    spec = whole_spec(spec)
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
     count = DEFAULT_COUNT if args.calibrate_limit is None else whole_of(args.calibrate_limit, "--calibrate-limit")
     if is_noise(spec):
         return noise_of(args, spec, count, seed)
     if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
         raise ConfigError(f"--calibrate '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
-    if spec.endswith(".npz") and not holds_images(Path(spec)):
-        reason = f"is for images, and '{spec}' holds inputs by name (it has no array x);"
-        _refuse(args, ("seed", "mean", "std", "resize", "crop"), reason)
-        return Calibration.from_feeds(load_feeds(Path(spec)), count)
+    if spec.endswith(".npz"):
+        shapes = input_shapes(model_of(args))
+        if not holds_images(Path(spec), shapes):
+            reason = f"is for images, and '{spec}' holds inputs by name;"
+            _refuse(args, ("seed", "mean", "std", *SIZES), reason)
+            return Calibration.from_feeds(load_feeds(Path(spec), shapes), count)
     images = images_of(args, spec, "train")
     return Calibration(images, normalization_of(args, spec, images), count, seed)
 
@@ -83,16 +92,52 @@ def is_noise(spec: str) -> bool:
 
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
-    _refuse(args, ("resize", "crop"), "is for images:DIR, not for noise;")
+    _refuse(args, SIZES, "is for images:DIR, not for noise;")
     return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]))
 
 
 def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
+    spec = whole_spec(spec)
     if not spec.startswith("images:"):
-        _refuse(args, ("resize", "crop"), f"is for images:DIR, not for '{spec}';")
+        _refuse(args, SIZES, f"is for images:DIR, not for '{spec}';")
+        return load_images(spec, split)
+    images = load_images(spec, split, _pipeline(args))
+    unreadable = images.x.unreadable if isinstance(images.x, FolderImages) else ()
+    if unreadable:
+        count = len(images) + len(unreadable)
+        print(f"note: {len(unreadable)} of {count} images are damaged and were skipped, '{unreadable[0]}' first", file=sys.stderr)
+    return images
+
+
+def whole_spec(spec: str) -> str:
+    """The spec of data with its kind: a folder by itself is one of images."""
+    return f"images:{spec}" if Path(spec).is_dir() else spec
+
+
+def model_of(args: argparse.Namespace) -> Path:
+    """The model that inputs are for."""
+    path = next(getattr(args, name) for name in ("input", "model", "reference") if hasattr(args, name))
+    return Path(path)
+
+
+def _pipeline(args: argparse.Namespace) -> Pipeline:
+    if args.fit:
+        if args.resize is not None or args.crop is not None:
+            raise ConfigError("--fit chooses --resize and --crop; drop it, or these")
+        size = _image_size(model_of(args))
+        return Pipeline(round(max(size) * RESIZE), size)
     resize = None if args.resize is None else whole_of(args.resize, "--resize")
-    return load_images(spec, split, Pipeline(resize, None if args.crop is None else _crop(args.crop)))
+    return Pipeline(resize, None if args.crop is None else _crop(args.crop))
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the images that a model takes.  Raises ConfigError where it leaves them free, or takes none."""
+    shape = next(iter(input_shapes(path).values()), ())
+    sizes = (shape[1:3] if shape[3] in CHANNELS and shape[1] not in CHANNELS else shape[2:]) if len(shape) == 4 else ()
+    if len(sizes) != 2 or None in sizes:
+        raise ConfigError(f"'{path}' does not tell the size of its images, so --fit does not either; give --resize and --crop")
+    return int(sizes[0] or 0), int(sizes[1] or 0)
 
 
 def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalization | None:
@@ -116,7 +161,7 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> No
     reason: the middle of the sentence, between the option and the advice to drop it.
     """
     for name in names:
-        if getattr(args, name) is not None and name not in args.from_file:
+        if getattr(args, name) not in (None, False) and name not in args.from_file:
             raise ConfigError(f"{_flag(name)} {reason} drop {_flag(name)}")
 
 

@@ -67,7 +67,7 @@ def convert_model(
         made, report = _convert(loaded.proto, config, calibration, excluded, progress, threads)
         notes, broken = _broken_promises(loaded, made, report.converted)
         if not broken:
-            notes = (*_odd(loaded), *_notes(config, calibration, report), *notes, *excluded.values())
+            notes = (*_odd(loaded), *_notes(loaded.proto, config, calibration, report), *notes, *excluded.values())
             if loaded.complaint and not is_large(made) and not runs(made):
                 raise ModelError(
                     f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
@@ -144,13 +144,14 @@ def _odd(model: LoadedModel) -> tuple[str, ...]:
     return (f"the checker of onnx does not take the model ({model.complaint}), and ONNX Runtime does, so it was converted",)
 
 
-def _notes(config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
+def _notes(model: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
     """What could be better: calibration inputs at few bits, and the right ones."""
     if calibration is None:
         blind = isinstance(config.bits, int) and config.refinement is not Refinement.NONE
         coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
         return ("few bits cost less accuracy with --calibrate: images, or noise, which needs no data",) if coarse else ()
-    if not calibration.is_noise or calibration.normalization is not None:
+    pixels = any(item.type.tensor_type.elem_type == onnx.TensorProto.UINT8 for item in model.graph.input)
+    if not calibration.is_noise or calibration.normalization is not None or pixels:
         return ()
     return (
         "the noise was normalized as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",

@@ -210,7 +210,8 @@ def score_item(model: bytes, images: ImageSet, normalization: Normalization | No
     options.intra_op_num_threads = 1
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model", options)
     fixed = classifier.batch is not None
-    parts = batches(images, normalization or Normalization(), classifier.batch or BATCH, fixed=fixed)
+    how = classifier.normalization(normalization or Normalization())
+    parts = batches(images, how, classifier.batch or BATCH, fixed=fixed)
     return np.concatenate([classifier.scores(x)[: len(images) - start] for start, x in parts])
 
 

@@ -44,7 +44,7 @@ def validate(
         require_image(model, images.x.shape[1:])
     if images.x.dtype != np.uint8 and normalization is not None:
         raise DataError("the images are float32, taken as normalized already; drop mean and std, or give uint8 pixels")
-    normalization = normalization or Normalization()
+    normalization = models[0].normalization(normalization or Normalization())
     tally = _Tally()
     for start, x in _batches(images, normalization, models):
         count = min(len(x), len(images) - start)

@@ -151,6 +151,14 @@ def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
     return _parse(Path(path))
 
 
+def input_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
+    """The shape of each input that a caller has to give, None where a size is free.  Raises ModelError as `load_skeleton`."""
+    graph = load_skeleton(path).graph
+    stored = {item.name for item in graph.initializer}
+    inputs = [item for item in graph.input if item.name not in stored]
+    return {item.name: tuple(d.dim_value if d.dim_value > 0 else None for d in item.type.tensor_type.shape.dim) for item in inputs}
+
+
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of the standard operator set, 0 when the model imports none."""
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)

@@ -15,6 +15,7 @@ from requant_onnx.numerics.arrays import AnyArray
 
 DEFAULT_COUNT = 256
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
+GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
 NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
 Feed: TypeAlias = "Mapping[str, AnyArray]"
 
@@ -32,7 +33,7 @@ class Calibration:
     """The inputs on which activations are measured: `count` images drawn at random; or the first `count` feeds, which are inputs by
     name for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
 
-    normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: that of ImageNet, for 3 channels).
+    normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: that of ImageNet).
     seed: seed for drawing images and for noise.  size: (height, width) of noise, needed where the model leaves them free.
     """
 

@@ -18,6 +18,10 @@ from requant_onnx.numerics.arrays import Int64Array, UInt8Array
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+UNREADABLE = 0.01  # share of the images that may be damaged, and is skipped
+END_OF_JPEG, TAIL = b"\xff\xd9", 1 << 12
+DEEP = 1 << 8  # levels of a 16-bit image for one of 8 bits
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -51,11 +55,15 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images that behave like an array of uint8 pixels, (n, 3, h, w).  size: (h, w) of every image."""
+    """Images that behave like an array of uint8 pixels, (n, 3, h, w).
+
+    size: (h, w) of every image.  unreadable: files that were skipped.
+    """
 
     paths: tuple[Path, ...]
     pipeline: Pipeline
     size: tuple[int, int]
+    unreadable: tuple[Path, ...] = ()
     dtype = np.dtype(np.uint8)
 
     @property
@@ -85,7 +93,7 @@ class FolderImages:
         if pixels.shape[:2] != self.size:
             raise DataError(
                 f"the image '{path}' is {_listed(pixels.shape)} and '{self.paths[0].name}' is {_listed(self.size)}; "
-                "give --resize and --crop, so that all have one size"
+                "give --fit, or --resize and --crop, so that all have one size"
             )
         return pixels
 
@@ -105,12 +113,40 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
     labeled = [(path, label) for label, paths in enumerate(classes) for path in paths]
     if unlabeled and labeled:
         raise DataError(f"'{folder}' holds images and subfolders of images; give a folder of one or the other")
-    paths = tuple(unlabeled or (path for path, _ in labeled))
-    if not paths:
+    given = tuple(unlabeled or (path for path, _ in labeled))
+    if not given:
         raise DataError(f"'{folder}' holds no image ({', '.join(SUFFIXES)}); give a folder of images, or of one folder a class")
+    readable = [_is_whole(path) for path in given]
+    unreadable = tuple(path for path, good in zip(given, readable, strict=True) if not good)
+    if len(unreadable) > UNREADABLE * len(given):
+        _decoded(unreadable[0], pipeline)  # whose error says more
+        raise DataError(
+            f"'{unreadable[0]}' and {len(unreadable) - 1} others of {len(given)} images are damaged; repair or remove them"
+        )
+    paths = tuple(path for path, good in zip(given, readable, strict=True) if good)
     height, width, _ = _decoded(paths[0], pipeline).shape
-    labels = None if unlabeled else np.array([label for _, label in labeled], np.int64)
-    return FolderImages(paths, pipeline, (height, width)), labels
+    known = np.array([label for (_, label), good in zip(labeled, readable, strict=True) if good], np.int64) if labeled else None
+    return FolderImages(paths, pipeline, (height, width), unreadable), known
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file seems undamaged, without decoding it where its end or its checksums tell."""
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:
+            is_jpeg = image.format == "JPEG"
+            image.verify()
+        if is_jpeg and END_OF_JPEG not in _tail(path):
+            _decoded(path, Pipeline())
+    except (OSError, ValueError, SyntaxError, MemoryError, DataError, pillow.Image.DecompressionBombError):
+        return False
+    return True
+
+
+def _tail(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        return file.read()
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -122,9 +158,16 @@ def _decoded(path: Path, pipeline: Pipeline) -> UInt8Array:
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:
-            return np.asarray(pipeline.apply(image.convert("RGB")), np.uint8)
+            return np.asarray(pipeline.apply(_of_8_bits(image).convert("RGB")), np.uint8)
     except (OSError, ValueError, SyntaxError, MemoryError, pillow.Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image '{path}' ({str(error).splitlines()[0]}); repair or remove it") from None
+
+
+def _of_8_bits(image: Any) -> Any:
+    """An image of 16 bits, scaled; Pillow would cut it off at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return _pillow().Image.fromarray((np.asarray(image, np.int64) // DEEP).clip(0, 255).astype(np.uint8))
 
 
 def _pillow() -> ModuleType:

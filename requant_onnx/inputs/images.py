@@ -6,10 +6,9 @@ CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import TypeAlias
 import numpy as np
 
 from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.inputs.feeds import BY_NAME, opened_npz
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline, open_folder
 from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array, UInt8Array
 
 Pixels: TypeAlias = "UInt8Array | Float32Array"
 Images: TypeAlias = "Pixels | FolderImages"
 PIXELS = 3 * 32 * 32
+CHANNELS = (1, 3, 4)  # an axis of so many is that of channels
 MAX_VALUES = 1 << 29  # largest number of values of images that are generated or padded; 2 GB
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
@@ -130,7 +131,7 @@ def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed:
 
 
 def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeline | None = None) -> ImageSet:
-    """Load `cifar10:DIR`, `cifar100:DIR` (the split, train or test), `FILE.npz` (`x`, optionally `y`) or `images:DIR`.
+    """Load `cifar10:DIR`, `cifar100:DIR` (the split, train or test), `FILE.npz` (`x`, optionally `y`), `images:DIR` or just `DIR`.
 
     pipeline: resize and crop for images:DIR, whose images are labeled where each class has a subdirectory (image_folder.py).
     Raises DataError when the files are missing, damaged, empty or of another shape.
@@ -143,6 +144,8 @@ def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeli
         return _load_npz(Path(spec))
     if dataset == "images" and folder:
         return ImageSet(*open_folder(Path(folder), pipeline or Pipeline()))
+    if Path(spec).is_dir():
+        return ImageSet(*open_folder(Path(spec), pipeline or Pipeline()))
     raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
 
 
@@ -171,38 +174,8 @@ def _read_records(path: Path, dataset: str) -> UInt8Array:
     return raw.reshape(-1, record)
 
 
-def holds_images(path: Path) -> bool:
-    """Whether an .npz file has the array x.  Raises DataError when it cannot be read."""
-    with _opened(path) as arrays:
-        return "x" in arrays
-
-
-def load_feeds(path: Path) -> list[dict[str, GenericArray]]:
-    """Load the inputs of a model by name from an .npz file that holds each input as one array, stacked along the first axis.
-
-    Raises DataError when it cannot be read or the arrays differ in length.
-    """
-    with _opened(path) as arrays:
-        inputs = {name: arrays[name] for name in arrays}
-    counts = {values.shape[0] if values.ndim else 0 for values in inputs.values()}
-    if len(counts) != 1 or not all(counts):
-        raise DataError(f"'{path}' must hold one array for each input of the model, with as many rows, at least one, in each")
-    return [{name: values[k : k + 1] for name, values in inputs.items()} for k in range(counts.pop())]
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Mapping[str, GenericArray]]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            yield arrays
-    except DataError:
-        raise
-    except Exception as error:  # zipfile, zlib, pickle and NumPy raise many types on damaged files
-        raise DataError(f"cannot read '{path}' as .npz ({error}); write it with numpy.savez(x=..., y=...)") from None
-
-
 def _load_npz(path: Path) -> ImageSet:
-    with _opened(path) as arrays:
+    with opened_npz(path) as arrays:
         if "x" not in arrays:
             raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
         x, y = arrays["x"], arrays.get("y")
@@ -212,16 +185,19 @@ def _load_npz(path: Path) -> ImageSet:
 
 
 def _nchw(x: GenericArray, path: Path) -> Pixels:
-    wanted = "x must be (n, h, w, c) uint8 or (n, c, h, w) float32"
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
-        raise DataError(f"'{path}' holds x of shape {x.shape} and type {x.dtype}; {wanted}")
+        raise DataError(
+            f"'{path}' holds x of shape {x.shape} and type {x.dtype}; images are (n, h, w, c) uint8 or (n, c, h, w) float32; for a "
+            f"model of other inputs, {BY_NAME}"
+        )
     if x.size == 0:
         raise DataError(f"'{path}' holds no image (x has shape {x.shape}); give at least one")
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2)).astype(np.uint8, copy=False)
     if not np.isfinite(x).all():
         raise DataError(f"'{path}' holds NaN or infinite pixels in x; clean the images first")
-    return x.astype(np.float32, copy=False)
+    last = x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if last else x).astype(np.float32, copy=False)
 
 
 def _labels(y: GenericArray | None, count: int, path: Path) -> Int64Array | None:

@@ -12,10 +12,18 @@ import onnx
 import onnxruntime
 
 from requant_onnx.errors import DataError, ModelError
+from requant_onnx.inputs.feeds import BY_NAME
+from requant_onnx.inputs.images import Normalization
 from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.runtime.sessions import quiet_options, run_session, serialized, start_session
 
-INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+INPUT_TYPES: dict[str, type[np.number]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}
+PIXELS = Normalization((0.0,), (1 / 255,))  # which leaves them as they are
 Shape = tuple[int | None, ...]
 
 
@@ -26,9 +34,18 @@ class Classifier:
     name: str
     session: onnxruntime.InferenceSession
     input: str
-    dtype: type[np.floating]
+    dtype: type[np.number]
     shape: Shape
     bytes: int
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the model normalizes by itself: it takes pixels 0..255."""
+        return self.dtype is np.uint8
+
+    def normalization(self, wanted: Normalization) -> Normalization:
+        """How pixels become inputs: as wanted, unless the model takes pixels."""
+        return PIXELS if self.takes_pixels else wanted
 
     @property
     def batch(self) -> int | None:
@@ -60,7 +77,7 @@ class Classifier:
         self._run(None, feed)
         return (time.perf_counter() - started) * 1000
 
-    def _run(self, outputs: list[str] | None, feed: dict[str, npt.NDArray[np.floating]]) -> list[object]:
+    def _run(self, outputs: list[str] | None, feed: dict[str, npt.NDArray[np.number]]) -> list[object]:
         return run_session(self.session, self.name, outputs, feed)
 
     def image_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int] | None:
@@ -77,10 +94,10 @@ class Classifier:
     def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
         return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
 
-    def fit(self, x: Float32Array) -> npt.NDArray[np.floating]:
+    def fit(self, x: Float32Array) -> npt.NDArray[np.number]:
         """(n, c, h, w) as the model takes it."""
         x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
-        return np.ascontiguousarray(x, self.dtype)
+        return np.ascontiguousarray(np.rint(x) if self.takes_pixels else x, self.dtype)
 
 
 def open_classifier(
@@ -96,12 +113,14 @@ def open_classifier(
     inputs = session.get_inputs()
     if len(inputs) != 1:
         listed = ", ".join(f"'{item.name}'" for item in inputs)
-        raise ModelError(f"{name} has {len(inputs)} inputs ({listed}), and images are run only through models with one image input")
+        raise ModelError(
+            f"{name} has {len(inputs)} inputs ({listed}), and images are run only through models with one image input; {BY_NAME}"
+        )
     shape = tuple(n if isinstance(n, int) and n > 0 else None for n in inputs[0].shape)
     if len(shape) != 4 or inputs[0].type not in INPUT_TYPES:
         raise ModelError(
             f"the input '{inputs[0].name}' of {name} is a {inputs[0].type} of shape {inputs[0].shape}, "
-            "and images are run only through models that take float images of 4 dimensions"
+            f"and images are run only through models that take images of 4 dimensions; {BY_NAME}"
         )
     return Classifier(name, session, inputs[0].name, INPUT_TYPES[inputs[0].type], shape, size)
 
@@ -111,7 +130,9 @@ def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:
     if not classifier.accepts(image):
         wanted = "x".join("?" if n is None else str(n) for n in classifier.shape[1:])
         given = "x".join(map(str, image))
-        raise DataError(f"the images are {given} and {classifier.name} takes {wanted}; give images of that size")
+        raise DataError(
+            f"the images are {given} and {classifier.name} takes {wanted}; give images of that size (for a folder of images, --fit)"
+        )
 
 
 def _fits(image: tuple[int, ...], shape: Shape) -> bool:

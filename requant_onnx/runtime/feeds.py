@@ -13,7 +13,7 @@ from onnxruntime import InferenceSession
 
 from requant_onnx.errors import DataError, ModelError
 from requant_onnx.files.load import Source
-from requant_onnx.inputs.calibration import NATURAL, Calibration, Feed
+from requant_onnx.inputs.calibration import GRAY, NATURAL, Calibration, Feed
 from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
@@ -76,26 +76,45 @@ class _Source:
 def _feeds_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     feeds, session = calibration.feeds[: calibration.count], open_session(model, "the model")
     wanted = sorted(item.name for item in session.get_inputs())
+    taken = {item.name: item for item in session.get_inputs()}
     for feed in feeds:
         if sorted(feed) != wanted:
             raise DataError(f"the calibration inputs hold {sorted(feed)} and the model takes {wanted}; give each by its name")
-        for item in session.get_inputs():
-            _require_input(item, feed[item.name])
-    return _Source(session, lambda _: iter(enumerate(feeds, 1)), len(feeds))
+    fitted = [{name: _fitted(taken[name], values) for name, values in feed.items()} for feed in feeds]
+    return _Source(session, lambda _: iter(enumerate(fitted, 1)), len(fitted))
 
 
-def _require_input(item: Any, values: AnyArray) -> None:
-    """Refuse what the model does not take.  item: an input of a session, with its name, type and shape."""
+def _fitted(item: Any, values: AnyArray) -> AnyArray:
+    """The values in the type that the model takes.  item: an input of a session, with its name, type and shape.
+
+    Raises DataError where the shape does not fit, or the type would change values by more than rounding of floats.
+    """
     name = item.type.removeprefix("tensor(").removesuffix(")")
     kind = {"float": "float32", "double": "float64"}.get(name, name)
     sizes = [size if isinstance(size, int) and size > 0 else None for size in item.shape]
     fits = len(sizes) == values.ndim and all(want in (None, have) for want, have in zip(sizes, values.shape, strict=True))
-    if not fits or str(values.dtype) != kind:
+    cast = _cast(values, kind)
+    if not fits or cast is None:
         have, want = (_listed(shape) for shape in (values.shape, ["?" if size is None else size for size in sizes]))
         raise DataError(
             f"the calibration input '{item.name}' is {values.dtype} of shape {have} and the model takes {kind} of shape {want}; "
             "make it so"
         )
+    return cast
+
+
+def _cast(values: AnyArray, kind: str) -> AnyArray | None:
+    """None where values would change, or NumPy lacks the type."""
+    if str(values.dtype) == kind:
+        return values
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = values.astype(kind)
+    except TypeError:
+        return None
+    rounds = values.dtype.kind == cast.dtype.kind == "f"
+    same = np.isfinite(cast).all() if rounds else (cast.astype(values.dtype) == values).all()
+    return cast if same else None
 
 
 def _listed(shape: Iterable[object]) -> str:
@@ -105,7 +124,7 @@ def _listed(shape: Iterable[object]) -> str:
 def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     classifier = open_classifier(model, "the model")
     images = _images_for(classifier, calibration)
-    normalization = _normalization(calibration, images)
+    normalization = classifier.normalization(_normalization(calibration, images))
 
     def feeds(limit: int | None) -> Iterator[tuple[int, Feed]]:
         chunk = min(CHUNK, max(1, len(images) // 4))
@@ -126,8 +145,9 @@ def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSe
 
 
 def _normalization(calibration: Calibration, images: ImageSet) -> Normalization:
-    natural = calibration.images is None and images.x.shape[1] == 3
-    return calibration.normalization or (NATURAL if natural else Normalization())
+    if calibration.normalization is not None or calibration.images is not None:
+        return calibration.normalization or Normalization()
+    return NATURAL if images.x.shape[1] == len(NATURAL.mean) else GRAY
 
 
 def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:

@@ -1,0 +1,78 @@
+"""Inputs of a model by name, from an .npz file: one array for each input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from requant_onnx.errors import DataError
+from requant_onnx.numerics.arrays import GenericArray
+
+Shapes = Mapping[str, tuple["int | None", ...]]
+"""Name of an input -> its shape, None where a size is free."""
+
+BY_NAME = "give the inputs by name: FILE.npz, written with numpy.savez('FILE.npz', NAME=array, ...)"
+
+
+@contextlib.contextmanager
+def opened_npz(path: Path) -> Iterator[Mapping[str, GenericArray]]:
+    """The arrays of an .npz file, read when they are asked for.  Raises DataError when it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib, pickle and NumPy raise many types on damaged files
+        raise DataError(f"cannot read '{path}' as .npz ({error}); write it with numpy.savez(x=..., y=...)") from None
+
+
+def holds_images(path: Path, shapes: Shapes) -> bool:
+    """Whether an .npz file holds images for a model of these inputs, as x, and not its inputs by name.
+
+    A model of one input gets images where x has four dimensions.  Raises DataError when the file cannot be read.
+    """
+    with opened_npz(path) as arrays:
+        if "x" not in arrays or len(shapes) != 1:
+            return False
+        named = set(arrays) - {"y"} == set(shapes)
+        x = arrays["x"]
+        return not named or (x.ndim == 4 and x.dtype in (np.uint8, np.float32))
+
+
+def load_feeds(path: Path, shapes: Shapes) -> list[dict[str, GenericArray]]:
+    """Load the inputs of a model by name.  Each array holds one row for each feed, and is cut by the shape of its input:
+
+    of its rank: along the first axis, `shape[0]` at a time, 1 where that is free; of one dimension more: along that.  An array that
+    makes one row is repeated where others make more.
+    Raises DataError when the file cannot be read, lacks an input, or its arrays make different numbers of rows.
+    """
+    with opened_npz(path) as arrays:
+        missing = sorted(shapes.keys() - set(arrays))
+        if missing:
+            raise DataError(f"'{path}' holds {sorted(arrays)} and the model takes {sorted(shapes)}; {BY_NAME}")
+        inputs = {name: _rows(arrays[name], shape, name, path) for name, shape in shapes.items()}
+    count = max(map(len, inputs.values()), default=0)
+    odd = next((name for name, rows in inputs.items() if len(rows) not in (1, count)), None)
+    if odd is not None or count == 0:
+        counts = ", ".join(f"{name}: {len(rows)}" for name, rows in inputs.items())
+        raise DataError(
+            f"the arrays of '{path}' make different numbers of rows ({counts}); give as many, at least one, of each input"
+        )
+    return [{name: rows[k if len(rows) > 1 else 0] for name, rows in inputs.items()} for k in range(count)]
+
+
+def _rows(values: GenericArray, shape: tuple[int | None, ...], name: str, path: Path) -> list[GenericArray]:
+    if values.ndim == len(shape) + 1:
+        return list(values)
+    if values.ndim == len(shape) == 0:
+        return [values]
+    if values.ndim != len(shape):
+        raise DataError(
+            f"'{name}' in '{path}' has {values.ndim} dimensions, and the input of the model {len(shape)}; give an array of as "
+            "many, or of one more, to stack several"
+        )
+    size = shape[0] or 1
+    return [values[start : start + size] for start in range(0, len(values) - size + 1, size)]
