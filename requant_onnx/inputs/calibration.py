@@ -92,9 +92,9 @@ def _checked(feed: object) -> Feed:
         raise DataError(f"calibration inputs must be dictionaries from the names of inputs to arrays, not {type(feed).__name__}")
     arrays = {str(name): np.asarray(values) for name, values in feed.items()}
     for name, values in arrays.items():
-        if values.dtype.kind not in "biuf":
-            raise DataError(f"the calibration input '{name}' must be an array of numbers, not of {values.dtype}")
-        if not np.isfinite(values).all():
+        if values.dtype.kind not in "biufU":
+            raise DataError(f"the calibration input '{name}' must be an array of numbers or texts, not of {values.dtype}")
+        if values.dtype.kind != "U" and not np.isfinite(values).all():
             raise DataError(f"the calibration input '{name}' holds NaN or infinity; take them out")
     return arrays
 

@@ -107,6 +107,8 @@ def _cast(values: AnyArray, kind: str) -> AnyArray | None:
     """None where values would change, or NumPy lacks the type."""
     if str(values.dtype) == kind:
         return values
+    if values.dtype.kind == "U" or kind == "string":
+        return values.astype(object) if values.dtype.kind == "U" and kind == "string" else None
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             cast = values.astype(kind)
