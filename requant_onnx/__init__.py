@@ -23,7 +23,7 @@ from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.images import ImageSet, Normalization, load_images
 from requant_onnx.runtime.explain import Explanation, explain
-from requant_onnx.runtime.sessions import load_session
+from requant_onnx.runtime.sessions import load_session, use_custom_ops
 from requant_onnx.webpage.pages import html_report
 
 __all__ = [
@@ -62,5 +62,6 @@ __all__ = [
     "load_session",
     "quantize_model",
     "save_model",
+    "use_custom_ops",
     "validate",
 ]

@@ -102,6 +102,12 @@ def trained_model(name: str) -> Path:
     return path
 
 
+def wheel_of(package: str) -> Path | None:
+    """The wheel of a package in $REQUANT_PACKAGES."""
+    folder = os.environ.get("REQUANT_PACKAGES")
+    return next(iter(sorted(Path(folder).glob(f"{package}-*.whl"))), None) if folder else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_each() -> Iterator[None]:
     """Beside other workers of pytest-xdist, ONNX Runtime and BLAS take one thread where nobody asks for another number.

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from conftest import laplace, parse, small_cnn
 from onnxruntime import InferenceSession
+from oracle import run
 
 from requant_onnx import (
     Calibration,
@@ -205,12 +206,17 @@ def test_functions_move_to_the_new_opset_with_the_model() -> None:
     assert converted.functions[0].opset_import[0].version == 21
 
 
-def test_sparse_initializers_are_skipped() -> None:
+@pytest.mark.parametrize(("count", "converted"), [(2, False), (400, True)])
+def test_sparse_weights_are_converted_where_that_is_smaller(count: int, converted: bool) -> None:
     model = parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }")
-    values = onnx.numpy_helper.from_array(np.ones(2, np.float32), "w")
-    indices = onnx.numpy_helper.from_array(np.array([3, 5]), "w_indices")
+    values = onnx.numpy_helper.from_array(laplace(count), "w")
+    indices = onnx.numpy_helper.from_array(np.arange(count) * 3, "w_indices")
     model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [40, 40]))
-    assert not quantize_model(model)[1].converted
+    made, report = quantize_model(model)
+    assert bool(report.converted) is converted
+    assert sum(item.bytes for item in report.skipped) == (0 if converted else 4 * count)
+    feeds = {"x": np.ones((2, 40), np.float32)}
+    np.testing.assert_allclose(run(made, feeds)[0], run(model, feeds)[0], atol=0.02)
 
 
 @pytest.mark.parametrize("refinement", [Refinement.FEEDBACK, Refinement.DESCENT])

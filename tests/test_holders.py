@@ -117,6 +117,14 @@ def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:
     assert [w.axis for w in report.converted] == [0]
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("turned", "shape", "axis"), [(0, (24, 32), 0), (1, (32, 24), 1)])
+def test_gemm_with_its_weight_on_the_left(turned: int, shape: tuple[int, ...], axis: int, config: QuantConfig) -> None:
+    text = f"net (float[32, 5] x) => (float[a, b] y) {{ y = Gemm<transA = {turned}>(w, x) }}"
+    report = check(model_of(text, {"w": shape}), config)
+    assert [w.axis for w in report.converted] == [axis if config.granularity is Granularity.PER_CHANNEL else None]
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
 def test_other_float_types(dtype: type, form: Form) -> None:

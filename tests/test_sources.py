@@ -119,7 +119,7 @@ def test_the_int8_form_takes_feeds_of_several_inputs() -> None:
         ([{}], "dictionaries"),
         ([np.zeros(3)], "dictionaries"),
         ([{"a": np.array([np.nan])}], "'a' holds NaN or infinity"),
-        ([{"a": np.array(["text"])}], "an array of numbers, not of <U4"),
+        ([{"a": np.array([None])}], "an array of numbers or texts, not of object"),
     ],
 )
 def test_feeds_that_are_none_are_refused(source: list[dict[str, np.ndarray]], message: str) -> None:

@@ -1,8 +1,9 @@
 """Random CNNs from the structures that exporters write: every one valid, and run by ONNX Runtime.
 
 Weights come as initializers, in Constant nodes, in float16 and bfloat16, behind Identity, Cast, Transpose, Reshape and
-Unsqueeze, shared between layers, in branches and in model-local functions; layers in one to three dimensions, grouped,
-depthwise, dilated and transposed, with residuals, concatenations and BatchNormalization on either side; opset 7 to 25.
+Unsqueeze, computed, shared between layers, in branches and in model-local functions; layers in one to three dimensions, grouped,
+depthwise, dilated and transposed, with residuals, concatenations and BatchNormalization on either side; LSTM, GRU and RNN,
+Einsum, embeddings, tables, layers in float16, sequences, and rows whose number depends on the data; opset 7 to 25.
 """
 
 from __future__ import annotations
@@ -47,13 +48,16 @@ class Generator:
         x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *self.shape])
         for _ in range(self.random.integers(1, 9)):
             self.pick(self.convolution, self.convolution, self.convolution, self.transposed, self.normalized, self.activation,
-                      self.pool, self.residual, self.concatenation, self.branches, self.function)()  # fmt: skip
+                      self.pool, self.residual, self.concatenation, self.branches, self.function,
+                      self.recurrent, self.einsum, self.embedding, self.table, self.half, self.sequence)()  # fmt: skip
+        rows = self.selected_rows() if self.opset >= 13 and self.chance(0.1) else None
         self.head()
         outputs = [helper.make_tensor_value_info(self.tensor, TensorProto.FLOAT, [batch, *self.shape])]
         stored = [item for item in self.initializers if item.data_type != TensorProto.BFLOAT16]  # which NumPy does not have
         if stored and self.chance(0.05):
             weight = self.pick(*stored)
             outputs.append(helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
+        outputs += [] if rows is None else [rows]
         graph = helper.make_graph(self.nodes, "random", [x], outputs, self.initializers)
         if self.opset < 9:
             graph.input.extend(helper.make_tensor_value_info(item.name, item.data_type, item.dims) for item in self.initializers)
@@ -154,6 +158,60 @@ class Generator:
         self.functions.append(helper.make_function(LOCAL, name, ["x"], ["z"], nodes, imports))
         self.add(name, [], (oc, *self.shape[1:]), domain=LOCAL)
 
+    def recurrent(self) -> None:
+        """LSTM, GRU or RNN over all places of an image, in one direction or both."""
+        op, gates = self.pick(("LSTM", 4), ("GRU", 3), ("RNN", 1))
+        c, sizes, hidden, both = self.shape[0], self.shape[1:], int(self.random.integers(2, 13)), self.chance(0.5)
+        d = 2 if both else 1
+        self.add("Reshape", [self.constant(np.array([0, c, -1]))], (c, int(np.prod(sizes))))
+        self.add("Transpose", [], self.shape, perm=[2, 0, 1])
+        operands = [self.constant(self.values((d, gates * hidden, n))) for n in (c, hidden)]
+        bias = [self.constant(self.values((d, 2 * gates * hidden)))] if self.chance(0.5) else []
+        direction = "bidirectional" if both else "forward"
+        self.add(op, [*operands, *bias], self.shape, hidden_size=hidden, direction=direction)
+        self.add("Transpose", [], self.shape, perm=[2, 1, 3, 0])
+        self.add("Reshape", [self.constant(np.array([0, d * hidden, *sizes]))], (d * hidden, *sizes))
+
+    def einsum(self) -> None:
+        """A product over channels."""
+        if self.opset >= 12:
+            places, oc = "xyz"[: len(self.shape) - 1], int(self.random.integers(1, 24))
+            self.add("Einsum", [self.weight((oc, self.shape[0]))], (oc, *self.shape[1:]), equation=f"bc{places},dc->bd{places}")
+
+    def embedding(self) -> None:
+        """A row of a table for each place, by its largest channel."""
+        rank, d = len(self.shape) - 1, 16
+        self.add("ArgMax", [], self.shape[1:], axis=1, keepdims=0)
+        self.add("Gather", [self.constant(self.values((max(64, self.shape[0]), d)))], self.shape, left=True)
+        self.add("Transpose", [], self.shape, perm=[0, rank + 1, *range(1, rank + 1)])
+        self.shape = (d, *self.shape)
+
+    def table(self) -> None:
+        """A table of positions, or of factors."""
+        self.add(self.pick("Add", "Mul"), [self.constant(self.values((1, *self.shape)) + np.float32(1))], self.shape)
+
+    def half(self) -> None:
+        """A Conv in float16."""
+        oc, rank = int(self.random.integers(1, 24)), len(self.shape) - 1
+        weight = self.constant(self.values((oc, self.shape[0], *[1] * rank)).astype(np.float16))
+        self.add("Cast", [], self.shape, to=TensorProto.FLOAT16)
+        self.add("Conv", [weight], (oc, *self.shape[1:]))
+        self.add("Cast", [], self.shape, to=TensorProto.FLOAT)
+
+    def sequence(self) -> None:
+        """Into a sequence, and out of it again."""
+        if self.opset >= 11:
+            self.add("SequenceConstruct", [self.tensor], self.shape)
+            self.add("SequenceAt", [self.constant(np.array(1))], self.shape)
+
+    def selected_rows(self) -> onnx.ValueInfoProto:
+        """A product for every positive value of the input, whose number nobody knows before."""
+        places = self.node("NonZero", [self.node("Greater", ["x", self.constant(np.float32(0))])])
+        values = self.node("GatherND", ["x", self.node("Transpose", [places])])
+        column = self.node("Unsqueeze", [values, self.constant(np.array([1]))])
+        rows = self.node("MatMul", [column, self.constant(self.values((1, 200)))])
+        return helper.make_tensor_value_info(rows, TensorProto.FLOAT, [None, 200])
+
     def head(self) -> None:
         """What follows the layers: nothing, or rows of features and a Gemm or MatMul."""
         if self.chance(0.2):
@@ -178,7 +236,7 @@ class Generator:
         if fitting and self.chance(0.3):
             return self.pick(*fitting)
         ways = [self.stored, self.stored, self.in_constant, self.behind_identity, self.in_half, self.behind_transpose]
-        name = self.pick(*ways, self.behind_reshape, self.behind_unsqueeze)(self.values(shape))
+        name = self.pick(*ways, self.behind_reshape, self.behind_unsqueeze, self.computed)(self.values(shape))
         self.shared[name] = np.empty(shape)
         return name
 
@@ -211,6 +269,10 @@ class Generator:
         if self.opset < 13:
             return self.node("Unsqueeze", [squeezed], axes=axes) if axes else squeezed
         return self.node("Unsqueeze", [squeezed, self.constant(np.array(axes, np.int64))]) if axes else squeezed
+
+    def computed(self, values: np.ndarray) -> str:
+        gain = self.constant(np.float32(2) + np.zeros((values.shape[0], *[1] * (values.ndim - 1)), np.float32))
+        return self.node("Mul", [self.constant(values / 2), gain])
 
     def values(self, shape: tuple[int, ...]) -> np.ndarray:
         """Heavy tails, and a spread that keeps activations at their size."""

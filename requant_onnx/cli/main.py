@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from requant_onnx.cli import commands
 from requant_onnx.cli.options import parse, parser_of
 from requant_onnx.errors import RequantError
+from requant_onnx.runtime.sessions import use_custom_ops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of weights that the terminal cannot show
     try:
         args = parse(parser, arguments)
+        use_custom_ops(*([args.custom_ops] if isinstance(args.custom_ops, str) else args.custom_ops or []))
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the tables has closed the pipe; the files are written

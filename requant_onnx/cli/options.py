@@ -275,6 +275,10 @@ def _add_common(run: Command, parser: argparse.ArgumentParser, *, json: bool = T
         "--config", metavar="FILE.toml", type=Path, help="read options from a file; the command line overrides them"
     )
     config.complete = shtab.FILE  # type: ignore[attr-defined]
+    library = parser.add_argument(
+        "--custom-ops", metavar="FILE", action="append", help="library of custom operators that the model needs; may be given again"
+    )
+    library.complete = shtab.FILE  # type: ignore[attr-defined]
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("-q", "--quiet", action="store_true", help="print errors and warnings only")
     amount.add_argument("-v", "--verbose", action="store_true", help="print more: what was tried, and what was chosen")

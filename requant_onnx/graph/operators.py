@@ -5,6 +5,7 @@
     ConvTranspose  (ic, oc/group, ...)    axis 1            ConvTransposeProduct
     Gemm           (oc, ic), transB = 1   axis 0            DenseProduct        QGemm
                    (ic, oc), transB = 0   axis 1
+                   w @ x, (oc, ic)        axis 0, or 1 with transA
     MatMul         x @ w, (..., ic, oc)   last axis         DenseProduct        QLinearMatMul
                    w @ x, (..., oc, ic)   last but one
 
@@ -96,6 +97,12 @@ def _rows_first(attributes: Attributes) -> bool:
     return bool(attributes.get("transB", 0))
 
 
+def _gemm_axis(attributes: Attributes, operand: int, rank: int) -> int:
+    if operand == 0:
+        return 1 if attributes.get("transA", 0) else 0
+    return 0 if _rows_first(attributes) else 1
+
+
 def _is_plain_gemm(attributes: Attributes, shape: Shape) -> bool:
     return not attributes.get("transA", 0) and attributes.get("alpha", 1.0) == 1.0
 
@@ -129,9 +136,9 @@ CONV_TRANSPOSE = Operator(
 )
 GEMM = Operator(
     name="Gemm",
-    weights=(1,),
+    weights=(1, 0),
     bias=2,
-    channel_axis=lambda attributes, operand, rank: 0 if _rows_first(attributes) else 1,
+    channel_axis=_gemm_axis,
     fits=lambda attributes, shape: len(shape) == 2,
     product=lambda attributes, shape: DenseProduct(shape, attributes, _rows_first(attributes)),
     is_product=_is_plain_gemm,

@@ -99,6 +99,8 @@ def find_weights(model: ModelGraph) -> View:
             else:
                 weights[item.name] = _merged(weights.get(item.name, item), item)
     left = [*_with_bytes(skipped.values()), *_in_functions(model.proto)]
+    sparse = {item.values.name: 4 * math.prod(item.values.dims) for item in model.proto.graph.sparse_initializer}
+    left = [replace(item, bytes=sparse.get(item.name, item.bytes)) for item in left]
     return View(tuple(weights.values()), tuple(item for item in left if item.name not in weights))
 
 

@@ -12,17 +12,40 @@ import onnx
 import onnxruntime
 
 from requant_onnx.config import METADATA_KEY, Form, Int8Levels
-from requant_onnx.errors import LoadError, ModelError
+from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_skeleton, source_of
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
+CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variable, which processes that are started inherit: paths of libraries
+
+
+def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
+    """Register libraries of custom operators with every session from now on, in this process and those it starts.
+
+    libraries: paths, as for onnxruntime.SessionOptions.register_custom_ops_library; none forgets those of before.
+    Raises ConfigError when one cannot be loaded.  https://onnxruntime.ai/docs/reference/operators/add-custom-op.html
+    """
+    for library in libraries:
+        _register(onnxruntime.SessionOptions(), library)
+    os.environ[CUSTOM_OPS] = os.pathsep.join(os.path.abspath(library) for library in libraries)
+
+
+def _register(options: onnxruntime.SessionOptions, library: str | os.PathLike[str]) -> None:
+    try:
+        options.register_custom_ops_library(os.fspath(library))
+    except Exception as error:  # onnxruntime raises many types of its own
+        text = f"'{library}' is no library of custom operators that ONNX Runtime loads ({first_line(error)}); check the path"
+        raise ConfigError(text) from None
+
 
 def quiet_options() -> onnxruntime.SessionOptions:
-    """Default options, but without warnings: those of the optimizer are not for users."""
+    """Default options, with the libraries of custom operators, but without warnings: those of the optimizer are not for users."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    for library in filter(None, os.environ.get(CUSTOM_OPS, "").split(os.pathsep)):
+        _register(options, library)
     return options
 
 

@@ -4,7 +4,8 @@
 2. Model-local functions that hold weights are inlined, as ONNX Runtime does when it loads them
    (https://onnx.ai/onnx/api/inliner.html).
 3. Transpose, Reshape, Unsqueeze, Squeeze and Flatten between a constant and its only reader are computed once and for all.
-4. Weights in bodies of If, Loop and Scan move to the main graph, which bodies can read.
+4. Sparse weights become dense where codes of 8 bits take no more room.
+5. Weights in bodies of If, Loop and Scan move to the main graph, which bodies can read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
 MAX_CHAIN = 16
+INDEX_BYTES = 8  # of each value of a sparse tensor
 MAX_NODES = 200_000
 
 
@@ -42,6 +44,7 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         delete_where(model.graph.input, [k for k, item in enumerate(model.graph.input) if item.name in stored])
         model.ir_version = 4
     model = _inline(model)
+    _fill_sparse(model.graph)
     for graph in all_graphs(model.graph):
         _apply_reshapes(model, graph)
     names = FreshNames(model)
@@ -49,6 +52,19 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     for body in [body for graph in all_graphs(model.graph) for node in graph.node for body in subgraphs_of(node)]:
         _hoist(model.graph, body, names, defined)
     return model
+
+
+def _fill_sparse(graph: onnx.GraphProto) -> None:
+    """Step 4."""
+    read = {node.input[k] for node, k in _operands(graph)}
+    doomed = []
+    for k, sparse in enumerate(graph.sparse_initializer):
+        values, size = sparse.values, math.prod(sparse.dims)
+        stored = math.prod(values.dims) * (onnx.helper.tensor_dtype_to_np_dtype(values.data_type).itemsize + INDEX_BYTES)
+        if values.name in read and values.data_type in FLOATS and 0 < size <= stored:
+            graph.initializer.append(tensor_proto(load_proto(sparse), values.name))
+            doomed.append(k)
+    delete_where(graph.sparse_initializer, doomed)
 
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
