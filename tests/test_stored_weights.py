@@ -162,14 +162,14 @@ def test_half_precision_is_refined_as_single_is(form: Form, with_biases: bool, c
 
 def test_a_model_that_does_not_give_what_was_believed_is_refused() -> None:
     exact = outputs_of(net(), HELD_OUT)[0]
-    near = [y * 1.001 for y in exact]
-    check_belief(net(), Belief(dict(HELD_OUT[0]), list(exact), list(near)))
+    near, names = [y * 1.001 for y in exact], [item.name for item in net().graph.output]
+    check_belief(net(), Belief(dict(HELD_OUT[0]), names, list(exact), list(near)))
     far = net()
     next(item for item in far.graph.initializer if item.name == "w1").CopyFrom(
         numpy_helper.from_array(laplace(16, 3, 3, 3, seed=7), "w1")
     )
     with pytest.raises(ModelError, match=r"the converted model has an output SQNR of .* dB where the refinement expected"):
-        check_belief(far, Belief(dict(HELD_OUT[0]), list(exact), list(near)))
+        check_belief(far, Belief(dict(HELD_OUT[0]), names, list(exact), list(near)))
 
 
 CHOICES: list[tuple[int | Budget, Form]] = [(3, Form.QDQ), (3, Form.FOLDED), (3, Form.INT8), (Budget(size=6_000), Form.QDQ)]

@@ -180,9 +180,9 @@ class Generator:
 
     def embedding(self) -> None:
         """A row of a table for each place, by its largest channel."""
-        rank, d = len(self.shape) - 1, 16
+        rank, d, c = len(self.shape) - 1, 16, self.shape[0]
         self.add("ArgMax", [], self.shape[1:], axis=1, keepdims=0)
-        self.add("Gather", [self.constant(self.values((max(64, self.shape[0]), d)))], self.shape, left=True)
+        self.add("Gather", [self.constant(self.values((max(64, c), d)))], self.shape, left=True)
         self.add("Transpose", [], self.shape, perm=[0, rank + 1, *range(1, rank + 1)])
         self.shape = (d, *self.shape)
 

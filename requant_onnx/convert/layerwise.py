@@ -39,10 +39,11 @@ class LayerResult:
 class Belief:
     """What the model gives with the refined weights, as far as the refinement knows.
 
-    feed: some of the calibration inputs; exact, refined: the outputs for them in float, and with the refined weights.
+    feed: some of the calibration inputs.  names: of outputs.  exact, refined: what they are for the feed, in float and refined.
     """
 
     feed: Chunk
+    names: list[str]
     exact: list[GenericArray]
     refined: list[GenericArray]
 
@@ -85,9 +86,9 @@ def quantize_layers(
             progress(layer.weight, done, len(layers))
     for stream, weights in ((exact, {}), (rounded, replaced)):
         stream.advance(len(work.graph.node), weights)
-    names = [item.name for item in model.graph.output]
-    outputs = [[stream.values[0][name] for name in names if name in stream.values[0]] for stream in (exact, rounded)]
-    return results, Belief(chunks[0], *outputs)
+    names = [item.name for item in model.graph.output if item.name in exact.values[0]]
+    outputs = [[stream.values[0][name] for name in names] for stream in (exact, rounded)]
+    return results, Belief(chunks[0], names, *outputs)
 
 
 def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:

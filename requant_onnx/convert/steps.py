@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import onnx
 
 from requant_onnx.convert.layerwise import Belief, quantize_layers
@@ -52,14 +54,22 @@ def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Prog
 
 def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
     """Raise ModelError where the outputs of a finished model are further from the float ones than the refinement believed."""
-    finished = run_session(load_session(model), "the converted model", None, belief.feed)
-    exact = [numbers_in(belief.exact)]
-    believed, actual = (relative_error(exact, [numbers_in(outputs)]) for outputs in (belief.refined, finished))
+    finished = run_session(load_session(model), "the converted model", belief.names, belief.feed)
+    rows = [row for row in zip(belief.exact, belief.refined, finished, strict=True) if _alike(row)]
+    if not rows:
+        return
+    exact, refined, found = (numbers_in(outputs) for outputs in zip(*rows, strict=True))
+    believed, actual = (relative_error([exact], [outputs]) for outputs in (refined, found))
     if actual > believed * (1 + DOUBT) + ROUNDING:
         raise ModelError(
             f"the converted model has an output SQNR of {decibels(-10 * math.log10(actual))} where the refinement expected "
             f"{decibels(-10 * math.log10(max(believed, ROUNDING)))}; please report this, and convert with --refinement none"
         )
+
+
+def _alike(outputs: Sequence[Any]) -> bool:
+    """Whether an output is a tensor of one shape in each of several models: how many numbers it has may depend on the data."""
+    return all(isinstance(each, np.ndarray) for each in outputs) and len({each.shape for each in outputs}) == 1
 
 
 def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Quantized:
