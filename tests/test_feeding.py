@@ -88,6 +88,13 @@ def test_arrays_by_name(
     assert "feedback" in capsys.readouterr().out
     feeds = load_feeds(tmp_path / "data.npz", input_shapes(tmp_path / "in.onnx"))
     assert len(feeds) == 40
+    source, made, data = str(tmp_path / "in.onnx"), command[2], ["--data", str(tmp_path / "data.npz")]
+    assert main(["validate", source, made, *data, "--limit", "30"]) == 0
+    told = capsys.readouterr().out
+    assert "30 images" not in told
+    assert "note: the figures are those of the first output" in told
+    assert main(["report", source, made, str(tmp_path / "page.html"), *data]) == 0
+    assert main(["compare", source, *data, "--calibrate", data[1], "--bits", "8", "--jobs", "1", "--no-cache"]) == 0
 
 
 def test_images_called_x_stay_images(tmp_path: Path) -> None:
@@ -102,7 +109,7 @@ def test_images_called_x_stay_images(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 32))}, "holds ['x'] and the model takes ['x', 'z']"),
         ({"x": np.zeros((4, 32)), "z": np.zeros(3)}, "different numbers of rows (x: 4, z: 3)"),
         ({"x": np.zeros((4, 31)), "z": np.zeros(4)}, "takes float32 of shape ?x32"),
-        ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "is float64 of shape 1x32 and the model takes float32"),
+        ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "given as float64 of shape 1x32 and the model takes float32"),
     ],
 )
 def test_arrays_that_do_not_fit(

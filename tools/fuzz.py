@@ -304,10 +304,20 @@ class Case:
         return self._invalid()
 
     def _invalid(self) -> str:
-        onnx.checker.check_model(str(self.home / "out.onnx"))
+        if not _complaint(self.home / "in.onnx"):
+            onnx.checker.check_model(str(self.home / "out.onnx"))
         plain = _is_plain(onnx.load(self.home / "in.onnx"))
         refused = _fails(self.home / "out.onnx", plain)
         return f"output refused by ONNX Runtime: {refused}" if refused and not _fails(self.home / "in.onnx", plain) else ""
+
+
+def _complaint(path: Path) -> str:
+    """What onnx.checker says of an input that was converted all the same, for ONNX Runtime runs it."""
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def _fails(path: Path, plain: bool) -> str:

@@ -16,6 +16,7 @@ from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import (
     calibration_of,
     config_of,
+    feeds_of,
     images_of,
     is_noise,
     limit_of,
@@ -35,6 +36,7 @@ from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files, file_bytes, is_large, materialize
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
+from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
@@ -133,6 +135,7 @@ def run_compare(args: argparse.Namespace) -> None:
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args) or Calibration()
     model = _whole_file(args.model)
+    images: ImageSet | FeedSet
     if args.data is None:  # noise as in the calibration, from another seed
         count, seed = limit_of(args.limit) or DEFAULT_COUNT, calibration.seed + 1
         other = Calibration(None, calibration.normalization, count, seed, calibration.size)
@@ -157,16 +160,21 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
-    """All the images of --data, or noise."""
+    """All the images of --data, inputs by name, or noise."""
     limit = limit_of(args.limit)
+    feeds = feeds_of(args, spec)
+    if feeds is not None:
+        return Calibration.from_feeds(feeds, limit or len(feeds))
     if is_noise(spec):
         return noise_of(args, spec, limit or DEFAULT_COUNT, 0)
     images = images_of(args, spec, "test").first(limit)
     return Calibration(images, normalization_of(args, spec, images), len(images))
 
 
-def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tuple[ImageSet, Normalization | None]:
+def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tuple[ImageSet | FeedSet, Normalization | None]:
     given = _data_to_compare(args, spec)
+    if given.feeds:
+        return FeedSet(given.feeds), None
     return calibration_images(model, given) if given.images is None else (given.images, given.normalization)
 
 

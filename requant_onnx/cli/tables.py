@@ -79,7 +79,7 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
 
 def print_validation(console: Console, report: ValidationReport) -> None:
     """Print the reference next to the candidate."""
-    table = _table(f"{report.images:,} images", "reference", "candidate", "")
+    table = _table(f"{report.images:,} {report.kind}", "reference", "candidate", "")
     if report.top1 is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), f"{(report.top1[1] - report.top1[0]) * 100:+.2f} points")
     table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
@@ -91,7 +91,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     for note in report.notes:
         console.print(escape(f"note: {note}"))
     if report.top1 is None:
-        console.print("the images have no labels: this says how alike the models answer, not how well")
+        console.print(f"the {report.kind} have no labels: this says how alike the models answer, not how well")
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:

@@ -15,6 +15,7 @@ from requant_onnx.inputs.calibration import DEFAULT_COUNT, NATURAL, Calibration
 from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
 from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images
+from requant_onnx.numerics.arrays import GenericArray
 
 SIZES = ("resize", "crop", "fit")
 RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
@@ -75,14 +76,23 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
         return noise_of(args, spec, count, seed)
     if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
         raise ConfigError(f"--calibrate '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
-    if spec.endswith(".npz"):
-        shapes = input_shapes(model_of(args))
-        if not holds_images(Path(spec), shapes):
-            reason = f"is for images, and '{spec}' holds inputs by name;"
-            _refuse(args, ("seed", "mean", "std", *SIZES), reason)
-            return Calibration.from_feeds(load_feeds(Path(spec), shapes), count)
+    feeds = feeds_of(args, spec)
+    if feeds is not None:
+        _refuse(args, ("seed",), f"is for images, and '{spec}' holds inputs by name;")
+        return Calibration.from_feeds(feeds, count)
     images = images_of(args, spec, "train")
     return Calibration(images, normalization_of(args, spec, images), count, seed)
+
+
+def feeds_of(args: argparse.Namespace, spec: str) -> list[dict[str, GenericArray]] | None:
+    """The inputs by name that a spec holds; None where it is one of images, or of noise.  Raises ConfigError, DataError."""
+    if not spec.endswith(".npz"):
+        return None
+    shapes = input_shapes(model_of(args))
+    if holds_images(Path(spec), shapes):
+        return None
+    _refuse(args, ("mean", "std", *SIZES), f"is for images, and '{spec}' holds inputs by name;")
+    return load_feeds(Path(spec), shapes)
 
 
 def is_noise(spec: str) -> bool:

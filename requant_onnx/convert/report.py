@@ -138,7 +138,7 @@ class QuantReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Two models on the same images.
+    """Two models on the same images, or inputs by name (kind).
 
     top1: accuracy in 0..1, None without labels.  agreement: share of images with the same top-1.
     sqnr_db: of the outputs.  bytes: file sizes.  latency_ms: medians of one run at `latency_batch` images.
@@ -153,6 +153,7 @@ class ValidationReport:
     latency_ms: Compared
     latency_batch: int
     notes: tuple[str, ...]
+    kind: str = "images"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

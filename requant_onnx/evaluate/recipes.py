@@ -20,15 +20,17 @@ import onnx
 from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import as_json, sqnr_db
-from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.errors import ConfigError, DataError, ModelError
 from requant_onnx.evaluate.cache import Cache, key_of
 from requant_onnx.evaluate.jobs import run_all
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier, require_image
+from requant_onnx.runtime.feeds import open_fed
 from requant_onnx.runtime.sessions import quiet_options
 from requant_onnx.runtime.version import runtime_version
 
@@ -93,7 +95,7 @@ def compare(
     model: bytes,
     bits: Sequence[int],
     recipes: Sequence[str],
-    images: ImageSet,
+    images: ImageSet | FeedSet,
     normalization: Normalization | None,
     calibration: Calibration,
     executor: Executor,
@@ -125,12 +127,15 @@ def compare(
     return Comparison(len(model), hits, len(images), tuple(trials))
 
 
-def _check(model: bytes, recipes: Sequence[str], images: ImageSet) -> None:
+def _check(model: bytes, recipes: Sequence[str], images: ImageSet | FeedSet) -> None:
     if not recipes or "" in recipes:
         raise ConfigError(f"the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}")
     unknown = [recipe for recipe in recipes if recipe not in RECIPES]
     if unknown:
         raise ConfigError(f"the recipe '{', '.join(unknown)}' is not known; give some of {', '.join(RECIPES)}")
+    if isinstance(images, FeedSet):
+        open_fed(onnx.ModelProto.FromString(model), "the model").scores(images.rows[0])
+        return
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model")
     require_image(classifier, images.x.shape[1:])
 
@@ -159,7 +164,7 @@ class _Work:
     def scores(
         self,
         models: Mapping[Case, bytes],
-        shards: Sequence[tuple[int, ImageSet]],
+        shards: Sequence[tuple[int, ImageSet | FeedSet]],
         normalization: Normalization | None,
     ) -> dict[Case, Float32Array]:
         digests = {start: _digest(shard, normalization) for start, shard in shards}
@@ -204,10 +209,18 @@ def convert_item(model: bytes, config: QuantConfig, calibration: Calibration | N
     return data
 
 
-def score_item(model: bytes, images: ImageSet, normalization: Normalization | None) -> Float32Array:
+def score_item(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> Float32Array:
     """A work item: the scores of some images, (n, classes).  One thread: sums in another order are other sums."""
     options = quiet_options()
     options.intra_op_num_threads = 1
+    if isinstance(images, FeedSet):
+        fed = open_fed(onnx.ModelProto.FromString(model), "the model", options)
+        rows = [fed.scores(feed) for feed in images.rows]
+        if len({row.shape for row in rows}) > 1:
+            raise DataError(
+                "the first output has other sizes for other inputs, so recipes cannot be compared; give inputs of one size"
+            )
+        return np.concatenate(rows)
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model", options)
     fixed = classifier.batch is not None
     how = classifier.normalization(normalization or Normalization())
@@ -228,16 +241,16 @@ def _calibration_digest(calibration: Calibration) -> bytes:
     return key_of(shown, *feeds, images).encode()
 
 
-def _digest(images: ImageSet, normalization: Normalization | None) -> bytes:
+def _digest(images: ImageSet | FeedSet, normalization: Normalization | None) -> bytes:
     return key_of(runtime_version(), repr(normalization), images.fingerprint()).encode()
 
 
-def _hits(scores: Float32Array, images: ImageSet) -> float | None:
+def _hits(scores: Float32Array, images: ImageSet | FeedSet) -> float | None:
     return None if images.y is None else float((scores.argmax(1) == images.y).mean())
 
 
 def _trial(
-    case: Case, before: int, after: int, exact: Float32Array, scores: Float32Array, images: ImageSet, top1: float | None
+    case: Case, before: int, after: int, exact: Float32Array, scores: Float32Array, images: ImageSet | FeedSet, top1: float | None
 ) -> Trial:
     if exact.shape != scores.shape:
         raise ModelError(f"the converted model gives scores of shape {scores.shape}, and the float model {exact.shape}")

@@ -12,10 +12,12 @@ from requant_onnx.errors import DataError
 from requant_onnx.files.load import LoadedModel, ModelLike, Source
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.operands import matmuls_with_int8_activations
+from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
+from requant_onnx.runtime.feeds import open_fed
 from requant_onnx.runtime.sessions import load_runnable
 
 BATCH = 100
@@ -25,19 +27,23 @@ LATENCY_RUNS = 30
 def validate(
     reference: ModelLike | LoadedModel,
     candidate: ModelLike | LoadedModel,
-    images: ImageSet,
+    images: ImageSet | FeedSet,
     normalization: Normalization | None = None,
     *,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Run both models on all images in ONNX Runtime's CPU provider with default options.
 
+    images: or inputs by name; then agreement counts the runs whose largest value of the first output has the same place.
     normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
     Raises ModelError when a model is refused, DataError when the images or labels do not fit.
     """
     reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
     notes = _notes(candidate.proto)
-    models = (_open(reference.source, "the reference"), _open(candidate.source, "the candidate"))
+    sources = (reference.source, candidate.source)
+    if isinstance(images, FeedSet):
+        return _validate_feeds(sources, images, notes, progress)
+    models = (_open(sources[0], "the reference"), _open(sources[1], "the candidate"))
     if len(images) == 0:
         raise DataError("there are no images; give at least one")
     for model in models:
@@ -52,7 +58,30 @@ def validate(
         tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
         if progress is not None:
             progress("validating", start + count, len(images))
-    return tally.report(models, images, _latencies(models, images, normalization), (*notes, *tally.notes()))
+    latency, batch = _latencies(models, images, normalization), _common_batch(models, free=1)
+    sizes = FileSizes(models[0].bytes, models[1].bytes)
+    return tally.report(sizes, images, latency, batch, (*notes, *tally.notes()))
+
+
+def _validate_feeds(
+    sources: tuple[Source, Source], feeds: FeedSet, notes: tuple[str, ...], progress: Progress | None
+) -> ValidationReport:
+    models = (open_fed(sources[0], _named(sources[0], "the reference")), open_fed(sources[1], _named(sources[1], "the candidate")))
+    if len(feeds) == 0:
+        raise DataError("there are no inputs; give at least one")
+    tally = _Tally()
+    for done, feed in enumerate(feeds.rows, 1):
+        tally.add(models[0].scores(feed), models[1].scores(feed), None)
+        if progress is not None:
+            progress("validating", done, len(feeds))
+    times = np.array([[model.latency(feeds.rows[0]) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]
+    notes = (*notes, *tally.notes(), "the figures are those of the first output; its largest value counts as the answer")
+    sizes = FileSizes(models[0].bytes, models[1].bytes)
+    return tally.report(sizes, feeds, Compared(*map(float, np.median(times, axis=0))), 1, notes)
+
+
+def _named(model: Source, role: str) -> str:
+    return role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
 
 
 class _Tally:
@@ -88,7 +117,7 @@ class _Tally:
         return tuple(f"the {name} gives NaN or infinite scores for {count} images" for name, count in named if count)
 
     def report(
-        self, models: tuple[Classifier, Classifier], images: ImageSet, latency: Compared, notes: tuple[str, ...]
+        self, sizes: FileSizes, images: ImageSet | FeedSet, latency: Compared, batch: int, notes: tuple[str, ...]
     ) -> ValidationReport:
         count = len(images)
         return ValidationReport(
@@ -96,16 +125,16 @@ class _Tally:
             top1=None if images.y is None else Compared(*(float(hits) / count for hits in self.hits)),
             agreement=self.agree / count,
             sqnr_db=sqnr_db(self.power, self.error),
-            bytes=FileSizes(models[0].bytes, models[1].bytes),
+            bytes=sizes,
             latency_ms=latency,
-            latency_batch=_common_batch(models, free=1),
+            latency_batch=batch,
             notes=notes,
+            kind="inputs" if isinstance(images, FeedSet) else "images",
         )
 
 
 def _open(model: Source, role: str) -> Classifier:
-    name = role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
-    return open_classifier(model, name)
+    return open_classifier(model, _named(model, role))
 
 
 def _notes(candidate: onnx.ModelProto) -> tuple[str, ...]:

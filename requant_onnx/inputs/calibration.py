@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.inputs.feeds import Feed
 from requant_onnx.inputs.images import ImageSet, Normalization
-from requant_onnx.numerics.arrays import AnyArray
 
 DEFAULT_COUNT = 256
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
 GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
 NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
-Feed: TypeAlias = "Mapping[str, AnyArray]"
 
 
 @runtime_checkable

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from requant_onnx.errors import DataError
-from requant_onnx.numerics.arrays import GenericArray
+from requant_onnx.numerics.arrays import AnyArray, GenericArray
 
-Shapes = Mapping[str, tuple["int | None", ...]]
+Shapes: TypeAlias = "Mapping[str, tuple[int | None, ...]]"
 """Name of an input -> its shape, None where a size is free."""
 
+Feed: TypeAlias = "Mapping[str, AnyArray]"
+"""The inputs of one run, by name."""
+
 BY_NAME = "give the inputs by name: FILE.npz, written with numpy.savez('FILE.npz', NAME=array, ...)"
+
+
+@dataclass(frozen=True)
+class FeedSet:
+    """Inputs by name to judge a model on, one run each; they have no labels."""
+
+    rows: tuple[Feed, ...]
+    y = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first(self, count: int | None) -> FeedSet:
+        """The first `count` rows (all of them when None)."""
+        return FeedSet(self.rows[:count])
+
+    def part(self, start: int, end: int) -> FeedSet:
+        """The rows from `start` to before `end`."""
+        return FeedSet(self.rows[start:end])
+
+    def fingerprint(self) -> bytes:
+        """Bytes that identify the rows."""
+        digest = hashlib.sha256()
+        for name, values in (item for row in self.rows for item in sorted(row.items())):
+            digest.update(repr((name, values.shape, values.dtype.str)).encode() + np.ascontiguousarray(values).tobytes())
+        return digest.digest()
 
 
 @contextlib.contextmanager

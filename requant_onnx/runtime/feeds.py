@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx.errors import DataError, ModelError
 from requant_onnx.files.load import Source
-from requant_onnx.inputs.calibration import GRAY, NATURAL, Calibration, Feed
+from requant_onnx.inputs.calibration import GRAY, NATURAL, Calibration
+from requant_onnx.inputs.feeds import Feed
 from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
-from requant_onnx.numerics.arrays import AnyArray
+from requant_onnx.numerics.arrays import AnyArray, Float32Array
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
-from requant_onnx.runtime.sessions import open_session, run_session
+from requant_onnx.runtime.sessions import open_session, quiet_options, run_session, serialized, start_session
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
@@ -74,14 +77,49 @@ class _Source:
 
 
 def _feeds_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
-    feeds, session = calibration.feeds[: calibration.count], open_session(model, "the model")
-    wanted = sorted(item.name for item in session.get_inputs())
-    taken = {item.name: item for item in session.get_inputs()}
-    for feed in feeds:
-        if sorted(feed) != wanted:
-            raise DataError(f"the calibration inputs hold {sorted(feed)} and the model takes {wanted}; give each by its name")
-    fitted = [{name: _fitted(taken[name], values) for name, values in feed.items()} for feed in feeds]
+    session = open_session(model, "the model")
+    fitted = [fit_feed(session, feed) for feed in calibration.feeds[: calibration.count]]
     return _Source(session, lambda _: iter(enumerate(fitted, 1)), len(fitted))
+
+
+def fit_feed(session: InferenceSession, feed: Feed) -> Feed:
+    """Inputs in the types that a model takes.  Raises DataError where they are not those of the model, or do not fit."""
+    taken = {item.name: item for item in session.get_inputs()}
+    if feed.keys() != taken.keys():
+        raise DataError(f"the inputs given are {sorted(feed)} and the model takes {sorted(taken)}; give each by its name")
+    return {name: _fitted(taken[name], values) for name, values in feed.items()}
+
+
+@dataclass(frozen=True)
+class FedModel:
+    """A model of any inputs, ready to be judged on feeds, one run each.  bytes: size of the file."""
+
+    name: str
+    session: InferenceSession
+    bytes: int
+    batch = 1
+
+    def scores(self, feed: Feed) -> Float32Array:
+        """All numbers of the first output, (1, n).  Raises ModelError when the model fails, or gives no tensor of numbers."""
+        first = self.session.get_outputs()[0].name
+        values = run_session(self.session, self.name, [first], fit_feed(self.session, feed))[0]
+        if not isinstance(values, np.ndarray) or values.dtype.kind in "OSU" or values.size == 0:
+            raise ModelError(f"the first output of {self.name} is no tensor of numbers, so there is nothing to compare")
+        return values.reshape(1, -1).astype(np.float32)
+
+    def latency(self, feed: Feed) -> float:
+        """Milliseconds of one run."""
+        fitted = fit_feed(self.session, feed)
+        started = time.perf_counter()
+        run_session(self.session, self.name, None, fitted)
+        return (time.perf_counter() - started) * 1000
+
+
+def open_fed(model: Source, name: str, options: SessionOptions | None = None) -> FedModel:
+    """Load a model in ONNX Runtime's CPU provider, with default options where none are given.  Raises ModelError."""
+    source = serialized(model, name)
+    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+    return FedModel(name, start_session(source, name, options or quiet_options()), size)
 
 
 def _fitted(item: Any, values: AnyArray) -> AnyArray:
@@ -97,7 +135,7 @@ def _fitted(item: Any, values: AnyArray) -> AnyArray:
     if not fits or cast is None:
         have, want = (_listed(shape) for shape in (values.shape, ["?" if size is None else size for size in sizes]))
         raise DataError(
-            f"the calibration input '{item.name}' is {values.dtype} of shape {have} and the model takes {kind} of shape {want}; "
+            f"the input '{item.name}' is given as {values.dtype} of shape {have} and the model takes {kind} of shape {want}; "
             "make it so"
         )
     return cast
