@@ -159,7 +159,7 @@ def print_tried(console: Console, report: QuantReport) -> None:
     table = Table("weight", "form", "taken", "output errors of what was tried", box=None, header_style="bold", pad_edge=False)
     for weight in report.converted:
         tried = ", ".join(f"{step} {error:.2e}" for step, error in weight.output_errors.items())
-        table.add_row(escape(weight.name), weight.form, weight.method, tried or "(no calibration inputs)")
+        table.add_row(escape(weight.name), weight.form, weight.method, tried or weight.why_nearest or "(no calibration inputs)")
     console.print(table)
 
 

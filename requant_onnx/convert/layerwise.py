@@ -25,6 +25,8 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Stream, constants_to_initializers
 
+NO_LAYER = "is read by several nodes, or by none whose product is known"
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -48,6 +50,15 @@ class Belief:
     refined: list[GenericArray]
 
 
+@dataclass(frozen=True)
+class Refined:
+    """The layers that were refined; and for weights that were not, why (a sentence without its subject)."""
+
+    layers: list[LayerResult]
+    belief: Belief
+    why_nearest: dict[str, str]
+
+
 def quantize_layers(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
@@ -55,7 +66,7 @@ def quantize_layers(
     refinement: Refinement,
     min_scales: Mapping[str, Float64Array],
     progress: Progress | None,
-) -> tuple[list[LayerResult], Belief]:
+) -> Refined:
     """Refine those of the planned weights that one node alone multiplies with finite values.  The model does not change."""
     work = onnx.ModelProto()
     work.CopyFrom(model)
@@ -66,12 +77,14 @@ def quantize_layers(
     exact, rounded = Stream(work, chunks), Stream(work, chunks)
     replaced: dict[str, onnx.TensorProto] = {}
     results = []
+    why = dict.fromkeys(plans.keys() - {layer.weight for layer in layers}, NO_LAYER)
     for done, layer in enumerate(layers, 1):
         exact.advance(layer.index, {})
         rounded.advance(layer.index, replaced)
         plan = plans[layer.weight]
         moments = _moments(layer, exact, rounded)
-        if moments is None:
+        if isinstance(moments, str):
+            why[layer.weight] = moments
             continue
         fitted, held = moments
         w = plan.weight.load()
@@ -88,24 +101,25 @@ def quantize_layers(
         stream.advance(len(work.graph.node), weights)
     names = [item.name for item in model.graph.output if item.name in exact.values[0]]
     outputs = [[stream.values[0][name] for name in names] for stream in (exact, rounded)]
-    return results, Belief(chunks[0], names, *outputs)
+    return Refined(results, Belief(chunks[0], names, *outputs), why)
 
 
 def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
     return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
-def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]] | None:
+def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]] | str:
     """Of the inputs to fit on, and of those held out (of all of them in both, where there are too few chunks).
 
-    None where there is nothing to fit: values are not finite, no input reaches the layer, or their number depends on the data, and
-    so differs between the float and the quantized model.
+    A sentence without its subject where there is nothing to fit.
     """
-    if any(layer.x not in chunk for chunk in exact.values):  # it multiplies a constant
-        return None
+    if any(layer.x not in chunk for chunk in exact.values):
+        return "multiplies a constant"
     shapes = [(np.shape(a[layer.x]), np.shape(b[layer.x])) for a, b in zip(exact.values, rounded.values, strict=True)]
-    if any(float_shape != shape or math.prod(shape) == 0 for float_shape, shape in shapes):
-        return None
+    if any(math.prod(shape) == 0 for pair in shapes for shape in pair):
+        return "gets no input at all"
+    if any(float_shape != shape for float_shape, shape in shapes):
+        return "gets as many inputs as the data has it, which differs between the float and the quantized model"
     outputs = targets(layer, exact, rounded)
     sums = []
     for held in (False, True):
@@ -117,7 +131,7 @@ def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments
             _add(layer, x, y, total)
         sums.append(total)
     usable = all(moments.count and moments.is_finite for moments in (*sums[0], *sums[1]))
-    return (sums[0], sums[1]) if usable and all(sums) else None
+    return (sums[0], sums[1]) if usable and all(sums) else "gets values that are not finite"
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ def probe_layers(
     for layer in find_layers(ModelGraph.of(work), plans.keys()):
         stream.advance(layer.index, {})
         moments = _moments(layer, stream, stream)
-        if moments is None:
+        if isinstance(moments, str):
             continue
         fitted, held = moments
         item, min_scale = plans[layer.weight], min_scales.get(layer.weight)

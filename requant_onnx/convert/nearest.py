@@ -27,7 +27,7 @@ ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # bytes of a weight from which on memory
 class Result:
     """One weight done.  power, error: sums of squares of w and of w_hat - w.  finite: whether w_hat is.
 
-    method, output_errors: see report.WeightReport.
+    method, why_nearest, output_errors: see report.WeightReport.
     """
 
     planned: PlannedWeight
@@ -36,6 +36,7 @@ class Result:
     error: float
     finite: bool
     method: str = "nearest"
+    why_nearest: str = ""
     output_errors: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -67,6 +68,7 @@ class Result:
             bytes_before=weight.stored_bytes,
             bytes_after=bytes_after,
             method=self.method,
+            why_nearest=self.why_nearest,
             output_errors=self.output_errors,
             why_not_int8=why_not_int8,
         )

@@ -40,6 +40,7 @@ class WeightReport:
     bytes_before: of the stored values; bytes_after: of codes, scales, zero points and decode nodes, as they are in the file, and
     for weights that are decoded together the share of each.  form: how it is decoded (a weight may lack what int8 needs).
     why_not_int8: in the int8 form, why no integer kernel multiplies with it (a sentence without its subject), else "".
+    why_nearest: with calibration inputs, why they are not used for it (a sentence without its subject), else "".
     method: how its codes were chosen.  output_errors: of each method tried, the squared error of the layer's output on held-out
     calibration inputs, relative to its power.
     """
@@ -60,6 +61,7 @@ class WeightReport:
     method: str = "nearest"
     output_errors: dict[str, float] = field(default_factory=dict)
     why_not_int8: str = ""
+    why_nearest: str = ""
 
 
 @dataclass(frozen=True)

@@ -74,19 +74,23 @@ def _alike(outputs: Sequence[Any]) -> bool:
 
 def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Quantized:
     """Quantize every planned weight, on calibration inputs where a layer can be."""
-    belief = None
+    belief, why = None, {}
     refined: dict[str, Result] = {}
     biases: dict[str, GenericArray] = {}
     min_scales = prepared.integers.min_scales
     if prepared.refining is not None and planned:
         refinement = prepared.config.refinement
-        layers, belief = quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, progress)
-        for done in layers:
+        found = quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, progress)
+        belief, why = found.belief, found.why_nearest
+        for done in found.layers:
             refined[done.layer.weight] = done.result
             if done.choice.bias is not None:
                 biases[done.layer.bias] = done.layer.stored_bias(done.choice.bias)
     rest = tuple(item for item in planned if item.weight.name not in refined)
-    nearest = {result.planned.weight.name: result for result in quantize_all(rest, min_scales, progress, threads)}
+    nearest = {
+        result.planned.weight.name: replace(result, why_nearest=why.get(result.planned.weight.name, ""))
+        for result in quantize_all(rest, min_scales, progress, threads)
+    }
     if prepared.means:
         _correct(prepared, nearest, biases)
     results = [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned]
