@@ -68,6 +68,8 @@ STATE = "net (float[2, n, 8] h, float[1, 32] a) => (float[1, 24] y, float[2, n, 
 AUDIO = "net (float[n, m] x) => (float[n, c, k] y) { a = Unsqueeze(x, one) y = Conv(a, v) }"
 W = {"w": laplace(32, 24)}
 V = {"v": laplace(24, 1, 9), "one": np.array([1])}
+IMAGE = "net (float[8, 8, 3] x) => (float[a, b, c, d] y) { a = Unsqueeze(x, one) y = Conv(a, v) }"
+V2 = {"v": laplace(24, 8, 1, 3), "one": np.array([0])}
 RNG = np.random.default_rng(0)
 FEEDS = [
     (TWO, W, {"x": RNG.normal(size=(40, 32)), "z": RNG.normal(size=40)}),  # an input called x; scalars; float64
@@ -75,6 +77,7 @@ FEEDS = [
     (TWO, W, {"x": RNG.integers(0, 9, (40, 32)), "z": np.ones(40, np.uint8)}),  # integers
     (STATE, W, {"h": np.zeros((40, 2, 1, 8), np.float32), "a": RNG.normal(size=(40, 32)).astype(np.float32)}),
     (STATE, W, {"h": np.zeros((2, 1, 8), np.float32), "a": RNG.normal(size=(40, 32)).astype(np.float32)}),  # one state for all
+    (IMAGE, V2, {"x": RNG.normal(size=(40, 8, 8, 3)).astype(np.float32)}),  # one image without a batch
     (AUDIO, V, {"x": RNG.normal(size=(40, 100)).astype(np.float32)}),
 ]
 

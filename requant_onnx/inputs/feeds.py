@@ -64,14 +64,14 @@ def opened_npz(path: Path) -> Iterator[Mapping[str, GenericArray]]:
 def holds_images(path: Path, shapes: Shapes) -> bool:
     """Whether an .npz file holds images for a model of these inputs, as x, and not its inputs by name.
 
-    A model of one input gets images where x has four dimensions.  Raises DataError when the file cannot be read.
+    A model of one input gets images where both have four dimensions.  Raises DataError when the file cannot be read.
     """
     with opened_npz(path) as arrays:
         if "x" not in arrays or len(shapes) != 1:
             return False
         named = set(arrays) - {"y"} == set(shapes)
         x = arrays["x"]
-        return not named or (x.ndim == 4 and x.dtype in (np.uint8, np.float32))
+        return not named or (x.ndim == len(shapes["x"]) == 4 and x.dtype in (np.uint8, np.float32))
 
 
 def load_feeds(path: Path, shapes: Shapes) -> list[dict[str, GenericArray]]:
