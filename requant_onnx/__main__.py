@@ -2,6 +2,6 @@
 
 import sys
 
-from requant_onnx.cli.main import main
+from requant_onnx.cli.main import run
 
-sys.exit(main())
+sys.exit(run())

@@ -8,9 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from requant_onnx.cli import commands
+from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.options import parse, parser_of
 from requant_onnx.errors import RequantError
 from requant_onnx.runtime.sessions import use_custom_ops
+
+
+def run() -> int:
+    """Run the command line of this process: `main`, and a sentence where native code crashes."""
+    report_crashes()
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
