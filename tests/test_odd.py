@@ -107,3 +107,19 @@ def test_the_newest_opset() -> None:
     made, report = quantize_model(small_cnn(opset=MAX_OPSET), QuantConfig(4, form=Form.FOLDED))
     assert len(report.converted) == 4
     onnx.checker.check_model(made)
+
+
+@EVERY_WAY
+def test_external_data_that_stay_in_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form, calibration: Calibration | None
+) -> None:
+    """As those of more than FETCHED_BYTES do, with a constant among them that nothing converts."""
+    monkeypatch.setattr("requant_onnx.files.load.FETCHED_BYTES", 0)
+    model = small_cnn()
+    model.graph.node[-1].output[0] = "z"
+    model.graph.node.append(onnx.helper.make_node("Pow", ["z", "p"], ["y"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((1, 10), 2, np.float32), "p"))
+    onnx.save(model, tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
+    made, report = quantize_model(tmp_path / "in.onnx", QuantConfig(4, form=form), calibration=calibration)
+    assert len(report.converted) == 4
+    InferenceSession(made.SerializeToString()).run(None, {"x": np.ones((1, 3, 8, 8), np.float32)})

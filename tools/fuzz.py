@@ -342,7 +342,8 @@ def _is_plain(model: onnx.ModelProto) -> bool:
 def _takes_much(model: onnx.ModelProto) -> bool:
     """Whether running it may well take long, and much memory, in ONNX Runtime."""
     sizes = [math.prod(max(d.dim_value, 1) for d in item.type.tensor_type.shape.dim) for item in model.graph.input]
-    return max(sizes, default=1) > MAX_INPUT
+    pads = (n for node in model.graph.node for item in node.attribute if item.name == "pads" for n in item.ints)
+    return max([*sizes, *pads], default=1) > MAX_INPUT
 
 
 def work() -> None:

@@ -15,8 +15,9 @@ from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.convert.steps import convert
 from requant_onnx.errors import ConfigError, LoadError, ModelError
+from requant_onnx.files.external import is_external
 from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of
-from requant_onnx.files.walk import all_graphs
+from requant_onnx.files.walk import all_graphs, stored_tensors
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.float_constants import float_constants, unconverted
 from requant_onnx.graph.weights import find_weights
@@ -68,7 +69,7 @@ def convert_model(
         notes, broken = _broken_promises(loaded, made, report.converted)
         if not broken:
             notes = (*_odd(loaded), *_notes(loaded.proto, config, calibration, report), *notes, *excluded.values())
-            if loaded.complaint and not is_large(made) and not runs(made):
+            if loaded.complaint and not is_large(made) and not runs(_whole(made)):
                 raise ModelError(
                     f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
                 )
@@ -137,6 +138,15 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
 
+def _whole(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with all its values, to be run from memory."""
+    if not any(is_external(tensor) for tensor in stored_tensors(model)):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return materialize(copy)
+
+
 def _odd(model: LoadedModel) -> tuple[str, ...]:
     """A note on a model that runs and is not valid."""
     if not model.complaint:
@@ -168,7 +178,7 @@ def _broken_promises(
     if is_large(model) or sum(weight.bytes_before for weight in converted) > LARGE_BYTES:
         return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",), {}
     try:
-        return (), broken_promises(model, promised)
+        return (), broken_promises(_whole(model), promised)
     except LoadError as error:
         if runs(source.source):
             raise

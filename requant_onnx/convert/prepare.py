@@ -10,7 +10,7 @@ import onnx
 from requant_onnx.config import NARROW_ORT, QuantConfig, Refinement
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
 from requant_onnx.convert.plan import Plan, kept_in_float, opset_for, plan_conversion
-from requant_onnx.files.load import opset_of
+from requant_onnx.files.load import is_large, materialize, opset_of
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS, Target
@@ -90,6 +90,8 @@ def prepare(
     """
     opset, work = opset_of(source), onnx.ModelProto()
     work.CopyFrom(source)
+    if calibration is not None and not is_large(work):  # which runs the model from memory
+        materialize(work)
     start = exposed(work, config.keep_inputs)
     given, view = start.graph, find_weights(start.graph)
     origin = Origin(source, opset, start.overridable, float_constants(given.proto))
