@@ -308,13 +308,10 @@ def loss(name: str, form: Form) -> float:
 
 IN_INT8 = (
     "weights behind Cast, at the head",
-    "biases_as_add",
     "explicit_pads",
     "relu_as_clip",
     "gemm_as_matmul_and_add",
     "batch_normalization_kept",
-    "half_precision",
-    "local_functions",
 )
 """Rewritings that could keep an activation from integer kernels."""
 
