@@ -309,9 +309,7 @@ def loss(name: str, form: Form) -> float:
 IN_INT8 = (
     "weights behind Cast, at the head",
     "explicit_pads",
-    "relu_as_clip",
     "gemm_as_matmul_and_add",
-    "batch_normalization_kept",
 )
 """Rewritings that could keep an activation from integer kernels."""
 
