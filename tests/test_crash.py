@@ -18,11 +18,20 @@ CRASHES = {
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the C library has another name")
+def test_an_abort_is_one_sentence() -> None:
+    """As where C++ throws and nobody catches."""
+    code = "import os; from requant_onnx.cli.crash import report_crashes; report_crashes(); os.abort()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "SIGABRT" in ended.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the C library has another name")
 @pytest.mark.parametrize("code", CRASHES.values(), ids=CRASHES)
 def test_a_crash_is_one_sentence(code: str) -> None:
     start = "from requant_onnx.cli.crash import report_crashes; report_crashes(); "
     ended = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 2
+    assert ended.returncode == 2, ended.stderr
     assert ended.stderr == (
         "error: native code crashed (SIGSEGV), most likely ONNX Runtime on these inputs; try others, or another version of it\n"
     )

@@ -111,6 +111,7 @@ def test_images_called_x_stay_images(tmp_path: Path) -> None:
     [
         ({"x": np.zeros((4, 32))}, "holds ['x'] and the model takes ['x', 'z']"),
         ({"x": np.zeros((4, 32)), "z": np.zeros(3)}, "different numbers of rows (x: 4, z: 3)"),
+        ({"x": np.zeros((5, 32)), "z": np.zeros((4, 1, 1))}, "'z' in"),
         ({"x": np.zeros((4, 31)), "z": np.zeros(4)}, "takes float32 of shape ?x32"),
         ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "given as float64 of shape 1x32 and the model takes float32"),
     ],
@@ -120,6 +121,12 @@ def test_arrays_that_do_not_fit(
 ) -> None:
     assert main(save(tmp_path, parse(TWO, **W), **arrays)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_rows_that_do_not_fill_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "net (float[8, 32] a) => (float[8, 24] y) { y = MatMul(a, w) }"
+    assert main(save(tmp_path, parse(text, **W), a=np.zeros((20, 32), np.float32))) == 2
+    assert "has 20 rows, and the model takes 8 at a time" in capsys.readouterr().err
 
 
 def test_a_model_of_two_inputs_names_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

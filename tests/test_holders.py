@@ -125,6 +125,22 @@ def test_gemm_with_its_weight_on_the_left(turned: int, shape: tuple[int, ...], a
     assert [w.axis for w in report.converted] == [axis if config.granularity is Granularity.PER_CHANNEL else None]
 
 
+def test_a_folded_embedding_before_a_cast_is_folded_all_the_same() -> None:
+    """Cast and Mul behind a lookup are no decode where the table is floats."""
+    text = "net (int64[3] x, float16[3, 20] g) => (float16[a, b] y) { e = Gather(w, x) h = Cast<to = 10>(e) y = Mul(h, g) }"
+    made, report = quantize_model(model_of(text, {"w": (60, 20)}), QuantConfig(4, form=Form.FOLDED))
+    assert len(report.converted) == 1
+    assert [weight.fate for weight in explain(made).weights] == [Fate.FOLDED]
+
+
+def test_a_weight_that_is_stored_flat_has_no_scale_for_each_element() -> None:
+    text = "net (float[2, 32] x) => (float[a, b] y) { v = Reshape(w, s) p = MatMul(x, v) q = MatMul(x, v) y = Add(p, q) }"
+    model = model_of(text, {"w": (32 * 24, 1)})
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([32, 24]), "s"))
+    (weight,) = quantize_model(model, QuantConfig(8))[1].converted
+    assert weight.axis is None
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
 def test_other_float_types(dtype: type, form: Form) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGSEGV", "SIGABRT", "SIGFPE", "SIGILL", "SIGBUS") if hasattr(signal, name))
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 

@@ -74,7 +74,8 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
         alike = [item for item in items if item.reason == reason]
         ops = ", ".join(f"{op} {number}" for op, number in Counter(item.op for item in alike).most_common())
         size = sum(item.bytes for item in alike)
-        console.print(escape(f"skipped: {count} constants of {size:,} bytes ({ops}), each of which {reason}"))
+        amount = f" of {size:,} bytes" if size else ""
+        console.print(escape(f"skipped: {count} constants{amount} ({ops}), each of which {reason}"))
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
@@ -156,7 +157,7 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
 
 def print_tried(console: Console, report: QuantReport) -> None:
     """Print the method chosen for each weight, and the relative error of the layer's output with each method tried."""
-    table = Table("weight", "form", "taken", "output errors of what was tried", box=None, header_style="bold", pad_edge=False)
+    table = Table("weight", "form", "chosen", "output errors of what was tried", box=None, header_style="bold", pad_edge=False)
     for weight in report.converted:
         tried = ", ".join(f"{step} {error:.2e}" for step, error in weight.output_errors.items())
         table.add_row(escape(weight.name), weight.form, weight.method, tried or weight.why_nearest or "(no calibration inputs)")

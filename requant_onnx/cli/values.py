@@ -51,7 +51,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
 def _bits(args: argparse.Namespace) -> int | Budget | None:
     if args.bits != "auto":
         for name in ("size", "target_sqnr"):
-            if getattr(args, name) not in (None, False) and name not in args.from_file:
+            if getattr(args, name) is not None and name not in args.from_file:
                 raise ConfigError(f"{_flag(name)} is for --bits auto; give --bits auto, or drop {_flag(name)}")
         return None if args.bits is None else whole_of(args.bits, "--bits")
     if (args.size is None) == (args.target_sqnr is None):

@@ -200,7 +200,7 @@ def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
     for each in ancestors(tensor):
         if isinstance(each, gs.Constant):
             constants.append(each)
-        elif not each.inputs or any(each.inputs[0].subgraphs()):  # bodies read what they like
+        elif not each.inputs or is_random(each.inputs[0].op) or any(each.inputs[0].subgraphs()):  # bodies read what they like
             return None
         else:
             constants += [value for value in each.inputs[0].attrs.values() if isinstance(value, gs.Constant)]
@@ -227,8 +227,6 @@ def stored_axis(root: Root, axis: int) -> int | None:
             continue
         size, outer = step.shape[axis], math.prod(step.shape[:axis])
         same = [k for k, n in enumerate(before.shape) if n == size and math.prod(before.shape[:k]) == outer]
-        if not same and before.shape and before.shape[0] == size * outer:  # all axes up to this one, merged: each index lies in one
-            same = [0]
         if not same:
             return None
         axis = same[0]

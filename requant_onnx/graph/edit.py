@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from requant_onnx.files.walk import reads_in
+from requant_onnx.files.walk import all_graphs, reads_in
 from requant_onnx.graph.constants import PASS_THROUGH
 from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 
@@ -71,3 +71,14 @@ def drop_stale_types(graph: onnx.GraphProto, names: Iterable[str]) -> None:
     """Delete the value_info of tensors that no longer exist."""
     gone = set(names)
     delete_where(graph.value_info, [k for k, item in enumerate(graph.value_info) if item.name in gone])
+
+
+def rename_reads(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
+    """Let nodes read other tensors, in a graph and in its bodies, but for those that define a tensor of that name themselves."""
+    for each in all_graphs(graph):
+        own = set() if each is graph else {item.name for item in (*each.input, *each.initializer)}
+        own |= set() if each is graph else {name for node in each.node for name in node.output}
+        for node in each.node:
+            for k, name in enumerate(node.input):
+                if name in renamed and name not in own:
+                    node.input[k] = renamed[name]

@@ -16,6 +16,7 @@ https://onnx.ai/onnx/operators/ and https://github.com/microsoft/onnxruntime/blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ import onnx_graphsurgeon as gs
 from requant_onnx.graph.products import Attributes
 
 MICROSOFT = "com.microsoft"
+NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
 RECURRENT_BIAS = 3  # input of LSTM, GRU and RNN
 MIN_TABLE = 512  # elements; a smaller one takes less room than its decode
 
@@ -55,11 +57,9 @@ class Holder:
         """Whether a constant of that shape at that input is a weight: a matrix at least, and no small table."""
         if self.weights is not None and operand not in self.weights:
             return False
-        size = 1
-        for n in shape:
-            size *= n
-        wide = sum(n > 1 for n in shape) >= 2
-        return len(shape) >= 2 and (not (self.is_table or self.looks_up) or (wide and size >= MIN_TABLE))
+        if not (self.is_table or self.looks_up):
+            return len(shape) >= 2
+        return sum(n > 1 for n in shape) >= 2 and math.prod(shape) >= MIN_TABLE
 
 
 def _einsum_axis(attributes: Attributes, operand: int, rank: int) -> int | None:

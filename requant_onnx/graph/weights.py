@@ -205,10 +205,10 @@ def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[t
             continue
         axis = None if seen is None else holder.channel_axis(node.attrs, operand, len(seen))
         weight = _weight(root, node, axis)
-        yield (
-            replace(weight, is_table=holder.is_table, lookup_axis=weight.channel_axis if _is_lookup(tensor, holder) else None),
-            tensor,
-        )
+        if holder.is_recurrent and len(root.shape) == 2:  # directions and rows in one axis (merge_directions.py)
+            weight = replace(weight, channel_axis=0)
+        lookup_axis = weight.channel_axis if _is_lookup(tensor, holder) else None
+        yield replace(weight, is_table=holder.is_table, lookup_axis=lookup_axis), tensor
 
 
 def _is_lookup(tensor: gs.Tensor, holder: Holder) -> bool:

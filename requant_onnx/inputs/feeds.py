@@ -107,4 +107,8 @@ def _rows(values: GenericArray, shape: tuple[int | None, ...], name: str, path: 
             "many, or of one more, to stack several"
         )
     size = shape[0] or 1
-    return [values[start : start + size] for start in range(0, len(values) - size + 1, size)]
+    if len(values) % size:
+        raise DataError(
+            f"'{name}' in '{path}' has {len(values)} rows, and the model takes {size} at a time; give a multiple of that"
+        )
+    return [values[start : start + size] for start in range(0, len(values), size)]

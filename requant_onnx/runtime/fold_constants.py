@@ -210,9 +210,7 @@ def _delete(model: ModelGraph, gone: set[int], places: _Places) -> None:
         if node.outputs and _is_doomed(node, gone):
             graph, message = places.graphs[id(node)], places.nodes[id(node)]
             graph.node.remove(message)
-    read = set(reads_in(model.proto.graph))
+    constants = {tensor.name for node in nodes for tensor in node.inputs if id(tensor) in gone and isinstance(tensor, gs.Constant)}
+    unread = constants - set(reads_in(model.proto.graph))
     for graph in all_graphs(model.proto.graph):
-        constants = {
-            tensor.name for node in nodes for tensor in node.inputs if id(tensor) in gone and isinstance(tensor, gs.Constant)
-        }
-        delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in constants - read])
+        delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in unread])

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from requant_onnx.files.walk import all_graphs
+from requant_onnx.graph.constants import FLOATS, cast_target, is_standard
 from requant_onnx.graph.decode.nodes import Scales
 from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.names import FreshNames
@@ -57,9 +58,7 @@ def _decoded(node: onnx.NodeProto, scale: Scales, names: FreshNames) -> list[onn
 
 
 def looks_up_codes(node: gs.Node) -> bool:
-    """Whether a node looks up integers that the nodes behind it decode."""
-    holder = holder_of(node)
-    if holder is None or not holder.looks_up or node.domain not in (None, "", "ai.onnx"):
-        return False
-    followers = node.outputs[0].outputs
-    return len(followers) == 1 and followers[0].op == "Cast" and any(each.op == "Mul" for each in followers[0].outputs[0].outputs)
+    """Whether a node looks up entries of integers that constants are decoded to: the nodes behind it decode the rest."""
+    holder, producers = holder_of(node), node.inputs[0].inputs
+    looks_up = holder is not None and holder.looks_up and is_standard(node)
+    return looks_up and bool(producers) and producers[0].op == "Cast" and cast_target(producers[0]) not in FLOATS

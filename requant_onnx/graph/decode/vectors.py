@@ -16,6 +16,7 @@ import onnx
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import is_standard_proto, load_proto, value_of
 from requant_onnx.graph.decode.nodes import Decode, DecodeWriter
+from requant_onnx.graph.holders import NORMALIZATIONS
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.reshapes import RESHAPING
 from requant_onnx.numerics.arrays import Float32Array
@@ -23,7 +24,6 @@ from requant_onnx.numerics.arrays import Float32Array
 PART = 1 / 16  # of the squared error of a layer's weights, which rounding its bias may add at most
 SAFE = 1e-3  # of the values, on average: more than float16 rounds by, where no value is beyond its range
 HEADER, MIN_RESHAPED = 8, 64  # bytes around name and values of an initializer; size of a vector that is worth a Reshape
-NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
 RECURRENT = frozenset(("LSTM", "GRU", "RNN"))  # whose biases are (directions, n)
 READERS = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "Mul", "PRelu", "STFT", *NORMALIZATIONS)) | RECURRENT
 """What adds or multiplies with a vector and does not need it stored as it is."""
@@ -61,7 +61,7 @@ def _readers(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
         for name in node.input:
             direct.setdefault(name, []).append(node)
     found: dict[str, frozenset[str]] = {}
-    for name in [*(name for node in reversed(nodes) for name in (*node.output, *node.input))]:
+    for name in (name for node in reversed(nodes) for name in (*node.output, *node.input)):
         ops: set[str] = set()
         for node in direct.get(name, ()):
             through = is_standard_proto(node) and node.op_type in (*RESHAPING, "Identity") and node.input[0] == name

@@ -21,7 +21,7 @@ from onnx import inliner
 from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto, value_of
-from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, tensor_proto
+from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, rename_reads, tensor_proto
 from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operators import OPERATORS
@@ -161,10 +161,10 @@ def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
 
 def _chain(name: str, producers: dict[str, onnx.NodeProto], readers: Counter[str]) -> list[onnx.NodeProto]:
     """The nodes from a reader back to a constant, as long as each has but one reader."""
-    return list(takewhile(lambda node: readers[node.output[0]] == 1, _nodes_behind(name, producers)))
+    return list(takewhile(lambda node: readers[node.output[0]] == 1, nodes_behind(name, producers)))
 
 
-def _nodes_behind(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def nodes_behind(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """The nodes before a tensor that change no value, from it backwards."""
     for _ in range(MAX_CHAIN):
         node = producers.get(name)
@@ -222,7 +222,7 @@ def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, def
         tensor = graph.initializer.add()
         tensor.CopyFrom(constants[name])
         tensor.name = name if defined[name] == 1 else names.take(name)
-        _rename_reads(body, name, tensor.name)
+        rename_reads(body, {name: tensor.name})
     delete_where(body.initializer, [k for k, item in enumerate(body.initializer) if item.name in wanted])
     delete_where(body.node, [k for k, node in enumerate(body.node) if node.op_type == "Constant" and node.output[0] in wanted])
     drop_stale_types(body, wanted)
@@ -232,14 +232,5 @@ def _sources(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int, str]
     """(node, operand, tensor): the tensors that the operands of its nodes come from, through nodes that change no value."""
     producers = {output: node for node in graph.node for output in node.output}
     for node, operand in _operands(graph):
-        behind = [step.input[0] for step in _nodes_behind(node.input[operand], producers)]
+        behind = [step.input[0] for step in nodes_behind(node.input[operand], producers)]
         yield node, operand, behind[-1] if behind else node.input[operand]
-
-
-def _rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """In a graph and the bodies in it."""
-    for each in all_graphs(graph):
-        for node in each.node:
-            for k, name in enumerate(node.input):
-                if name == old:
-                    node.input[k] = new

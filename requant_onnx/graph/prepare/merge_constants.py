@@ -13,7 +13,7 @@ import onnx
 from requant_onnx.files.external import is_external
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import FLOATS, value_of
-from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.edit import delete_where, rename_reads
 from requant_onnx.graph.names import FreshNames
 
 MAX_ELEMENTS = 16
@@ -38,7 +38,7 @@ def merge_constants(model: onnx.ModelProto) -> None:
         delete_where(each.initializer, [k for k, item in enumerate(each.initializer) if item.name in renamed])
         delete_where(each.node, [k for k, node in enumerate(each.node) if _is_renamed(node, renamed)])
         delete_where(each.value_info, [k for k, item in enumerate(each.value_info) if item.name in renamed])
-        _rename_reads(each, renamed)
+        rename_reads(each, renamed)
     graph.initializer.extend(merged.values())
 
 
@@ -54,14 +54,3 @@ def _small(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
 
 def _is_renamed(node: onnx.NodeProto, renamed: dict[str, str]) -> bool:
     return value_of(node) is not None and node.output[0] in renamed
-
-
-def _rename_reads(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
-    """In a graph and the bodies in it, but for those that define a tensor of the same name themselves."""
-    for each in all_graphs(graph):
-        own = set() if each is graph else {item.name for item in (*each.input, *each.initializer)}
-        own |= set() if each is graph else {name for node in each.node for name in node.output}
-        for node in each.node:
-            for k, name in enumerate(node.input):
-                if name in renamed and name not in own:
-                    node.input[k] = renamed[name]

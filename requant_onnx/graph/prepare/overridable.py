@@ -11,14 +11,11 @@ from collections.abc import Sequence
 import onnx
 
 from requant_onnx.files.walk import all_graphs
-from requant_onnx.graph.constants import PASS_THROUGH, is_standard_proto
+from requant_onnx.graph.constants import is_standard_proto
 from requant_onnx.graph.edit import delete_where
-from requant_onnx.graph.holders import holder_of
+from requant_onnx.graph.holders import NORMALIZATIONS, holder_of
 from requant_onnx.graph.operators import OPERATORS
-from requant_onnx.graph.prepare.expose import MAX_CHAIN
-from requant_onnx.graph.reshapes import RESHAPING
-
-NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
+from requant_onnx.graph.prepare.expose import nodes_behind
 
 
 def remove_weights_from_inputs(model: onnx.ModelProto) -> int:
@@ -35,21 +32,12 @@ def remove_weights_from_inputs(model: onnx.ModelProto) -> int:
     wanted = set()
     for node in (node for each in all_graphs(graph) for node in each.node):
         for operand, name in enumerate(node.input):
-            root = _root(name, producers)
+            behind = list(nodes_behind(name, producers))
+            root = behind[-1].input[0] if behind else name
             if root in both and _is_parameter(node, operand, dims[root]):
                 wanted.add(root)
     delete_where(graph.input, [k for k, item in enumerate(graph.input) if item.name in wanted])
     return len(wanted)
-
-
-def _root(name: str, producers: dict[str, onnx.NodeProto]) -> str:
-    """The tensor behind nodes that change no value."""
-    for _ in range(MAX_CHAIN):
-        node = producers.get(name)
-        if node is None or node.op_type not in (*PASS_THROUGH, *RESHAPING) or not is_standard_proto(node) or not node.input:
-            break
-        name = node.input[0]
-    return name
 
 
 def _is_parameter(node: onnx.NodeProto, operand: int, dims: Sequence[int]) -> bool:
