@@ -7,29 +7,33 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from conftest import laplace, small_cnn
 from onnx import helper
 from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import Granularity, QuantConfig, Transform, quantize_model
-from requant_onnx.config import Form, Version
-from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights, level_type, required_opset
-from requant_onnx.graph.decode.nodes import Constants, Decode
+from requant_onnx.config import Form
+from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights, required_opset, wide_level_type
+from requant_onnx.graph.decode.writer import Constants, Decode
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
-OLD, NEW = Version(1, 20), Version(1, 25)
-NARROW = tuple(int(part) for part in onnxruntime.__version__.split(".")[:3]) >= (1, 24, 4)
-EITHER = (False, True) if NARROW else (False,)
+EITHER = (False, True)
+
+
+def as_graph(decode: Decode, outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
+    nodes = [*decode.shared_nodes.values(), *decode.nodes]
+    return helper.make_graph(nodes, "decode", [], outputs, [*decode.initializers, *decode.shared.values()])
 
 
 def run_decode(decode: Decode, opset: int, emit: int, shape: tuple[int, ...]) -> np.ndarray:
     """Execute the decode alone in ONNX Runtime."""
     output = helper.make_tensor_value_info("w", emit, shape)
-    graph = helper.make_graph(decode.nodes, "decode", [], [output], [*decode.initializers, *decode.shared.values()])
+    graph = helper.make_graph(
+        [*decode.shared_nodes.values(), *decode.nodes], "decode", [], [output], [*decode.initializers, *decode.shared.values()]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return np.asarray(InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {})[0])
@@ -37,8 +41,10 @@ def run_decode(decode: Decode, opset: int, emit: int, shape: tuple[int, ...]) ->
 
 def run_group(decode: Decode, shapes: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
     outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    graph = helper.make_graph(decode.nodes, "decode", [], outputs, [*decode.initializers, *decode.shared.values()])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    graph = helper.make_graph(
+        [*decode.shared_nodes.values(), *decode.nodes], "decode", [], outputs, [*decode.initializers, *decode.shared.values()]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
     return list(InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {}))
 
 
@@ -56,29 +62,36 @@ def grid(bits: int, exponent: float, axis: int | None, form: Form) -> Grid:
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("form", Form)
 def test_decode_is_exact(bits: int, exponent: float, axis: int | None, form: Form) -> None:
-    """Skewed weights have their zero point at an end of the range; 5 * 7 * 3 of them do not fill their last byte."""
-    for skew, narrow in itertools.product((0.0, 1.0), EITHER):
-        w = laplace(5, 7, 3) + np.float32(skew)
+    """Skewed weights have their zero point at an end of the range, slanted ones one for each channel; 5 * 7 * 3 of them do not fill
+    their last byte, channels of 8 * 3 in rows or columns fill bytes of their own."""
+    for shape, skew, uint4 in itertools.product(((5, 7, 3), (8, 5, 4), (8, 7, 3)), (0.0, 1.0, None), EITHER):
+        slant = np.linspace(-0.6, 1.0, shape[axis or 0], dtype=np.float32).reshape(
+            [-1 if k == (axis or 0) else 1 for k in range(3)]
+        )
+        w = laplace(*shape) + (slant if skew is None else np.float32(skew))
         q = quantize_weight(w, grid(bits, exponent, axis, form))
-        for opset in {required_opset(form, bits, PowerGrid(exponent), narrow), 21}:
-            found = run_decode(decode(q, form, Target(opset, narrow)), opset, onnx.TensorProto.FLOAT, w.shape)
+        for opset in {required_opset(form, bits, PowerGrid(exponent), uint4), 21}:
+            found = run_decode(decode(q, form, Target(opset, uint4)), opset, onnx.TensorProto.FLOAT, w.shape)
             np.testing.assert_array_equal(found, q.dequantize())
 
 
 @pytest.mark.parametrize("form", Form)
 def test_float16_readers_get_float16(form: Form) -> None:
     q = quantize_weight(laplace(4, 6), Grid(4, PowerGrid(0.5), 0))
-    found = run_decode(decode(q, form, Target(21, NARROW), onnx.TensorProto.FLOAT16), 21, onnx.TensorProto.FLOAT16, (4, 6))
+    found = run_decode(decode(q, form, Target(21), onnx.TensorProto.FLOAT16), 21, onnx.TensorProto.FLOAT16, (4, 6))
     np.testing.assert_array_equal(found, q.dequantize().astype(np.float16))
 
 
 @pytest.mark.parametrize("form", Form)
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("uint4", EITHER)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read(bits: int, narrow: bool, form: Form) -> None:
+def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read(bits: int, uint4: bool, form: Form) -> None:
     q = quantize_weight(laplace(64, 64, 3, 3), grid(bits, 0.5, 0, form))
-    made = decode(q, form, Target(21, narrow))
-    assert {*made.shared, *(item.name for item in made.initializers)} <= {name for node in made.nodes for name in node.input}
+    made = decode(q, form, Target(21, uint4))
+    nodes = (*made.shared_nodes.values(), *made.nodes)
+    assert {*made.shared, *made.shared_nodes, *(item.name for item in made.initializers)} <= {
+        name for node in nodes for name in node.input
+    }
     payload = sum(len(item.raw_data) for item in made.initializers)
     assert payload <= 1.03 * q.codes.size * bits / 8 + 5 * 64  # scales and zero points of 64 channels
 
@@ -95,7 +108,7 @@ def test_weights_decoded_together_are_exact(form: Form, bits: int, exponent: flo
         Coded(name, quantize_weight(laplace(*shape, seed=k), grid(bits, exponent, axis, form)), onnx.TensorProto.FLOAT, form)
         for k, (name, shape) in enumerate(shapes.items())
     ]
-    target, constants = Target(18, False), Constants(FreshNames(small_cnn()))
+    target, constants = Target(19), Constants(FreshNames(small_cnn()))
     groups = group_weights(coded, target)
     for group in groups:
         made = decode_of(group, target, constants)
@@ -111,7 +124,7 @@ def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("requant_onnx.graph.decode.forms.GROUP_ELEMENTS", 100)
     q = quantize_weight(laplace(4, 10), Grid(3, PowerGrid(1.0), 0))
     coded = [Coded(f"w{k}", q, onnx.TensorProto.FLOAT, Form.FOLDED) for k in range(5)]
-    assert [len(group) for group in group_weights(coded, Target(18, False))] == [2, 2, 1]
+    assert [len(group) for group in group_weights(coded, Target(19))] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -131,10 +144,9 @@ def test_int8_levels_keep_the_limit(bits: int, exponent: float, limit: int) -> N
         assert (q.table.limit is None) == (4 ** (bits - 1) <= limit)
 
 
-def test_integer_type_of_the_levels() -> None:
-    new, old = Target(21, True), Target(21, False)
-    assert [level_type(n, new) for n in (121, 128, 32767, 65025)] == [np.int8, np.int16, np.int16, np.int32]
-    assert level_type(121, old) is level_type(121, Target(18, True)) is np.int32
+def test_integer_type_of_levels_beyond_int8() -> None:
+    assert [wide_level_type(n, Target(21)) for n in (128, 32767, 65025)] == [np.int16, np.int16, np.int32]
+    assert wide_level_type(128, Target(19)) is np.int32
 
 
 def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
@@ -147,10 +159,9 @@ def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.75"])
-@pytest.mark.parametrize("min_ort", [OLD, NEW] if NARROW else [OLD])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_onnx_runtime_folds_the_folded_form(bits: int, min_ort: Version, transform: str, tmp_path: Path) -> None:
-    config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.FOLDED, min_ort=min_ort)
+def test_onnx_runtime_folds_the_folded_form(bits: int, transform: str, tmp_path: Path) -> None:
+    config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.FOLDED)
     assert operators(quantize_model(small_cnn(), config)[0], tmp_path) == operators(small_cnn(), tmp_path)
 
 

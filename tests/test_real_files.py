@@ -20,7 +20,7 @@ from onnxruntime import InferenceSession
 from oracle import check, feeds_for, run
 
 from requant_onnx import Form, QuantConfig, quantize_model
-from requant_onnx.graph.decode.nodes import Decode
+from requant_onnx.graph.decode.writer import Decode
 from requant_onnx.graph.operators import OPERATORS
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"

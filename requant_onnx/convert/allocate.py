@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from requant_onnx.convert.layerwise import probe_layers
 from requant_onnx.convert.nearest import workers
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.decode.forms import Coded, Target, decode_of, group_key
-from requant_onnx.graph.decode.nodes import Constants
+from requant_onnx.graph.decode.writer import Constants
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.numerics.kinds import GridKind
@@ -39,7 +39,6 @@ from requant_onnx.runtime.stream import Chunk
 BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README, "Bits ...")
 ROUNDS = 12
 MAX_POINTS = 4_000
-CONSTANT_BYTES = 64  # below it, a constant that decodes share is one that all of them read
 Picks = tuple[int, ...]
 
 
@@ -49,6 +48,7 @@ class Offer:
 
     error: weighted squared error of the weight; output_error: what it does to the output, over its power.
     exclusive, shared: bytes of its decode that are its alone, and that are stored once for all weights with the same key.
+    tables: bytes of what decodes of any key may read too, by what it computes.
     """
 
     grid: Grid
@@ -57,6 +57,15 @@ class Offer:
     exclusive: int
     shared: int
     key: Hashable
+    tables: Mapping[str, int] = field(default_factory=dict)
+
+    def shares(self) -> dict[Hashable, int]:
+        """Bytes of all that it shares with others."""
+        return {self.key: self.shared, **self.tables}
+
+    def price(self, members: Mapping[Hashable, int]) -> int:
+        """Bytes, of what is shared its part.  members: how many share it, by key."""
+        return self.exclusive + round(sum(size / max(1, members[key]) for key, size in self.shares().items()))
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class Market:
         chosen = [offers[k] for offers, k in zip(self.offers, picks, strict=True)]
         shared: dict[Hashable, int] = {}
         for offer in chosen:
-            shared[offer.key] = max(shared.get(offer.key, 0), offer.shared)
+            for key, size in offer.shares().items():
+                shared[key] = max(shared.get(key, 0), size)
         return sum(offer.exclusive for offer in chosen) + sum(shared.values())
 
     def chosen(self, picks: Picks) -> tuple[PlannedWeight, ...]:
@@ -100,9 +110,10 @@ class Market:
         return min(fitting, key=self.output_error, default=None)
 
     def alike_within(self, size: int) -> list[Picks]:
-        """The picks of the same bits for all, each with its best grid, in at most `size` bytes; least output error first."""
+        """The picks of the same bits for all, each with its best grid or all of one kind, in at most `size` bytes; least output error
+        first."""
         widths = {offer.grid.bits for offers in self.offers for offer in offers}
-        uniform = (tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths))
+        uniform = [*(tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths)), *self._alike()]
         return sorted((picks for picks in uniform if self.bytes(picks) <= size), key=self.output_error)
 
     def reaching(self, output_error: float) -> Picks | None:
@@ -120,9 +131,8 @@ class Market:
 
     def _settled(self, choose: Callable[[Front], int | None]) -> list[Picks]:
         """The picks of every round, until they repeat, and those of one grid for all, which share the most."""
-        members = Counter(
-            {offer.key: len(self.offers) for offers in self.offers for offer in offers}
-        )  # as if all were shared by all
+        every = {key for offers in self.offers for offer in offers for key in offer.shares()}
+        members = Counter(dict.fromkeys(every, len(self.offers)))  # as if all were shared by all
         rounds = self._alike()
         for _ in range(ROUNDS):
             front = self._front(members)
@@ -140,12 +150,10 @@ class Market:
         return [tuple(_nearest(offers, *kind) for offers in self.offers) for kind in kinds]
 
     def _members(self, picks: Picks) -> Counter[Hashable]:
-        return Counter(offers[k].key for offers, k in zip(self.offers, picks, strict=True))
+        return Counter(key for offers, k in zip(self.offers, picks, strict=True) for key in offers[k].shares())
 
     def _front(self, members: Mapping[Hashable, int]) -> Front:
-        sizes = [
-            np.array([o.exclusive + round(o.shared / max(1, members[o.key])) for o in offers], np.int64) for offers in self.offers
-        ]
+        sizes = [np.array([offer.price(members) for offer in offers], np.int64) for offers in self.offers]
         errors = [np.array([o.output_error for o in offers]) for offers in self.offers]
         return pareto_front(sizes, errors, MAX_POINTS)
 
@@ -273,6 +281,5 @@ def _offer(
     error = float((difference**2 * (1.0 if importance is None else importance)).sum())
     coded = Coded(item.weight.name, q, item.weight.emit, item.form)
     alone = decode_of((coded,), target, Constants(FreshNames(model)))
-    tables = sum(size for size in (tensor.ByteSize() for tensor in alone.shared.values()) if size > CONSTANT_BYTES)
     shared = max(0, alone.bytes - coded.payload)
-    return Offer(grid, error, 0.0, alone.bytes - shared, shared + tables, group_key(coded, target))
+    return Offer(grid, error, 0.0, alone.bytes - shared, shared, group_key(coded, target), alone.shared_sizes())

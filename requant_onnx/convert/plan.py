@@ -73,10 +73,10 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
     return Plan(tuple(planned), tuple(left))
 
 
-def opset_for(config: QuantConfig, narrow: bool) -> int:
-    """The opset that the decodes of such a conversion need.  narrow: see Target in graph/decode/forms.py."""
+def opset_for(config: QuantConfig) -> int:
+    """The opset that the decodes of such a conversion need."""
     cases = [(bits, kind) for edge in (False, True) for bits in _widths(config, edge) for kind in _kinds(config, bits, edge)]
-    return max(required_opset(config.form, bits, kind, narrow) for bits, kind in cases)
+    return max(required_opset(config.form, bits, kind, True) for bits, kind in cases)
 
 
 def kept_in_float(weight: Weight, config: QuantConfig) -> bool:

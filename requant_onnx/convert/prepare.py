@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from requant_onnx.config import NARROW_ORT, QuantConfig, Refinement
+from requant_onnx.config import QuantConfig, Refinement
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
 from requant_onnx.convert.plan import Plan, kept_in_float, opset_for, plan_conversion
 from requant_onnx.files.load import is_large, materialize, opset_of
@@ -74,7 +74,7 @@ class Prepared:
     @property
     def target(self) -> Target:
         """What the file is written for."""
-        return Target(opset_of(self.model), _is_narrow(self.config))
+        return Target(opset_of(self.model))
 
 
 def prepare(
@@ -104,7 +104,7 @@ def prepare(
     folded = fold_batchnorm(given)
     merge_directions(given)
     merge_constants(given.proto)
-    model = ModelGraph.of(raise_opset(given.proto, opset_for(config, _is_narrow(config))))
+    model = ModelGraph.of(raise_opset(given.proto, opset_for(config)))
     wanted = {w.name for w in find_weights(model).weights if not kept_in_float(w, config)}
     if form.on_integers:
         write_full_pads(model)
@@ -127,7 +127,3 @@ def copied(prepared: Prepared) -> Prepared:
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
     return replace(prepared, graph=replace(prepared.graph, proto=model))
-
-
-def _is_narrow(config: QuantConfig) -> bool:
-    return (config.min_ort.major, config.min_ort.minor) > NARROW_ORT

@@ -19,9 +19,9 @@ from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.decode.forms import FORMS, Coded, Target, bytes_of_each, decode_of, group_weights
 from requant_onnx.graph.decode.lookup import decode_after_lookup
-from requant_onnx.graph.decode.nodes import Constants, Decode, DecodeWriter
 from requant_onnx.graph.decode.replace import replace_weights, set_metadata
 from requant_onnx.graph.decode.vectors import decode_vectors, halvable, shorten_names
+from requant_onnx.graph.decode.writer import Constants, Decode, DecodeWriter
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.float_constants import float_constants, unconverted
 from requant_onnx.graph.integer.nodes import quantize_activations

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.arrays import Float32Array, Float64Array, UInt8Array
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int32Array, UInt8Array
 from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
@@ -67,6 +67,11 @@ class QuantizedWeight:
         shape = [1] * self.codes.ndim
         shape[self.axis] = -1
         return parameter.reshape(shape)
+
+    def levels(self) -> Int32Array:
+        """The integer levels L[q - zero_point], in the shape of the weight."""
+        k = self.codes.astype(np.int32) - self.broadcast(self.zero_point).astype(np.int32)
+        return np.asarray(self.table.integers.astype(np.int32)[k + np.int32(self.table.max_code)])
 
     def dequantize(self) -> Float32Array:
         """w_hat, rounded as ONNX's DequantizeLinear rounds it: one float32 product of level and scale."""

@@ -4,8 +4,8 @@
     folded   levels -> Mul with the scale                          which ONNX Runtime folds to a float weight at load
     int8     levels -> int8 -> DequantizeLinear                    levels folded at load, the rest fused to an integer kernel
 
-Codes are packed to their true width (packing.py), or stored as UINT8 or UINT4 where that is their width and the target runtime
-can read it.  Weights that differ only in the number of channels are decoded together and then split, for the nodes of a
+Codes are packed to their true width (packing.py), or stored as INT8, UINT8 or UINT4 where that is their width and the target
+runtime can read it.  Weights that differ only in the number of channels are decoded together and then split, for the nodes of a
 decode take more room than many a weight's codes.  https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
@@ -19,37 +19,28 @@ import numpy as np
 import onnx
 
 from requant_onnx.config import Form
-from requant_onnx.graph.decode.nodes import (
-    Constants,
-    Decode,
-    DecodeWriter,
-    Scales,
-    packs_zero_point,
-    write_levels,
-    write_scale,
-    write_unpack,
-)
+from requant_onnx.graph.decode.nodes import Level, onnx_type, write_codes, write_levels, write_scale
+from requant_onnx.graph.decode.packing import BYTE
+from requant_onnx.graph.decode.writer import Constants, Decode, DecodeWriter, Scales
 from requant_onnx.numerics.kinds import GridKind, LevelDecode
-from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
-PACKED_OPSET = 18  # first opset with BitwiseOr
-AXIS_OPSET = 13  # first opset with per-channel DequantizeLinear
-GROUP_ELEMENTS = 1 << 22  # decoded together at most: beyond it nodes do not count, and memory at load does
+DEQUANTIZE_OPSET = 19  # the oldest whose DequantizeLinear all runtimes have
+SPLIT_OPSET = 13  # first opset where Split reads its sizes
+GROUP_ELEMENTS = 1 << 18  # decoded together at most: beyond it nodes do not count, and memory at load does
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the file is written for.  opset: of the model.  narrow: whether the runtime casts from UINT4 and
-    subtracts 8- and 16-bit integers (1.24.4 and later)."""
+    """What the file is written for.  opset: of the model.  uint4: whether DequantizeLinear reads UINT4 there."""
 
     opset: int
-    narrow: bool
+    uint4: bool = True
 
-    def stores_natively(self, form: Form, bits: int, decode: LevelDecode) -> bool:
-        """Whether codes of this width have a tensor type that the decode can read; DequantizeLinear always reads UINT4."""
-        return bits == 8 or (bits == 4 and self.opset >= INT4_OPSET and (self.narrow or reads_codes(form, decode)))
+    def stores_natively(self, bits: int) -> bool:
+        """Whether codes of this width have a tensor type that DequantizeLinear reads."""
+        return bits == BYTE or (bits == 4 and self.uint4 and self.opset >= INT4_OPSET)
 
 
 @dataclass(frozen=True)
@@ -77,11 +68,12 @@ def reads_codes(form: Form, decode: LevelDecode) -> bool:
     return FORMS[form].dequantizes_codes and decode is LevelDecode.IDENTITY
 
 
-def required_opset(form: Form, bits: int, kind: GridKind, narrow: bool) -> int:
-    """The opset that the decode of such a weight needs."""
-    if bits == 8:
-        return AXIS_OPSET
-    return INT4_OPSET if Target(INT4_OPSET, narrow).stores_natively(form, bits, kind.decode) else PACKED_OPSET
+def required_opset(form: Form, bits: int, kind: GridKind, uint4: bool) -> int:
+    """The opset that the decode of such a weight needs.  uint4: see Target."""
+    if not FORMS[form].dequantizes:
+        return SPLIT_OPSET
+    native = Target(INT4_OPSET, uint4).stores_natively(bits) and reads_codes(form, kind.decode)
+    return INT4_OPSET if native and bits < BYTE else DEQUANTIZE_OPSET
 
 
 def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded, ...]]:
@@ -103,7 +95,7 @@ def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
     q = weight.quantized
     if decodes_after_lookup(weight):
         return (weight.name,)
-    if reads_codes(weight.form, q.table.decode) and _is_native(target, weight.form, q.table):
+    if reads_codes(weight.form, q.table.decode) and target.stores_natively(q.table.bits):
         return (weight.name,)  # a single node reads the codes
     shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
     return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
@@ -128,11 +120,9 @@ def bytes_of_each(group: Sequence[Coded], decode: Decode) -> dict[str, int]:
     return {weight.name: int(share) for weight, share in zip(group, shares, strict=True)}
 
 
-def level_type(largest: int, target: Target) -> type[np.signedinteger]:
-    """The narrowest integer type in which levels can be computed and dequantized."""
-    if not target.narrow or target.opset < INT4_OPSET:
-        return np.int32
-    return np.int8 if largest <= 127 else np.int16 if largest <= 32767 else np.int32
+def wide_level_type(largest: int, target: Target) -> Level:
+    """The narrowest integer type beyond int8 in which levels can be dequantized."""
+    return np.int16 if largest <= 32767 and target.opset >= INT4_OPSET else np.int32
 
 
 @dataclass(frozen=True)
@@ -159,7 +149,9 @@ def _stack(group: Sequence[Coded]) -> _Stack:
 def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     q, single = stack.quantized, len(group) == 1
     cast = group[0].emit != onnx.TensorProto.FLOAT
-    levels = _write_levels(writer, q, Form.FOLDED, target, np.float32)
+    levels, dtype = write_levels(writer, q, np.float32)
+    if dtype is not np.float32:
+        levels = writer.node("Cast", levels, to=onnx.TensorProto.FLOAT)
     scale = write_scale(writer, q, q.broadcast(q.scale))
     weights = writer.node("Mul", levels, scale, output=group[0].name if single and not cast else None)
     if cast:
@@ -168,33 +160,29 @@ def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, t
 
 
 def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
-    """DequantizeLinear of the codes of a uniform grid, else of the integer levels, which have no zero point."""
+    """DequantizeLinear of the codes of a uniform grid, else of the integer levels, whose zero point is 0."""
     q = stack.quantized
     if group[0].looked_up:
         _write_lookup(writer, group[0], target)
         return
     if reads_codes(Form.QDQ, q.table.decode):
-        codes = _write_codes(writer, q, Form.QDQ, target)
-        bits = q.table.bits if _is_native(target, Form.QDQ, q.table) else 8
+        bits = q.table.bits if target.stores_natively(q.table.bits) else BYTE
+        codes = writer.own_codes("codes", q.codes, bits) if bits == q.table.bits else write_codes(writer, q.codes, q.table.bits)
         for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
             zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits)
             _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
         return
-    dtype = level_type(_largest_level(q), target)
-    levels = _write_levels(writer, q, Form.QDQ, target, dtype)
-    if dtype is np.int32 and _largest_level(q) <= 127:  # a quarter of the memory, and of what DequantizeLinear reads at every run
-        levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
+    levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target))
     for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
-        _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale))
+        zeros = writer.shared(np.zeros(weight.quantized.scale.shape, dtype))
+        _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zeros)
 
 
 def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
     """Levels under the name of the weight, in the narrowest type, and the scales."""
     q = weight.quantized
-    largest = _largest_level(q)
-    levels = _write_levels(writer, q, Form.FOLDED, target, np.int32)
-    to = onnx.TensorProto.INT8 if largest <= 127 else onnx.TensorProto.INT16 if largest <= 32767 else onnx.TensorProto.INT32
-    writer.node("Cast", levels, output=weight.name, to=to)
+    levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target))
+    writer.node("Cast", levels, output=weight.name, to=onnx_type(dtype))
     scale = write_scale(writer, q, q.broadcast(q.scale))
     writer.scales[weight.name] = Scales(scale, q.axis is not None, weight.emit)
 
@@ -202,10 +190,7 @@ def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
 def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     """Levels as int8 behind DequantizeLinear with the zero point 0, as integer kernels want them."""
     q = stack.quantized
-    dtype = level_type(127, target)
-    levels = _write_levels(writer, q, Form.INT8, target, dtype)
-    if dtype is not np.int8:
-        levels = writer.node("Cast", levels, to=onnx.TensorProto.INT8)
+    levels, _ = write_levels(writer, q, np.int8)
     scales = writer.split(write_scale(writer, q, q.scale), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
         zeros = writer.shared(np.zeros(weight.quantized.scale.shape, np.int8))
@@ -232,25 +217,8 @@ def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequ
     return [writer.node("Reshape", piece, shape, output=name) for piece, name in zip(pieces, names, strict=True)]
 
 
-def _write_levels(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target, dtype: type[np.number]) -> str:
-    if packs_zero_point(q) and not _is_native(target, form, q.table):
-        codes, zero_point = write_unpack(writer, [q.codes, q.broadcast(q.zero_point)], q.table.bits)
-        return write_levels(writer, codes, zero_point, q, dtype)
-    return write_levels(writer, _write_codes(writer, q, form, target), "", q, dtype)
-
-
-def _write_codes(writer: DecodeWriter, q: QuantizedWeight, form: Form, target: Target) -> str:
-    if _is_native(target, form, q.table):
-        return writer.own_codes("codes", q.codes, q.table.bits)
-    return write_unpack(writer, [q.codes], q.table.bits)[0]
-
-
 def _largest_level(q: QuantizedWeight) -> int:
     return int(q.table.reach(q.zero_point.astype(np.int64)).max())
-
-
-def _is_native(target: Target, form: Form, table: LevelTable) -> bool:
-    return target.stores_natively(form, table.bits, table.decode)
 
 
 class Fate(Enum):
@@ -268,7 +236,8 @@ class FormRow:
     """How a form behaves, for all that depends on it.
 
     write: appends the decode of a group.  promise: what ONNX Runtime must make of its weights; None: whatever it likes.
-    dequantizes_codes: DequantizeLinear reads codes, not levels.  any_grid: other grids than uniform ones cost nothing at inference.
+    dequantizes: a DequantizeLinear is the last node.  dequantizes_codes: it reads codes, not levels.
+    any_grid: other grids than uniform ones cost nothing at inference.
     half_scales, half_vectors: scales, and by default biases and other vectors, may be stored as float16.
     transposes_gemm: weights of Gemm are stored as (ic, oc).
     decodes_lookups: entries of a table are looked up as levels and decoded behind that.
@@ -279,6 +248,7 @@ class FormRow:
 
     write: Callable[[DecodeWriter, Sequence[Coded], _Stack, Target], None]
     promise: Fate | None
+    dequantizes: bool = True
     dequantizes_codes: bool = False
     any_grid: bool = True
     half_scales: bool = True
@@ -303,7 +273,7 @@ FORMS: dict[Form, FormRow] = {
         session_options=(("session.disable_quant_qdq", "1"),),
         hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed",
     ),
-    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED, half_vectors=True),
+    Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED, dequantizes=False, half_vectors=True),
     Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, half_vectors=True, on_integers=True, fallback=Form.FOLDED),
 }
 """The behavior of each form."""

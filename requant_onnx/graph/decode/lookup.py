@@ -15,7 +15,7 @@ from onnx import helper
 
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import FLOATS, cast_target, is_standard
-from requant_onnx.graph.decode.nodes import Scales
+from requant_onnx.graph.decode.writer import Scales
 from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.names import FreshNames
 

@@ -1,184 +1,80 @@
 """The nodes that turn stored codes into integer levels or weights, and the initializers they read.
 
-    unpack   fields of 4, 2 and 1 bits in bytes -> codes, uint8 (packing.py)
-    levels   codes - zero_point = k;  uniform L = k,  square root L = k * |k|,  any other L from a table
-    weights  L * scale
+    index    bytes -> int32, and the fields above them looked up and added: a few codes together (packing.py)
+    rows     index + its zero point's first row of the table, where channels have zero points of their own
+    levels   Gather(table, index) -> Reshape;  the table holds the levels L[code - zero_point] of the codes of every index
+    weights  levels * scale
     split    the weights of a group, decoded together, apart
 
-Operators: BitShift, BitwiseOr, Reshape, Slice, Cast, Sub, Abs, Mul, Gather, Split (https://onnx.ai/onnx/operators/).  They read
-initializers only, so ONNX Runtime computes them once, when it loads the model.
+A table is computed in the graph too, by nodes that all decodes of one kind share:  digits of 0, 1, 2, ... = codes;  codes - zero
+points = k;  uniform L = k,  square root L = k * |k|,  any other L from a list.
+
+Operators: Cast, Gather, Reshape, Add, Sub, Mul, Div, Mod, Abs, Range, Transpose, Slice, Split (https://onnx.ai/onnx/operators/).
+They read initializers only, so ONNX Runtime computes them once, when it loads the model.  It keeps the results of all of them until
+it has computed the last: what counts are bytes of intermediate results, so levels are int8 until the end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from requant_onnx.graph.decode.packing import FIELDS, pack, shifts
-from requant_onnx.graph.edit import tensor_proto, uint4_proto
-from requant_onnx.graph.names import FreshNames
-from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array, UInt8Array
+from requant_onnx.graph.decode.packing import BYTE, PACKINGS, Packing, pack
+from requant_onnx.graph.decode.writer import DecodeWriter
+from requant_onnx.numerics.arrays import Float32Array, UInt8Array
 from requant_onnx.numerics.kinds import LevelDecode
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.quantize import QuantizedWeight
 
+NODES_OF_ROWS = 150  # bytes of the nodes that unpack zero points
 
-@dataclass(frozen=True)
-class Scales:
-    """The scales of a table that is looked up as levels.
-
-    name: of the tensor.  by_entry: whether they are looked up like the levels.
-    emit: ONNX type that the readers of the table expect.
-    """
-
-    name: str
-    by_entry: bool
-    emit: int
+Level = type[np.int8] | type[np.int16] | type[np.int32] | type[np.float32] | type[np.uint8]
+"""Element types of tables."""
 
 
-@dataclass(frozen=True)
-class Decode:
-    """Nodes in order, which output the weights under their own names, and the initializers they read.
-
-    shared: small constants and level tables that other decodes read too, by name; each is stored once.
-    scales: of tables whose levels are looked up before they are decoded (lookup.py), by name.
-    """
-
-    nodes: tuple[onnx.NodeProto, ...]
-    initializers: tuple[onnx.TensorProto, ...]
-    shared: dict[str, onnx.TensorProto]
-    scales: dict[str, Scales] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Size in the file, without what is shared."""
-        total: int = sum(node.ByteSize() for node in self.nodes) + sum(item.ByteSize() for item in self.initializers)
-        return total
+def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: int) -> str:
+    """Codes of any width as uint8, in their shape."""
+    if bits == BYTE:
+        return writer.own("codes", codes)
+    packing = PACKINGS[bits]
+    table = writer.shared_node("Cast", _digits(writer, packing.base, packing.codes), to=onnx.TensorProto.UINT8)
+    return _look_up(writer, codes, packing, table)
 
 
-class Constants:
-    """Names of the decodes of one model (short, for they count), and the constants that several of them share."""
-
-    def __init__(self, names: FreshNames) -> None:
-        self.names = names
-        self._decodes = 0
-        self._shared: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
-
-    def next_decode(self) -> int:
-        """A number for the next decode."""
-        self._decodes += 1
-        return self._decodes
-
-    def shared(self, values: GenericArray) -> onnx.TensorProto:
-        """The one initializer with these values."""
-        key = (str(values.dtype), values.shape, values.tobytes())
-        if key not in self._shared:
-            self._shared[key] = tensor_proto(values, self.names.take(f"d.c{len(self._shared)}"))
-        return self._shared[key]
-
-
-@dataclass
-class DecodeWriter:
-    """Collects the nodes and initializers of one decode."""
-
-    constants: Constants
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: list[onnx.TensorProto] = field(default_factory=list)
-    used: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    scales: dict[str, Scales] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._prefix = f"d{self.constants.next_decode()}"
-
-    def finish(self) -> Decode:
-        """What was written."""
-        return Decode(tuple(self.nodes), tuple(self.initializers), self.used, self.scales)
-
-    def own(self, suffix: str, values: GenericArray) -> str:
-        """An initializer of this decode."""
-        name = self.constants.names.take(f"{self._prefix}.{suffix}")
-        self.initializers.append(tensor_proto(values, name))
-        return name
-
-    def own_codes(self, suffix: str, values: UInt8Array, bits: int) -> str:
-        """Values in the type of their width: UINT4 for 4 bits, else UINT8."""
-        if bits != 4:
-            return self.own(suffix, values)
-        name = self.constants.names.take(f"{self._prefix}.{suffix}")
-        self.initializers.append(uint4_proto(values, name))
-        return name
-
-    def shared(self, values: GenericArray | np.generic) -> str:
-        """A constant that other decodes may read too."""
-        tensor = self.constants.shared(np.asarray(values))
-        self.used[tensor.name] = tensor
-        return str(tensor.name)
-
-    def node(self, op: str, *inputs: str, output: str | None = None, **attributes: int | str) -> str:
-        """Append a node; returns the name of its output."""
-        output = output or self._next_name()
-        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))  # type: ignore[arg-type]
-        return output
-
-    def split(self, tensor: str, sizes: Sequence[int], axis: int, outputs: Sequence[str | None]) -> list[str]:
-        """Cut a tensor into pieces along `axis`; a piece without a name gets one."""
-        if len(sizes) == 1:
-            return [tensor]
-        names = [output or self._next_name(k) for k, output in enumerate(outputs)]
-        inputs = [tensor, self.shared(np.array(sizes, np.int64))]
-        self.nodes.append(helper.make_node("Split", inputs, names, axis=axis or None))  # None: not written, 0 is the default
-        return names
-
-    def _next_name(self, piece: int = 0) -> str:
-        return self.constants.names.take(f"{self._prefix}.{len(self.nodes)}" + (f".{piece}" if piece else ""))
-
-
-def write_unpack(writer: DecodeWriter, parts: Sequence[UInt8Array], bits: int) -> list[str]:
-    """Packed fields -> uint8 tensors in their shapes.  parts: what is to be packed, one behind the other."""
-    size = sum(part.size for part in parts)
-    shapes = [writer.shared(np.array(part.shape, np.int64)) for part in parts]
-    low, joined = 0, ""
-    for packed, width in zip(pack(np.concatenate([part.ravel() for part in parts]), bits), FIELDS[bits], strict=True):
-        amounts = (8 - width - shifts(width))[:, None]
-        left = writer.node("BitShift", writer.own(f"field{width}", packed), writer.shared(amounts), direction="LEFT")
-        planes = writer.node("BitShift", left, writer.shared(np.uint8(8 - width)), direction="RIGHT")
-        finished = len(parts) == 1 and size % (8 // width) == 0
-        field = writer.node("Reshape", planes, shapes[0] if finished else writer.shared(np.array([-1], np.int64)))
-        if size % (8 // width):
-            field = writer.node("Slice", field, writer.shared(np.array([0], np.int64)), writer.shared(np.array([size], np.int64)))
-        if len(parts) == 1 and not finished:
-            field = writer.node("Reshape", field, shapes[0])
-        field = writer.node("BitShift", field, writer.shared(np.uint8(low)), direction="LEFT") if low else field
-        joined = writer.node("BitwiseOr", joined, field) if joined else field
-        low += width
-    if len(parts) == 1:
-        return [joined]
-    pieces = writer.split(joined, [part.size for part in parts], 0, [None] * len(parts))
-    return [writer.node("Reshape", piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def packs_zero_point(q: QuantizedWeight) -> bool:
-    """Whether the zero points take less room packed behind the codes than by themselves: nodes to part them are 100 bytes."""
-    return not _is_uniform(q) and q.zero_point.size * (8 - q.table.bits) / 8 > 100
-
-
-def write_levels(writer: DecodeWriter, codes: str, zero_point: str, q: QuantizedWeight, dtype: type[np.number]) -> str:
-    """Codes -> levels of type `dtype`.  zero_point: where it has been unpacked to, "" to store it here."""
-    by_table = q.table.decode is LevelDecode.TABLE
-    wide = np.int32 if by_table else dtype
-    if _is_uniform(q):
-        offset = writer.shared(q.zero_point.flat[0].astype(wide))
-    else:
-        offset = writer.node("Cast", zero_point or writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(wide))
-    k = writer.node("Sub", writer.node("Cast", codes, to=onnx_type(wide)), offset)
-    if by_table:
-        table = _from_the_middle(q.table).astype(dtype)
-        return writer.node("Gather", writer.own("levels", table) if q.table.kind.is_learned else writer.shared(table), k)
-    return k if q.table.decode is LevelDecode.IDENTITY else writer.node("Mul", k, writer.node("Abs", k))
+def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level) -> tuple[str, Level]:
+    """The levels of a weight in its shape, and their type: int8 where all of them fit that, else `wide`."""
+    bits, packing = q.table.bits, PACKINGS[q.table.bits]
+    window = _Window.of(q)
+    if bits == BYTE:
+        levels = q.levels()
+        if levels.min() >= -128 and levels.max() <= 127:
+            return writer.own("levels", levels.astype(np.int8)), np.int8
+        if q.table.decode is LevelDecode.IDENTITY:
+            k = writer.node("Cast", writer.own("codes", q.codes), to=onnx_type(wide))
+            return writer.node("Sub", k, _zero_points(writer, q, wide)), wide
+    dtype = window.level_type(q.table, wide)
+    if window.is_single:
+        return _look_up(writer, q.codes, packing, _table(writer, q.table, window, packing, dtype)), dtype
+    shape, axis = q.codes.shape, q.axis or 0
+    inner, outer = math.prod(shape[axis + 1 :]), math.prod(shape[:axis])
+    rows = _Rows(q, window)
+    if inner % packing.block_codes == 0:  # a block holds neighbors within a channel
+        codes = q.codes.reshape(outer, shape[axis], -1, *packing.block, packing.codes)
+        lookup, table = _Lookup(writer, packing), _table(writer, q.table, window, packing, dtype)
+        return writer.reshape(lookup.write(codes, table, rows), shape), dtype
+    if outer % packing.block_codes == 0:  # a block holds codes of a channel, one from each part of the tensor
+        apart = q.codes.reshape(packing.codes, *packing.block[::-1], -1, shape[axis], inner)
+        lookup, table = _Lookup(writer, packing, leading=True), _table(writer, q.table, window, packing, dtype)
+        return writer.reshape(lookup.write(_to_the_end(apart, 1 + len(packing.block)), table, rows), shape), dtype
+    index = _look_up(writer, q.codes, packing, _digits(writer, packing.base, packing.codes))
+    starts = rows.write(writer, packing.base, len(shape) - 1 - axis)
+    table = _table(writer, q.table, window, Packing(1, packing.base), dtype)
+    return writer.node("Gather", table, writer.node("Add", index, starts)), dtype
 
 
 def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array) -> str:
@@ -188,15 +84,192 @@ def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array) -
     return writer.own("scale", scale)
 
 
-def _is_uniform(q: QuantizedWeight) -> bool:
-    return bool((q.zero_point == q.zero_point.flat[0]).all())
+@dataclass(frozen=True)
+class _Window:
+    """Zero points that a table has rows for: start, start + 1, ..., start + count - 1.  A few windows serve all weights."""
+
+    start: int
+    count: int
+
+    @classmethod
+    def of(cls, q: QuantizedWeight) -> _Window:
+        """The narrowest that holds all zero points of a weight: a single one, or 1/4, 1/2 or all of them, around the middle."""
+        low, high, middle = int(q.zero_point.min()), int(q.zero_point.max()), q.table.symmetric_zero_point
+        if low == high:
+            return cls(low, 1)
+        half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k))
+        return cls(middle - half, 2 * half)
+
+    @property
+    def is_single(self) -> bool:
+        return self.count == 1
+
+    def level_type(self, table: LevelTable, wide: Level) -> Level:
+        return np.int8 if table.reach(np.array([self.start, self.start + self.count - 1])).max() <= 127 else wide
 
 
-def _from_the_middle(table: LevelTable) -> Int64Array:
-    """L[0 .. K], L[-K .. -1]: Gather counts a negative index from the end."""
-    return np.roll(table.integers, -table.max_code)
+@dataclass(frozen=True)
+class _Rows:
+    """The zero points of a weight's channels, as rows of a table."""
+
+    q: QuantizedWeight
+    window: _Window
+
+    def write(self, writer: DecodeWriter, size: int, after: int) -> str:
+        """The first row of each channel, int32, (channels, 1, ...).
+
+        size: number of rows for each zero point.  after: number of dimensions behind the channels.
+        """
+        positions = (self.q.zero_point - self.window.start).astype(np.uint8).reshape(-1, *[1] * after)
+        bits = max(2, (self.window.count - 1).bit_length())
+        if positions.size * (BYTE - bits) // BYTE > NODES_OF_ROWS:
+            packing = PACKINGS[bits]
+            table = writer.shared_node("Mul", _digits(writer, packing.base, packing.codes), writer.shared(np.int32(size)))
+            return _look_up(writer, positions, packing, table)
+        stored = writer.node("Cast", writer.own("zero_point", positions), to=onnx.TensorProto.INT32)
+        return writer.node("Mul", stored, writer.shared(np.int32(size)))
 
 
-def onnx_type(dtype: type[np.number]) -> int:
+@dataclass(frozen=True)
+class _Lookup:
+    """How blocks are looked up: bytes -> index -> what a table says of its codes.
+
+    leading: the dimensions of a block come first, in reverse, not last.
+    """
+
+    writer: DecodeWriter
+    packing: Packing
+    leading: bool = False
+
+    def write(self, codes: UInt8Array, table: str, rows: _Rows | None = None) -> str:
+        """The entries of the table, (..., *block, codes of an index).
+
+        codes: (..., *block, codes of an index), with the channels last but one of ... where there are `rows`.
+        """
+        low, *fields = pack(codes, self.packing)
+        index = self._bytes(low, self.packing.block)
+        for k, packed in enumerate(fields):
+            last = rows if k == len(fields) - 1 else None  # the last field has the fewest bytes
+            place = self._with_rows(self._bytes(packed, self.packing.prefix(k)), last, 256, self.packing.prefix(k))
+            index = self.writer.node("Add", index, self._gather(*self._field(k, last), place))
+        if not fields:
+            index = self._with_rows(index, rows, self.packing.size, ())
+        return self._gather(table, 1 if self.packing.codes > 1 else 0, index)
+
+    def _bytes(self, packed: UInt8Array, block: Sequence[int]) -> str:
+        if self.leading:
+            packed = np.ascontiguousarray(_to_the_front(packed, len(block)))
+        return self.writer.node("Cast", self.writer.own("codes", packed), to=onnx.TensorProto.INT32)
+
+    def _with_rows(self, index: str, rows: _Rows | None, size: int, block: Sequence[int]) -> str:
+        if rows is None:
+            return index
+        return self.writer.node("Add", index, rows.write(self.writer, size, 1 + (0 if self.leading else len(block))))
+
+    def _field(self, k: int, rows: _Rows | None) -> tuple[str, int]:
+        """The table of a field, and the number of dimensions of its entries: its part of the indices that share a byte."""
+        width, writer = self.packing.fields[k], self.writer
+        shape = self.packing.block[len(self.packing.prefix(k)) :]
+        values = writer.shared_node(
+            "Mul", _digits(writer, 2**width, BYTE // width), writer.shared(np.int32(2 ** self.packing.shifts[k]))
+        )
+        if rows is not None:
+            starts = np.arange(rows.window.count, dtype=np.int32)[:, None, None] * np.int32(self.packing.size)
+            values = writer.shared_node("Add", values, writer.shared(starts))
+        if rows is not None or len(shape) > 1:
+            values = writer.shared_node("Reshape", values, writer.shared(np.array([-1, *shape], np.int64)))
+        return values, len(shape)
+
+    def _gather(self, table: str, dims: int, index: str) -> str:
+        if self.leading and dims:
+            return self.writer.node("Gather", self.writer.shared_node("Transpose", table), index, axis=dims)
+        return self.writer.node("Gather", table, index)
+
+
+def _to_the_end(values: UInt8Array, count: int) -> UInt8Array:
+    """The first dimensions, in reverse, behind all others."""
+    return np.moveaxis(values, range(count), range(-1, -1 - count, -1))
+
+
+def _to_the_front(values: UInt8Array, count: int) -> UInt8Array:
+    """The inverse of `_to_the_end`."""
+    return np.moveaxis(values, range(-1, -1 - count, -1), range(count))
+
+
+def _look_up(writer: DecodeWriter, codes: UInt8Array, packing: Packing, table: str) -> str:
+    """What a table says of the codes, in their shape; a block holds neighbors, and the last is filled up."""
+    if packing.codes == 1:
+        return _Lookup(writer, packing).write(codes[..., None], table)
+    missing = -codes.size % packing.block_codes
+    blocks = np.append(codes.ravel(), np.zeros(missing, np.uint8)).reshape(-1, *packing.block, packing.codes)
+    return _cut(writer, _Lookup(writer, packing).write(blocks, table), missing, codes.shape)
+
+
+def _cut(writer: DecodeWriter, tensor: str, excess: int, shape: Sequence[int]) -> str:
+    """The first elements of a tensor in a shape that takes all but `excess` of them."""
+    if excess:
+        ends = [writer.shared(np.array([k], np.int64)) for k in (0, math.prod(shape))]
+        tensor = writer.node("Slice", writer.reshape(tensor, (-1,)), *ends)
+    return tensor if excess and len(shape) == 1 else writer.reshape(tensor, shape)
+
+
+def _zero_points(writer: DecodeWriter, q: QuantizedWeight, dtype: Level) -> str:
+    if _Window.of(q).is_single:
+        return writer.shared(q.zero_point.flat[0].astype(dtype))
+    return writer.node("Cast", writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(dtype))
+
+
+def _rows(writer: DecodeWriter, q: QuantizedWeight, window: _Window, size: int, shape: Sequence[int]) -> str:
+    """Where the rows of a table begin for the zero point of each channel, (channels,) in `shape`, int32.
+
+    size: number of rows for each zero point.
+    """
+    positions = (q.zero_point - window.start).astype(np.uint8)
+    bits = max(2, (window.count - 1).bit_length())
+    if positions.size * (BYTE - bits) // BYTE > NODES_OF_ROWS:
+        packing = PACKINGS[bits]
+        table = writer.shared_node("Mul", _digits(writer, packing.base, packing.codes), writer.shared(np.int32(size)))
+        return _look_up(writer, positions.reshape([len(positions) if n == -1 else n for n in shape]), packing, table)
+    stored = writer.own("zero_point", positions.reshape(shape))
+    return writer.node("Mul", writer.node("Cast", stored, to=onnx.TensorProto.INT32), writer.shared(np.int32(size)))
+
+
+def _table(writer: DecodeWriter, table: LevelTable, window: _Window, packing: Packing, dtype: Level) -> str:
+    """The levels of the codes of each index, for each zero point of the window.
+
+    Shape (window.count * packing.size, packing.codes), without the last dimension where an index is a code.
+    """
+    codes = _range(writer, packing.base)
+    middle = table.max_code if table.decode is LevelDecode.TABLE else 0
+    starts = np.arange(window.start, window.start + window.count, dtype=np.int32) - middle
+    k = writer.shared_node("Sub", codes, writer.shared(starts[0] if window.is_single else starts[:, None]))
+    if table.decode is LevelDecode.TABLE:
+        levels = writer.shared_node("Gather", writer.shared(table.integers.astype(dtype)), k)
+    else:
+        if table.decode is not LevelDecode.IDENTITY:
+            k = writer.shared_node("Mul", k, writer.shared_node("Abs", k))
+        levels = k if dtype is np.int32 else writer.shared_node("Cast", k, to=onnx_type(dtype))
+    if packing.codes > 1:
+        levels = writer.shared_node(
+            "Gather", levels, _digits(writer, packing.base, packing.codes), axis=0 if window.is_single else 1
+        )
+    if window.is_single:
+        return levels
+    rows = (-1,) if packing.codes == 1 else (-1, packing.codes)
+    return writer.shared_node("Reshape", levels, writer.shared(np.array(rows, np.int64)))
+
+
+def _digits(writer: DecodeWriter, base: int, count: int) -> str:
+    """The digits of each number below base**count, the least significant first, (base**count, count), int32."""
+    numbers = writer.shared_node("Reshape", _range(writer, base**count), writer.shared(np.array([-1, 1], np.int64)))
+    places = writer.shared(base ** np.arange(count, dtype=np.int32))
+    return writer.shared_node("Mod", writer.shared_node("Div", numbers, places), writer.shared(np.int32(base)))
+
+
+def _range(writer: DecodeWriter, count: int) -> str:
+    return writer.shared_node("Range", *(writer.shared(np.int32(k)) for k in (0, count, 1)))
+
+
+def onnx_type(dtype: Level) -> int:
     """The ONNX type of a NumPy type."""
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

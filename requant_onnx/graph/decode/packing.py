@@ -1,60 +1,107 @@
-"""Codes of 2 to 7 bits at their true size in uint8 tensors, and the ONNX nodes that unpack them.
+"""Codes of 2 to 8 bits at their true size in uint8 tensors: a few codes make an index, and a table says what an index stands for.
 
-A code of 2 to 7 bits is cut into fields of 4, 2 and 1 bits, low bits first; each field has a tensor of its own, 8/f fields of f
-bits in a byte.  Fields are laid out in planes: with m = ceil(n / (8/f)) bytes, byte j holds the fields of the codes j, j + m,
-j + 2m, ..., the first in the lowest bits, so that unpacking is one shift by a column of amounts and a reshape:
+    bits            2    3    4    5    6    7       8
+    codes an index  4    4    2    2    2    2       1
+    fields          8    8,4  8    8,2  8,4  8,4,2   8
 
-    bits    2    3      4    5      6      7
-    fields  2    2, 1   4    4, 1   4, 2   4, 2, 1
+The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B = 2**bits.  Its lowest 8 bits are a byte, and what
+is above them is in fields of 4 and 2 bits, of which other bytes hold 2 or 4 each, the first in the lowest bits.  Indices that fill a
+byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7.
 
-BitShift takes uint8 from opset 11 on (https://onnx.ai/onnx/operators/onnx__BitShift.html): a shift to the left drops the fields
-above, one to the right those below.
+A decode is a lookup by Gather, which every runtime does alike; bit operators differ (OpenVINO's BitShift saturates).
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from requant_onnx.numerics.arrays import UInt8Array
+from requant_onnx.numerics.arrays import Int32Array, UInt8Array
 
-FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+BYTE = 8
 
 
-def pack(codes: UInt8Array, bits: int) -> tuple[UInt8Array, ...]:
-    """One tensor of bytes a field.  codes: any shape, below 2**bits.
+@dataclass(frozen=True)
+class Packing:
+    """How codes of one width are stored.
 
-    >>> [field.tolist() for field in pack(np.array([1, 2, 3, 7, 5], np.uint8), 3)]
-    [[29, 14], [24]]
+    codes: that make an index.  base: the number of different codes.  fields: bits above the lowest 8 of an index, by field.
     """
-    return tuple(_pack_field(codes.ravel() >> low, width) for low, width in _slices(bits))
+
+    codes: int
+    base: int
+    fields: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of different indices."""
+        return int(self.base**self.codes)
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """The lowest bit of each field in the index."""
+        return tuple(accumulate(self.fields[:-1], initial=BYTE)) if self.fields else ()
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """The shape of a block of indices: a byte of field k holds those of the last k + 1 dimensions."""
+        a_byte = [1, *(BYTE // width for width in self.fields)]
+        return tuple(more // fewer for fewer, more in pairwise(a_byte))[::-1]
+
+    @property
+    def block_codes(self) -> int:
+        """The number of codes in a block."""
+        return self.codes * math.prod(self.block)
+
+    def prefix(self, field: int) -> tuple[int, ...]:
+        """The shape of a block's bytes of one field."""
+        return self.block[: len(self.fields) - field - 1]
 
 
-def unpack(fields: tuple[UInt8Array, ...], bits: int, count: int) -> UInt8Array:
-    """The inverse of `pack`.  Returns (count,)."""
-    codes = np.zeros(count, np.uint8)
-    for packed, (low, width) in zip(fields, _slices(bits), strict=True):
-        planes = packed[None, :] >> shifts(width)[:, None] & np.uint8(2**width - 1)
-        codes |= planes.reshape(-1)[:count] << low
-    return codes
+PACKINGS = {
+    2: Packing(4, 4),
+    3: Packing(4, 8, (4,)),
+    4: Packing(2, 16),
+    5: Packing(2, 32, (2,)),
+    6: Packing(2, 64, (4,)),
+    7: Packing(2, 128, (4, 2)),
+    8: Packing(1, 256),
+}
+"""By bits."""
 
 
-def _pack_field(values: UInt8Array, width: int) -> UInt8Array:
-    a_byte = 8 // width
-    size = -(-values.size // a_byte)
-    planes = np.zeros(size * a_byte, np.uint8)
-    planes[: values.size] = values & np.uint8(2**width - 1)
-    shifted = planes.reshape(a_byte, size) << shifts(width)[:, None]
-    return np.asarray(np.bitwise_or.reduce(shifted, axis=0), np.uint8)
+def pack(codes: UInt8Array, packing: Packing) -> tuple[UInt8Array, ...]:
+    """The lowest bytes of the indices, (..., *packing.block), then the bytes of each field, (..., *packing.prefix(field)).
+
+    codes: (..., *packing.block, packing.codes), below `packing.base`.
+
+    >>> [part.tolist() for part in pack(np.array([[1, 2, 3, 7], [5, 0, 0, 1]], np.uint8), PACKINGS[3])]
+    [[209, 5], 46]
+    """
+    index = codes[..., 0].astype(np.int32)
+    for place in range(1, packing.codes):
+        index += codes[..., place].astype(np.int32) * packing.base**place
+    lead = index.shape[: index.ndim - len(packing.block)]
+    parts = [(index & 255).astype(np.uint8)]
+    for k, (width, shift) in enumerate(zip(packing.fields, packing.shifts, strict=True)):
+        values = (index >> shift & 2**width - 1).reshape(*lead, *packing.prefix(k), BYTE // width)
+        parts.append(np.asarray((values << np.arange(0, BYTE, width)).sum(-1), np.uint8))
+    return tuple(parts)
 
 
-def shifts(width: int) -> UInt8Array:
-    """How far each plane of fields lies above the lowest bit of its byte."""
-    return np.arange(0, 8, width, dtype=np.uint8)
+def unpack(parts: Sequence[UInt8Array], packing: Packing) -> UInt8Array:
+    """The inverse of `pack`."""
+    low, *fields = parts
+    index = low.astype(np.int32)
+    for packed, shift, width in zip(fields, packing.shifts, packing.fields, strict=True):
+        index += digits(2**width, BYTE // width)[packed].reshape(low.shape) << shift
+    return digits(packing.base, packing.codes)[index].astype(np.uint8)
 
 
-def _slices(bits: int) -> tuple[tuple[np.uint8, int], ...]:
-    """(lowest bit, width) of each field."""
-    widths = FIELDS[bits]
-    return tuple((np.uint8(end - width), width) for end, width in zip(accumulate(widths), widths, strict=True))
+def digits(base: int, count: int) -> Int32Array:
+    """The digits of each number below base**count, the least significant first, (base**count, count)."""
+    return np.asarray(np.arange(base**count)[:, None] // base ** np.arange(count) % base, np.int32)

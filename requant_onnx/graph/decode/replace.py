@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 import onnx
 
-from requant_onnx.graph.decode.nodes import Decode, Scales
+from requant_onnx.graph.decode.writer import Decode, Scales
 from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
@@ -22,14 +22,16 @@ def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Ite
     shared: dict[str, onnx.TensorProto] = {}
     scales: dict[str, Scales] = {}
     decoders: list[onnx.NodeProto] = []
+    shared_nodes: dict[str, onnx.NodeProto] = {}
     for decode in decodes:
         graph.initializer.extend(decode.initializers)
         decoders += decode.nodes
         shared.update(decode.shared)
+        shared_nodes.update(decode.shared_nodes)
         scales.update(decode.scales)
     graph.initializer.extend(shared.values())
     del graph.node[:]
-    graph.node.extend(decoders + kept)
+    graph.node.extend([*shared_nodes.values(), *decoders, *kept])
     return scales
 
 

@@ -15,7 +15,7 @@ import onnx
 
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import is_standard_proto, load_proto, value_of
-from requant_onnx.graph.decode.nodes import Decode, DecodeWriter
+from requant_onnx.graph.decode.writer import Decode, DecodeWriter
 from requant_onnx.graph.holders import NORMALIZATIONS
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.reshapes import RESHAPING
@@ -98,8 +98,7 @@ def decode_vectors(writer: DecodeWriter, vectors: Mapping[str, Float32Array]) ->
             writer.node("Reshape", piece, writer.shared(np.array(values.shape, np.int64)), output=name)
     decode = writer.finish()
     before = sum(values.nbytes + len(name) + HEADER for name, values in vectors.items())
-    shared = sum(item.ByteSize() for item in decode.shared.values())
-    return decode if decode.bytes + shared < before else None
+    return decode if decode.bytes + decode.shared_bytes < before else None
 
 
 def shorten_names(model: onnx.ModelProto, names: FreshNames, vectors: Iterable[str]) -> None:
