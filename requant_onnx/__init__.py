@@ -11,9 +11,9 @@ from requant_onnx.config import (
     QuantConfig,
     RangeMode,
     Refinement,
+    Runtime,
     Space,
     Transform,
-    Version,
 )
 from requant_onnx.convert.pipeline import inspect_model, quantize_model
 from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
@@ -50,10 +50,10 @@ __all__ = [
     "RangeMode",
     "Refinement",
     "RequantError",
+    "Runtime",
     "Space",
     "Transform",
     "ValidationReport",
-    "Version",
     "WeightReport",
     "explain",
     "html_report",

@@ -17,9 +17,7 @@ from typing import TypeVar
 from requant_onnx.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
-OLDEST_ORT = (1, 20)
 METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conversion's settings
-NARROW_ORT = (1, 24)  # 1.24.4, but not 1.24.0, casts from UINT4
 EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transform
 TRANSFORMS = "auto, sqrt, none or power:A with A in 1/3 .. 1"  # the texts that Transform.parse reads
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
@@ -145,27 +143,66 @@ class Transform:
         return {0.5: "sqrt", 1.0: "none"}.get(self.exponent, f"power:{self.exponent:g}")
 
 
-@dataclass(frozen=True, order=True)
-class Version:
-    """The oldest ONNX Runtime that has to load the file; codes are stored in types that it can read."""
+class Runtime(Choice):
+    """What the file is written for; RUNTIMES says what that means."""
 
-    major: int
-    minor: int
+    ORT = "ort"
+    PORTABLE = "portable"
+    OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
+    WEB = "web"
+    MOBILE = "mobile"
 
-    def __post_init__(self) -> None:
-        if (self.major, self.minor) < OLDEST_ORT:
-            raise ConfigError(f"ONNX Runtime {self} is older than {OLDEST_ORT[0]}.{OLDEST_ORT[1]}, the oldest that is supported")
 
-    @classmethod
-    def parse(cls, text: str) -> Version:
-        """`1.20`.  Raises ConfigError on anything else."""
-        parts = text.split(".")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-            raise ConfigError(f"--min-ort '{text}' is not a version; write it as 1.20")
-        return cls(int(parts[0]), int(parts[1]))
+@dataclass(frozen=True)
+class RuntimeRow:
+    """What a file for one runtime may contain.
 
-    def __str__(self) -> str:
-        return f"{self.major}.{self.minor}"
+    title: the runtime, for users.  forms: the possible ones, the default first.  bits: the possible widths of codes.
+    native4: whether DequantizeLinear reads UINT4 (or INT4), for the codes of 4 bits.
+    signed: whether codes that DequantizeLinear reads are INT8 and INT4, not UINT8 and UINT4.
+    symmetric: whether zero points, also those of activations, are 0.
+    half: whether scales and biases may be stored as float16.
+    grouped: whether weights are decoded together and then split.
+    paired: whether each reader of an activation on integers has a DequantizeLinear of its own.
+    int32_biases: whether biases of integer kernels are stored as integers.
+    checked: whether ONNX Runtime is asked if it does with each weight what the form promises.
+    """
+
+    title: str
+    forms: tuple[Form, ...] = (Form.QDQ, Form.FOLDED, Form.INT8)
+    bits: tuple[int, ...] = tuple(range(MIN_BITS, MAX_BITS + 1))
+    native4: bool = False
+    signed: bool = False
+    symmetric: bool = False
+    half: bool = True
+    grouped: bool = True
+    paired: bool = False
+    int32_biases: bool = True
+    checked: bool = True
+
+
+RUNTIMES: dict[Runtime, RuntimeRow] = {
+    Runtime.ORT: RuntimeRow("ONNX Runtime from 1.20 on", native4=True),
+    Runtime.PORTABLE: RuntimeRow("any runtime", signed=True, half=False, grouped=False, paired=True),
+    Runtime.OPENVINO: RuntimeRow("OpenVINO", signed=True),
+    Runtime.TENSORRT: RuntimeRow(
+        "TensorRT",
+        forms=(Form.QDQ, Form.INT8),
+        bits=(4, 8),
+        native4=True,
+        signed=True,
+        symmetric=True,
+        half=False,
+        grouped=False,
+        paired=True,
+        int32_biases=False,
+        checked=False,
+    ),
+    Runtime.WEB: RuntimeRow("onnxruntime-web", forms=(Form.FOLDED, Form.INT8, Form.QDQ)),
+    Runtime.MOBILE: RuntimeRow("ONNX Runtime's .ort files", forms=(Form.QDQ, Form.INT8), signed=True),
+}
+"""What a file for each runtime may contain."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +246,8 @@ class QuantConfig:
     bits: of each weight, or a budget to choose them by.
     objective: the space whose mean squared error alpha minimizes.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
-    min_ort: the oldest ONNX Runtime that has to load the file.
+    runtime: what the file is written for; see RUNTIMES.
+    symmetric: whether all zero points of weights are in the middle of the codes.
     refinement: what calibration inputs are used for, beside the ranges of activations.
     biases: how biases and other vectors are stored.
     keep_inputs: whether weights that a caller may replace (initializers that are inputs of the graph too) stay, in float.
@@ -224,7 +262,8 @@ class QuantConfig:
     objective: Space = Space.WEIGHT
     rounding: Space = Space.WEIGHT
     form: Form = Form.QDQ
-    min_ort: Version = Version(1, 20)
+    runtime: Runtime = Runtime.ORT
+    symmetric: bool = False
     refinement: Refinement = Refinement.DESCENT
     biases: BiasType = BiasType.AUTO
     keep_inputs: bool = False
@@ -235,9 +274,28 @@ class QuantConfig:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
         if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
             raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
-        for name, kind in {**ENUMS, "transform": Transform, "min_ort": Version, "keep_inputs": bool}.items():
+        for name, kind in {**ENUMS, "transform": Transform, "symmetric": bool, "keep_inputs": bool}.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
+        self._check_runtime()
+
+    def _check_runtime(self) -> None:
+        row = RUNTIMES[self.runtime]
+        if self.form not in row.forms:
+            forms = " or ".join(map(str, row.forms))
+            raise ConfigError(f"the {self.form} form is not for {row.title} (--runtime {self.runtime}); choose --form {forms}")
+        if isinstance(self.bits, int) and self.bits not in row.bits:
+            widths = " or ".join(map(str, row.bits))
+            raise ConfigError(f"{row.title} (--runtime {self.runtime}) reads no codes of {self.bits} bits; choose --bits {widths}")
+        if self.biases is BiasType.HALF and not row.half:
+            raise ConfigError(f"files for {row.title} (--runtime {self.runtime}) have no float16; leave --biases float16 out")
+        if row.native4 and row.symmetric and self.form is Form.INT8 and self.bits != MAX_BITS:
+            raise ConfigError(f"the int8 form for {row.title} has codes of 8 bits; choose --bits 8, or --form qdq")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether all zero points of weights are in the middle of the codes, as asked or as the runtime needs it."""
+        return self.symmetric or RUNTIMES[self.runtime].symmetric
 
     @classmethod
     def paper(cls, bits: int | Budget = 8) -> QuantConfig:
@@ -273,6 +331,7 @@ ENUMS: dict[str, type[Choice]] = {
     "objective": Space,
     "rounding": Space,
     "form": Form,
+    "runtime": Runtime,
     "refinement": Refinement,
     "biases": BiasType,
     "activation_range": ActivationRange,

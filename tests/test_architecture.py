@@ -140,8 +140,8 @@ def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
         "ActivationRange", "ActivationReport", "BiasType", "Budget", "Calibration", "ConfigError", "DataError", "EdgeLayers",
         "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError",
-        "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Space",
-        "Transform", "ValidationReport", "Version", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
+        "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Runtime", "Space",
+        "Transform", "ValidationReport", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
         "load_session", "quantize_model", "save_model", "use_custom_ops", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)

@@ -89,7 +89,6 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("bits = 9", "bits"),
         ("help = true", "belongs on the command line"),
         ("csv = 'a.csv'", "belongs on the command line, --csv"),
-        ("min-ort = 1.20", "write the version in quotes"),
         ("[convert]\nbits = 'x'", "not a whole number"),
     ],
 )

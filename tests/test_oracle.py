@@ -12,7 +12,7 @@ from onnxruntime import InferenceSession, SessionOptions
 from oracle import check as check_rewrite
 from oracle import put
 
-from requant_onnx import BiasType, Form, Granularity, QuantConfig, Refinement, Transform, Version, quantize_model
+from requant_onnx import BiasType, Form, Granularity, QuantConfig, Refinement, Transform, quantize_model
 from requant_onnx.convert.plan import plan_conversion
 from requant_onnx.files.load import ModelLike, load_model
 from requant_onnx.graph.constants import ModelGraph
@@ -34,9 +34,7 @@ CONFIGS = {
     "paper8": QuantConfig.paper(8),
     "channel4": QuantConfig(bits=4, transform=Transform(0.5), refinement=PLAIN),
     "uniform4": QuantConfig(bits=4, granularity=Granularity.PER_TENSOR, refinement=PLAIN),
-    "folded3": QuantConfig(
-        bits=3, transform=Transform(0.5), form=Form.FOLDED, min_ort=Version(1, 20), refinement=PLAIN, biases=BiasType.FLOAT
-    ),
+    "folded3": QuantConfig(bits=3, transform=Transform(0.5), form=Form.FOLDED, refinement=PLAIN, biases=BiasType.FLOAT),
     "power5": QuantConfig(bits=5, transform=Transform(0.7), refinement=PLAIN),
 }
 

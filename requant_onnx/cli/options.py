@@ -146,6 +146,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_choice(parser, "edge_layers", "E", "first and last layers: ")
     _add_choice(parser, "objective", "S", "space of the error that alpha minimizes: ")
     _add_choice(parser, "rounding", "S", "space in which the nearest level is chosen: ")
+    _add_choice(parser, "runtime", "RT", "what the file is for: ")
     _add_choice(parser, "form", "F")
     _add_choice(parser, "biases", "B", "biases and other vectors: ")
     parser.add_argument(
@@ -153,9 +154,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave weights in float that are inputs of the graph too, which a caller may replace",
     )
-    parser.add_argument(
-        "--min-ort", metavar="V", help=f"oldest ONNX Runtime that has to load the file (default: {DEFAULT.min_ort})"
-    )
+    parser.add_argument("--symmetric", action="store_true", help="put every zero point of weights in the middle of the codes")
     _add_calibration(parser)
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
     parser.add_argument(
@@ -217,6 +216,7 @@ def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "model", "IN.onnx")
     parser.add_argument("--bits", metavar="N,N", help="bits per weight to try, 2 to 8 (default: 8,6,4,3)")
     parser.add_argument("--recipes", metavar="NAME,NAME", help="recipes to try, see below (default: max,paper,best)")
+    _add_choice(parser, "runtime", "RT", "what the file is for: ")
     _add_choice(parser, "form", "F")
     parser.add_argument(
         "--data",

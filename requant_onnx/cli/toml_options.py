@@ -83,8 +83,6 @@ def _value(path: Path, option: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")
         return value
-    if option.dest == "min_ort" and isinstance(value, float):
-        raise ConfigError(f"'{path}' sets 'min-ort' to the number {value}; write the version in quotes, as \"1.20\"")
     values = value if isinstance(value, list) else [value]
     if isinstance(value, bool) or not values or not all(isinstance(item, str | int | float) for item in values):
         raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes a text, a number, or a list of them")

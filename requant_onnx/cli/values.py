@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig, Transform, Version
+from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, RUNTIMES, Budget, QuantConfig, Transform
 from requant_onnx.errors import ConfigError
 from requant_onnx.files.load import input_shapes
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, NATURAL, Calibration
@@ -30,11 +30,10 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     given: dict[str, Any] = {}
     if args.transform is not None:
         given["transform"] = Transform.parse(args.transform)
-    if args.min_ort is not None:
-        given["min_ort"] = Version.parse(args.min_ort)
     given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
+    given.setdefault("form", RUNTIMES[given.get("runtime", base.runtime)].forms[0])
     for name, form in OPTIONS_OF_FORM.items():
-        if name not in given or given.get("form", base.form) is form:
+        if name not in given or given["form"] is form:
             continue
         if name in args.from_file:  # an option of a file for another form than the one given
             del given[name]
@@ -43,8 +42,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
             raise ConfigError(f"{option} is for --form {form.value}; give --form {form.value}, or drop {option}")
     if bits is not None:
         given["bits"] = bits
-    if args.keep_inputs:
-        given["keep_inputs"] = True
+    given.update((name, True) for name in ("keep_inputs", "symmetric") if getattr(args, name))
     return dataclasses.replace(base, **given)
 
 

@@ -57,7 +57,7 @@ class Offer:
     exclusive: int
     shared: int
     key: Hashable
-    tables: Mapping[str, int] = field(default_factory=dict)
+    tables: Mapping[Hashable, int] = field(default_factory=dict)
 
     def shares(self) -> dict[Hashable, int]:
         """Bytes of all that it shares with others."""
@@ -110,8 +110,10 @@ class Market:
         return min(fitting, key=self.output_error, default=None)
 
     def alike_within(self, size: int) -> list[Picks]:
-        """The picks of the same bits for all, each with its best grid or all of one kind, in at most `size` bytes; least output error
-        first."""
+        """The picks of the same bits for all, each weight with its best grid or all of one kind, in at most `size` bytes.
+
+        Those of least output error come first.
+        """
         widths = {offer.grid.bits for offers in self.offers for offer in offers}
         uniform = [*(tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths)), *self._alike()]
         return sorted((picks for picks in uniform if self.bytes(picks) <= size), key=self.output_error)
@@ -282,4 +284,5 @@ def _offer(
     coded = Coded(item.weight.name, q, item.weight.emit, item.form)
     alone = decode_of((coded,), target, Constants(FreshNames(model)))
     shared = max(0, alone.bytes - coded.payload)
-    return Offer(grid, error, 0.0, alone.bytes - shared, shared, group_key(coded, target), alone.shared_sizes())
+    tables: dict[Hashable, int] = {**alone.shared_sizes()}
+    return Offer(grid, error, 0.0, alone.bytes - shared, shared, group_key(coded, target), tables)

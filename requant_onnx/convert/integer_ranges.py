@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from requant_onnx.config import Granularity, QuantConfig
+from requant_onnx.config import RUNTIMES, Granularity, QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
 from requant_onnx.graph.constants import ModelGraph
@@ -58,10 +58,16 @@ def watch_integers(
     report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
     histograms = watch_activations(model.proto, sorted(set(plan.source.values())), calibration, report)
     grid_of = {
-        name: activation_grid(h, config.activation_range, calibration.headroom, plan.ceilings.get(name, math.inf))
+        name: activation_grid(
+            h,
+            config.activation_range,
+            calibration.headroom,
+            plan.ceilings.get(name, math.inf),
+            symmetric=RUNTIMES[config.runtime].symmetric,
+        )
         for name, h in histograms.items()
     }
     grids = {tensor: grid_of[source] for tensor, source in plan.source.items()}
     per_channel = config.granularity is Granularity.PER_CHANNEL
-    biases = biases_of(model, plan)
+    biases = biases_of(model, plan) if RUNTIMES[config.runtime].int32_biases else []
     return Integers(plan, grids, tuple(biases), min_scales_of(biases, grids, per_channel=per_channel))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import onnx
 from threadpoolctl import threadpool_limits
 
-from requant_onnx.config import Budget, Form, QuantConfig, Refinement, Space
+from requant_onnx.config import RUNTIMES, Budget, Form, QuantConfig, Refinement, Space
 from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
@@ -66,7 +66,8 @@ def convert_model(
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
         made, report = _convert(loaded.proto, config, calibration, excluded, progress, threads)
-        notes, broken = _broken_promises(loaded, made, report.converted)
+        checked = RUNTIMES[config.runtime].checked
+        notes, broken = _broken_promises(loaded, made, report.converted) if checked else ((), {})
         if not broken:
             notes = (*_odd(loaded), *_notes(loaded.proto, config, calibration, report), *notes, *excluded.values())
             if loaded.complaint and not is_large(made) and not runs(_whole(made)):

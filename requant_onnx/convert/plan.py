@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from requant_onnx.config import (
     AUTO_BITS,
     EXPONENTS,
-    MAX_BITS,
-    MIN_BITS,
+    RUNTIMES,
     Budget,
     EdgeLayers,
     Form,
@@ -76,7 +75,8 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 def opset_for(config: QuantConfig) -> int:
     """The opset that the decodes of such a conversion need."""
     cases = [(bits, kind) for edge in (False, True) for bits in _widths(config, edge) for kind in _kinds(config, bits, edge)]
-    return max(required_opset(config.form, bits, kind, True) for bits, kind in cases)
+    native4 = RUNTIMES[config.runtime].native4
+    return max(required_opset(config.form, bits, kind, native4) for bits, kind in cases)
 
 
 def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
@@ -85,7 +85,7 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
 
 
 def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) -> PlannedWeight:
-    form = config.form if integer else FORMS[config.form].fallback or config.form
+    form, row = _form(config, integer), RUNTIMES[config.runtime]
     grids = [
         Grid(
             bits=bits,
@@ -94,14 +94,33 @@ def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) 
             search=config.range_mode is RangeMode.SEARCH,
             objective_in_weights=config.objective is Space.WEIGHT,
             round_in_weights=config.rounding is Space.WEIGHT,
-            limit=int(config.int8_levels.value) if FORMS[form].on_integers else None,
-            half_scales=FORMS[form].half_scales or weight.lookup_axis is not None,
+            limit=_limit(config) if FORMS[form].on_integers else None,
+            half_scales=row.half and (FORMS[form].half_scales or weight.lookup_axis is not None),
+            symmetric=config.is_symmetric,
         )
-        for bits in ([EDGE_BITS] if weight.is_table else _widths(config, is_edge))
+        for bits in ([EDGE_BITS] if weight.is_table or not _has_pairs(weight, config) else _widths(config, is_edge))
         for granularity in _granularities(weight, config)
         for kind in _kinds(config, bits, is_edge)
     ]
     return PlannedWeight(weight, grids[0], form, tuple(grids[1:]))
+
+
+def _form(config: QuantConfig, integer: bool) -> Form:
+    """Of a weight that an integer kernel reads, or not."""
+    fallback = FORMS[config.form].fallback
+    if integer or fallback is None:
+        return config.form
+    return fallback if fallback in RUNTIMES[config.runtime].forms else RUNTIMES[config.runtime].forms[0]
+
+
+def _limit(config: QuantConfig) -> int:
+    """The largest level of the int8 form; a runtime of its own kernels has no need of less than int8 holds."""
+    return int((config.int8_levels if RUNTIMES[config.runtime].checked else Int8Levels.FULL).value)
+
+
+def _has_pairs(weight: Weight, config: QuantConfig) -> bool:
+    """Whether codes of 4 bits can be stored: TensorRT's parser needs two in each byte of a row."""
+    return RUNTIMES[config.runtime].checked or weight.shape[-1] % 2 == 0
 
 
 def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
@@ -109,10 +128,10 @@ def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
     if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT:
         asked = [EDGE_BITS]
     elif isinstance(config.bits, Budget):
-        asked = [REFERENCE_BITS, *(bits for bits in range(MIN_BITS, MAX_BITS + 1) if bits != REFERENCE_BITS)]
+        asked = [REFERENCE_BITS, *(bits for bits in RUNTIMES[config.runtime].bits if bits != REFERENCE_BITS)]
     else:
         asked = [config.bits]
-    safe = FORMS[config.form].on_integers and config.int8_levels is Int8Levels.SAFE
+    safe = FORMS[config.form].on_integers and _limit(config) == int(Int8Levels.SAFE.value)
     return list(dict.fromkeys(min(bits, SAFE_BITS) for bits in asked)) if safe else asked
 
 

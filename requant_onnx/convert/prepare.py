@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from requant_onnx.config import QuantConfig, Refinement
+from requant_onnx.config import RUNTIMES, QuantConfig, Refinement
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
 from requant_onnx.convert.plan import Plan, kept_in_float, opset_for, plan_conversion
 from requant_onnx.files.load import is_large, materialize, opset_of
@@ -74,7 +74,8 @@ class Prepared:
     @property
     def target(self) -> Target:
         """What the file is written for."""
-        return Target(opset_of(self.model))
+        row = RUNTIMES[self.config.runtime]
+        return Target(opset_of(self.model), row.native4, row.signed, row.half, row.grouped)
 
 
 def prepare(

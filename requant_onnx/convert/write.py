@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from requant_onnx.config import METADATA_KEY, BiasType, QuantConfig
+from requant_onnx.config import METADATA_KEY, RUNTIMES, BiasType, QuantConfig
 from requant_onnx.convert.nearest import Result
 from requant_onnx.convert.prepare import Prepared
 from requant_onnx.convert.report import QuantReport, VectorReport, WeightReport
@@ -56,7 +56,8 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
             new_biases = [
                 replace(bias, values=np.asarray(biases.get(bias.node.bias, bias.values), np.float32)) for bias in integers.biases
             ]
-            quantize_activations(model, integers.plan, integers.grids, new_biases, quantized)
+            paired = RUNTIMES[config.runtime].paired
+            quantize_activations(model, integers.plan, integers.grids, new_biases, quantized, paired=paired)
         halved = _halve_vectors(prepared, {each.name for each in constants} - done, errors, writer)
         slim(model)
         set_metadata(model, METADATA_KEY, _settings(config))
@@ -93,7 +94,7 @@ def _halve_vectors(prepared: Prepared, names: set[str], errors: Mapping[str, flo
     names: constants of the model that may be such.  errors: weight -> squared error.
     """
     form, wanted = FORMS[prepared.config.form], prepared.config.biases
-    if wanted is BiasType.FLOAT or (wanted is BiasType.AUTO and not form.half_vectors):
+    if wanted is BiasType.FLOAT or (wanted is BiasType.AUTO and not (form.half_vectors and prepared.target.half)):
         return Vectors()
     layers = find_layers(prepared.graph, errors.keys())
     limits = {layer.bias: errors[layer.weight] for layer in layers if layer.can_correct}

@@ -18,17 +18,20 @@ def tensor_proto(values: GenericArray, name: str) -> onnx.TensorProto:
     return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
 
 
-def uint4_proto(values: UInt8Array, name: str) -> onnx.TensorProto:
-    """A UINT4 TensorProto: two values 0 .. 15 a byte, the first in the low half; half a byte of padding at an odd end.
+def proto_of_4_bits(values: UInt8Array, name: str, *, signed: bool) -> onnx.TensorProto:
+    """A UINT4 or INT4 TensorProto of the low 4 bits.
+
+    Two values a byte, the first in the low half; half a byte of padding at an odd end.
 
     https://onnx.ai/onnx/repo-docs/IR.html#tensor-definition and onnx.proto on raw_data
 
-    >>> uint4_proto(np.array([1, 2, 3], np.uint8), "w").raw_data.hex()
+    >>> proto_of_4_bits(np.array([1, 2, 3], np.uint8), "w", signed=False).raw_data.hex()
     '2103'
     """
-    flat = np.append(values.ravel(), np.zeros(values.size % 2, np.uint8))
+    flat = np.append(values.ravel(), np.zeros(values.size % 2, np.uint8)) & 15
     packed = flat[0::2] | flat[1::2] << 4
-    return helper.make_tensor(name, onnx.TensorProto.UINT4, values.shape, packed.astype(np.uint8).tobytes(), raw=True)
+    kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
+    return helper.make_tensor(name, kind, values.shape, packed.astype(np.uint8).tobytes(), raw=True)
 
 
 def set_initializer(graph: onnx.GraphProto, values: GenericArray, name: str) -> None:

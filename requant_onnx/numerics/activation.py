@@ -16,7 +16,7 @@ from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table
-from requant_onnx.numerics.ranges import row_ranges
+from requant_onnx.numerics.ranges import row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 
 HALF = 1 << 13  # bins to either side of zero
@@ -26,20 +26,23 @@ PERCENTILE = 99.99  # percentile of all values, zeros included
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """A grid with the codes 0 .. 255.  scale: step between levels, float32, positive.  zero_point: code of zero, uint8."""
+    """A grid with the codes 0 .. 255, or -128 .. 127.
+
+    scale: step between levels, float32, positive.  zero_point: code of zero, uint8, or int8 for signed codes.
+    """
 
     scale: np.float32
-    zero_point: np.uint8
+    zero_point: np.uint8 | np.int8
 
     @property
     def low(self) -> float:
         """The smallest value."""
-        return -float(self.scale) * int(self.zero_point)
+        return float(self.scale) * (int(np.iinfo(self.zero_point.dtype).min) - int(self.zero_point))
 
     @property
     def high(self) -> float:
         """The largest value."""
-        return float(self.scale) * (255 - int(self.zero_point))
+        return float(self.scale) * (int(np.iinfo(self.zero_point.dtype).max) - int(self.zero_point))
 
 
 @dataclass
@@ -87,16 +90,18 @@ class Histogram:
 
 
 def activation_grid(
-    histogram: Histogram, method: ActivationRange, headroom: float = 1.0, ceiling: float = np.inf
+    histogram: Histogram, method: ActivationRange, headroom: float = 1.0, ceiling: float = np.inf, *, symmetric: bool = False
 ) -> ActivationGrid:
     """Choose the grid for the counted values; its scale is 1 when all are zero.
 
     headroom: factor on the range, where values larger than the counted ones are expected.  ceiling: upper bound of the range.
+    symmetric: whether codes are signed and the zero point is 0.
     """
     low, high = histogram.low, histogram.high
     if method is ActivationRange.PERCENTILE:
         low, high = _percentile(histogram)
-    ranges = row_ranges(np.array([low]), np.array([high]), BITS, UNIFORM)
+    make_ranges = symmetric_ranges if symmetric else row_ranges
+    ranges = make_ranges(np.array([low]), np.array([high]), BITS, UNIFORM)
     alpha = 1.0
     if method is ActivationRange.MSE:
         middles, counts = histogram.centers()
@@ -105,7 +110,8 @@ def activation_grid(
     codes_above = 255 - int(ranges.zero_point[0])
     if float(scale) * codes_above > ceiling:
         scale = np.nextafter(np.float32(ceiling / codes_above), np.float32(0))
-    return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), np.uint8(ranges.zero_point[0]))
+    zero_point = np.int8(0) if symmetric else np.uint8(ranges.zero_point[0])
+    return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), zero_point)
 
 
 def _percentile(histogram: Histogram) -> tuple[float, float]:

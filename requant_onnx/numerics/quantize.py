@@ -28,6 +28,7 @@ class Grid:
     search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
     limit: largest level (where an int8 kernel follows); None for no limit.
     half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
+    symmetric: whether every zero point is 2**(bits-1).
     """
 
     bits: int
@@ -38,6 +39,7 @@ class Grid:
     round_in_weights: bool = True
     limit: int | None = None
     half_scales: bool = False
+    symmetric: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def quantize_weight(
 def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowRanges]:
     """The level table and the ranges of the rows; symmetric ranges in each row whose levels would exceed the limit."""
     w_min, w_max = rows.min(1).astype(np.float64), rows.max(1).astype(np.float64)
-    ranges = row_ranges(w_min, w_max, grid.bits, grid.kind)
+    make_ranges = symmetric_ranges if grid.symmetric else row_ranges
+    ranges = make_ranges(w_min, w_max, grid.bits, grid.kind)
     if grid.limit is None:
         return level_table(grid.bits, grid.kind), ranges
     table = limited_table(grid.bits, grid.kind, grid.limit)

@@ -33,14 +33,20 @@ GROUP_ELEMENTS = 1 << 18  # decoded together at most: beyond it nodes do not cou
 
 @dataclass(frozen=True)
 class Target:
-    """What the file is written for.  opset: of the model.  uint4: whether DequantizeLinear reads UINT4 there."""
+    """What the file is written for.  opset: of the model.
+
+    native4, signed, half, grouped: see RuntimeRow in config.py.
+    """
 
     opset: int
-    uint4: bool = True
+    native4: bool = True
+    signed: bool = False
+    half: bool = True
+    grouped: bool = True
 
     def stores_natively(self, bits: int) -> bool:
         """Whether codes of this width have a tensor type that DequantizeLinear reads."""
-        return bits == BYTE or (bits == 4 and self.uint4 and self.opset >= INT4_OPSET)
+        return bits == BYTE or (bits == 4 and self.native4 and self.opset >= INT4_OPSET)
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,11 @@ def reads_codes(form: Form, decode: LevelDecode) -> bool:
     return FORMS[form].dequantizes_codes and decode is LevelDecode.IDENTITY
 
 
-def required_opset(form: Form, bits: int, kind: GridKind, uint4: bool) -> int:
-    """The opset that the decode of such a weight needs.  uint4: see Target."""
+def required_opset(form: Form, bits: int, kind: GridKind, native4: bool) -> int:
+    """The opset that the decode of such a weight needs.  native4: see Target."""
     if not FORMS[form].dequantizes:
         return SPLIT_OPSET
-    native = Target(INT4_OPSET, uint4).stores_natively(bits) and reads_codes(form, kind.decode)
+    native = Target(INT4_OPSET, native4).stores_natively(bits) and reads_codes(form, kind.decode)
     return INT4_OPSET if native and bits < BYTE else DEQUANTIZE_OPSET
 
 
@@ -93,7 +99,7 @@ def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded,
 def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
     """What weights that can be decoded together have in common."""
     q = weight.quantized
-    if decodes_after_lookup(weight):
+    if decodes_after_lookup(weight) or not target.grouped:
         return (weight.name,)
     if reads_codes(weight.form, q.table.decode) and target.stores_natively(q.table.bits):
         return (weight.name,)  # a single node reads the codes
@@ -149,10 +155,10 @@ def _stack(group: Sequence[Coded]) -> _Stack:
 def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     q, single = stack.quantized, len(group) == 1
     cast = group[0].emit != onnx.TensorProto.FLOAT
-    levels, dtype = write_levels(writer, q, np.float32)
+    levels, dtype = write_levels(writer, q, np.float32, plain=target.signed)
     if dtype is not np.float32:
         levels = writer.node("Cast", levels, to=onnx.TensorProto.FLOAT)
-    scale = write_scale(writer, q, q.broadcast(q.scale))
+    scale = write_scale(writer, q, q.broadcast(q.scale), target.half)
     weights = writer.node("Mul", levels, scale, output=group[0].name if single and not cast else None)
     if cast:
         weights = writer.node("Cast", weights, output=group[0].name if single else None, to=group[0].emit)
@@ -167,12 +173,16 @@ def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, targ
         return
     if reads_codes(Form.QDQ, q.table.decode):
         bits = q.table.bits if target.stores_natively(q.table.bits) else BYTE
-        codes = writer.own_codes("codes", q.codes, bits) if bits == q.table.bits else write_codes(writer, q.codes, q.table.bits)
+        middle = q.table.symmetric_zero_point if target.signed else 0
+        if bits == q.table.bits:
+            codes = writer.own_codes("codes", q.codes, bits, middle)
+        else:
+            codes = write_codes(writer, q.codes, q.table.bits, middle)
         for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
-            zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits)
+            zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits, middle)
             _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
         return
-    levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target))
+    levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target), plain=target.signed)
     for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
         zeros = writer.shared(np.zeros(weight.quantized.scale.shape, dtype))
         _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zeros)
@@ -181,17 +191,17 @@ def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, targ
 def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
     """Levels under the name of the weight, in the narrowest type, and the scales."""
     q = weight.quantized
-    levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target))
+    levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target), plain=target.signed)
     writer.node("Cast", levels, output=weight.name, to=onnx_type(dtype))
-    scale = write_scale(writer, q, q.broadcast(q.scale))
+    scale = write_scale(writer, q, q.broadcast(q.scale), target.half)
     writer.scales[weight.name] = Scales(scale, q.axis is not None, weight.emit)
 
 
 def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
     """Levels as int8 behind DequantizeLinear with the zero point 0, as integer kernels want them."""
     q = stack.quantized
-    levels, _ = write_levels(writer, q, np.int8)
-    scales = writer.split(write_scale(writer, q, q.scale), stack.sizes, 0, [None] * len(group))
+    levels, _ = write_levels(writer, q, np.int8, plain=target.signed)
+    scales = writer.split(write_scale(writer, q, q.scale, target.half), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
         zeros = writer.shared(np.zeros(weight.quantized.scale.shape, np.int8))
         scalar = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64))) if stack.added_axis else scale

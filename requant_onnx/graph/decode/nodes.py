@@ -37,24 +37,28 @@ Level = type[np.int8] | type[np.int16] | type[np.int32] | type[np.float32] | typ
 """Element types of tables."""
 
 
-def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: int) -> str:
-    """Codes of any width as uint8, in their shape."""
-    if bits == BYTE:
-        return writer.own("codes", codes)
+def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: int, middle: int) -> str:
+    """Codes of less than 8 bits in their shape: as uint8, or, less `middle` where that is not 0, as int8."""
     packing = PACKINGS[bits]
-    table = writer.shared_node("Cast", _digits(writer, packing.base, packing.codes), to=onnx.TensorProto.UINT8)
+    numbers = _digits(writer, packing.base, packing.codes)
+    if middle:
+        numbers = writer.shared_node("Sub", numbers, writer.shared(np.int32(middle)))
+    table = writer.shared_node("Cast", numbers, to=onnx.TensorProto.INT8 if middle else onnx.TensorProto.UINT8)
     return _look_up(writer, codes, packing, table)
 
 
-def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level) -> tuple[str, Level]:
-    """The levels of a weight in its shape, and their type: int8 where all of them fit that, else `wide`."""
+def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level, *, plain: bool) -> tuple[str, Level]:
+    """The levels of a weight in its shape, and their type: int8 where all of them fit that, else `wide`.
+
+    plain: whether levels of 7 bits are stored as int8, so that they need no nodes.
+    """
     bits, packing = q.table.bits, PACKINGS[q.table.bits]
     window = _Window.of(q)
-    if bits == BYTE:
+    if bits == BYTE or (plain and bits == BYTE - 1):
         levels = q.levels()
         if levels.min() >= -128 and levels.max() <= 127:
             return writer.own("levels", levels.astype(np.int8)), np.int8
-        if q.table.decode is LevelDecode.IDENTITY:
+        if bits == BYTE and q.table.decode is LevelDecode.IDENTITY:
             k = writer.node("Cast", writer.own("codes", q.codes), to=onnx_type(wide))
             return writer.node("Sub", k, _zero_points(writer, q, wide)), wide
     dtype = window.level_type(q.table, wide)
@@ -77,9 +81,9 @@ def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level) -> tuple
     return writer.node("Gather", table, writer.node("Add", index, starts)), dtype
 
 
-def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array) -> str:
-    """The scales as float32, stored as float16 where that holds them exactly.  scale: those of q, of any shape."""
-    if q.has_half_scale:
+def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array, half: bool) -> str:
+    """The scales as float32, stored as float16 where that holds them exactly, and may be.  scale: those of q, of any shape."""
+    if half and q.has_half_scale:
         return writer.node("Cast", writer.own("scale", scale.astype(np.float16)), to=onnx.TensorProto.FLOAT)
     return writer.own("scale", scale)
 
@@ -126,8 +130,9 @@ class _Rows:
             packing = PACKINGS[bits]
             table = writer.shared_node("Mul", _digits(writer, packing.base, packing.codes), writer.shared(np.int32(size)))
             return _look_up(writer, positions, packing, table)
+        # a Mul right behind the Cast looks like a dequantization to OpenVINO, which it does not fold
         stored = writer.node("Cast", writer.own("zero_point", positions), to=onnx.TensorProto.INT32)
-        return writer.node("Mul", stored, writer.shared(np.int32(size)))
+        return writer.node("Gather", _range(writer, self.window.count * size, size), stored)
 
 
 @dataclass(frozen=True)
@@ -266,8 +271,9 @@ def _digits(writer: DecodeWriter, base: int, count: int) -> str:
     return writer.shared_node("Mod", writer.shared_node("Div", numbers, places), writer.shared(np.int32(base)))
 
 
-def _range(writer: DecodeWriter, count: int) -> str:
-    return writer.shared_node("Range", *(writer.shared(np.int32(k)) for k in (0, count, 1)))
+def _range(writer: DecodeWriter, end: int, step: int = 1) -> str:
+    """0, step, 2 * step, ... below `end`, int32."""
+    return writer.shared_node("Range", *(writer.shared(np.int32(k)) for k in (0, end, step)))
 
 
 def onnx_type(dtype: Level) -> int:

@@ -5,8 +5,8 @@
     fields          8    8,4  8    8,2  8,4  8,4,2   8
 
 The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B = 2**bits.  Its lowest 8 bits are a byte, and what
-is above them is in fields of 4 and 2 bits, of which other bytes hold 2 or 4 each, the first in the lowest bits.  Indices that fill a
-byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7.
+is above them is in fields of 4 and 2 bits, of which other bytes hold 2 or 4 each, the first in the lowest bits.  Indices that fill
+a byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7.
 
 A decode is a lookup by Gather, which every runtime does alike; bit operators differ (OpenVINO's BitShift saturates).
 """

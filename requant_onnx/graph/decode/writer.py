@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from requant_onnx.graph.edit import tensor_proto, uint4_proto
+from requant_onnx.graph.edit import proto_of_4_bits, tensor_proto
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 
@@ -140,12 +140,12 @@ class DecodeWriter:
         self.initializers.append(tensor_proto(values, name))
         return name
 
-    def own_codes(self, suffix: str, values: UInt8Array, bits: int) -> str:
-        """Values in the type of their width: UINT4 for 4 bits, else UINT8."""
+    def own_codes(self, suffix: str, values: UInt8Array, bits: int, middle: int = 0) -> str:
+        """Values in the type of their width: UINT4 for 4 bits, else UINT8; INT4 and INT8, less `middle`, where that is not 0."""
         if bits != 4:
-            return self.own(suffix, values)
+            return self.own(suffix, (values.astype(np.int16) - middle).astype(np.int8) if middle else values)
         name = self.constants.names.take(f"{self._prefix}.{suffix}")
-        self.initializers.append(uint4_proto(values, name))
+        self.initializers.append(proto_of_4_bits(values - np.uint8(middle), name, signed=middle > 0))
         return name
 
     def shared(self, values: GenericArray | np.generic) -> str:

@@ -10,7 +10,7 @@ https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,10 +68,13 @@ def quantize_activations(
     grids: Mapping[str, ActivationGrid],
     biases: Sequence[Bias],
     weights: Mapping[str, QuantizedWeight],
+    *,
+    paired: bool,
 ) -> None:
     """Change `model` as planned.  Its int8 weights are in place already, each behind a DequantizeLinear.
 
     grids: of each tensor in plan.source.  weights: the int8 weights by name.
+    paired: whether each reader of an activation on integers gets a DequantizeLinear of its own.
     """
     graph = model.graph
     writer = _Writer(graph, FreshNames(model), {})
@@ -84,6 +87,8 @@ def quantize_activations(
     for output in plan.moves:
         _move(writer, node_of[output], codes, grids)
     _write_pairs(writer, plan, codes, grids, before)
+    if paired:
+        _pair_readers(writer, set(codes.values()))
     drop_unread(graph, [bias.node.bias for bias in biases])
 
 
@@ -101,6 +106,14 @@ class _Writer:
         if key not in self.stored:
             self.stored[key] = self.names.take(f"int8.c{len(self.stored)}")
             self.graph.initializer.append(tensor_proto(np.asarray(value), self.stored[key]))
+        return self.stored[key]
+
+    def zeros(self, count: int) -> str:
+        """The zero points of an int32 bias, which are 0; files in ORT's own format cannot leave them out."""
+        key = ("zeros", str(count).encode())
+        if key not in self.stored:
+            self.stored[key] = self.names.take(f"int8.c{len(self.stored)}")
+            self.graph.initializer.append(tensor_proto(np.zeros(count, np.int32), self.stored[key]))
         return self.stored[key]
 
     def dequantized(self, tensor: str) -> str:
@@ -137,7 +150,7 @@ def _write_biases(
             writer.graph.initializer.append(tensor_proto(np.rint(bias.values / steps).astype(np.int32), stored))
             nodes[bias.node.output] = [
                 helper.make_node("Mul", [node_of[bias.node.weight].input[1], key[2]], [scale]),
-                helper.make_node("DequantizeLinear", [stored, scale], [made[key]], axis=0),
+                helper.make_node("DequantizeLinear", [stored, scale, writer.zeros(bias.values.size)], [made[key]], axis=0),
             ]
         reader = node_of[bias.node.output]
         reader.input[list(reader.input).index(bias.node.bias)] = made[key]
@@ -177,6 +190,30 @@ def _write_pairs(
     ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # their own memory goes with the old list
     del graph.node[:]
     graph.node.extend(ordered)
+
+
+def _pair_readers(writer: _Writer, codes: Set[str]) -> None:
+    """Give each reader of decoded activations a DequantizeLinear of its own; other runtimes look for the pair of a single node.
+
+    codes: of activations.
+    """
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in writer.graph.node:
+        for k, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, k))
+    outputs = {item.name for item in writer.graph.output}
+    nodes = []
+    for node in writer.graph.node:
+        nodes.append(node)
+        if node.op_type == "DequantizeLinear" and node.input[0] in codes:
+            shared = readers.get(node.output[0], [])[0 if node.output[0] in outputs else 1 :]
+            for reader, k in shared:
+                own = onnx.NodeProto.FromString(node.SerializeToString())
+                own.output[0] = reader.input[k] = writer.names.take(f"{node.output[0]}.own")
+                nodes.append(own)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del writer.graph.node[:]
+    writer.graph.node.extend(copies)
 
 
 def _pair(
