@@ -3,7 +3,8 @@
 RequantError (exit code 2 on the command line)
 ├── ConfigError   an option value that makes no sense
 ├── ModelError    the model file: missing, not ONNX, invalid, unsupported
-│   └── LoadError     ONNX Runtime does not load the model
+│   ├── LoadError     ONNX Runtime does not load the model
+│   └── ConvertedError    the model was converted already (exit code 3)
 ├── DataError     the images: missing, wrong shape, empty
 └── OutputError   the output path: same as the input, exists, not writable
 
@@ -25,6 +26,10 @@ class ModelError(RequantError, ValueError):
 
 class LoadError(ModelError):
     """ONNX Runtime does not load the model."""
+
+
+class ConvertedError(ModelError):
+    """The model was converted already; a second conversion would add a second error."""
 
 
 class DataError(RequantError, ValueError):

@@ -27,6 +27,7 @@ from requant_onnx.cli.values import (
 )
 from requant_onnx.config import Form
 from requant_onnx.convert import pipeline
+from requant_onnx.convert.restore import restore_model
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.evaluate.cache import Cache, default_folder
 from requant_onnx.evaluate.jobs import open_executor
@@ -75,6 +76,19 @@ def run_convert(args: argparse.Namespace) -> None:
     tables.print_conversion(console_for(args), report, (before, after))
     if args.verbose:
         tables.print_tried(console_for(args), report)
+
+
+def run_restore(args: argparse.Namespace) -> None:
+    """requant restore: write the plain float model of a quantized one."""
+    check_output(args.input, args.output, args.force)
+    check_json(args.json, args.input, args.output, *data_files(args.input), *data_files(args.output))
+    with status_line(args, "decoding weights"):
+        model, report = restore_model(args.input)
+    before = file_bytes(args.input)
+    after = save_model(model, args.output)
+    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after]}
+    write_json(args.json, {**report.to_dict(), **paths})
+    tables.print_restored(console_for(args), report, (before, after))
 
 
 def run_validate(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from requant_onnx.cli import commands
 from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.options import parse, parser_of
-from requant_onnx.errors import RequantError
+from requant_onnx.errors import ConvertedError, RequantError
 from requant_onnx.runtime.sessions import use_custom_ops
 
 
@@ -21,7 +21,10 @@ def run() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.  Returns 0, or 2 after an error that it has printed; 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns 0, or after an error that it has printed 2, 3 where a model was converted already; 130 after Ctrl-C.
+    """
     parser = parser_of(
         convert=commands.run_convert,
         validate=commands.run_validate,
@@ -29,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compare=commands.run_compare,
         inspect=commands.run_inspect,
         explain=commands.run_explain,
+        restore=commands.run_restore,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of weights that the terminal cannot show
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (RequantError, OSError, MemoryError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, ConvertedError) else 2
     return 0
 
 

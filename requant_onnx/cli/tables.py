@@ -10,6 +10,7 @@ from rich.table import Table
 
 from requant_onnx.config import Form
 from requant_onnx.convert.report import FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import SkippedWeight
@@ -137,6 +138,16 @@ def print_explanation(console: Console, explanation: Explanation) -> None:
     console.print(escape(f"ONNX Runtime {explanation.runtime} runs: {operators}"))
     fates = Counter(weight.fate.value for weight in explanation.weights)
     console.print("weights: " + (", ".join(f"{count} {fate}" for fate, count in fates.items()) or "none"))
+    for note in explanation.notes:
+        console.print(escape(f"note: {note}"))
+
+
+def print_restored(console: Console, report: RestoreReport, sizes: tuple[int, int]) -> None:
+    """Print what was restored."""
+    before, after = sizes
+    console.print(f"{report.constants} weights and {report.activations} activations are float again; {before:,} -> {after:,} bytes")
+    if report.left:
+        console.print(f"still on integers: {', '.join(report.left)}")
 
 
 def _weight_row(weight: WeightReport) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import ModelGraph, ancestors, find_root, from_constants
 from requant_onnx.graph.decode.forms import FORMS, Fate
 from requant_onnx.graph.decode.lookup import looks_up_codes
+from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.operands import weight_operand
 from requant_onnx.graph.operators import FLOAT_KERNELS, KERNELS, OPERATORS
@@ -41,13 +42,23 @@ class WeightFate:
     behind: frozenset[str] = field(default=frozenset(), repr=False)
 
 
+CONVERTED = (
+    "tools that fold constants (onnxsim, onnxslim, quant_pre_process, a saved optimized model) expand this file to float size, and "
+    "quantizers quantize it a second time: give them the model that it was made from, or what requant restore makes of it"
+)
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """One model in one version of ONNX Runtime.  operators: operator -> count in the optimized graph."""
+    """One model in one version of ONNX Runtime.
+
+    operators: operator -> count in the optimized graph.  notes: what users should know of the file.
+    """
 
     runtime: str
     weights: tuple[WeightFate, ...]
     operators: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -55,7 +66,7 @@ class Explanation:
             {**{key: getattr(w, key) for key in ("name", "op", "kernel", "why")}, "shape": list(w.shape), "fate": w.fate.value}
             for w in self.weights
         ]
-        return {"runtime": self.runtime, "weights": weights, "operators": self.operators}
+        return {"runtime": self.runtime, "weights": weights, "operators": self.operators, "notes": list(self.notes)}
 
 
 def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dict[str, WeightFate]:
@@ -94,7 +105,8 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
         weight_fates.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
     weight_fates += [fate for node in nodes for fate in _integer_operators(node)]
     operators = Counter(node.op_type for each in all_graphs(optimized.graph) for node in each.node)
-    return Explanation(runtime, tuple(weight_fates), dict(operators.most_common()))
+    notes = () if settings_of(loaded.proto) is None else (CONVERTED,)
+    return Explanation(runtime, tuple(weight_fates), dict(operators.most_common()), notes)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from requant_onnx.config import METADATA_KEY, Form, Int8Levels
+from requant_onnx.config import Form, Int8Levels
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_skeleton, source_of
 from requant_onnx.graph.decode.forms import FORMS
+from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
@@ -70,7 +70,7 @@ def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = 
     """
     options = options or quiet_options()
     source = source_of(model)
-    settings = _settings(source if isinstance(source, onnx.ModelProto) else load_skeleton(source))
+    settings = settings_of(source if isinstance(source, onnx.ModelProto) else load_skeleton(source)) or {}
     form = next((form for form in Form if form.value == settings.get("form")), None)
     for entry in () if form is None else FORMS[form].session_options:
         options.add_session_config_entry(*entry)
@@ -94,16 +94,6 @@ def run_session(
     except Exception as error:  # onnxruntime raises many types of its own
         sizes = ", ".join("x".join(map(str, values.shape)) for values in feed.values())
         raise ModelError(f"{name} fails in ONNX Runtime on inputs of {sizes} ({first_line(error)})") from None
-
-
-def _settings(model: onnx.ModelProto) -> dict[str, object]:
-    """The settings that a file was converted with, {} when it was not."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), "{}")
-    try:
-        settings = json.loads(text)
-    except ValueError:  # somebody else's entry
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def start_session(source: bytes | str, name: str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:

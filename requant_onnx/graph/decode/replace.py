@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable
 
 import onnx
 
+from requant_onnx.config import METADATA_KEY
 from requant_onnx.graph.decode.writer import Decode, Scales
 from requant_onnx.graph.edit import delete_where, drop_stale_types
 
@@ -33,6 +35,18 @@ def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Ite
     del graph.node[:]
     graph.node.extend([*shared_nodes.values(), *decoders, *kept])
     return scales
+
+
+def settings_of(model: onnx.ModelProto) -> dict[str, object] | None:
+    """The settings with which a model was converted; None where it was not, and {} where they cannot be read."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    if text is None:
+        return None
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def set_metadata(model: onnx.ModelProto, key: str, value: str) -> None:

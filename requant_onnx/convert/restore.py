@@ -1,0 +1,89 @@
+"""From a quantized model back to a plain float model of the same answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import onnx
+
+from requant_onnx.config import METADATA_KEY
+from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.files.load import ModelLike, is_large, materialize
+from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
+from requant_onnx.graph.edit import delete_where, drop_stale_types, set_initializer
+from requant_onnx.graph.readers import constant_part
+from requant_onnx.graph.restore import constants_of, restore_activations, restore_lookups
+from requant_onnx.runtime.sessions import load_runnable, open_session, run_session
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What was restored.  constants, activations: how many are floats again.  left: operators that still work on integers."""
+
+    constants: int
+    activations: int
+    left: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def restore_model(model: ModelLike) -> tuple[onnx.ModelProto, RestoreReport]:
+    """A plain float model of a quantized one: of any form of ours, or with QuantizeLinear and DequantizeLinear of other tools.
+
+    Weights are the floats that the codes stand for; activations are no longer rounded, so the answers of the int8 form are those of
+    its float layers.  The model given does not change.
+    Raises ModelError when it cannot be loaded; ConfigError when nothing in it is quantized.
+    """
+    restored = materialize(load_runnable(model).copy())
+    activations = restore_activations(restored)
+    restore_lookups(restored)
+    constants = _restore_constants(restored)
+    if not constants and not activations:
+        raise ConfigError("nothing in the model is quantized, so there is nothing to restore; use it as it is")
+    delete_where(restored.metadata_props, [k for k, item in enumerate(restored.metadata_props) if item.key == METADATA_KEY])
+    left = {node.op_type for graph in all_graphs(restored.graph) for node in graph.node if _on_integers(node.op_type)}
+    if is_large(restored):
+        raise ModelError("the float model would be larger than 2 GB, which restore does not write")
+    open_session(restored, "the restored model")
+    return restored, RestoreReport(constants, activations, tuple(sorted(left)))
+
+
+def _on_integers(op: str) -> bool:
+    return op.startswith(("QLinear", "Quantize", "Dequantize", "DynamicQuantize", "MatMulInteger", "ConvInteger")) or op in (
+        "MatMulNBits",
+        "QGemm",
+    )
+
+
+def _restore_constants(model: onnx.ModelProto) -> int:
+    """Store what decodes compute.  Changes the model."""
+    graph = model.graph
+    constant = constants_of(graph)
+    reads = [[*node.input, *(name for body in subgraphs_of(node) for name in reads_in(body))] for node in graph.node]
+    outputs = {item.name for item in graph.output}
+    read = outputs.union(*(names for k, names in enumerate(reads) if k not in constant.nodes))
+    wanted = sorted(constant.decodes & read)
+    values: dict[str, np.ndarray] = {}
+    if wanted:
+        session = open_session(constant_part(model, wanted), "the decodes of the model")
+        values = dict(zip(wanted, run_session(session, "the decodes of the model", wanted, {}), strict=True))
+    floats = {name: value for name, value in values.items() if value.dtype.kind == "f"}
+    doomed: set[int] = set()
+    while True:
+        read = outputs.union(*(names for k, names in enumerate(reads) if k not in doomed)) - floats.keys()
+        more = {k for k in constant.nodes - doomed if read.isdisjoint(name for name in graph.node[k].output if name)}
+        if not more:
+            break
+        doomed |= more
+    for k in constant.nodes - doomed:  # a node with several results: what is stored now, it gives no more
+        graph.node[k].output[:] = ["" if name in floats else name for name in graph.node[k].output]
+    delete_where(graph.node, doomed)
+    read = set(reads_in(graph))
+    delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name not in read])
+    for name, value in floats.items():
+        set_initializer(graph, value, name)
+    drop_stale_types(graph, floats)
+    return len(floats)

@@ -1,0 +1,150 @@
+"""A converted file becomes a plain float model again, and is not converted a second time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import laplace, parse, small_cnn
+from onnx import numpy_helper
+from onnxruntime import InferenceSession, SessionOptions
+from test_int8 import residual_net
+
+from requant_onnx import (
+    Calibration,
+    ConfigError,
+    ConvertedError,
+    EdgeLayers,
+    Form,
+    Int8Speed,
+    QuantConfig,
+    Refinement,
+    Runtime,
+    explain,
+    quantize_model,
+    restore_model,
+    save_model,
+)
+from requant_onnx.cli.main import main
+
+NOISE = Calibration(count=4)
+X = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray = X) -> np.ndarray:
+    options = SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
+
+
+def is_plain(model: onnx.ModelProto) -> bool:
+    ops = {node.op_type for node in model.graph.node}
+    kinds = {numpy_helper.to_array(item).dtype.kind for item in model.graph.initializer if item.data_type != onnx.TensorProto.INT64}
+    return (
+        not ops & {"QuantizeLinear", "DequantizeLinear", "Gather", "Cast", "Range"}
+        and kinds <= {"f"}
+        and "requant_onnx" not in {item.key for item in model.metadata_props}
+    )
+
+
+@pytest.mark.parametrize("runtime", [Runtime.ORT, Runtime.PORTABLE])
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("build", [small_cnn, residual_net])
+def test_every_form_comes_back(build: object, bits: int, form: Form, runtime: Runtime) -> None:
+    assert callable(build)
+    source = build()
+    config = QuantConfig(bits, form=form, runtime=runtime, refinement=Refinement.NONE, int8_speed=Int8Speed.ALL)
+    made, report = quantize_model(source, config, calibration=NOISE if form is Form.INT8 else None)
+    before = made.SerializeToString()
+    restored, found = restore_model(made)
+    assert made.SerializeToString() == before
+    assert is_plain(restored)
+    assert found.left == ()
+    assert found.constants >= len(report.converted)
+    assert (found.activations > 0) == (form is Form.INT8)
+    weights = {item.name for item in restored.graph.initializer}
+    assert {weight.name for weight in report.converted} <= weights  # under their own names
+    exact, again = run(made), run(restored)
+    rounding = 0.2 if form is Form.INT8 else 1e-5  # of activations, or none
+    assert np.linalg.norm(again - exact) <= rounding * np.linalg.norm(exact)
+
+
+def test_operators_are_those_of_the_float_model() -> None:
+    config = QuantConfig(4, form=Form.INT8, refinement=Refinement.NONE, int8_speed=Int8Speed.ALL)
+    restored, _ = restore_model(quantize_model(small_cnn(), config, calibration=NOISE)[0])
+    kinds = [node.op_type for node in restored.graph.node]
+    assert kinds == [node.op_type for node in small_cnn().graph.node if node.op_type != "BatchNormalization"]
+
+
+def test_lookups_read_floats_again() -> None:
+    text = "net (int64[n] i) => (float[n, 64] y) { e = Gather(table, i) y = MatMul(e, w) }"
+    source = parse(text, table=laplace(200, 64), w=laplace(64, 64))
+    made, _ = quantize_model(source, QuantConfig(8, edge_layers=EdgeLayers.PLAIN))
+    assert "Cast" in {node.op_type for node in made.graph.node}
+    restored, _ = restore_model(made)
+    assert [node.op_type for node in restored.graph.node] == ["Gather", "MatMul"]
+    indices = np.array([0, 7, 199])
+    np.testing.assert_allclose(run(restored, indices), run(made, indices), rtol=1e-5, atol=1e-5)
+
+
+def test_files_of_other_tools_come_back(tmp_path: Path) -> None:
+    """onnxruntime.quantization, QDQ, per channel."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # noqa: PLC0415  (slow, and it warns)
+    from onnxruntime.quantization.calibrate import CalibrationDataReader  # noqa: PLC0415
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.feeds = iter([{"x": X}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.feeds, None)
+
+    onnx.save(residual_net(), tmp_path / "in.onnx")
+    quantize_static(
+        tmp_path / "in.onnx", tmp_path / "out.onnx", Reader(), QuantFormat.QDQ, weight_type=QuantType.QInt8, per_channel=True
+    )
+    restored, found = restore_model(tmp_path / "out.onnx")
+    assert is_plain(restored)
+    assert found.activations > 0
+    exact = run(residual_net())
+    assert np.linalg.norm(run(restored) - exact) <= 0.05 * np.linalg.norm(exact)
+
+
+def test_what_is_not_quantized_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing in the model is quantized"):
+        restore_model(small_cnn())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(quantize_model(small_cnn(), QuantConfig(4))[0], tmp_path / "small.onnx")
+    arguments = ["restore", str(tmp_path / "small.onnx"), str(tmp_path / "float.onnx")]
+    assert main([*arguments, "--json", str(tmp_path / "r.json")]) == 0
+    assert "4 weights and 0 activations are float again" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["constants"] == 4
+    assert is_plain(onnx.load(tmp_path / "float.onnx"))
+    assert main(arguments) == 2  # it exists
+    assert main(["convert", str(tmp_path / "float.onnx"), str(tmp_path / "again.onnx")]) == 0
+
+
+def test_a_second_conversion_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, _ = quantize_model(small_cnn(), QuantConfig(3, form=Form.FOLDED))
+    with pytest.raises(ConvertedError, match=r"converted already, by requant_onnx 0.*bits 3, form folded.*requant restore"):
+        quantize_model(made)
+    save_model(made, tmp_path / "small.onnx")
+    assert main(["convert", str(tmp_path / "small.onnx"), str(tmp_path / "out.onnx")]) == 3
+    assert not (tmp_path / "out.onnx").exists()
+    assert "error: the model was converted already" in capsys.readouterr().err
+    assert "expand this file" in explain(made).notes[0]
+    assert explain(small_cnn()).notes == ()
+
+
+def test_an_entry_of_somebody_else_is_no_conversion() -> None:
+    model = small_cnn()
+    model.metadata_props.add(key="requant_onnx", value="no JSON")
+    quantize_model(model)
