@@ -1,6 +1,7 @@
-"""ResNet-18 and ResNet-50 for 32x32 images with random Laplace weights, as ONNX: subjects for benchmarks, not for accuracy.
+"""ResNet-18, ResNet-50 and a detector with random Laplace weights, as ONNX: subjects for benchmarks, not for accuracy.
 
-The layout is that of arXiv 1512.03385 with a 3x3 stem of stride 1 and no pooling behind it, BatchNormalization folded away.
+The layout of the ResNets is that of arXiv 1512.03385, for 32x32 images with a 3x3 stem of stride 1 and no pooling behind it;
+BatchNormalization is folded away.
 """
 
 from __future__ import annotations
@@ -38,6 +39,36 @@ class _Net:
         self.weights.append(numpy_helper.from_array(np.zeros(oc, np.float32), f"b{len(self.weights)}"))
         return self.node("Conv", x, weight, self.weights[-1].name, pads=[pad] * 4, strides=[stride] * 2)
 
+    def silu(self, x: str, ic: int, oc: int, kernel: int, stride: int = 1) -> str:
+        """Conv and SiLU."""
+        y = self.conv(x, ic, oc, kernel, stride)
+        return self.node("Mul", y, self.node("Sigmoid", y))
+
+    def split_block(self, x: str, ic: int, oc: int, count: int, shortcut: bool = True) -> str:
+        """Half of the channels go through `count` pairs of 3x3 convolutions, and all stages are joined."""
+        half = oc // 2
+        parts = [self.silu(x, ic, half, 1), self.silu(x, ic, half, 1)]
+        for _ in range(count):
+            y = self.silu(self.silu(parts[-1], half, half, 3), half, half, 3)
+            parts.append(self.node("Add", y, parts[-1]) if shortcut else y)
+        return self.silu(self.node("Concat", *parts, axis=1), (2 + count) * half, oc, 1)
+
+    def doubled(self, x: str) -> str:
+        """Twice the size, by nearest neighbors."""
+        self.weights.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), f"s{len(self.weights)}"))
+        return self.node("Resize", x, "", self.weights[-1].name, mode="nearest")
+
+    def model(self, name: str, size: int, outputs: dict[str, int]) -> onnx.ModelProto:
+        """Of images of that size.  outputs: channels of each."""
+        x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, size, size])
+        rank = 4 if self.nodes[-1].op_type == "Concat" else 2
+        results = [
+            helper.make_tensor_value_info(y, onnx.TensorProto.FLOAT, ["n", channels, *[None] * (rank - 2)])
+            for y, channels in outputs.items()
+        ]
+        graph = helper.make_graph(self.nodes, name, [x], results, self.weights)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
     def block(self, x: str, ic: int, width: int, stride: int, bottleneck: bool) -> tuple[str, int]:
         """One residual block; returns its output and the channels of that."""
         if bottleneck:
@@ -53,10 +84,17 @@ class _Net:
         return self.node("Relu", self.node("Add", y, shortcut)), oc
 
 
-def resnet(depth: int, classes: int = 10, seed: int = 0) -> onnx.ModelProto:
-    """depth: 18 (11.2 M weights) or 50 (23.5 M).  Input x (n, 3, 32, 32), output y (n, classes)."""
+def resnet(depth: int, classes: int = 10, seed: int = 0, size: int = 32) -> onnx.ModelProto:
+    """depth: 18 (11.2 M weights) or 50 (23.5 M).  Input x (n, 3, size, size), output y (n, classes).
+
+    size: of 32 with a stem of stride 1; larger ones have that of the paper, 7x7 of stride 2 and a pool.
+    """
     net = _Net(seed)
-    x = net.node("Relu", net.conv("x", 3, 64, 3))
+    if size == 32:
+        x = net.node("Relu", net.conv("x", 3, 64, 3))
+    else:
+        x = net.node("Relu", net.conv("x", 3, 64, 7, 2))
+        x = net.node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     channels = 64
     for width, blocks in zip(WIDTHS, STAGES[depth], strict=True):
         for block in range(blocks):
@@ -64,7 +102,35 @@ def resnet(depth: int, classes: int = 10, seed: int = 0) -> onnx.ModelProto:
             x, channels = net.block(x, channels, width, stride, bottleneck=depth == 50)
     x = net.node("Flatten", net.node("GlobalAveragePool", x))
     net.nodes.append(helper.make_node("Gemm", [x, net.weight(classes, channels)], ["y"], name="y", transB=1))
-    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 32, 32])]
-    outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", classes])]
-    graph = helper.make_graph(net.nodes, f"resnet{depth}", inputs, outputs, net.weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    return net.model(f"resnet{depth}", size, {"y": classes})
+
+
+def detector(size: int = 640, seed: int = 0) -> onnx.ModelProto:
+    """The shapes of YOLOv8s (11.1 M weights): SiLU, split blocks, a pooling pyramid, two ways through three scales.
+
+    Input x (n, 3, size, size); output: of each scale the boxes and classes, (n, 144, size / 8 .. 32, ...).
+    """
+    net = _Net(seed)
+    x = net.silu(net.silu("x", 3, 32, 3, 2), 32, 64, 3, 2)
+    x = net.split_block(x, 64, 64, 1)
+    kept = []
+    for channels, count in ((128, 2), (256, 2), (512, 1)):
+        x = net.split_block(net.silu(x, channels // 2, channels, 3, 2), channels, channels, count)
+        kept.append(x)
+    pooled = [net.silu(kept[2], 512, 256, 1)]
+    for _ in range(3):
+        pooled.append(net.node("MaxPool", pooled[-1], kernel_shape=[5, 5], pads=[2] * 4, strides=[1, 1]))
+    deep = net.silu(net.node("Concat", *pooled, axis=1), 1024, 512, 1)
+    middle = net.split_block(net.node("Concat", net.doubled(deep), kept[1], axis=1), 768, 256, 1, shortcut=False)
+    fine = net.split_block(net.node("Concat", net.doubled(middle), kept[0], axis=1), 384, 128, 1, shortcut=False)
+    middle = net.split_block(net.node("Concat", net.silu(fine, 128, 128, 3, 2), middle, axis=1), 384, 256, 1, shortcut=False)
+    deep = net.split_block(net.node("Concat", net.silu(middle, 256, 256, 3, 2), deep, axis=1), 768, 512, 1, shortcut=False)
+    outputs = {}
+    for k, (scale, channels) in enumerate(((fine, 128), (middle, 256), (deep, 512))):
+        heads = []
+        for width, results in ((64, 64), (128, 80)):
+            y = net.silu(net.silu(scale, channels, width, 3), width, width, 3)
+            heads.append(net.conv(y, width, results, 1, gain=1.0))
+        net.nodes.append(helper.make_node("Concat", heads, [f"y{k}"], axis=1))
+        outputs[f"y{k}"] = 144
+    return net.model("detector", size, outputs)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from requant_onnx.config import Refinement
 from requant_onnx.graph.layers import Layer
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, UInt8Array
+from requant_onnx.numerics.factor import DAMPING, STRIP, Factor, factor
 from requant_onnx.numerics.feedback import RowGrid, feedback, refine
-from requant_onnx.numerics.moments import Moments, error_of
+from requant_onnx.numerics.moments import Moments, Sample, fitted_bias
+from requant_onnx.numerics.parallel import run_all, slices
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
-Triple = tuple[Float64Array, Float64Array, Float64Array]
+Pair = tuple[Float32Array, Float64Array]
 HELD_OUT = 4  # every fourth chunk is for the choice between candidates, not for making them
-SHRINKAGE = 0.02  # of the mean diagonal: how far the target weights may leave the float ones
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,33 @@ class RefinedLayer:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What is known of a layer.  fitted: moments of the inputs to fit on.  held: places of those held out."""
+
+    fitted: Moments
+    held: Sample
+
+    def pair(self, corrected: bool) -> Pair:
+        """The second moments of the inputs, and those with the outputs, about the means where a bias corrects these.
+
+        The moments can be had once only.
+        """
+        return self.fitted.centered() if corrected else self.fitted.uncentered()
+
+    @property
+    def sums(self) -> tuple[Float64Array, Float64Array, int]:
+        """Of the inputs to fit on, and their outputs, and the number of places."""
+        return self.fitted.x, self.fitted.y, self.fitted.count
+
+
+@dataclass(frozen=True)
 class _Candidate:
-    """Codes (rows, n) and row grid of each group of channels.  start: what they began from.  corrected: with the best bias."""
+    """Codes and row grid, (G, rows, n).  start: what they began from.  corrected: with the best bias."""
 
     grid: Grid
     start: QuantizedWeight
-    codes: list[UInt8Array]
-    grids: list[RowGrid]
+    codes: UInt8Array
+    rows: RowGrid
     corrected: bool
 
     @property
@@ -54,46 +76,44 @@ class _Candidate:
         """Whether each row has a scale of its own."""
         return self.start.axis is not None
 
-    def decoded(self) -> list[Float64Array]:
-        return [grid.decode(codes) for grid, codes in zip(self.grids, self.codes, strict=True)]
+    def decoded(self) -> Float64Array:
+        return self.rows.decode(self.codes)
 
 
 def choose(
     layer: Layer,
     w: Float32Array,
     grids: Sequence[Grid],
-    fitted: Sequence[Moments],
-    held: Sequence[Moments],
+    evidence: Evidence,
     refinement: Refinement,
     min_scale: Float64Array | None,
+    moments: Pair | None = None,
 ) -> RefinedLayer:
     """The best of the ladder, up to the rung asked for, for one layer.
 
     grids: the first for nearest levels; feedback takes that of least weight error, weighted by the power of the inputs.
-    fitted, held: moments by group, of the inputs to fit on and of those held out.  min_scale: as for quantize_weight.
+    moments: of the evidence, where they have been taken from it already.  min_scale: as for quantize_weight.
     """
     nearest = _candidate(layer, grids[0], quantize_weight(w, grids[0], min_scale), min_scale)
     ladder = {"nearest": nearest}
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
     if refinement.sees_outputs:
-        triples = [m.centered() if layer.can_correct else m.uncentered() for m in fitted]
-        start = _weighted(layer, w, grids, triples, min_scale)
-        ladder.update(_feedback(layer, w, start, triples, fitted, held, refinement))
-    errors = {name: _error(layer, candidate, fitted, held) for name, candidate in ladder.items()}
+        pair = evidence.pair(layer.can_correct) if moments is None else moments
+        start = _weighted(layer, w, grids, pair[0], min_scale)
+        ladder.update(_feedback(layer, w, start, pair, evidence, refinement))
+    errors = {name: _error(layer, candidate, evidence) for name, candidate in ladder.items()}
     method = min(errors, key=lambda name: errors[name])
-    return _finish(layer, ladder[method], fitted, held, method, errors)
+    return _finish(layer, ladder[method], evidence, method, errors)
 
 
 def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: Float64Array | None) -> _Candidate:
-    return _Candidate(grid, q, layer.product.matrices(q.codes), _grids(layer, q, min_scale), False)
+    return _Candidate(grid, q, layer.product.matrices(q.codes), _rows(layer, q, min_scale), False)
 
 
-def _weighted(
-    layer: Layer, w: Float32Array, grids: Sequence[Grid], triples: Sequence[Triple], min_scale: Float64Array | None
-) -> _Candidate:
+def _weighted(layer: Layer, w: Float32Array, grids: Sequence[Grid], xx: Float32Array, min_scale: Float64Array | None) -> _Candidate:
     """Ranges and grid by what each weight's error does to the output: the diagonal of the second moments weighs it."""
-    importance = layer.importance([np.diag(xx) for xx, _, _ in triples])
+    importance = layer.importance(np.diagonal(xx, axis1=1, axis2=2).astype(np.float64))
     made = [quantize_weight(w, grid, min_scale, importance) for grid in grids]
     errors = [float(((q.dequantize().astype(np.float64) - w) ** 2 * importance).sum()) for q in made]
     best = int(np.argmin(errors))
@@ -101,85 +121,69 @@ def _weighted(
 
 
 def _feedback(
-    layer: Layer,
-    w: Float32Array,
-    nearest: _Candidate,
-    triples: Sequence[Triple],
-    fitted: Sequence[Moments],
-    held: Sequence[Moments],
-    refinement: Refinement,
+    layer: Layer, w: Float32Array, nearest: _Candidate, pair: Pair, evidence: Evidence, refinement: Refinement
 ) -> Iterator[tuple[str, _Candidate]]:
-    matrices = [m.astype(np.float64) for m in layer.product.matrices(w)]
+    matrices = layer.product.matrices(w).astype(np.float64)
     refit = nearest.has_row_scales and not layer.product.scale_is_shared
-    targets = [_target(w_g, triple) for w_g, triple in zip(matrices, triples, strict=True)]
-    made: dict[str, tuple[_Candidate, list[Float64Array]]] = {}
-    for name, wanted in (("feedback", matrices), ("feedback to the float output", targets)):
-        codes = [feedback(t, triple[0], grid) for t, triple, grid in zip(wanted, triples, nearest.grids, strict=True)]
-        made[name] = replace(nearest, codes=codes, corrected=layer.can_correct), wanted
-        yield name, made[name][0]
+    xx, xy = pair
+    triangle = factor(xx)
+    wanted = {"feedback": matrices, "feedback to the float output": _target(matrices, xx, xy, triangle)}
+    made: dict[str, _Candidate] = {}
+    for name, target in wanted.items():
+        made[name] = replace(nearest, codes=feedback(target, triangle, nearest.rows), corrected=layer.can_correct)
+        yield name, made[name]
     if refinement is Refinement.DESCENT:
-        name = min(made, key=lambda name: _error(layer, made[name][0], fitted, held))
-        start, wanted = made[name]
-        refined = [
-            refine(t, _damped(triple[0]), grid, c, refit=refit)
-            for t, triple, grid, c in zip(wanted, triples, start.grids, start.codes, strict=True)
-        ]
-        yield f"{name}, descent", replace(start, codes=[c for c, _ in refined], grids=[g for _, g in refined])
+        name = min(made, key=lambda name: _error(layer, made[name], evidence))
+        codes, rows = refine(wanted[name], _damped(xx), made[name].rows, made[name].codes, refit=refit)
+        yield f"{name}, descent", replace(made[name], codes=codes, rows=rows)
 
 
-def _grids(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> list[RowGrid]:
-    scale = layer.product.by_row(np.asarray(q.scale, np.float64))
-    offset = layer.product.by_row(q.table.max_code - q.zero_point.astype(np.int64))
-    least = layer.product.by_row(np.zeros(1) if min_scale is None else min_scale)
-    half = q.has_half_scale
-    return [RowGrid(s, o, q.table, f, half) for s, o, f in zip(scale, offset, least, strict=True)]
+def _rows(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> RowGrid:
+    return RowGrid(
+        layer.product.by_row(np.asarray(q.scale, np.float64)),
+        layer.product.by_row(q.table.max_code - q.zero_point.astype(np.int64)),
+        q.table,
+        layer.product.by_row(np.zeros(1) if min_scale is None else min_scale),
+        q.has_half_scale,
+    )
 
 
-def _target(w: Float64Array, moments: Triple) -> Float64Array:
+def _target(w: Float64Array, xx: Float32Array, xy: Float64Array, triangle: Factor) -> Float64Array:
     """The weights that bring the quantized input nearest to the float output, held to w where inputs say little.
 
-    W* = W + (C_yx - W C_xx) inv(C_xx + lambda)
+    W* = W + (C_yx - W C_xx) inv(C_xx + damping)
     """
-    xx, xy, _ = moments
-    ridge = SHRINKAGE * max(float(np.mean(np.diag(xx))), 1e-30)
-    return np.asarray(w + np.linalg.solve(xx + ridge * np.eye(len(xx)), (xy - w @ xx).T).T)
+    short, product = w.astype(np.float32), np.empty(w.shape, np.float32)
+
+    def multiply(rows: slice) -> None:
+        product[:, rows] = short[:, rows] @ xx
+
+    run_all([partial(multiply, rows) for rows in slices(w.shape[1], STRIP)])
+    return np.asarray(w + triangle.solve(xy - product))
 
 
-def _damped(xx: Float64Array) -> Float64Array:
-    return np.asarray(xx + np.eye(len(xx)) * max(0.01 * float(np.mean(np.diag(xx))), 1e-30))
+def _damped(xx: Float32Array) -> Float32Array:
+    """With more on the diagonal, in place."""
+    index = np.arange(xx.shape[-1])
+    powers = np.diagonal(xx, axis1=1, axis2=2).mean(1, dtype=np.float64)
+    xx[:, index, index] += np.maximum(DAMPING * powers, 1e-30)[:, None].astype(np.float32)
+    return xx
 
 
-def _error(layer: Layer, candidate: _Candidate, fitted: Sequence[Moments], held: Sequence[Moments]) -> float:
-    """Mean squared error of the output on the inputs held out, with the bias fitted on the others, relative to its power."""
-    error, power = 0.0, 0.0
-    for g, (w_hat, moments) in enumerate(zip(candidate.decoded(), held, strict=True)):
-        bias = fitted[g].bias(w_hat) if candidate.corrected else layer.bias_of(g)
-        mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
-        error += float((error_of(w_hat, moments.uncentered()) + bias * (bias + 2 * (w_hat @ mean_x) - 2 * mean_y)).sum())
-        power += float((moments.yy / moments.count).sum())
-    return error / power if power > 0.0 else 0.0
+def _error(layer: Layer, candidate: _Candidate, evidence: Evidence) -> float:
+    """Squared error of the output on the inputs held out, with the bias fitted on the others, relative to its power."""
+    w_hat = candidate.decoded()
+    bias = fitted_bias(w_hat, [evidence.sums]) if candidate.corrected else layer.biases
+    return evidence.held.error(w_hat, bias)
 
 
-def _finish(
-    layer: Layer,
-    candidate: _Candidate,
-    fitted: Sequence[Moments],
-    held: Sequence[Moments],
-    method: str,
-    errors: dict[str, float],
-) -> RefinedLayer:
+def _finish(layer: Layer, candidate: _Candidate, evidence: Evidence, method: str, errors: dict[str, float]) -> RefinedLayer:
     start = candidate.start
     quantized = replace(start, codes=layer.product.tensor(candidate.codes))
     if candidate.has_row_scales and not layer.product.scale_is_shared:
-        scale = np.concatenate([grid.scale for grid in candidate.grids]).astype(np.float32)
-        quantized = replace(quantized, scale=scale.reshape(start.scale.shape))
+        quantized = replace(quantized, scale=candidate.rows.scale.astype(np.float32).reshape(start.scale.shape))
     bias = None
     if candidate.corrected:
-        both = [_joined(a, b) for a, b in zip(fitted, held, strict=True)]
-        decoded = [m.astype(np.float64) for m in layer.product.matrices(quantized.dequantize())]
-        bias = np.concatenate([m.bias(w_hat) for m, w_hat in zip(both, decoded, strict=True)]).astype(np.float32)
+        decoded = layer.product.matrices(quantized.dequantize()).astype(np.float64)
+        bias = fitted_bias(decoded, [evidence.sums, evidence.held.sums()]).astype(np.float32).ravel()
     return RefinedLayer(candidate.grid, quantized, bias, method, errors)
-
-
-def _joined(a: Moments, b: Moments) -> Moments:
-    return Moments(a.xx + b.xx, a.xy + b.xy, a.yy + b.yy, a.x + b.x, a.y + b.y, a.count + b.count)

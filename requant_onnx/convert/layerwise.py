@@ -10,21 +10,22 @@ import numpy as np
 import onnx
 
 from requant_onnx.config import Refinement
-from requant_onnx.convert.ladder import HELD_OUT, RefinedLayer, choose
+from requant_onnx.convert.ladder import HELD_OUT, Evidence, RefinedLayer, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray
-from requant_onnx.numerics.feedback import conditional_variances
-from requant_onnx.numerics.moments import Moments
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray, Int64Array
+from requant_onnx.numerics.factor import factor
+from requant_onnx.numerics.moments import Moments, Sample
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
-from requant_onnx.runtime.stream import Chunk, Stream, constants_to_initializers
+from requant_onnx.runtime.stream import Chunk, Lanes, Stream, constants_to_initializers
 
+PLACES_AN_INPUT, PLACES, FEW_PLACES = 20, 1 << 15, 1 << 13  # at which inputs are seen: for each of n, at least; with several groups
 NO_LAYER = "is read by several nodes, or by none whose product is known"
 
 
@@ -74,21 +75,20 @@ def quantize_layers(
     plans = {item.weight.name: item for item in planned}
     layers = find_layers(ModelGraph.of(work), plans.keys())
     chunks = calibration_chunks(model, calibration)
-    exact, rounded = Stream(work, chunks), Stream(work, chunks)
+    lanes = Lanes(work, chunks, 2, [layer.index for layer in layers], calibration.memory)
+    exact, rounded = lanes.runs
     replaced: dict[str, onnx.TensorProto] = {}
     results = []
     why = dict.fromkeys(plans.keys() - {layer.weight for layer in layers}, NO_LAYER)
     for done, layer in enumerate(layers, 1):
-        exact.advance(layer.index, {})
-        rounded.advance(layer.index, replaced)
+        lanes.advance(layer.index, ({}, replaced))
         plan = plans[layer.weight]
-        moments = _moments(layer, exact, rounded)
-        if isinstance(moments, str):
-            why[layer.weight] = moments
+        evidence = _evidence(layer, exact, rounded, done)
+        if isinstance(evidence, str):
+            why[layer.weight] = evidence
             continue
-        fitted, held = moments
         w = plan.weight.load()
-        choice = choose(layer, w, (plan.grid, *plan.others), fitted, held, refinement, min_scales.get(layer.weight))
+        choice = choose(layer, w, (plan.grid, *plan.others), evidence, refinement, min_scales.get(layer.weight))
         final = replace(plan, grid=choice.grid, others=())
         result = replace(measure(final, w, choice.quantized), method=choice.method, output_errors=choice.errors)
         replaced[layer.weight] = tensor_proto(_emitted(plan, choice), layer.weight)
@@ -108,10 +108,10 @@ def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
     return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
-def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments], list[Moments]] | str:
-    """Of the inputs to fit on, and of those held out (of all of them in both, where there are too few chunks).
+def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int) -> Evidence | str:
+    """What is known of a layer; of all chunks in both parts, where there are too few of them.
 
-    A sentence without its subject where there is nothing to fit.
+    number: of the layer, which seeds the choice of places.  A sentence without its subject where there is nothing to fit.
     """
     if any(layer.x not in chunk for chunk in exact.values):
         return "multiplies a constant"
@@ -120,18 +120,32 @@ def _moments(layer: Layer, exact: Stream, rounded: Stream) -> tuple[list[Moments
         return "gets no input at all"
     if any(float_shape != shape for float_shape, shape in shapes):
         return "gets as many inputs as the data has it, which differs between the float and the quantized model"
-    outputs = targets(layer, exact, rounded)
-    sums = []
-    for held in (False, True):
-        every = range(len(outputs))
-        chunks = [k for k in every if (k % HELD_OUT == HELD_OUT - 1) is held] or list(every)
-        total: list[Moments] = []
-        for k in chunks:
-            x, y = (np.asarray(v, np.float32) for v in (rounded.values[k][layer.x], outputs[k]))
-            _add(layer, x, y, total)
-        sums.append(total)
-    usable = all(moments.count and moments.is_finite for moments in (*sums[0], *sums[1]))
-    return (sums[0], sums[1]) if usable and all(sums) else "gets values that are not finite"
+    held = [k for k in range(len(shapes)) if k % HELD_OUT == HELD_OUT - 1]
+    fitted = [k for k in range(len(shapes)) if k not in held]
+    product = layer.product
+    columns = math.prod(product.shape) // product.channels
+    few = product.group > 1
+    places = max(PLACES_AN_INPUT * columns, FEW_PLACES if few else PLACES) // max(1, len(fitted))
+    moments, sample = Moments.empty(product.group, columns, product.rows), Sample()
+    added = 0.0 if layer.can_correct else layer.biases.astype(np.float32)[:, None]
+    for k, y in enumerate(targets(layer, exact, rounded)):
+        x = np.asarray(rounded.values[k][layer.x], np.float32)
+        chosen = _chosen(product.count(y), places, number, k)
+        inputs, results = product.inputs(x, chosen), product.results(y, chosen)
+        if k in fitted:
+            moments.add(inputs, results - added)
+        if k in held or not held:
+            sample.add(inputs, results)
+    usable = moments.count and moments.is_finite and sample.is_finite
+    return Evidence(moments, sample) if usable else "gets values that are not finite"
+
+
+def _chosen(total: int, count: int, *seed: int) -> Int64Array:
+    """So many places at most, in order: one from each of as many equal parts."""
+    if total <= count:
+        return np.arange(total)
+    edges = np.linspace(0, total, count + 1)
+    return np.asarray(edges[:-1] + np.random.default_rng(seed).random(count) * np.diff(edges), np.int64)
 
 
 @dataclass(frozen=True)
@@ -164,44 +178,33 @@ def probe_layers(
     constants_to_initializers(work)
     plans = {item.weight.name: item for item in planned}
     stream = Stream(work, chunks)
-    for layer in find_layers(ModelGraph.of(work), plans.keys()):
+    for number, layer in enumerate(find_layers(ModelGraph.of(work), plans.keys()), 1):
         stream.advance(layer.index, {})
-        moments = _moments(layer, stream, stream)
-        if isinstance(moments, str):
+        evidence = _evidence(layer, stream, stream, number)
+        if isinstance(evidence, str):
             continue
-        fitted, held = moments
         item, min_scale = plans[layer.weight], min_scales.get(layer.weight)
         w = item.weight.load()
-        triples = [m.centered() if layer.can_correct and refinement is not Refinement.NONE else m.uncentered() for m in fitted]
-        importance = layer.importance(
-            [conditional_variances(xx) if refinement.sees_outputs else np.diag(xx) for xx, _, _ in triples]
-        )
+        moments = evidence.pair(layer.can_correct and refinement is not Refinement.NONE)
+        variances = factor(moments[0]).variances() if refinement.sees_outputs else np.diagonal(moments[0], axis1=1, axis2=2)
+        importance = layer.importance(variances.astype(np.float64))
         if refinement is Refinement.NONE:
             nearest = (quantize_weight(w, grid, min_scale, importance) for grid in grids[layer.weight])
             yield Probe(layer, tuple((q, None) for q in nearest), importance)
             continue
-        choices = (choose(layer, w, (grid,), fitted, held, refinement, min_scale) for grid in grids[layer.weight])
+        choices = [
+            choose(layer, w, (grid,), evidence, refinement, min_scale, (moments[0].copy(), moments[1]))
+            for grid in grids[layer.weight]
+        ]
         yield Probe(layer, tuple((choice.quantized, choice.bias) for choice in choices), importance)
 
 
-def targets(layer: Layer, exact: Stream, rounded: Stream) -> list[Float32Array]:
+def targets(layer: Layer, exact: Stream, rounded: Stream) -> Iterator[Float32Array]:
     """What the layer should give for each chunk: its float output, and, where that is added to a shortcut which has been
     quantized already, what makes up for the error of the shortcut."""
-    outputs = [np.asarray(y, np.float32) for y in exact.output(layer.index)]
     name = layer.added_to
-    for k, (y, exact_values, rounded_values) in enumerate(zip(outputs, exact.values, rounded.values, strict=True)):
+    for output, exact_values, rounded_values in zip(exact.output(layer.index), exact.values, rounded.values, strict=True):
+        y = np.asarray(output, np.float32)
         if name in exact_values and name in rounded_values and exact_values[name].shape == y.shape:
-            outputs[k] = y + np.asarray(exact_values[name], np.float32) - np.asarray(rounded_values[name], np.float32)
-    return outputs
-
-
-def _add(layer: Layer, x: Float32Array, y: Float32Array, total: list[Moments]) -> None:
-    product = layer.product
-    bias = np.zeros(product.channels, np.float32) if layer.can_correct else layer.bias_values.astype(np.float32)
-    biases = bias.reshape(product.group, -1)
-    for images, groups in product.places(x):
-        results = product.results(y[images])
-        if not total:
-            total.extend(Moments.empty(g.shape[1], product.rows) for g in groups)
-        for moments, inputs, wanted, group_bias in zip(total, groups, results, biases, strict=True):
-            moments.add(inputs, wanted - group_bias)
+            y = y + np.asarray(exact_values[name], np.float32) - np.asarray(rounded_values[name], np.float32)
+        yield y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,10 @@ class Layer:
         largest = float(np.finfo(np.float16).max) if dtype == np.float16 else float(np.finfo(np.float32).max)
         return np.clip(bias, -largest, largest).astype(dtype)
 
-    def bias_of(self, g: int) -> Float64Array:
-        """(rows,) the bias of one group; 0 where there is none."""
-        return np.asarray(self.bias_values.reshape(self.product.group, -1)[g].astype(np.float64))
+    @property
+    def biases(self) -> Float64Array:
+        """(G, rows): the bias; 0 where there is none."""
+        return np.asarray(self.bias_values.reshape(self.product.group, -1).astype(np.float64))
 
     def corrected_bias(self, difference: Float32Array, means: Float64Array) -> Float32Array | None:
         """(oc,) the bias that makes up for what an error of the weights adds to the mean of the output.
@@ -62,20 +63,18 @@ class Layer:
         inputs = self.product.mean_inputs(means)
         if inputs is None:
             return None
-        parts = self.product.matrices(difference)
-        added = [part.astype(np.float64) @ x for part, x in zip(parts, inputs, strict=True)]
+        added = (self.product.matrices(difference).astype(np.float64) @ inputs[..., None]).ravel()
         with np.errstate(over="ignore"):
-            bias = (self.bias_values.astype(np.float32) - np.concatenate(added)).astype(np.float32)
+            bias = (self.bias_values.astype(np.float32) - added).astype(np.float32)
         return bias if np.isfinite(bias).all() else None
 
-    def importance(self, powers: Sequence[Float64Array]) -> Float32Array:
+    def importance(self, powers: Float64Array) -> Float32Array:
         """What the squared error of each weight counts in that of the output: the power of its input, 1 on average.
 
-        powers: (n,) for each group.
+        powers: (G, n).
         """
-        mean = max(float(np.mean(powers)), 1e-30)
-        bounded = [np.maximum(power / mean, 1e-6) for power in powers]
-        return self.product.tensor([np.tile(power.astype(np.float32), (self.product.rows, 1)) for power in bounded])
+        bounded = np.maximum(powers / max(float(np.mean(powers)), 1e-30), 1e-6).astype(np.float32)
+        return self.product.tensor(np.repeat(bounded[:, None], self.product.rows, axis=1))
 
 
 def find_layers(model: ModelGraph, weights: Collection[str]) -> list[Layer]:
@@ -121,11 +120,16 @@ def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
 
 
 def _added_to(node: gs.Node) -> str:
-    readers = node.outputs[0].outputs
-    if len(readers) != 1 or readers[0].op != "Add" or not is_standard(readers[0]):
-        return ""
-    others = [item.name for item in readers[0].inputs if item.name != node.outputs[0].name]
-    return others[0] if len(others) == 1 else ""
+    """Behind the sum with constants, too, that other tools make of a bias."""
+    result = node.outputs[0]
+    while len(result.outputs) == 1 and result.outputs[0].op == "Add" and is_standard(result.outputs[0]):
+        others = [item for item in result.outputs[0].inputs if item is not result]
+        if len(others) != 1:
+            return ""
+        if find_root(others[0]) is None:
+            return str(others[0].name)
+        result = result.outputs[0].outputs[0]
+    return ""
 
 
 def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, GenericArray] | None:

@@ -1,4 +1,4 @@
-"""Weights as matrices (rows, n), one for each group of channels, and what a layer multiplies them with.
+"""Weights as matrices (G, rows, n), one for each of G groups of channels, and what a layer multiplies them with.
 
 Conv           (oc, ic/group, kh, kw)  -> group x (oc/group, ic/group * kh * kw)
 ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel turned round
@@ -8,14 +8,14 @@ Gemm, MatMul   (oc, ic) or (ic, oc)    -> (oc, ic)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from requant_onnx.numerics.arrays import Float32Array, Float64Array
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
 from requant_onnx.numerics.moments import Window, patches
 
 T = TypeVar("T", bound=np.generic)
@@ -54,33 +54,37 @@ class Product(ABC):
         return False
 
     @abstractmethod
-    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
-        """The weight, or anything of its shape, as (rows, n) for each group."""
+    def matrices(self, w: npt.NDArray[T]) -> npt.NDArray[T]:
+        """The weight, or anything of its shape, as (G, rows, n)."""
 
     @abstractmethod
-    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+    def tensor(self, matrices: npt.NDArray[T]) -> npt.NDArray[T]:
         """The inverse of `matrices`."""
 
     @abstractmethod
-    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
-        """(images, [(places, n) for each group]): what the rows are multiplied with.  x: the input, (images, ...)."""
+    def inputs(self, x: Float32Array, places: Int64Array) -> Float32Array:
+        """(G, places, n): what the rows are multiplied with at these places.  x: the input, (images, ...)."""
 
     @abstractmethod
-    def results(self, y: Float32Array) -> list[Float32Array]:
-        """The output as (places, rows) for each group."""
+    def results(self, y: Float32Array, places: Int64Array) -> Float32Array:
+        """(G, places, rows): the output at these places."""
 
     @abstractmethod
-    def mean_inputs(self, means: Float64Array) -> list[Float64Array] | None:
-        """(n,) for each group: the mean of what a row is multiplied with.  means: (ic,) of the input.
+    def count(self, y: Float32Array) -> int:
+        """The number of places in an output."""
+
+    @abstractmethod
+    def mean_inputs(self, means: Float64Array) -> Float64Array | None:
+        """(G, n): the mean of what a row is multiplied with.  means: (ic,) of the input.
 
         None where the means do not fit, or it depends on the place.
         """
 
-    def by_row(self, parameter: npt.NDArray[T]) -> list[npt.NDArray[T]]:
-        """A scale or zero point, () or (channels of the weight,), for each row of each group."""
+    def by_row(self, parameter: npt.NDArray[T]) -> npt.NDArray[T]:
+        """A scale or zero point, () or (channels of the weight,), for each row of each group, (G, rows)."""
         if parameter.size == 1 or self.scale_is_shared:
-            return [np.broadcast_to(parameter, (self.rows,)).copy() for _ in range(self.group)]
-        return list(parameter.reshape(self.group, self.rows).copy())
+            return np.array(np.broadcast_to(parameter, (self.group, self.rows)))
+        return np.array(parameter.reshape(self.group, self.rows))
 
 
 @dataclass(frozen=True)
@@ -97,31 +101,38 @@ class DenseProduct(Product):
     def rows(self) -> int:
         return self.shape[-2 if self.rows_first else -1]
 
-    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+    def matrices(self, w: npt.NDArray[T]) -> npt.NDArray[T]:
         matrix = w.reshape(w.shape[-2:])
-        return [np.ascontiguousarray(matrix if self.rows_first else matrix.T)]
+        return np.ascontiguousarray(matrix if self.rows_first else matrix.T)[None]
 
-    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+    def tensor(self, matrices: npt.NDArray[T]) -> npt.NDArray[T]:
         matrix = matrices[0] if self.rows_first else matrices[0].T
         return np.ascontiguousarray(matrix).reshape(self.shape)
 
-    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
-        yield slice(0, len(x)), [np.ascontiguousarray(x.reshape(-1, x.shape[-1]))]
+    def inputs(self, x: Float32Array, places: Int64Array) -> Float32Array:
+        return x.reshape(-1, x.shape[-1])[places][None]
 
-    def results(self, y: Float32Array) -> list[Float32Array]:
-        return [y.reshape(-1, y.shape[-1])]
+    def results(self, y: Float32Array, places: Int64Array) -> Float32Array:
+        return y.reshape(-1, y.shape[-1])[places][None]
 
-    def mean_inputs(self, means: Float64Array) -> list[Float64Array] | None:
-        return [means] if means.size == self.shape[-1 if self.rows_first else -2] else None
+    def count(self, y: Float32Array) -> int:
+        return int(y.size // y.shape[-1])
+
+    def mean_inputs(self, means: Float64Array) -> Float64Array | None:
+        return means[None] if means.size == self.shape[-1 if self.rows_first else -2] else None
 
 
 @dataclass(frozen=True)
 class _ChannelsSecond(Product):
     """Input and output are (images, channels, *spatial)."""
 
-    def results(self, y: Float32Array) -> list[Float32Array]:
-        flat = np.moveaxis(y, 1, -1).reshape(-1, self.group, y.shape[1] // self.group)
-        return [np.ascontiguousarray(flat[:, g]) for g in range(self.group)]
+    def results(self, y: Float32Array, places: Int64Array) -> Float32Array:
+        last = np.moveaxis(y, 1, -1)
+        taken = last[np.unravel_index(places, last.shape[:-1])].reshape(len(places), self.group, -1)
+        return np.ascontiguousarray(taken.swapaxes(0, 1))
+
+    def count(self, y: Float32Array) -> int:
+        return int(y.size // y.shape[1])
 
     def _spatial(self, name: str, default: int) -> tuple[int, ...]:
         """An attribute with one value a spatial axis."""
@@ -141,21 +152,21 @@ class ConvProduct(_ChannelsSecond):
     def rows(self) -> int:
         return self.shape[0] // self.group
 
-    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
-        return list(w.reshape(self.group, w.shape[0] // self.group, -1))
+    def matrices(self, w: npt.NDArray[T]) -> npt.NDArray[T]:
+        return w.reshape(self.group, w.shape[0] // self.group, -1)
 
-    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
-        return np.ascontiguousarray(np.stack(matrices).reshape(self.shape))
+    def tensor(self, matrices: npt.NDArray[T]) -> npt.NDArray[T]:
+        return np.ascontiguousarray(matrices.reshape(self.shape))
 
-    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
+    def inputs(self, x: Float32Array, places: Int64Array) -> Float32Array:
         strides, dilations = self._spatial("strides", 1), self._spatial("dilations", 1)
         pads = self._window_pads(x.shape[2:], strides, dilations)
-        yield from patches(x, Window(self.shape[2:], strides, pads, dilations, self.group))
+        return patches(x, Window(self.shape[2:], strides, pads, dilations, self.group), places)
 
-    def mean_inputs(self, means: Float64Array) -> list[Float64Array] | None:
+    def mean_inputs(self, means: Float64Array) -> Float64Array | None:
         kernel = int(np.prod(self.shape[2:]))
         fits = means.size == self.group * self.shape[1]
-        return list(np.repeat(means, kernel).reshape(self.group, -1)) if fits else None
+        return np.repeat(means, kernel).reshape(self.group, -1) if fits else None
 
     def _window_pads(self, size: Shape, strides: Shape, dilations: Shape) -> tuple[tuple[int, int], ...]:
         """By auto_pad and pads."""
@@ -182,17 +193,17 @@ class ConvTransposeProduct(_ChannelsSecond):
     def scale_is_shared(self) -> bool:
         return self.group > 1
 
-    def matrices(self, w: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+    def matrices(self, w: npt.NDArray[T]) -> npt.NDArray[T]:
         parts = w.reshape(self.group, -1, *w.shape[1:]).swapaxes(1, 2)
         turned = np.flip(parts, tuple(range(3, parts.ndim)))
-        return list(np.ascontiguousarray(turned).reshape(self.group, w.shape[1], -1))
+        return np.ascontiguousarray(turned).reshape(self.group, w.shape[1], -1)
 
-    def tensor(self, matrices: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
-        parts = np.stack(matrices).reshape(self.group, self.shape[1], -1, *self.shape[2:])
+    def tensor(self, matrices: npt.NDArray[T]) -> npt.NDArray[T]:
+        parts = matrices.reshape(self.group, self.shape[1], -1, *self.shape[2:])
         turned = np.flip(parts, tuple(range(3, parts.ndim))).swapaxes(1, 2)
         return np.ascontiguousarray(turned).reshape(self.shape)
 
-    def places(self, x: Float32Array) -> Iterator[tuple[slice, list[Float32Array]]]:
+    def inputs(self, x: Float32Array, places: Int64Array) -> Float32Array:
         """As a Conv of stride 1: zeros between the inputs, and around them what the kernel reaches."""
         kernel, strides, dilations = self.shape[2:], self._spatial("strides", 1), self._spatial("dilations", 1)
         size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
@@ -203,7 +214,7 @@ class ConvTransposeProduct(_ChannelsSecond):
         around = [(r - a, r - b + e) for r, (a, b), e in zip(reach, self._pads(), extra, strict=True)]
         trimmed = spread[_cut(slice(max(0, -a), n - max(0, -b)) for (a, b), n in zip(around, size, strict=True))]
         pads = tuple((max(a, 0), max(b, 0)) for a, b in around)
-        yield from patches(trimmed, Window(kernel, (1,) * len(kernel), pads, dilations, self.group))
+        return patches(trimmed, Window(kernel, (1,) * len(kernel), pads, dilations, self.group), places)
 
     def mean_inputs(self, means: Float64Array) -> None:
         """None: at a stride above 1 a place reads only some of the kernel, which ones depends on the place."""

@@ -14,6 +14,7 @@ from requant_onnx.inputs.feeds import Feed
 from requant_onnx.inputs.images import ImageSet, Normalization
 
 DEFAULT_COUNT = 256
+DEFAULT_MEMORY = 1 << 28
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
 GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
 NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
@@ -34,6 +35,8 @@ class Calibration:
 
     normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: that of ImageNet).
     seed: seed for drawing images and for noise.  size: (height, width) of noise, needed where the model leaves them free.
+    memory: bytes that activations may take while weights are refined; where those of all inputs take more, a layer sees fewer
+    of them (four batches at least), and layers behind it, with smaller activations, see more.
     """
 
     images: ImageSet | None = None
@@ -42,6 +45,7 @@ class Calibration:
     seed: int = 0
     size: tuple[int, int] | None = None
     feeds: tuple[Feed, ...] = ()
+    memory: int = DEFAULT_MEMORY
 
     @classmethod
     def from_feeds(cls, source: Iterable[Feed] | CalibrationDataReader, count: int = DEFAULT_COUNT) -> Calibration:
@@ -74,6 +78,8 @@ class Calibration:
             raise ConfigError(f"calibration needs 1 image or more, not {self.count!r}")
         if not _is_whole(self.seed) or self.seed < 0:
             raise ConfigError(f"the seed must be a whole number from 0 on, not {self.seed!r}")
+        if not _is_whole(self.memory) or self.memory < 1:
+            raise ConfigError(f"the memory for activations must be a number of bytes, not {self.memory!r}")
         if self.size is not None and (len(self.size) != 2 or not all(_is_whole(n) and n > 0 for n in self.size)):
             raise ConfigError(f"the size of noise must be (height, width), both 1 or more, not {self.size!r}")
         if self.feeds and (self.images is not None or self.normalization is not None or self.size is not None):

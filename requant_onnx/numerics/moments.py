@@ -1,21 +1,26 @@
-"""Second moments of a layer's inputs and of its target outputs, summed batch by batch; its output error depends on nothing else.
+"""Second moments of a layer's inputs and of its target outputs, summed batch by batch; what rounding has to know.
 
 A Conv is a matrix product for each place of its kernel: y[r] = sum_c w[r, c] x[c] + b[r] with c over (ic/group, kh, kw).
 With the means removed (the bias absorbs them), the squared error of a row w_hat against the target y is
 
     E (w_hat x - y)**2  =  w_hat C_xx w_hat'  -  2 w_hat C_xy  +  C_yy,      best bias  b = E y - w_hat E x
+
+All arrays begin with the groups of channels, (G, ...).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from requant_onnx.numerics.arrays import Float32Array, Float64Array
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
+from requant_onnx.numerics.factor import STRIP
+from requant_onnx.numerics.parallel import run_all, slices
 
-PATCH_BYTES = 1 << 26  # bytes of the patches that are cut out at a time
+PLACE_BYTES = 1 << 26  # bytes of the patches that are cut out at a time
 
 
 @dataclass(frozen=True)
@@ -31,80 +36,136 @@ class Window:
 
 @dataclass
 class Moments:
-    """Sums over all places added so far, for one group of channels.
+    """Sums over all places added so far.
 
-    xx: sum of x x', (n, n).  xy: sum of y x', (rows, n).  yy: sum of y**2, (rows,).  x, y: sums of x, (n,), and of y, (rows,).
-    count: number of places.
+    xx: sum of x x', (G, n, n), of which the upper triangle counts until `centered` or `uncentered`.  xy: sum of y x', (G, rows, n).
+    x, y: sums of x, (G, n), and of y, (G, rows).  count: number of places.
     """
 
-    xx: Float64Array
+    xx: Float32Array
     xy: Float64Array
-    yy: Float64Array
     x: Float64Array
     y: Float64Array
     count: int = field(default=0)
 
     @classmethod
-    def empty(cls, columns: int, rows: int) -> Moments:
+    def empty(cls, groups: int, columns: int, rows: int) -> Moments:
         """The moments of no place."""
-        return cls(np.zeros((columns, columns)), np.zeros((rows, columns)), np.zeros(rows), np.zeros(columns), np.zeros(rows))
+        return cls(
+            np.zeros((groups, columns, columns), np.float32),
+            np.zeros((groups, rows, columns)),
+            np.zeros((groups, columns)),
+            np.zeros((groups, rows)),
+        )
 
     def add(self, x: Float32Array, y: Float32Array) -> None:
-        """Add places.  x: inputs, (places, n).  y: target outputs, (places, rows)."""
+        """Add places.  x: inputs, (G, places, n).  y: target outputs, (G, places, rows)."""
         with np.errstate(over="ignore", invalid="ignore"):
-            self.xx += x.T @ x
-            self.xy += y.T @ x
-        self.yy += np.einsum("pr,pr->r", y, y, dtype=np.float64)
-        self.x += x.sum(0, dtype=np.float64)
-        self.y += y.sum(0, dtype=np.float64)
-        self.count += len(x)
+            turned = x.swapaxes(1, 2)
+            run_all([partial(self._add_strip, turned, x, columns) for columns in slices(x.shape[2], STRIP)])
+            self.xy += y.swapaxes(1, 2) @ x
+        self.x += x.sum(1, dtype=np.float64)
+        self.y += y.sum(1, dtype=np.float64)
+        self.count += x.shape[1]
+
+    def _add_strip(self, turned: Float32Array, x: Float32Array, columns: slice) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.xx[:, : columns.stop, columns] += turned[:, : columns.stop] @ x[..., columns]
 
     @property
     def is_finite(self) -> bool:
         """Whether no input and no output was NaN, infinite, or too large to be summed in float32."""
-        return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all() and np.isfinite(self.yy).all())
+        return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all())
 
-    def centered(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """The central moments C_xx (n, n), C_xy (rows, n) and C_yy (rows,)."""
+    def centered(self) -> tuple[Float32Array, Float64Array]:
+        """The central moments C_xx (G, n, n) and C_xy (G, rows, n).  The sums of x x' are used up."""
         x, y = self.x / self.count, self.y / self.count
-        xx = self.xx / self.count - np.outer(x, x)
-        # covers the rounding errors that constant inputs leave
-        xx += np.eye(len(x)) * (1e-6 * float(np.mean(np.diag(self.xx))) / self.count)
-        return (xx + xx.T) / 2, self.xy / self.count - np.outer(y, x), np.maximum(self.yy / self.count - y * y, 0.0)
+        powers = np.diagonal(self.xx, axis1=1, axis2=2).mean(1, dtype=np.float64) / self.count
+        xx = self._whole()
+        for columns in slices(xx.shape[-1], STRIP):
+            xx[..., columns] -= (x[:, :, None] * x[:, None, columns]).astype(np.float32)
+        index = np.arange(xx.shape[-1])
+        xx[:, index, index] += (1e-6 * powers)[:, None].astype(np.float32)  # covers the rounding errors that constant inputs leave
+        return xx, self.xy / self.count - y[..., None] * x[:, None]
 
-    def uncentered(self) -> tuple[Float64Array, Float64Array, Float64Array]:
+    def uncentered(self) -> tuple[Float32Array, Float64Array]:
         """The same moments about zero, for a layer without a bias."""
-        return self.xx / self.count, self.xy / self.count, self.yy / self.count
+        return self._whole(), self.xy / self.count
 
-    def bias(self, w_hat: Float64Array) -> Float64Array:
-        """The bias of least error, (rows,).  w_hat: decoded weights, (rows, n)."""
-        return np.asarray((self.y - w_hat @ self.x) / self.count)
+    def _whole(self) -> Float32Array:
+        """E x x', both triangles, in the place of the sums."""
+        xx, self.xx = self.xx, np.zeros((0, 0, 0), np.float32)
+        xx *= np.float32(1 / self.count)
+        for columns in slices(xx.shape[-1], STRIP):
+            corner = np.triu(xx[:, columns, columns])
+            xx[:, columns, columns] = corner + np.triu(corner, 1).swapaxes(1, 2)
+            xx[:, columns.stop :, columns] = xx[:, columns, columns.stop :].swapaxes(1, 2)
+        return xx
 
 
-def error_of(w_hat: Float64Array, moments: tuple[Float64Array, Float64Array, Float64Array]) -> Float64Array:
-    """The mean squared output error, (rows,).  w_hat: decoded weights, (rows, n)."""
-    xx, xy, yy = moments
-    return np.asarray(np.einsum("rn,rn->r", w_hat @ xx - 2 * xy, w_hat) + yy)
+@dataclass
+class Sample:
+    """Places with their target outputs, on which candidates are compared.  x: [(G, places, n)].  y: [(G, places, rows)]."""
+
+    x: list[Float32Array] = field(default_factory=list)
+    y: list[Float32Array] = field(default_factory=list)
+
+    def add(self, x: Float32Array, y: Float32Array) -> None:
+        """Add places."""
+        self.x.append(x)
+        self.y.append(y)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all inputs and outputs are."""
+        return all(np.isfinite(part).all() for part in (*self.x, *self.y))
+
+    def sums(self) -> tuple[Float64Array, Float64Array, int]:
+        """Of x, (G, n), and of y, (G, rows), and the number of places."""
+        x = sum((part.sum(1, dtype=np.float64) for part in self.x), np.zeros(()))
+        y = sum((part.sum(1, dtype=np.float64) for part in self.y), np.zeros(()))
+        return np.asarray(x), np.asarray(y), sum(part.shape[1] for part in self.x)
+
+    def error(self, w_hat: Float64Array, bias: Float64Array) -> float:
+        """The squared error over the power of the outputs.  w_hat: decoded weights, (G, rows, n).  bias: (G, rows)."""
+        turned, offsets = w_hat.astype(np.float32).swapaxes(1, 2), bias.astype(np.float32)[:, None]
+        errors = np.zeros(len(self.x))
+        run_all([partial(self._error, k, turned, offsets, errors) for k in range(len(self.x))])
+        power = sum(float(np.square(part, dtype=np.float64).sum()) for part in self.y)
+        return float(errors.sum()) / power if power > 0.0 else 0.0
+
+    def _error(self, k: int, turned: Float32Array, offsets: Float32Array, errors: Float64Array) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference = self.x[k] @ turned + offsets - self.y[k]
+            errors[k] = np.square(difference, dtype=np.float64).sum()
 
 
-def patches(x: Float32Array, window: Window) -> Iterator[tuple[slice, list[Float32Array]]]:
-    """Cut an input (n, ic, ...) into patches, PATCH_BYTES at a time: (images, [(places, ic/group * kernel) for each group]).
+def fitted_bias(w_hat: Float64Array, sums: Sequence[tuple[Float64Array, Float64Array, int]]) -> Float64Array:
+    """The bias of least error, (G, rows).
 
-    Places are in the order (image, *spatial), as in an output (n, oc, ...) with its channels moved last.
+    w_hat: decoded weights, (G, rows, n).  sums: of x, (G, n), of y, (G, rows), and numbers of places.
+    """
+    x, y = (np.asarray(sum(part[k] for part in sums)) for k in (0, 1))
+    return np.asarray((y - (w_hat @ x[..., None])[..., 0]) / sum(part[2] for part in sums))
+
+
+def patches(x: Float32Array, window: Window, places: Int64Array) -> Float32Array:
+    """Cut patches out of an input (images, ic, ...): (G, places, ic/group * kernel).
+
+    places: in the order (image, *spatial), as in an output (images, oc, ...) with its channels moved last.
     """
     rank = len(window.kernel)
     spatial = tuple(range(2, 2 + rank))
     reach = [d * (k - 1) + 1 for d, k in zip(window.dilations, window.kernel, strict=True)]
     padded = np.pad(x, [(0, 0), (0, 0), *window.pads])
     view = np.lib.stride_tricks.sliding_window_view(padded, reach, spatial)
-    steps: Sequence[slice] = [slice(None), slice(None), *(slice(None, None, s) for s in window.strides)]
-    steps = [*steps, *(slice(None, None, d) for d in window.dilations)]
+    steps = [slice(None), slice(None), *(slice(None, None, s) for s in (*window.strides, *window.dilations))]
     view = view[tuple(steps)]
-    each = int(np.prod(view.shape[1:])) * 4
-    size = max(1, PATCH_BYTES // max(1, each))
-    for start in range(0, len(x), size):
-        images = slice(start, min(start + size, len(x)))
-        part = np.moveaxis(view[images], 1, 1 + rank)  # (n, *places, ic, *kernel)
-        places = int(np.prod(part.shape[: 1 + rank]))
-        cut = [part] if window.group == 1 else np.split(part, window.group, 1 + rank)
-        yield images, [np.ascontiguousarray(group).reshape(places, -1) for group in cut]
+    view = np.moveaxis(view, 1, 1 + rank)  # (images, *spatial, ic, *kernel)
+    index = np.unravel_index(places, view.shape[: 1 + rank])
+    each = int(np.prod(view.shape[1 + rank :]))
+    cut = np.empty((window.group, len(places), each // window.group), np.float32)
+    for part in slices(len(places), max(1, PLACE_BYTES // (4 * each))):
+        taken = view[tuple(axis[part] for axis in index)].reshape(-1, window.group, cut.shape[-1])
+        cut[:, part] = taken.swapaxes(0, 1)
+    return cut

@@ -5,9 +5,10 @@ Only tensors that a later node reads are kept; inputs are run in chunks, so that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 from onnx import numpy_helper
@@ -19,6 +20,9 @@ from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 
 Chunk = dict[str, GenericArray]
+FEWEST = 4  # chunks that are run in any case
+GROWTH = 1.5  # by which the number of chunks grows at least, for all that is before a layer is run again for the new ones
+AHEAD = 12  # stops whose tensors have to fit into memory too
 
 
 class Stream:
@@ -49,11 +53,12 @@ class Stream:
                 del chunk[name]
         self._done = end
 
-    def output(self, index: int) -> list[GenericArray]:
-        """What node `index`, the next one, gives for each chunk; it is not advanced over."""
+    def output(self, index: int) -> Iterator[GenericArray]:
+        """What node `index`, the next one, gives for each chunk in turn; it is not advanced over."""
         node = self._model.graph.node[index]
         session, feeds = self._session([node], [node.output[0]], {})
-        return [run_session(session, "the model", None, {name: chunk[name] for name in feeds})[0] for chunk in self.values]
+        for chunk in self.values:
+            yield run_session(session, "the model", None, {name: chunk[name] for name in feeds})[0]
 
     def _is_constant(self, node: onnx.NodeProto) -> bool:
         return any(name in self._constant for name in node.output)
@@ -88,6 +93,43 @@ class Stream:
                 needed[index] = self._model.graph.node[index]
                 waiting.extend(_reads(needed[index]))
         return [needed[index] for index in sorted(needed)]
+
+
+class Lanes:
+    """Runs of one model side by side, each with weights of its own, on as many chunks as memory allows.
+
+    runs: one Stream for each.
+    """
+
+    def __init__(self, model: onnx.ModelProto, chunks: Sequence[Chunk], runs: int, stops: Sequence[int], memory: int) -> None:
+        """stops: nodes where the runs will wait.  memory: bytes that their tensors may take; FEWEST chunks are run in any case."""
+        self._model, self._chunks = model, chunks
+        trial, sizes = Stream(model, chunks[:1]), []
+        for stop in stops:
+            trial.advance(stop, {})
+            sizes.append(runs * _bytes(trial.values[0]))
+        ahead = [max(sizes[k : k + AHEAD]) for k in range(len(sizes))]
+        self._room = {
+            stop: int(min(len(chunks), max(FEWEST, memory // max(1, size)))) for stop, size in zip(stops, ahead, strict=True)
+        }
+        self.runs = [Stream(model, chunks[: self._room.get(stops[0], len(chunks)) if stops else None]) for _ in range(runs)]
+
+    def advance(self, end: int, replaced: Sequence[Mapping[str, onnx.TensorProto]]) -> None:
+        """Run the nodes before `end` on fewer chunks than before, or on more.  replaced: as for Stream, for each run."""
+        active = len(self.runs[0].values)
+        room = self._room.get(end, active)
+        for run, weights in zip(self.runs, replaced, strict=True):
+            del run.values[room:]
+            run.advance(end, weights)
+        if room >= GROWTH * active or active < room == len(self._chunks):
+            for run, weights in zip(self.runs, replaced, strict=True):
+                more = Stream(self._model, self._chunks[active:room])
+                more.advance(end, weights)
+                run.values += more.values
+
+
+def _bytes(chunk: Chunk) -> int:
+    return sum(values.nbytes for values in chunk.values() if isinstance(values, np.ndarray))
 
 
 def _constant_nodes(graph: onnx.GraphProto, stored: Collection[str]) -> dict[str, int]:

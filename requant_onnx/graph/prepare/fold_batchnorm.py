@@ -97,7 +97,7 @@ def _folded(
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         factor = gamma / np.sqrt(var + epsilon)
-        rows = [part * f[:, None] for part, f in zip(product.matrices(weight), factor.reshape(product.group, -1), strict=True)]
+        rows = product.matrices(weight) * factor.reshape(product.group, -1, 1)
         folded = (product.tensor(rows).astype(dtype), (factor * (bias - mean) + beta).astype(dtype))
     return folded if all(np.isfinite(values.astype(np.float32)).all() for values in folded) else None
 
