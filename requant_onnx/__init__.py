@@ -8,6 +8,7 @@ from requant_onnx.config import (
     Form,
     Granularity,
     Int8Levels,
+    Int8Speed,
     QuantConfig,
     RangeMode,
     Refinement,
@@ -17,7 +18,8 @@ from requant_onnx.config import (
 )
 from requant_onnx.convert.pipeline import inspect_model, quantize_model
 from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
-from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, RequantError
+from requant_onnx.convert.restore import RestoreReport, restore_model
+from requant_onnx.errors import ConfigError, ConvertedError, DataError, ModelError, OutputError, RequantError
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import Calibration
@@ -33,6 +35,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "ConfigError",
+    "ConvertedError",
     "DataError",
     "EdgeLayers",
     "Explanation",
@@ -42,6 +45,7 @@ __all__ = [
     "ImageSet",
     "InspectReport",
     "Int8Levels",
+    "Int8Speed",
     "ModelError",
     "Normalization",
     "OutputError",
@@ -50,6 +54,7 @@ __all__ = [
     "RangeMode",
     "Refinement",
     "RequantError",
+    "RestoreReport",
     "Runtime",
     "Space",
     "Transform",
@@ -61,6 +66,7 @@ __all__ = [
     "load_images",
     "load_session",
     "quantize_model",
+    "restore_model",
     "save_model",
     "use_custom_ops",
     "validate",

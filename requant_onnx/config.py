@@ -86,10 +86,18 @@ class ActivationRange(Choice):
 
 class Int8Levels(Choice):
     """How far the int8 weights of the int8 form reach: 127, or 64, with which sums of two products of codes fit 16 bits, as the
-    kernels for CPUs without VNNI need (they saturate)."""
+    kernels for x86 CPUs without VNNI need (they saturate); or what is exact on the CPU that converts."""
 
     SAFE = "64"
     FULL = "127"
+    AUTO = "auto"
+
+
+class Int8Speed(Choice):
+    """Which layers of the int8 form run on integers: those that a table of costs says are faster so, or all that can."""
+
+    AUTO = "auto"
+    ALL = "all"
 
 
 class BiasType(Choice):
@@ -251,7 +259,7 @@ class QuantConfig:
     refinement: what calibration inputs are used for, beside the ranges of activations.
     biases: how biases and other vectors are stored.
     keep_inputs: whether weights that a caller may replace (initializers that are inputs of the graph too) stay, in float.
-    activation_range, int8_levels: of the int8 form.
+    activation_range, int8_levels, int8_speed: of the int8 form.
     """
 
     bits: int | Budget = 8
@@ -269,6 +277,7 @@ class QuantConfig:
     keep_inputs: bool = False
     activation_range: ActivationRange = ActivationRange.MIN_MAX
     int8_levels: Int8Levels = Int8Levels.SAFE
+    int8_speed: Int8Speed = Int8Speed.AUTO
 
     def __post_init__(self) -> None:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
@@ -321,7 +330,7 @@ class QuantConfig:
         return {**plain, "bits": "auto", **self.bits.to_dict()} if isinstance(self.bits, Budget) else plain
 
 
-OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8}
+OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int8_speed": Form.INT8}
 """Settings that only one form has."""
 
 ENUMS: dict[str, type[Choice]] = {
@@ -336,6 +345,7 @@ ENUMS: dict[str, type[Choice]] = {
     "biases": BiasType,
     "activation_range": ActivationRange,
     "int8_levels": Int8Levels,
+    "int8_speed": Int8Speed,
 }
 """Settings that are one of a few: name -> choices."""
 

@@ -235,7 +235,7 @@ def test_python_m_and_usage_errors_leave_with_2() -> None:
 def test_int8_with_images_noise_and_external_data(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, output, report = model.with_name("x.npz"), model.with_name("out.onnx"), model.with_name("r.json")
     np.savez(images, x=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8))
-    int8 = ["convert", str(model), str(output), "--form", "int8", "--bits", "4", "--force"]
+    int8 = ["convert", str(model), str(output), "--form", "int8", "--int8-speed", "all", "--bits", "4", "--force"]
     assert main([*int8, "--calibrate", str(images), "--mean", "0.5", "--std", "0.25", "--json", str(report)]) == 0
     assert "activations on 8-bit integers: 6" in capsys.readouterr().out
     made = json.loads(report.read_text())
@@ -304,7 +304,7 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
         (["--form", "int8", "--calibrate", "nowhere.npz"], "nowhere.npz"),
         (["--form", "int8", "--calibrate", "noise:big"], "write it as noise:224x224"),
         (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),
-        (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127"),
+        (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127, auto"),
         (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of minmax, mse, percentile"),
         (["--mean", "0.5"], "--mean is for --calibrate; give --calibrate, or drop --mean"),
     ]

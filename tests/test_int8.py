@@ -23,10 +23,12 @@ from requant_onnx import (
     Granularity,
     ImageSet,
     Int8Levels,
+    Int8Speed,
     ModelError,
     Normalization,
     QuantConfig,
     Refinement,
+    Runtime,
     Transform,
     ValidationReport,
     explain,
@@ -37,8 +39,9 @@ from requant_onnx import (
 from requant_onnx.graph.constants import ModelGraph, from_constants
 from requant_onnx.graph.edit import delete_where
 from requant_onnx.graph.integer.plan import plan_integers
+from requant_onnx.runtime import cpu
 
-INT8 = QuantConfig(bits=4, form=Form.INT8)
+INT8 = QuantConfig(bits=4, form=Form.INT8, int8_speed=Int8Speed.ALL)
 NOISE = Calibration(count=8)
 CIFAR = OWN_NORMALIZATION
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -111,10 +114,10 @@ def with_plain_levels(model: onnx.ModelProto) -> onnx.ModelProto:
     "config",
     [
         INT8,
-        QuantConfig(bits=4, form=Form.INT8, transform=Transform(0.5)),
-        QuantConfig(bits=5, form=Form.INT8, transform=Transform(0.7), granularity=Granularity.PER_TENSOR),
-        QuantConfig(bits=8, form=Form.INT8, int8_levels=Int8Levels.FULL),
-        QuantConfig(bits=2, form=Form.INT8, edge_layers=EdgeLayers.FLOAT),
+        QuantConfig(bits=4, form=Form.INT8, int8_speed=Int8Speed.ALL, transform=Transform(0.5)),
+        QuantConfig(bits=5, form=Form.INT8, int8_speed=Int8Speed.ALL, transform=Transform(0.7), granularity=Granularity.PER_TENSOR),
+        QuantConfig(bits=8, form=Form.INT8, int8_speed=Int8Speed.ALL, int8_levels=Int8Levels.FULL),
+        QuantConfig(bits=2, form=Form.INT8, int8_speed=Int8Speed.ALL, edge_layers=EdgeLayers.FLOAT),
     ],
 )
 @pytest.mark.parametrize("build", [small_cnn, residual_net])
@@ -139,7 +142,7 @@ def test_whole_blocks_stay_on_integers() -> None:
 
 def test_kernels_agree_with_the_definition() -> None:
     """Integer kernels against the same graph run operator by operator in float: a step or two of the last activation."""
-    model, report = quantize_model(residual_net(), QuantConfig(form=Form.INT8), calibration=NOISE)
+    model, report = quantize_model(residual_net(), QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
     x = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
     fast, slow = run(model, x), run(model, x, "ORT_DISABLE_ALL")
     assert abs(fast - slow).max() <= 0.02 * abs(slow).max()
@@ -154,7 +157,7 @@ def test_a_bias_far_above_the_weights_is_kept() -> None:
     w[0] *= 1e-9
     w[1] = 0.0
     text = "net (float[n, 3, 8, 8] x) => (float[n, 4, 6, 6] y) { y = Conv(x, w, b) }"
-    model, _ = quantize_model(parse(text, w=w, b=b), QuantConfig(form=Form.INT8), calibration=NOISE)
+    model, _ = quantize_model(parse(text, w=w, b=b), QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
     y = run(model, np.zeros((1, 3, 8, 8), np.float32))
     np.testing.assert_allclose(y[0, :2, 0, 0], b[:2], rtol=0.01)
 
@@ -163,7 +166,7 @@ def test_what_has_no_integer_kernel_stays_float() -> None:
     text = """net (float[n, 4, 8, 8] x) => (float[n, 8, a, b] y) {
         c = ConvTranspose(x, w1)  r = Relu(c)  d = Conv(r, w2)  e = Softplus(d)  f = Conv(e, w3, k)  y = Exp(f) }"""
     weights = {"w1": laplace(4, 16, 3, 3), "w2": laplace(16, 16, 3, 3), "w3": laplace(8, 16, 3, 3), "k": laplace(8)}
-    model, report = quantize_model(parse(text, **weights), QuantConfig(form=Form.INT8), calibration=NOISE)
+    model, report = quantize_model(parse(text, **weights), QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
     assert {weight.name: weight.form for weight in report.converted} == {"w1": "folded", "w2": "int8", "w3": "int8"}
     assert [weight.why_not_int8 for weight in report.converted] == [
         "is read by ConvTranspose, which ONNX Runtime has no integer kernel for", "", "",
@@ -179,7 +182,7 @@ def test_plan_of_a_tensor_with_other_readers() -> None:
     plan = plan_integers(ModelGraph.of(model), {"w"})
     assert set(plan.source) == {"x", "c", "r", "y"}
     assert plan.floats == {"x", "r"}
-    converted, _ = quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
+    converted, _ = quantize_model(model, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
     assert [item.name for item in converted.graph.output] == ["c", "y"]
 
 
@@ -247,10 +250,12 @@ def test_structures(name: str, refinement: Refinement) -> None:
     x = generator.normal(size=shape).astype(np.float32)
     if len(shape) == 2:  # calibration takes images
         with pytest.raises(ModelError, match="take images of 4 dimensions"):
-            quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
+            quantize_model(model, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
         return
     calibration = Calibration(ImageSet(x, None))
-    made, _ = quantize_model(model, QuantConfig(form=Form.INT8, refinement=refinement), calibration=calibration)
+    made, _ = quantize_model(
+        model, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL, refinement=refinement), calibration=calibration
+    )
     onnx.checker.check_model(made, full_check=True)
     y, y_hat = run(model, x, "ORT_DISABLE_ALL"), run(made, x)
     assert ((y - y_hat) ** 2).sum() <= 3e-3 * (y**2).sum()  # 25 dB
@@ -269,7 +274,7 @@ def test_accuracy_is_within_0_3_points_of_float_activations(name: str, cifar10: 
     """Same 4-bit weights in both; calibrated on 256 images of the train split."""
     path, norm = trained_model(name), (CIFAR if name.startswith("google") else IMAGENET)
     train = Calibration(load_images(f"cifar10:{cifar10}", split="train").first(256), norm)
-    config = QuantConfig(bits=4, edge_layers=EdgeLayers.PLAIN, form=Form.INT8, refinement=Refinement.NONE)
+    config = QuantConfig(bits=4, edge_layers=EdgeLayers.PLAIN, form=Form.INT8, int8_speed=Int8Speed.ALL, refinement=Refinement.NONE)
     integer, _ = quantize_model(path, config, calibration=train)
     floating, _ = quantize_model(path, replace(config, form=Form.FOLDED))
     report = validate(floating, integer, load_images(f"cifar10:{cifar10}"), norm)
@@ -280,6 +285,69 @@ def test_accuracy_is_within_0_3_points_of_float_activations(name: str, cifar10: 
 @pytest.mark.slow
 @pytest.mark.xdist_group("own_report")
 def test_own_model_keeps_its_accuracy_without_any_data(cifar10: Path, own_report: ValidationReport) -> None:
-    integer, _ = quantize_model(OWN_MODEL, QuantConfig(form=Form.INT8), calibration=Calibration())
+    integer, _ = quantize_model(OWN_MODEL, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=Calibration())
     assert own_report.top1 is not None
     assert top1(integer, load_images(f"cifar10:{cifar10}"), OWN_NORMALIZATION) >= own_report.top1[0] - 0.005
+
+
+def hard_swish_net(channels: int) -> onnx.ModelProto:
+    """1x1 convolutions with HardSwish between them, which has no integer kernel."""
+    text = f"""net (float[n, 3, 32, 32] x) => (float[n, {channels}, 32, 32] y) {{ a = Conv(x, w0) b = HardSwish(a) c = Conv(b, w1)
+        d = HardSwish(c) e = Conv(d, w2) f = HardSwish(e) y = Conv(f, w3) }}"""
+    shapes = {"w0": (channels, 3, 1, 1), **{f"w{k}": (channels, channels, 1, 1) for k in (1, 2, 3)}}
+    return parse(text, **{name: laplace(*shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(("channels", "on_integers"), [(32, False), (384, True)])
+def test_layers_that_integers_make_slower_stay_float(channels: int, on_integers: bool) -> None:
+    """What quantizing, decoding and a HardSwish on its own cost is paid back by many products only."""
+    config = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
+    _, report = quantize_model(hard_swish_net(channels), config, calibration=NOISE)
+    assert any(weight.form == "int8" for weight in report.converted) == on_integers
+    reasons = {weight.why_not_int8 for weight in report.converted if weight.form != "int8"}
+    assert on_integers or reasons == {"would be slower on integers; --int8-speed all puts it there"}
+
+
+def test_a_chain_of_layers_stays_on_integers_and_a_depthwise_one_on_the_web_does_not() -> None:
+    text = """net (float[n, 64, 32, 32] x) => (float[n, 64, 32, 32] y) { a = Conv(x, w0) b = Relu(a) c = Conv(b, w1) d = Relu(c)
+        e = Conv(d, w2) f = Relu(e) y = Conv(f, w3) }"""
+    dense = parse(text, **{f"w{k}": laplace(64, 64, 1, 1, seed=k) for k in range(4)})
+    text = text.replace("Conv(", "Conv<group = 64, pads = [1, 1, 1, 1]>(")
+    depthwise = parse(text, **{f"w{k}": laplace(64, 1, 3, 3, seed=k) for k in range(4)})
+    x = np.random.default_rng(0).normal(size=(2, 64, 32, 32)).astype(np.float32)
+    forms = {}
+    for name, model in (("dense", dense), ("depthwise", depthwise)):
+        for runtime in (Runtime.ORT, Runtime.WEB):
+            config = QuantConfig(form=Form.INT8, runtime=runtime, refinement=Refinement.NONE)
+            _, report = quantize_model(model, config, calibration=Calibration(ImageSet(x, None)))
+            forms[name, runtime] = {weight.form for weight in report.converted}
+    assert forms["dense", Runtime.ORT] == {"int8"}
+    assert forms["depthwise", Runtime.WEB] == {"folded"}
+
+
+def test_levels_auto_are_those_of_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QuantConfig(form=Form.INT8, refinement=Refinement.NONE, int8_levels=Int8Levels.AUTO)
+    for exact, levels in ((True, "127"), (False, "64")):
+        monkeypatch.setattr("requant_onnx.convert.pipeline.adds_exactly", lambda exact=exact: exact)
+        _, report = quantize_model(small_cnn(), config, calibration=NOISE)
+        assert report.config["int8_levels"] == levels
+    _, report = quantize_model(small_cnn(), QuantConfig(form=Form.INT8, refinement=Refinement.NONE), calibration=NOISE)
+    monkeypatch.setattr("requant_onnx.convert.pipeline.adds_exactly", lambda: True)
+    _, other = quantize_model(small_cnn(), QuantConfig(form=Form.INT8, refinement=Refinement.NONE), calibration=NOISE)
+    assert any("--int8-levels 127" in note for note in other.notes)
+    assert not any("--int8-levels 127" in note for note in report.notes)
+
+
+def test_the_cpu_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for machine, text, exact in (
+        ("x86_64", "flags: avx2 avx512_vnni", True),
+        ("AMD64", "flags: avx2", False),
+        ("aarch64", "", True),
+    ):
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+        assert cpu.adds_exactly() == exact
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
+    assert not cpu.adds_exactly()

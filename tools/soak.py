@@ -22,7 +22,7 @@ import onnx
 from oracle import ROUNDING, check, feeds_for, run
 from random_models import random_model
 
-from requant_onnx import Calibration, Form, Granularity, QuantConfig, QuantReport, Transform, quantize_model
+from requant_onnx import Calibration, Form, Granularity, Int8Speed, QuantConfig, QuantReport, Transform, quantize_model
 
 HALF_ROUNDING = 4e-3  # of the largest output: a few units in the last place of float16
 INT8_SQNR_DB = 12.0
@@ -39,6 +39,7 @@ def random_config(seed: int) -> QuantConfig:
         granularity=(Granularity.PER_CHANNEL, Granularity.PER_TENSOR)[random.integers(2)],
         transform=transforms[random.integers(4)],
         form=form,
+        int8_speed=(Int8Speed.ALL, Int8Speed.AUTO)[random.integers(2)],
     )
 
 

@@ -19,6 +19,7 @@ from requant_onnx.inputs.calibration import DEFAULT_COUNT
 
 DEFAULT = QuantConfig()
 INT8_LEVELS = "for --form int8, the largest int8 weight; 64 is exact on every CPU, 127 finer on CPUs with VNNI: "
+INT8_SPEED = "for --form int8, the layers on integers: those that are faster so, by a table of costs, or all that can be: "
 Command = Callable[[argparse.Namespace], None]
 EPILOGS = {
     None: """examples:
@@ -40,6 +41,8 @@ EPILOGS = {
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant validate net.onnx net8.onnx --data images:imagenet/val --resize 256 --crop 224
 pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
+    "restore": """example:
+  requant restore net4.onnx float.onnx""",
     "inspect": """example:
   requant inspect net.onnx --json net.json""",
     "report": """examples:
@@ -103,7 +106,13 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 
 def parser_of(
-    convert: Command, validate: Command, report: Command, compare: Command, inspect: Command, explain: Command
+    convert: Command,
+    validate: Command,
+    report: Command,
+    compare: Command,
+    inspect: Command,
+    explain: Command,
+    restore: Command,
 ) -> argparse.ArgumentParser:
     """Make the parser; `args.run` is the function of the chosen command, `args.parser` the parser of that command."""
     parser = _command(Parser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining.")
@@ -118,6 +127,7 @@ def parser_of(
     )
     _add_model(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
     _add_model(explain, _command(commands.add_parser, "explain", help="say what ONNX Runtime does with each weight of a model"))
+    _add_restore(restore, _command(commands.add_parser, "restore", help="write the plain float model of a quantized one"))
     return parser
 
 
@@ -166,6 +176,13 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_common(run, parser)
 
 
+def _add_restore(run: Command, parser: argparse.ArgumentParser) -> None:
+    _add_file(parser, "input", "SMALL.onnx")
+    _add_file(parser, "output", "FLOAT.onnx")
+    parser.add_argument("--force", action="store_true", help="replace FLOAT.onnx if it exists")
+    _add_common(run, parser)
+
+
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
@@ -178,10 +195,16 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate-limit", metavar="N", help=f"number of calibration inputs, drawn at random (default: {DEFAULT_COUNT})"
     )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory for activations while weights are refined (default: 256MiB); where they take more, layers see fewer inputs",
+    )
     parser.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
     _add_images(parser, "of the calibration images")
     _add_choice(parser, "activation_range", "R", "for --form int8: ")
     _add_choice(parser, "int8_levels", "L", INT8_LEVELS)
+    _add_choice(parser, "int8_speed", "S", INT8_SPEED)
 
 
 def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:

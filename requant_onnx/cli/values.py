@@ -11,7 +11,7 @@ from typing import Any
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, RUNTIMES, Budget, QuantConfig, Transform
 from requant_onnx.errors import ConfigError
 from requant_onnx.files.load import input_shapes
-from requant_onnx.inputs.calibration import DEFAULT_COUNT, NATURAL, Calibration
+from requant_onnx.inputs.calibration import DEFAULT_COUNT, DEFAULT_MEMORY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
 from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images
@@ -65,7 +65,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     """The calibration that --calibrate asks for.  Raises ConfigError, DataError."""
     spec = args.calibrate
     if spec in (None, "none"):
-        _refuse(args, ("calibrate_limit", "seed", "mean", "std", *SIZES), "is for --calibrate; give --calibrate, or")
+        _refuse(args, ("calibrate_limit", "memory", "seed", "mean", "std", *SIZES), "is for --calibrate; give --calibrate, or")
         return None
     spec = whole_spec(spec)
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
@@ -79,7 +79,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
         _refuse(args, ("seed",), f"is for images, and '{spec}' holds inputs by name;")
         return Calibration.from_feeds(feeds, count)
     images = images_of(args, spec, "train")
-    return Calibration(images, normalization_of(args, spec, images), count, seed)
+    return Calibration(images, normalization_of(args, spec, images), count, seed, memory=_memory(args))
 
 
 def feeds_of(args: argparse.Namespace, spec: str) -> list[dict[str, GenericArray]] | None:
@@ -101,7 +101,11 @@ def is_noise(spec: str) -> bool:
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
     _refuse(args, SIZES, "is for images:DIR, not for noise;")
-    return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]))
+    return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]), memory=_memory(args))
+
+
+def _memory(args: argparse.Namespace) -> int:
+    return DEFAULT_MEMORY if getattr(args, "memory", None) is None else Budget.parse_size(args.memory)
 
 
 def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:

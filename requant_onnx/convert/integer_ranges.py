@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from requant_onnx.config import RUNTIMES, Granularity, QuantConfig
+from requant_onnx.config import RUNTIMES, Granularity, Int8Speed, QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.integer.nodes import Bias, biases_of, min_scales_of
 from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
+from requant_onnx.graph.integer.worth import COSTS, FAST, SLOWER, VNNI, slower_on_integers, watched_tensors
 from requant_onnx.graph.weights import View
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
 from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
-from requant_onnx.runtime.feeds import watch_activations
+from requant_onnx.runtime.feeds import activation_sizes, watch_activations
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def watch_integers(
 ) -> Integers:
     """Plan the integer part and find its ranges.  excluded: weights that stay float.  Raises as `watch_activations`."""
     eligible = {w.name for w in view.weights if w.emit == onnx.TensorProto.FLOAT and not kept_in_float(w, config)}
-    plan = plan_integers(model, eligible.difference(excluded))
+    plan = _fast(model, eligible.difference(excluded), config, calibration)
     if not plan.weighted:
         return Integers(plan)
     report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
@@ -71,3 +72,17 @@ def watch_integers(
     per_channel = config.granularity is Granularity.PER_CHANNEL
     biases = biases_of(model, plan) if RUNTIMES[config.runtime].int32_biases else []
     return Integers(plan, grids, tuple(biases), min_scales_of(biases, grids, per_channel=per_channel))
+
+
+def _fast(model: ModelGraph, weights: set[str], config: QuantConfig, calibration: Calibration) -> IntegerPlan:
+    """The plan; with `int8_speed` auto without the layers that integers make slower."""
+    if config.int8_speed is Int8Speed.ALL:
+        return plan_integers(model, weights)
+    plan, slower, sizes = plan_integers(model, weights, FAST), set[str](), dict[str, int]()
+    if plan.weighted:
+        sizes = activation_sizes(model.proto, sorted(watched_tensors(plan)), calibration)
+    while more := slower_on_integers(model, plan, sizes, COSTS.get(config.runtime, VNNI)):
+        slower |= more
+        plan = plan_integers(model, weights - slower, FAST)
+    plan.why_not.update(dict.fromkeys(slower, SLOWER))
+    return plan

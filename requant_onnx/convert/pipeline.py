@@ -9,20 +9,23 @@ from dataclasses import replace
 import onnx
 from threadpoolctl import threadpool_limits
 
-from requant_onnx.config import RUNTIMES, Budget, Form, QuantConfig, Refinement, Space
+from requant_onnx.config import RUNTIMES, Budget, Form, Int8Levels, QuantConfig, Refinement, Space
 from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.convert.steps import convert
-from requant_onnx.errors import ConfigError, LoadError, ModelError
+from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError
 from requant_onnx.files.external import is_external
 from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of
 from requant_onnx.files.walk import all_graphs, stored_tensors
 from requant_onnx.graph.decode.forms import FORMS
+from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.float_constants import float_constants, unconverted
 from requant_onnx.graph.weights import find_weights
 from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.numerics.parallel import thread_limit
 from requant_onnx.progress import Progress
+from requant_onnx.runtime.cpu import adds_exactly
 from requant_onnx.runtime.explain import WeightFate, broken_promises
 from requant_onnx.runtime.fold_constants import exposed
 from requant_onnx.runtime.sessions import load_runnable, runs
@@ -62,14 +65,18 @@ def convert_model(
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """As quantize_model, but external data may still lie in the files of the input, where save_model finds them."""
     _check(config, calibration, threads)
+    if config.int8_levels is Int8Levels.AUTO:
+        config = replace(config, int8_levels=Int8Levels.FULL if adds_exactly() else Int8Levels.SAFE)
     loaded = load_runnable(model)
+    _check_new(loaded.proto)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
         made, report = _convert(loaded.proto, config, calibration, excluded, progress, threads)
         checked = RUNTIMES[config.runtime].checked
         notes, broken = _broken_promises(loaded, made, report.converted) if checked else ((), {})
         if not broken:
-            notes = (*_odd(loaded), *_notes(loaded.proto, config, calibration, report), *notes, *excluded.values())
+            notes = (*_odd(loaded), *_notes(loaded.proto, config, calibration, report), *_levels_note(config), *notes)
+            notes += tuple(excluded.values())
             if loaded.complaint and not is_large(made) and not runs(_whole(made)):
                 raise ModelError(
                     f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
@@ -96,7 +103,7 @@ def _convert(
 
     BLAS gets one thread: the last bits of its sums, and by them the codes, depend on how many there are.
     """
-    with threadpool_limits(limits=1, user_api="blas"):
+    with threadpool_limits(limits=1, user_api="blas"), thread_limit(threads):
         prepared = prepare(source, config, calibration, excluded, progress)
         if isinstance(config.bits, Budget):
             return write_within(prepared, config.bits, calibration, progress, threads)
@@ -167,6 +174,28 @@ def _notes(model: onnx.ModelProto, config: QuantConfig, calibration: Calibration
     return (
         "the noise was normalized as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",
     )
+
+
+def _check_new(model: onnx.ModelProto) -> None:
+    """Raises ConvertedError for a model that is a result of ours."""
+    settings = settings_of(model)
+    if settings and "version" in settings:  # else somebody else's entry
+        made = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "version")
+        raise ConvertedError(
+            f"the model was converted already, by requant_onnx {settings.get('version', '?')} ({made or 'default settings'}); "
+            "convert the model that it was made from, or make a float model of it with requant restore"
+        )
+
+
+def _levels_note(config: QuantConfig) -> tuple[str, ...]:
+    """Whether finer int8 weights would do."""
+    if not FORMS[config.form].on_integers or not RUNTIMES[config.runtime].checked:
+        return ()
+    if config.int8_levels is Int8Levels.SAFE and adds_exactly():
+        return ("this CPU adds int8 products exactly, so --int8-levels 127 (or auto), which is finer, is safe on CPUs like it",)
+    if config.int8_levels is Int8Levels.FULL and not adds_exactly():
+        return ("this CPU saturates sums of int8 products: open sessions with load_session, or choose --int8-levels 64",)
+    return ()
 
 
 def _broken_promises(

@@ -74,7 +74,9 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 
 def opset_for(config: QuantConfig) -> int:
     """The opset that the decodes of such a conversion need."""
-    cases = [(bits, kind) for edge in (False, True) for bits in _widths(config, edge) for kind in _kinds(config, bits, edge)]
+    both = (False, True)
+    widths = {edge: _widths(config, edge, config.form) for edge in both}
+    cases = [(bits, kind) for edge in both for bits in widths[edge] for kind in _kinds(config, bits, edge)]
     native4 = RUNTIMES[config.runtime].native4
     return max(required_opset(config.form, bits, kind, native4) for bits, kind in cases)
 
@@ -98,7 +100,7 @@ def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) 
             half_scales=row.half and (FORMS[form].half_scales or weight.lookup_axis is not None),
             symmetric=config.is_symmetric,
         )
-        for bits in ([EDGE_BITS] if weight.is_table or not _has_pairs(weight, config) else _widths(config, is_edge))
+        for bits in ([EDGE_BITS] if weight.is_table or not _has_pairs(weight, config) else _widths(config, is_edge, form))
         for granularity in _granularities(weight, config)
         for kind in _kinds(config, bits, is_edge)
     ]
@@ -123,7 +125,7 @@ def _has_pairs(weight: Weight, config: QuantConfig) -> bool:
     return RUNTIMES[config.runtime].checked or weight.shape[-1] % 2 == 0
 
 
-def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
+def _widths(config: QuantConfig, is_edge: bool, form: Form) -> list[int]:
     """Bits, the one to measure by first where they are to be chosen."""
     if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT:
         asked = [EDGE_BITS]
@@ -131,7 +133,7 @@ def _widths(config: QuantConfig, is_edge: bool) -> list[int]:
         asked = [REFERENCE_BITS, *(bits for bits in RUNTIMES[config.runtime].bits if bits != REFERENCE_BITS)]
     else:
         asked = [config.bits]
-    safe = FORMS[config.form].on_integers and _limit(config) == int(Int8Levels.SAFE.value)
+    safe = FORMS[form].on_integers and _limit(config) == int(Int8Levels.SAFE.value)
     return list(dict.fromkeys(min(bits, SAFE_BITS) for bits in asked)) if safe else asked
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from requant_onnx.runtime.sessions import open_session, quiet_options, run_sessi
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
-CHUNK = 32  # images
+CHUNK, CHUNK_VALUES = 32, 1 << 20  # images of a chunk, and values of all of them
 Watch = Callable[[int, int], None]
 
 
@@ -56,6 +56,23 @@ def watch_activations(
         if progress is not None:
             progress(done, source.total)
     return histograms
+
+
+def activation_sizes(model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration) -> dict[str, int]:
+    """The number of elements of each named tensor, for one calibration input.  Raises as `watch_activations`."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    inputs = {item.name for item in model.graph.input}
+    computed = [name for name in tensors if name not in inputs]
+    if computed:
+        del watched.graph.output[:]
+        watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
+    one = replace(calibration, count=1, feeds=calibration.feeds[:1])
+    source = _feeds_source(watched, one) if one.feeds else _image_source(watched, one)
+    done, feed = next(iter(source.feeds(BATCH_BYTES)))
+    values = run_session(source.session, "the model", None, feed) if computed else ()
+    found = {**{name: feed[name] for name in inputs.intersection(tensors)}, **dict(zip(computed, values, strict=True))}
+    return {name: int(np.size(value)) // done for name, value in found.items()}
 
 
 def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, AnyArray]]:
@@ -167,7 +184,7 @@ def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     normalization = classifier.normalization(_normalization(calibration, images))
 
     def feeds(limit: int | None) -> Iterator[tuple[int, Feed]]:
-        chunk = min(CHUNK, max(1, len(images) // 4))
+        chunk = min(CHUNK, max(1, len(images) // 4), max(1, CHUNK_VALUES // math.prod(images.x.shape[1:])))
         size = classifier.batch or (chunk if limit is None else _batch_size(classifier, images, normalization, limit))
         for start, x in batches(images, normalization, size, fixed=classifier.batch is not None):
             yield min(start + size, len(images)), {classifier.input: classifier.fit(x)}

@@ -65,14 +65,14 @@ class IntegerPlan:
         return readers
 
 
-def plan_integers(model: ModelGraph, weights: Collection[str]) -> IntegerPlan:
-    """weights: the stored tensors that are converted."""
+def plan_integers(model: ModelGraph, weights: Collection[str], generic: Collection[str] = GENERIC) -> IntegerPlan:
+    """weights: the stored tensors that are converted.  generic: the operators without a weight that may run on integers."""
     graph = model.graph
     plan = IntegerPlan()
     outputs = {id(tensor) for tensor in graph.outputs}
     weighted = _weighted_nodes(graph, weights, plan.why_not)
     results = _Results(outputs, {id(node) for node in graph.nodes})
-    able = _able(graph, weighted, results)
+    able = _able(graph, weighted, results, generic)
     wanted = _wanted(graph, weighted, able, results)
     for node in graph.nodes:
         if id(node) in weighted:
@@ -180,18 +180,18 @@ def _is_vector(bias: gs.Tensor, node: gs.Node) -> bool:
     return root.shape == (weight.shape[_channel_axis(node, len(weight.shape))],)
 
 
-def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results) -> set[int]:
+def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results, generic: Collection[str]) -> set[int]:
     """ids of nodes whose result can be integers, and of those results."""
     able: set[int] = set()
     for node in graph.nodes:
-        if id(node) in weighted or (is_standard(node) and _follows(node, able)):
+        if id(node) in weighted or (is_standard(node) and _follows(node, able, generic)):
             able.update((id(node), id(results.of(node))))
     return able
 
 
-def _follows(node: gs.Node, able: set[int]) -> bool:
+def _follows(node: gs.Node, able: set[int], generic: Collection[str]) -> bool:
     """Whether a node without weight can work on what its inputs are."""
-    if node.op in GENERIC:
+    if node.op in generic:
         if set(node.attrs.get("dilations", (1,))) != {1}:  # QLinearAveragePool has none
             return False
         return all(id(tensor) in able for tensor in node.inputs)
