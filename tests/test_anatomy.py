@@ -11,7 +11,7 @@ import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from requant_onnx import Calibration, Form, Granularity, ImageSet, QuantConfig, Transform, html_report, quantize_model
+from requant_onnx import Calibration, Form, Granularity, ImageSet, Int8Speed, QuantConfig, Transform, html_report, quantize_model
 from requant_onnx.evaluate.weight_comparison import dissect, output_sqnr
 from requant_onnx.files.load import load_model
 from requant_onnx.runtime.stream import Chunk
@@ -22,7 +22,7 @@ INPUTS = Calibration(ImageSet(np.random.default_rng(0).integers(0, 256, (8, 3, 8
 @pytest.mark.slow
 @pytest.mark.parametrize("form", list(Form))
 def test_grids_errors_and_scales_are_those_of_the_report(form: Form) -> None:
-    config = QuantConfig(bits=4, form=form, transform=Transform(None if form is Form.INT8 else 0.5))
+    config = QuantConfig(bits=4, form=form, int8_speed=Int8Speed.ALL, transform=Transform(None if form is Form.INT8 else 0.5))
     made, report = quantize_model(small_cnn(), config, calibration=INPUTS if form is Form.INT8 else None)
     found = dissect(small_cnn(), made, INPUTS)
     assert [sorted(weight.shape) for weight in found] == [sorted(weight.shape) for weight in report.converted]  # Gemm is turned
@@ -119,7 +119,7 @@ def residual() -> onnx.ModelProto:
 
 def test_no_weight_is_missed_in_the_int8_form() -> None:
     """Whose nodes give tensors of other names than in the reference."""
-    made, report = quantize_model(residual(), QuantConfig(4, form=Form.INT8), calibration=INPUTS)
+    made, report = quantize_model(residual(), QuantConfig(4, form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=INPUTS)
     found = dissect(residual(), made, INPUTS)
     assert [weight.name for weight in found] == [told.name for told in report.converted]
     assert all(weight.outcome == "grid" and 5 < weight.output_sqnr_db < 60 for weight in found)
@@ -133,7 +133,7 @@ def test_a_folded_weight_whose_output_has_another_name_is_compared_as_folded() -
     vectors = {"s": np.linspace(2, 9, 16, dtype=np.float32), "z": np.zeros(16, np.float32), "v": np.ones(16, np.float32)}
     weights = {item.name: onnx.numpy_helper.to_array(item) for item in residual().graph.initializer}
     model = parse(text, **weights, **vectors)
-    made, report = quantize_model(model, QuantConfig(4, form=Form.INT8), calibration=INPUTS)
+    made, report = quantize_model(model, QuantConfig(4, form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=INPUTS)
     assert report.folded_batchnorms == 1
     found = {weight.name: weight.sqnr_db for weight in dissect(model, made, INPUTS)}
     assert found == pytest.approx({told.name: told.sqnr_db for told in report.converted}, abs=0.01)

@@ -138,11 +138,13 @@ def test_the_map_names_files_that_exist() -> None:
 
 def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
-        "ActivationRange", "ActivationReport", "BiasType", "Budget", "Calibration", "ConfigError", "DataError", "EdgeLayers",
-        "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels", "ModelError",
-        "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "Runtime", "Space",
+        "ActivationRange", "ActivationReport", "BiasType", "Budget", "Calibration", "ConfigError", "ConvertedError", "DataError",
+        "EdgeLayers", "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels",
+        "Int8Speed", "ModelError",
+        "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "RestoreReport",
+        "Runtime", "Space",
         "Transform", "ValidationReport", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
-        "load_session", "quantize_model", "save_model", "use_custom_ops", "validate",
+        "load_session", "quantize_model", "restore_model", "save_model", "use_custom_ops", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)
 

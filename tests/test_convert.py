@@ -18,6 +18,7 @@ from requant_onnx import (
     EdgeLayers,
     Form,
     Granularity,
+    Int8Speed,
     QuantConfig,
     RangeMode,
     Refinement,
@@ -244,7 +245,7 @@ def test_a_conversion_imports_the_graph_once_for_each_of_its_states(monkeypatch:
         (QuantConfig(8), None, 3),
         (QuantConfig(4, form=Form.FOLDED), None, 4),
         (QuantConfig(4, form=Form.FOLDED), Calibration(count=8), 5),
-        (QuantConfig(4, form=Form.INT8), Calibration(count=8), 5),
+        (QuantConfig(4, form=Form.INT8, int8_speed=Int8Speed.ALL), Calibration(count=8), 5),
     ):
         imports.clear()
         quantize_model(small_cnn(), config, calibration=calibration)

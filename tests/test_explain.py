@@ -15,6 +15,7 @@ from requant_onnx import (
     EdgeLayers,
     Form,
     Granularity,
+    Int8Speed,
     ModelError,
     QuantConfig,
     Transform,
@@ -59,7 +60,7 @@ def test_folded_is_folded(bits: int, transform: str) -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.7"])
 def test_int8_is_fused(bits: int, transform: str) -> None:
-    config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.INT8)
+    config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.INT8, int8_speed=Int8Speed.ALL)
     model, _ = quantize_model(small_cnn(), config, calibration=NOISE)
     assert fates(model) == [(Fate.FUSED, "QLinearConv")] * 3 + [(Fate.FUSED, "QGemm")]
 
@@ -76,7 +77,7 @@ def test_a_weight_without_integer_kernel_becomes_float_and_the_others_not() -> N
     text = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
         a = Conv(x, v)  r = Relu(a)  p = GlobalAveragePool(r)  f = Flatten(p)  m = MatMul(f, w)  y = Add(m, b) }"""
     model = parse(text, v=laplace(40, 3, 3, 3), w=laplace(40, 10), b=laplace(10))
-    _, report = quantize_model(model, QuantConfig(form=Form.INT8), calibration=NOISE)
+    _, report = quantize_model(model, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
     assert {weight.name: weight.form for weight in report.converted} == {"v": "int8", "w": "folded"}
     assert any("no integer kernel for 'w'" in note for note in report.notes)
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import small_cnn
 from onnxruntime import InferenceSession
 
-from requant_onnx import Calibration, Form, ModelError, QuantConfig, quantize_model
+from requant_onnx import Calibration, Form, Int8Speed, ModelError, QuantConfig, quantize_model
 from requant_onnx.cli.main import main
 from requant_onnx.files.load import MAX_OPSET
 
@@ -35,7 +35,7 @@ def test_outputs_without_type_or_shape(field: str, opset: int, form: Form, calib
     model = small_cnn(opset=opset)
     output = model.graph.output[0]
     (output.type.tensor_type if field == "shape" else output).ClearField(field)
-    made, report = quantize_model(model, QuantConfig(4, form=form), calibration=calibration)
+    made, report = quantize_model(model, QuantConfig(4, form=form, int8_speed=Int8Speed.ALL), calibration=calibration)
     assert len(report.converted) == 4
     assert "is required but missing" in report.complaint
     assert any(note.startswith("the checker of onnx does not take the model") for note in report.notes)
@@ -120,6 +120,8 @@ def test_external_data_that_stay_in_their_file(
     model.graph.node.append(onnx.helper.make_node("Pow", ["z", "p"], ["y"]))
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((1, 10), 2, np.float32), "p"))
     onnx.save(model, tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
-    made, report = quantize_model(tmp_path / "in.onnx", QuantConfig(4, form=form), calibration=calibration)
+    made, report = quantize_model(
+        tmp_path / "in.onnx", QuantConfig(4, form=form, int8_speed=Int8Speed.ALL), calibration=calibration
+    )
     assert len(report.converted) == 4
     InferenceSession(made.SerializeToString()).run(None, {"x": np.ones((1, 3, 8, 8), np.float32)})

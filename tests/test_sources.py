@@ -17,6 +17,7 @@ from requant_onnx import (
     DataError,
     Form,
     ImageSet,
+    Int8Speed,
     ModelError,
     QuantConfig,
     explain,
@@ -106,7 +107,7 @@ def test_a_reader_without_end_is_read_to_the_count() -> None:
 
 
 def test_the_int8_form_takes_feeds_of_several_inputs() -> None:
-    config = QuantConfig(bits=8, form=Form.INT8)
+    config = QuantConfig(bits=8, form=Form.INT8, int8_speed=Int8Speed.ALL)
     _, report = quantize_model(two_inputs(), config, calibration=Calibration.from_feeds(feeds()))
     assert report.activations
     assert {weight.form for weight in report.converted} == {"int8"}

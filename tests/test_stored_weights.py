@@ -10,7 +10,7 @@ import pytest
 from conftest import laplace, parse
 from onnx import TensorProto, helper, numpy_helper
 
-from requant_onnx import Budget, Calibration, EdgeLayers, Form, ModelError, QuantConfig, quantize_model
+from requant_onnx import Budget, Calibration, EdgeLayers, Form, Int8Speed, ModelError, QuantConfig, quantize_model
 from requant_onnx.convert.layerwise import Belief
 from requant_onnx.convert.steps import check_belief
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
@@ -101,7 +101,7 @@ def rewritten(store: Store, at_the_head: bool) -> onnx.ModelProto:
 
 def sqnr_db(model: onnx.ModelProto, form: Form, bits: int = 3) -> float:
     """Of the output on inputs that were not calibrated on."""
-    config = QuantConfig(bits, form=form)
+    config = QuantConfig(bits, form=form, int8_speed=Int8Speed.ALL)
     made, _ = quantize_model(model, config, calibration=Calibration.from_feeds(FEEDS))
     return float(-10 * np.log10(relative_error(outputs_of(net(), HELD_OUT), outputs_of(made, HELD_OUT))))
 
@@ -153,7 +153,9 @@ def test_half_precision_is_refined_as_single_is(form: Form, with_biases: bool, c
     feeds: list[Chunk] = [{"x": feed["x"].astype(kind)} for feed in FEEDS]
     held: list[Chunk] = [{"x": feed["x"].astype(kind)} for feed in HELD_OUT]
     expected, _ = quantize_model(exact, QuantConfig(3, form=Form.FOLDED), calibration=Calibration.from_feeds(FEEDS))
-    made, report = quantize_model(model, QuantConfig(3, form=form), calibration=Calibration.from_feeds(feeds))
+    made, report = quantize_model(
+        model, QuantConfig(3, form=form, int8_speed=Int8Speed.ALL), calibration=Calibration.from_feeds(feeds)
+    )
     assert all(weight.output_errors for weight in report.converted)  # each was refined
     outputs = outputs_of(exact, HELD_OUT)
     errors = [relative_error(outputs, found) for found in (outputs_of(expected, HELD_OUT), outputs_of(made, held))]
@@ -176,7 +178,7 @@ DEPENDS = "gets as many inputs as the data has it, which differs between the flo
 CHOICES: list[tuple[int | Budget, Form]] = [(3, Form.QDQ), (3, Form.FOLDED), (3, Form.INT8), (Budget(size=6_000), Form.QDQ)]
 CALIBRATED = pytest.mark.parametrize(
     "config",
-    [QuantConfig(bits, form=form, edge_layers=EdgeLayers.PLAIN) for bits, form in CHOICES],
+    [QuantConfig(bits, form=form, int8_speed=Int8Speed.ALL, edge_layers=EdgeLayers.PLAIN) for bits, form in CHOICES],
     ids=["qdq", "folded", "int8", "auto"],
 )
 

@@ -49,7 +49,7 @@ IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BATCHES = {1: 40, 32: 8}  # images -> rounds
 NO_DECODE = {"session.disable_quant_qdq": "1"}
 PROBE = """
-import json, os, sys, time
+import json, sys, time
 import onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level, options.intra_op_num_threads = 3, 2
@@ -58,8 +58,8 @@ for key, value in json.loads(sys.argv[2]).items():
 before = time.perf_counter()
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 seconds = time.perf_counter() - before
-pages = int(open("/proc/self/statm").read().split()[1])
-print(json.dumps([seconds, pages * os.sysconf("SC_PAGE_SIZE")]))
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([seconds, peak * 1024]))
 """
 
 
@@ -173,7 +173,7 @@ def measure_latency(subject: Subject, rows: list[Row], x: np.ndarray) -> None:
 
 
 def probe(row: Row) -> tuple[float, float]:
-    """Seconds to load, and resident megabytes behind it."""
+    """Seconds to load, and the most megabytes that this takes."""
     command = [sys.executable, "-c", PROBE, str(row.path), json.dumps(row.settings)]
     found = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
     return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found) / 1e6

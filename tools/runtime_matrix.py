@@ -28,7 +28,7 @@ import onnx
 import onnxruntime
 from onnx import parser
 
-from requant_onnx import Calibration, Form, QuantConfig, Refinement, Runtime, load_session, quantize_model, save_model
+from requant_onnx import Calibration, Form, Int8Speed, QuantConfig, Refinement, Runtime, load_session, quantize_model, save_model
 from requant_onnx.config import RUNTIMES
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def write_cases(folder: Path, targets: set[Runtime]) -> list[Case]:
                 for bits in WIDTHS:
                     path = folder / f"{name}-{target}-{form}-{bits}.onnx"
                     calibration = Calibration(count=16) if form is Form.INT8 else None
-                    config = QuantConfig(bits, form=form, runtime=target, refinement=Refinement.NONE)
+                    config = QuantConfig(bits, form=form, runtime=target, refinement=Refinement.NONE, int8_speed=Int8Speed.ALL)
                     save_model(quantize_model(model, config, calibration=calibration)[0], path)
                     session = load_session(path)
                     scores = np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
@@ -148,8 +148,9 @@ def run(entry: Entry, cases: list[Case], folder: Path) -> dict[str, str]:
     ]
     (outputs / "cases.json").write_text(json.dumps(listed))
     command, where = command_of(entry, folder)
+    command = [*command, str(outputs / "cases.json")]
     for _ in mine:  # again where native code crashed: what has an answer is skipped
-        done = subprocess.run([*command, outputs / "cases.json"], cwd=where, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             break
     else:
@@ -157,25 +158,25 @@ def run(entry: Entry, cases: list[Case], folder: Path) -> dict[str, str]:
     return {case.path.stem: judged(entry, case, outputs / f"{case.path.stem}.f32") for case in mine}
 
 
-def command_of(entry: Entry, folder: Path) -> tuple[list[str | Path], Path]:
+def command_of(entry: Entry, folder: Path) -> tuple[list[str], Path]:
     """The command that runs cases, and where."""
     if entry.runner.startswith("onnxruntime-"):
         if not (folder / "package.json").exists():
             (folder / "package.json").write_text("{}")
             packages = [f"{each.runner}@{NPM_VERSION}" for each in ENTRIES if each.runner.startswith("onnxruntime-")]
             subprocess.run(["npm", "install", "--silent", "--ignore-scripts", *packages], cwd=folder, check=True)
-        return ["node", TOOLS / "run_model.mjs", entry.runner], folder
+        return ["node", str(TOOLS / "run_model.mjs"), entry.runner], folder
     python = Path(sys.executable)
     if entry.packages:
         environment = ROOT / ".venv" / entry.packages[0].replace("==", "-")
         python = environment / "bin" / "python"
         if not python.exists():
             venv.create(environment, with_pip=True)
-            install = [python, "-m", "pip", "install", "--quiet", "numpy", *entry.packages]
+            install = [str(python), "-m", "pip", "install", "--quiet", "numpy", *entry.packages]
             if subprocess.run(install, check=False).returncode:
                 shutil.rmtree(environment)
                 raise SystemExit(f"{entry.name} cannot be installed: {entry.packages}")
-    return [python, TOOLS / "run_models.py", entry.runner], ROOT
+    return [str(python), str(TOOLS / "run_models.py"), entry.runner], ROOT
 
 
 def judged(entry: Entry, case: Case, output: Path) -> str:
@@ -256,16 +257,18 @@ def page(results: dict[tuple[str, Runtime], dict[str, list[str]]]) -> str:
     """The matrix as a page."""
     return f"""# Files in other runtimes
 
-{date.today():%Y-%m-%d}, `tools/check_runtimes --all --write tools/runtimes.md`.  ResNet-20 and MobileNet for CIFAR-10, and a net of mixed
-operators, converted in every form at 8, 4, 3 and 2 bits for the runtime of the second column, and compared with ONNX Runtime
-{onnxruntime.__version__}: the root mean square of the difference is at most {TOLERANCE[Form.FOLDED]:g} of that of the scores, in the int8 form
-{TOLERANCE[Form.INT8]:g} (runtimes round activations to 8 bits in ways of their own).
+{date.today():%Y-%m-%d}, by `tools/check_runtimes --all --write tools/runtimes.md`.
+
+ResNet-20 and MobileNet for CIFAR-10, and a net of mixed operators, in every form at 8, 4, 3 and 2 bits, converted for the runtime
+of the second column.  The answers are compared with those of ONNX Runtime {onnxruntime.__version__}: the root mean square of the
+difference is at most {TOLERANCE[Form.FOLDED]:g} of that of the scores, and {TOLERANCE[Form.INT8]:g} in the int8 form, for
+runtimes round activations to 8 bits in ways of their own.
 
 {table(results)}
 
-*right*: all three models.  *refuses*: an error, no answer.  *broken*: ONNX Runtime 1.23 and 1.24 compute QLinearConv wrongly on CPUs
-with AMX ([its issue 26324](https://github.com/microsoft/onnxruntime/issues/26324), fixed in 1.25).  Not tested: onnxruntime-web on
-WebGPU, for which there is no GPU here, and TensorRT, whose rules `tests/test_runtimes.py` checks without it.
+*right*: all three models.  *refuses*: an error, no answer.  *broken*: ONNX Runtime 1.23 and 1.24 compute QLinearConv wrongly on
+CPUs with AMX ([its issue 26324](https://github.com/microsoft/onnxruntime/issues/26324), fixed in 1.25).  Not tested:
+onnxruntime-web on WebGPU, for which there is no GPU here, and TensorRT, whose rules `tests/test_runtimes.py` checks without it.
 """
 
 

@@ -284,5 +284,5 @@ def _offer(
     coded = Coded(item.weight.name, q, item.weight.emit, item.form)
     alone = decode_of((coded,), target, Constants(FreshNames(model)))
     shared = max(0, alone.bytes - coded.payload)
-    tables: dict[Hashable, int] = {**alone.shared_sizes()}
+    tables: dict[Hashable, int] = dict(alone.shared_sizes().items())
     return Offer(grid, error, 0.0, alone.bytes - shared, shared, group_key(coded, target), tables)

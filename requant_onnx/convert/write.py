@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TypeVar
@@ -148,6 +148,7 @@ def _decode(
     adds those whose weights stay to `skipped`."""
     order, decodes = list(results), []
     reports: dict[str, WeightReport] = {}
+    members_of: list[tuple[Result, ...]] = []
     for group in drain(group_weights([result.coded() for result in results.values()], target)):
         decode = decode_of(group, target, constants)
         members = [results.pop(weight.name) for weight in group]
@@ -156,10 +157,27 @@ def _decode(
             skipped += [_skipped(result, _not_smaller(group, decode, stored)) for result in members]
             continue
         decodes.append(decode)
+        members_of.append(tuple(members))
         sizes = bytes_of_each(group, decode)
         for weight, result in zip(group, members, strict=True):
             reports[weight.name] = result.report(sizes[weight.name], why_not_int8.get(weight.name, ""))
+    costly = _not_worth_their_tables(decodes, members_of)
+    for k in costly:
+        skipped += [_skipped(result, "would not get smaller, with the table that decodes it") for result in members_of[k]]
+        for result in members_of[k]:
+            del reports[result.planned.weight.name]
+    decodes = [decode for k, decode in enumerate(decodes) if k not in costly]
     return decodes, tuple(reports[name] for name in order if name in reports)
+
+
+def _not_worth_their_tables(decodes: Sequence[Decode], members: Sequence[Sequence[Result]]) -> set[int]:
+    """The decodes with tables, where all of them together save less than the tables take: in files of a few kB."""
+    with_tables = {k for k, decode in enumerate(decodes) if decode.shared_nodes}
+    if any(FORMS[result.planned.form].on_integers for k in with_tables for result in members[k]):
+        return set()
+    tables = {name: size for k in with_tables for name, size in decodes[k].shared_sizes().items()}
+    saved = sum(sum(result.planned.weight.stored_bytes for result in members[k]) - decodes[k].bytes for k in with_tables)
+    return with_tables if saved <= sum(tables.values()) else set()
 
 
 def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
