@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from requant_onnx.config import (
     AUTO_BITS,
     EXPONENTS,
+    MAX_BITS,
     RUNTIMES,
     Budget,
     EdgeLayers,
@@ -98,7 +99,7 @@ def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) 
             round_in_weights=config.rounding is Space.WEIGHT,
             limit=_limit(config) if FORMS[form].on_integers else None,
             half_scales=row.half and (FORMS[form].half_scales or weight.lookup_axis is not None),
-            symmetric=config.is_symmetric,
+            symmetric=config.is_symmetric or (bits == MAX_BITS and row.signed and not FORMS[form].dequantizes),
         )
         for bits in ([EDGE_BITS] if weight.is_table or not _has_pairs(weight, config) else _widths(config, is_edge, form))
         for granularity in _granularities(weight, config)
