@@ -26,6 +26,8 @@ from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Lanes, Stream, constants_to_initializers
 
 PLACES_AN_INPUT, PLACES, FEW_PLACES = 20, 1 << 15, 1 << 13  # at which inputs are seen: for each of n, at least; with several groups
+STEPS = 1000  # of the progress
+STARTING, PASSES_OF_ROWS, FLOPS = 0.02, 20, 1e11  # of the time that a layer takes: seconds, products of all rows with H, per second
 NO_LAYER = "is read by several nodes, or by none whose product is known"
 
 
@@ -77,6 +79,7 @@ def quantize_layers(
     chunks = calibration_chunks(model, calibration)
     lanes = Lanes(work, chunks, 2, [layer.index for layer in layers], calibration.memory)
     exact, rounded = lanes.runs
+    costs = [seconds + _algebra(layer) for layer, seconds in zip(layers, lanes.seconds, strict=True)]
     replaced: dict[str, onnx.TensorProto] = {}
     results = []
     why = dict.fromkeys(plans.keys() - {layer.weight for layer in layers}, NO_LAYER)
@@ -96,12 +99,20 @@ def quantize_layers(
             replaced[layer.bias] = tensor_proto(layer.stored_bias(choice.bias), layer.bias)
         results.append(LayerResult(result, choice, layer))
         if progress is not None:
-            progress(layer.weight, done, len(layers))
+            progress(layer.weight, round(STEPS * sum(costs[:done]) / sum(costs)), STEPS)
     for stream, weights in ((exact, {}), (rounded, replaced)):
         stream.advance(len(work.graph.node), weights)
     names = [item.name for item in model.graph.output if item.name in exact.values[0]]
     outputs = [[stream.values[0][name] for name in names] for stream in (exact, rounded)]
     return Refined(results, Belief(chunks[0], names, *outputs), why)
+
+
+def _algebra(layer: Layer) -> float:
+    """About how many seconds it takes to fit a layer, for the progress."""
+    n = math.prod(layer.product.shape) // layer.product.channels
+    places = FEW_PLACES if layer.product.group > 1 else max(PLACES, PLACES_AN_INPUT * n)
+    work = n**2 * (n / 3 + PASSES_OF_ROWS * layer.product.rows + places) + places * n * layer.product.rows
+    return STARTING + layer.product.group * work / FLOPS
 
 
 def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:

@@ -28,15 +28,12 @@ Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A model with one image input, ready to run.  shape: of the input, None where it is free.  bytes: size of the file."""
+class ImageInput:
+    """The image input of a model.  input: its name.  shape: None where it is free."""
 
-    name: str
-    session: onnxruntime.InferenceSession
     input: str
     dtype: type[np.number]
     shape: Shape
-    bytes: int
 
     @property
     def takes_pixels(self) -> bool:
@@ -51,6 +48,39 @@ class Classifier:
     def batch(self) -> int | None:
         """The fixed batch size, None when it is free."""
         return self.shape[0]
+
+    def image_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int] | None:
+        """(c, h, w) of the images it takes, None where it leaves one free.  size: (h, w) to take where they are free."""
+        last = self.shape[3] in (1, 3) and self.shape[1] not in (1, 3)
+        channels, *sizes = (self.shape[3], *self.shape[1:3]) if last else self.shape[1:]
+        height, width = (fixed or (size and size[k]) for k, fixed in enumerate(sizes))
+        return (channels, height, width) if channels and height and width else None
+
+    def accepts(self, image: tuple[int, ...]) -> bool:
+        """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""
+        return _fits(image, self.shape[1:]) or self._wants_channels_last(image)
+
+    def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
+        return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
+
+    def fit(self, x: Float32Array) -> npt.NDArray[np.number]:
+        """(n, c, h, w) as the model takes it."""
+        x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
+        return np.ascontiguousarray(np.rint(x) if self.takes_pixels else x, self.dtype)
+
+
+@dataclass(frozen=True)
+class Classifier(ImageInput):
+    """A model with one image input, ready to run.  bytes: size of the file."""
+
+    name: str
+    session: onnxruntime.InferenceSession
+    bytes: int
+
+    @property
+    def taken(self) -> ImageInput:
+        """What it takes, without the model."""
+        return ImageInput(self.input, self.dtype, self.shape)
 
     def scores(self, x: Float32Array) -> Float32Array:
         """Run the first output.  x: (n, c, h, w), n the fixed batch size if there is one.  Returns (n, classes) float32.
@@ -80,25 +110,6 @@ class Classifier:
     def _run(self, outputs: list[str] | None, feed: dict[str, npt.NDArray[np.number]]) -> list[object]:
         return run_session(self.session, self.name, outputs, feed)
 
-    def image_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int] | None:
-        """(c, h, w) of the images it takes, None where it leaves one free.  size: (h, w) to take where they are free."""
-        last = self.shape[3] in (1, 3) and self.shape[1] not in (1, 3)
-        channels, *sizes = (self.shape[3], *self.shape[1:3]) if last else self.shape[1:]
-        height, width = (fixed or (size and size[k]) for k, fixed in enumerate(sizes))
-        return (channels, height, width) if channels and height and width else None
-
-    def accepts(self, image: tuple[int, ...]) -> bool:
-        """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""
-        return _fits(image, self.shape[1:]) or self._wants_channels_last(image)
-
-    def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
-        return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
-
-    def fit(self, x: Float32Array) -> npt.NDArray[np.number]:
-        """(n, c, h, w) as the model takes it."""
-        x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
-        return np.ascontiguousarray(np.rint(x) if self.takes_pixels else x, self.dtype)
-
 
 def open_classifier(
     model: onnx.ModelProto | str | os.PathLike[str], name: str, options: onnxruntime.SessionOptions | None = None
@@ -122,7 +133,7 @@ def open_classifier(
             f"the input '{inputs[0].name}' of {name} is a {inputs[0].type} of shape {inputs[0].shape}, "
             f"and images are run only through models that take images of 4 dimensions; {BY_NAME}"
         )
-    return Classifier(name, session, inputs[0].name, INPUT_TYPES[inputs[0].type], shape, size)
+    return Classifier(inputs[0].name, INPUT_TYPES[inputs[0].type], shape, name, session, size)
 
 
 def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:

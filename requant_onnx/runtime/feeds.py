@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batc
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.numerics.arrays import AnyArray, Float32Array
-from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
+from requant_onnx.runtime.classifier import Classifier, ImageInput, open_classifier, require_image
 from requant_onnx.runtime.sessions import open_session, quiet_options, run_session, serialized, start_session
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
@@ -75,21 +75,56 @@ def activation_sizes(model: onnx.ModelProto, tensors: Collection[str], calibrati
     return {name: int(np.size(value)) // done for name, value in found.items()}
 
 
-def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> list[dict[str, AnyArray]]:
-    """The calibration inputs, images CHUNK at a time.  Raises as `watch_activations`."""
-    source = _feeds_source(model, calibration) if calibration.feeds else _image_source(model, calibration)
-    return [dict(feed) for _, feed in source.feeds(None)]
+def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> Sequence[dict[str, AnyArray]]:
+    """The calibration inputs, images CHUNK at a time, normalized when they are asked for.  Raises as `watch_activations`."""
+    if calibration.feeds:
+        return [dict(feed) for _, feed in _feeds_source(model, calibration).feeds(BATCH_BYTES)]
+    classifier = open_classifier(model, "the model")
+    images = _images_for(classifier, calibration)
+    size = classifier.batch or _chunk_size(images)
+    normalization = classifier.normalization(_normalization(calibration, images))
+    return _ImageChunks(images, normalization, classifier.taken, size, range(0, len(images), size))
+
+
+@dataclass(frozen=True)
+class _ImageChunks(Sequence[dict[str, AnyArray]]):
+    """Chunks of images.  starts: the first image of each."""
+
+    images: ImageSet
+    normalization: Normalization
+    taken: ImageInput
+    size: int
+    starts: range
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, AnyArray]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, AnyArray]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, AnyArray] | Sequence[dict[str, AnyArray]]:
+        if isinstance(index, slice):
+            return replace(self, starts=self.starts[index])
+        start = self.starts[index]
+        part = ImageSet(self.images.x[start : start + self.size], None)
+        _, x = next(batches(part, self.normalization, self.size, fixed=self.taken.batch is not None))
+        return {self.taken.input: self.taken.fit(x)}
+
+
+def _chunk_size(images: ImageSet) -> int:
+    return min(CHUNK, max(1, len(images) // 4), max(1, CHUNK_VALUES // math.prod(images.x.shape[1:])))
 
 
 @dataclass(frozen=True)
 class _Source:
     """A model, open, and how to make its inputs.
 
-    feeds: bytes of all outputs of one batch, or None for CHUNK images -> (inputs done, inputs by name).  total: how many there are.
+    feeds: bytes of all outputs of one batch -> (inputs done, inputs by name).  total: how many there are.
     """
 
     session: InferenceSession
-    feeds: Callable[[int | None], Iterator[tuple[int, Feed]]]
+    feeds: Callable[[int], Iterator[tuple[int, Feed]]]
     total: int
 
 
@@ -183,9 +218,8 @@ def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
     images = _images_for(classifier, calibration)
     normalization = classifier.normalization(_normalization(calibration, images))
 
-    def feeds(limit: int | None) -> Iterator[tuple[int, Feed]]:
-        chunk = min(CHUNK, max(1, len(images) // 4), max(1, CHUNK_VALUES // math.prod(images.x.shape[1:])))
-        size = classifier.batch or (chunk if limit is None else _batch_size(classifier, images, normalization, limit))
+    def feeds(limit: int) -> Iterator[tuple[int, Feed]]:
+        size = classifier.batch or _batch_size(classifier, images, normalization, limit)
         for start, x in batches(images, normalization, size, fixed=classifier.batch is not None):
             yield min(start + size, len(images)), {classifier.input: classifier.fit(x)}
 

@@ -5,6 +5,7 @@ Only tensors that a later node reads are kept; inputs are run in chunks, so that
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,20 +99,23 @@ class Stream:
 class Lanes:
     """Runs of one model side by side, each with weights of its own, on as many chunks as memory allows.
 
-    runs: one Stream for each.
+    runs: one Stream for each.  seconds: about what the way to each stop takes, for all chunks that are run there.
     """
 
     def __init__(self, model: onnx.ModelProto, chunks: Sequence[Chunk], runs: int, stops: Sequence[int], memory: int) -> None:
         """stops: nodes where the runs will wait.  memory: bytes that their tensors may take; FEWEST chunks are run in any case."""
         self._model, self._chunks = model, chunks
-        trial, sizes = Stream(model, chunks[:1]), []
+        trial, sizes, times = Stream(model, chunks[:1]), [], []
         for stop in stops:
+            started = time.perf_counter()
             trial.advance(stop, {})
             sizes.append(runs * _bytes(trial.values[0]))
+            times.append(time.perf_counter() - started)
         ahead = [max(sizes[k : k + AHEAD]) for k in range(len(sizes))]
         self._room = {
             stop: int(min(len(chunks), max(FEWEST, memory // max(1, size)))) for stop, size in zip(stops, ahead, strict=True)
         }
+        self.seconds = [runs * took * self._room[stop] for stop, took in zip(stops, times, strict=True)]
         self.runs = [Stream(model, chunks[: self._room.get(stops[0], len(chunks)) if stops else None]) for _ in range(runs)]
 
     def advance(self, end: int, replaced: Sequence[Mapping[str, onnx.TensorProto]]) -> None:
