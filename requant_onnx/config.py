@@ -172,7 +172,7 @@ class RuntimeRow:
     symmetric: whether zero points, also those of activations, are 0.
     half: whether scales and biases may be stored as float16.
     grouped: whether weights are decoded together and then split.
-    paired: whether each reader of an activation on integers has a DequantizeLinear of its own.
+    paired: whether each reader of an activation on integers has a DequantizeLinear of its own, pools and reshapes too.
     int32_biases: whether biases of integer kernels are stored as integers.
     checked: whether ONNX Runtime is asked if it does with each weight what the form promises.
     """
@@ -193,7 +193,7 @@ class RuntimeRow:
 RUNTIMES: dict[Runtime, RuntimeRow] = {
     Runtime.ORT: RuntimeRow("ONNX Runtime from 1.20 on", native4=True),
     Runtime.PORTABLE: RuntimeRow("any runtime", signed=True, half=False, grouped=False, paired=True),
-    Runtime.OPENVINO: RuntimeRow("OpenVINO", signed=True),
+    Runtime.OPENVINO: RuntimeRow("OpenVINO", signed=True, paired=True),
     Runtime.TENSORRT: RuntimeRow(
         "TensorRT",
         forms=(Form.QDQ, Form.INT8),

@@ -65,6 +65,7 @@ def watch_integers(
             calibration.headroom,
             plan.ceilings.get(name, math.inf),
             symmetric=RUNTIMES[config.runtime].symmetric,
+            signed=RUNTIMES[config.runtime].signed,
         )
         for name, h in histograms.items()
     }

@@ -90,12 +90,18 @@ class Histogram:
 
 
 def activation_grid(
-    histogram: Histogram, method: ActivationRange, headroom: float = 1.0, ceiling: float = np.inf, *, symmetric: bool = False
+    histogram: Histogram,
+    method: ActivationRange,
+    headroom: float = 1.0,
+    ceiling: float = np.inf,
+    *,
+    symmetric: bool = False,
+    signed: bool = False,
 ) -> ActivationGrid:
     """Choose the grid for the counted values; its scale is 1 when all are zero.
 
     headroom: factor on the range, where values larger than the counted ones are expected.  ceiling: upper bound of the range.
-    symmetric: whether codes are signed and the zero point is 0.
+    symmetric: whether the zero point is in the middle.  signed: whether codes are -128 .. 127.
     """
     low, high = histogram.low, histogram.high
     if method is ActivationRange.PERCENTILE:
@@ -110,7 +116,8 @@ def activation_grid(
     codes_above = 255 - int(ranges.zero_point[0])
     if float(scale) * codes_above > ceiling:
         scale = np.nextafter(np.float32(ceiling / codes_above), np.float32(0))
-    zero_point = np.int8(0) if symmetric else np.uint8(ranges.zero_point[0])
+    code = int(ranges.zero_point[0])
+    zero_point = np.int8(code - 128) if signed else np.uint8(code)
     return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), zero_point)
 
 

@@ -2,7 +2,8 @@
 
     result of an integer node   node -> t'  QuantizeLinear -> codes -> DequantizeLinear -> t      every reader keeps the name t
     any other input of one      t -> QuantizeLinear -> codes -> DequantizeLinear -> t''           only integer readers read t''
-    node that moves values      reads codes, gives codes -> DequantizeLinear -> its old output
+    node that moves values      reads codes, gives codes -> DequantizeLinear -> its old output; or as other nodes do, where runtimes
+                                know no such node on codes
     bias                        int32 -> DequantizeLinear with the scale of x times that of the weight
 
 https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
@@ -74,7 +75,7 @@ def quantize_activations(
     """Change `model` as planned.  Its int8 weights are in place already, each behind a DequantizeLinear.
 
     grids: of each tensor in plan.source.  weights: the int8 weights by name.
-    paired: whether each reader of an activation on integers gets a DequantizeLinear of its own.
+    paired: whether each reader of an activation on integers gets a DequantizeLinear of its own, nodes that move values too.
     """
     graph = model.graph
     writer = _Writer(graph, FreshNames(model), {})
@@ -85,7 +86,10 @@ def quantize_activations(
         if weighted.x in plan.floats:
             node_of[weighted.output].input[0] = writer.dequantized(weighted.x)
     for output in plan.moves:
-        _move(writer, node_of[output], codes, grids)
+        if not paired:
+            _move(writer, node_of[output], codes, grids)
+        elif node_of[output].input[0] in plan.floats:
+            node_of[output].input[0] = writer.dequantized(node_of[output].input[0])
     _write_pairs(writer, plan, codes, grids, before)
     if paired:
         _pair_readers(writer, set(codes.values()))
