@@ -29,7 +29,7 @@ class Costs:
 
     node: of a node.  product: of a product of dense layers, (float, integer).  depthwise: of those of one with a channel a group.
     copy: of copying, on integers, what a kernel of more than 1x1 reads of one pixel, (of few channels, of more).
-    result: of an element of a result, (float, integer).  quantize, dequantize: of an element.
+    result: of an element of a result, (float, integer).  quantize, dequantize: of an element, with what it takes to turn it round.
     activation: of an element in an operator that is fused on floats only.  pool: of an element in an AveragePool on integers.
     """
 
@@ -45,7 +45,7 @@ class Costs:
 
 
 VNNI = Costs(2000, (0.0105, 0.0026), (0.025, 0.042), (2.5, 1.3), (0.05, 0.10), 0.24, 0.16, 0.35, 5.0)
-WASM = Costs(1500, (0.062, 0.028), (0.300, 0.850), (10.0, 5.0), (0.50, 1.50), 1.5, 1.0, 1.5, 20.0)
+WASM = Costs(1500, (0.062, 0.028), (0.300, 0.850), (10.0, 5.0), (0.50, 1.50), 4.0, 4.0, 1.5, 20.0)
 FEW = 8  # channels
 COSTS = {Runtime.WEB: WASM}
 """By runtime; VNNI for all others."""
