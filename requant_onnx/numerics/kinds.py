@@ -40,11 +40,6 @@ class PowerGrid:
     exponent: float
 
     @property
-    def is_learned(self) -> bool:
-        """Whether the levels belong to one weight, so that no other decode can share their table."""
-        return False
-
-    @property
     def power(self) -> float:
         """1/a: scales of weights are scales of transformed weights to this power."""
         return 1 / self.exponent
