@@ -206,7 +206,8 @@ def _look_up(writer: DecodeWriter, codes: UInt8Array, packing: Packing, table: s
     if packing.codes == 1:
         return _Lookup(writer, packing).write(codes[..., None], table)
     missing = -codes.size % packing.block_codes
-    blocks = np.append(codes.ravel(), np.zeros(missing, np.uint8)).reshape(-1, *packing.block, packing.codes)
+    filled = np.append(codes.ravel(), np.zeros(missing, np.uint8)) if missing else codes
+    blocks = filled.reshape(-1, *packing.block, packing.codes)
     return _cut(writer, _Lookup(writer, packing).write(blocks, table), missing, codes.shape)
 
 

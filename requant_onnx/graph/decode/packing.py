@@ -82,14 +82,15 @@ def pack(codes: UInt8Array, packing: Packing) -> tuple[UInt8Array, ...]:
     >>> [part.tolist() for part in pack(np.array([[1, 2, 3, 7], [5, 0, 0, 1]], np.uint8), PACKINGS[3])]
     [[209, 5], 46]
     """
-    index = codes[..., 0].astype(np.int32)
+    kind = np.uint8 if packing.size <= 256 else np.uint16  # large weights have room for no more
+    index = codes[..., 0].astype(kind)
     for place in range(1, packing.codes):
-        index += codes[..., place].astype(np.int32) * packing.base**place
+        index += codes[..., place].astype(kind) * kind(packing.base**place)
     lead = index.shape[: index.ndim - len(packing.block)]
-    parts = [(index & 255).astype(np.uint8)]
+    parts = [index if kind is np.uint8 else (index & kind(255)).astype(np.uint8)]
     for k, (width, shift) in enumerate(zip(packing.fields, packing.shifts, strict=True)):
-        values = (index >> shift & 2**width - 1).reshape(*lead, *packing.prefix(k), BYTE // width)
-        parts.append(np.asarray((values << np.arange(0, BYTE, width)).sum(-1), np.uint8))
+        values = (index >> kind(shift) & kind(2**width - 1)).reshape(*lead, *packing.prefix(k), BYTE // width)
+        parts.append((values << np.arange(0, BYTE, width, dtype=kind)).sum(-1, dtype=kind).astype(np.uint8))
     return tuple(parts)
 
 
