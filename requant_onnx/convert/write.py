@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from requant_onnx.config import METADATA_KEY, RUNTIMES, BiasType, QuantConfig
+from requant_onnx.config import METADATA_KEY, RUNTIMES, BiasType, Form, QuantConfig
 from requant_onnx.convert.nearest import Result
 from requant_onnx.convert.prepare import Prepared
 from requant_onnx.convert.report import QuantReport, VectorReport, WeightReport
@@ -148,7 +148,7 @@ def _decode(
     adds those whose weights stay to `skipped`."""
     order, decodes = list(results), []
     reports: dict[str, WeightReport] = {}
-    members_of: list[tuple[Result, ...]] = []
+    stays: list[list[SkippedWeight]] = []  # by decode, what to say of its weights where they are left in float after all
     for group in drain(group_weights([result.coded() for result in results.values()], target)):
         decode = decode_of(group, target, constants)
         members = [results.pop(weight.name) for weight in group]
@@ -157,26 +157,27 @@ def _decode(
             skipped += [_skipped(result, _not_smaller(group, decode, stored)) for result in members]
             continue
         decodes.append(decode)
-        members_of.append(tuple(members))
+        stays.append([_skipped(result, "would not get smaller, with the table that decodes it") for result in members])
         sizes = bytes_of_each(group, decode)
         for weight, result in zip(group, members, strict=True):
             reports[weight.name] = result.report(sizes[weight.name], why_not_int8.get(weight.name, ""))
-    costly = _not_worth_their_tables(decodes, members_of)
-    for k in costly:
-        skipped += [_skipped(result, "would not get smaller, with the table that decodes it") for result in members_of[k]]
-        for result in members_of[k]:
-            del reports[result.planned.weight.name]
+    costly = _not_worth_their_tables(decodes, [sum(weight.bytes for weight in each) for each in stays])
+    costly -= {k for k, each in enumerate(stays) if any(FORMS[Form(reports[weight.name].form)].on_integers for weight in each)}
+    for each in (each for k in sorted(costly) for each in stays[k]):
+        skipped.append(each)
+        del reports[each.name]
     decodes = [decode for k, decode in enumerate(decodes) if k not in costly]
     return decodes, tuple(reports[name] for name in order if name in reports)
 
 
-def _not_worth_their_tables(decodes: Sequence[Decode], members: Sequence[Sequence[Result]]) -> set[int]:
-    """The decodes with tables, where all of them together save less than the tables take: in files of a few kB."""
+def _not_worth_their_tables(decodes: Sequence[Decode], stored: Sequence[int]) -> set[int]:
+    """The decodes with tables, where all of them together save less than the tables take: in files of a few kB.
+
+    stored: bytes of the weights of each decode.
+    """
     with_tables = {k for k, decode in enumerate(decodes) if decode.shared_nodes}
-    if any(FORMS[result.planned.form].on_integers for k in with_tables for result in members[k]):
-        return set()
     tables = {name: size for k in with_tables for name, size in decodes[k].shared_sizes().items()}
-    saved = sum(sum(result.planned.weight.stored_bytes for result in members[k]) - decodes[k].bytes for k in with_tables)
+    saved = sum(stored[k] - decodes[k].bytes for k in with_tables)
     return with_tables if saved <= sum(tables.values()) else set()
 
 

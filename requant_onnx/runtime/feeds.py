@@ -38,28 +38,25 @@ def watch_activations(
     progress: called with the inputs done and their number.  Raises ModelError when the model does not take the inputs, or images
     where it has another number of inputs than one image input, or gives NaN or infinity; DataError when images do not fit it.
     """
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    inputs = {item.name for item in model.graph.input}
-    computed = [name for name in tensors if name not in inputs]
-    if computed:
-        del watched.graph.output[:]
-        watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
     histograms = {name: Histogram() for name in tensors}
-    source = _feeds_source(watched, calibration) if calibration.feeds else _image_source(watched, calibration)
-    for done, feed in source.feeds(BATCH_BYTES):
-        values = run_session(source.session, "the model", None, feed) if computed else ()
-        for name, activation in zip(computed, values, strict=True):
-            _add(histograms[name], name, np.asarray(activation))
-        for name in inputs.intersection(tensors):
-            _add(histograms[name], name, feed[name])
+    for done, total, values in _watch(model, tensors, calibration):
+        for name, activation in values.items():
+            _add(histograms[name], name, activation)
         if progress is not None:
-            progress(done, source.total)
+            progress(done, total)
     return histograms
 
 
 def activation_sizes(model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration) -> dict[str, int]:
-    """The number of elements of each named tensor, for one calibration input.  Raises as `watch_activations`."""
+    """The elements of each named tensor in a run on one input, or on a batch of fixed size.  Raises as `watch_activations`."""
+    _, _, values = next(_watch(model, tensors, replace(calibration, count=1)))
+    return {name: int(np.size(value)) for name, value in values.items()}
+
+
+def _watch(
+    model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration
+) -> Iterator[tuple[int, int, dict[str, AnyArray]]]:
+    """Batches of calibration inputs: (inputs done, their number, the named tensors)."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     inputs = {item.name for item in model.graph.input}
@@ -67,12 +64,11 @@ def activation_sizes(model: onnx.ModelProto, tensors: Collection[str], calibrati
     if computed:
         del watched.graph.output[:]
         watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
-    one = replace(calibration, count=1, feeds=calibration.feeds[:1])
-    source = _feeds_source(watched, one) if one.feeds else _image_source(watched, one)
-    done, feed = next(iter(source.feeds(BATCH_BYTES)))
-    values = run_session(source.session, "the model", None, feed) if computed else ()
-    found = {**{name: feed[name] for name in inputs.intersection(tensors)}, **dict(zip(computed, values, strict=True))}
-    return {name: int(np.size(value)) // done for name, value in found.items()}
+    source = _feeds_source(watched, calibration) if calibration.feeds else _image_source(watched, calibration)
+    for done, feed in source.feeds(BATCH_BYTES):
+        values = run_session(source.session, "the model", None, feed) if computed else ()
+        given = {name: feed[name] for name in inputs.intersection(tensors)}
+        yield done, source.total, {**given, **{name: np.asarray(each) for name, each in zip(computed, values, strict=True)}}
 
 
 def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> Sequence[dict[str, AnyArray]]:
