@@ -5,7 +5,7 @@
     the same, where other tools have removed a Relu because codes begin at 0  x -> Clip to the range of codes -> t
     Gather(levels, i) -> Cast -> Mul with Gather(scales, i) -> t         Gather(levels * scales, i), under the name t
 
-Decodes of constants stay: runtime/decoded.py computes them.
+Decodes of constants stay: convert/restore.py has them computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from requant_onnx.files.walk import all_graphs
+from requant_onnx.files.walk import all_graphs, subgraphs_of
 from requant_onnx.graph.constants import is_random, is_standard_proto
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.edit import delete_where, drop_stale_types, rename_reads, set_initializer
@@ -51,8 +51,7 @@ def constants_of(graph: onnx.GraphProto) -> Constants:
     half = {name for name, kind in stored.items() if kind == TensorProto.FLOAT16}
     nodes, computed = set(), set()
     for index, node in enumerate(graph.node):
-        bodies = any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute)
-        if bodies or is_random(node.op_type) or not known.issuperset(name for name in node.input if name):
+        if any(subgraphs_of(node)) or is_random(node.op_type) or not known.issuperset(name for name in node.input if name):
             continue
         nodes.add(index)
         known.update(node.output)
