@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Size = int | tuple[int, int]
+COLORS = 3
 
 
 def conv(
@@ -97,12 +98,15 @@ class Residual(nn.Module):  # type: ignore[misc,unused-ignore]
         return y
 
 
-def imagenet_resnet(counts: tuple[int, ...], bottleneck: bool, classes: int) -> nn.Module:
-    """ResNet-18/50 (table 1 of arXiv 1512.03385) with the stem for 32x32 images: 3x3, stride 1, no pooling."""
-    layers: list[nn.Module] = [conv(3, 64)]
-    ic, linear = 64, nn.Identity()
+def imagenet_resnet(counts: tuple[int, ...], bottleneck: bool, classes: int, first: int = 64) -> nn.Module:
+    """ResNet-18/50 (table 1 of arXiv 1512.03385) with the stem for 32x32 images: 3x3, stride 1, no pooling.
+
+    first: channels of the stem and of the first stage's inner layers.
+    """
+    layers: list[nn.Module] = [conv(3, first)]
+    ic, linear = first, nn.Identity()
     for stage, count in enumerate(counts):
-        width = 64 << stage
+        width = first << stage
         oc = 4 * width if bottleneck else width
         for block in range(count):
             stride = 2 if stage and not block else 1
@@ -198,63 +202,68 @@ def small_inception(classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-def _inception_a(ic: int, pool: int) -> nn.Module:
-    return Branches(
-        conv(ic, 64, 1),
-        nn.Sequential(conv(ic, 48, 1), conv(48, 64, 5)),
-        nn.Sequential(conv(ic, 64, 1), conv(64, 96), conv(96, 96)),
-        _mean_pool(ic, pool),
-    )
+class _InceptionV3:
+    """The blocks of Inception-v3 (table 1 of arXiv 1512.00567), with all channels divided by one number."""
 
+    def __init__(self, divisor: int) -> None:
+        self._divisor = divisor
 
-def _inception_b(ic: int) -> nn.Module:
-    return Branches(conv(ic, 384, 3, 2), nn.Sequential(conv(ic, 64, 1), conv(64, 96), conv(96, 96, 3, 2)), _max_pool())
+    def _conv(self, ic: int, oc: int, kernel: Size = 3, stride: int = 1) -> nn.Sequential:
+        return conv(ic if ic == COLORS else ic // self._divisor, oc // self._divisor, kernel, stride)
 
+    def _mean_pool(self, ic: int, oc: int) -> nn.Module:
+        return _mean_pool(ic // self._divisor, oc // self._divisor)
 
-def _inception_c(ic: int, inner: int) -> nn.Module:
-    row, column = (1, 7), (7, 1)
-    return Branches(
-        conv(ic, 192, 1),
-        nn.Sequential(conv(ic, inner, 1), conv(inner, inner, row), conv(inner, 192, column)),
-        nn.Sequential(
-            conv(ic, inner, 1),
-            conv(inner, inner, column),
-            conv(inner, inner, row),
-            conv(inner, inner, column),
-            conv(inner, 192, row),
-        ),
-        _mean_pool(ic, 192),
-    )
+    def _a(self, ic: int, pool: int) -> nn.Module:
+        return Branches(
+            self._conv(ic, 64, 1),
+            nn.Sequential(self._conv(ic, 48, 1), self._conv(48, 64, 5)),
+            nn.Sequential(self._conv(ic, 64, 1), self._conv(64, 96), self._conv(96, 96)),
+            self._mean_pool(ic, pool),
+        )
 
+    def _b(self, ic: int) -> nn.Module:
+        narrow = nn.Sequential(self._conv(ic, 64, 1), self._conv(64, 96), self._conv(96, 96, 3, 2))
+        return Branches(self._conv(ic, 384, 3, 2), narrow, _max_pool())
 
-def _inception_d(ic: int) -> nn.Module:
-    return Branches(
-        nn.Sequential(conv(ic, 192, 1), conv(192, 320, 3, 2)),
-        nn.Sequential(conv(ic, 192, 1), conv(192, 192, (1, 7)), conv(192, 192, (7, 1)), conv(192, 192, 3, 2)),
-        _max_pool(),
-    )
+    def _c(self, ic: int, inner: int) -> nn.Module:
+        row, column = (1, 7), (7, 1)
+        return Branches(
+            self._conv(ic, 192, 1),
+            nn.Sequential(self._conv(ic, inner, 1), self._conv(inner, inner, row), self._conv(inner, 192, column)),
+            nn.Sequential(
+                self._conv(ic, inner, 1),
+                self._conv(inner, inner, column),
+                self._conv(inner, inner, row),
+                self._conv(inner, inner, column),
+                self._conv(inner, 192, row),
+            ),
+            self._mean_pool(ic, 192),
+        )
 
+    def _d(self, ic: int) -> nn.Module:
+        long = (self._conv(ic, 192, 1), self._conv(192, 192, (1, 7)), self._conv(192, 192, (7, 1)), self._conv(192, 192, 3, 2))
+        return Branches(nn.Sequential(self._conv(ic, 192, 1), self._conv(192, 320, 3, 2)), nn.Sequential(*long), _max_pool())
 
-def _inception_e(ic: int) -> nn.Module:
-    def pair(oc: int) -> nn.Module:
-        return Branches(conv(oc, 384, (1, 3)), conv(oc, 384, (3, 1)))
+    def _e(self, ic: int) -> nn.Module:
+        def pair(oc: int) -> nn.Module:
+            return Branches(self._conv(oc, 384, (1, 3)), self._conv(oc, 384, (3, 1)))
 
-    return Branches(
-        conv(ic, 320, 1),
-        nn.Sequential(conv(ic, 384, 1), pair(384)),
-        nn.Sequential(conv(ic, 448, 1), conv(448, 384), pair(384)),
-        _mean_pool(ic, 192),
-    )
+        return Branches(
+            self._conv(ic, 320, 1),
+            nn.Sequential(self._conv(ic, 384, 1), pair(384)),
+            nn.Sequential(self._conv(ic, 448, 1), self._conv(448, 384), pair(384)),
+            self._mean_pool(ic, 192),
+        )
 
-
-def inception_v3(classes: int) -> nn.Module:
-    """Inception-v3 (table 1 of arXiv 1512.00567) without the auxiliary head, with a stem for 32x32 images."""
-    return nn.Sequential(
-        conv(3, 192),
-        _inception_a(192, 32), _inception_a(256, 64), _inception_a(288, 64),
-        _inception_b(288), _inception_c(768, 128), _inception_c(768, 160), _inception_c(768, 160), _inception_c(768, 192),
-        _inception_d(768), _inception_e(1280), _inception_e(2048), nn.Dropout(0.5), Head(2048, classes),
-    )  # fmt: skip
+    def net(self, classes: int) -> nn.Module:
+        """The whole network without the auxiliary head, with a stem for 32x32 images."""
+        return nn.Sequential(
+            self._conv(COLORS, 192),
+            self._a(192, 32), self._a(256, 64), self._a(288, 64),
+            self._b(288), self._c(768, 128), self._c(768, 160), self._c(768, 160), self._c(768, 192),
+            self._d(768), self._e(1280), self._e(2048), nn.Dropout(0.5), Head(2048 // self._divisor, classes),
+        )  # fmt: skip
 
 
 NETS: dict[str, Callable[[int], nn.Module]] = {
@@ -264,5 +273,8 @@ NETS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": lambda classes: imagenet_resnet((3, 4, 6, 3), True, classes),
     "mobilenet": mobilenet,
     "small_inception": small_inception,
-    "inception_v3": inception_v3,
+    "inception_v3": _InceptionV3(1).net,
+    "resnet18_quarter": lambda classes: imagenet_resnet((2, 2, 2, 2), False, classes, 16),
+    "resnet50_quarter": lambda classes: imagenet_resnet((3, 4, 6, 3), True, classes, 16),
+    "inception_v3_quarter": _InceptionV3(4).net,
 }

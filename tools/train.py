@@ -71,7 +71,7 @@ def train_epoch(
         optimizer.zero_grad()
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.mixed_precision):
             logits = model(x)
-            loss = functional.cross_entropy(logits, y)
+            loss = functional.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
         loss.backward()
         optimizer.step()
         loss_sum, hits = loss_sum + loss.item(), hits + int((logits.argmax(1) == y).sum())
@@ -157,6 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="of the targets, 0..1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
