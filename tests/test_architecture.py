@@ -39,7 +39,6 @@ HOMES = {
     "markupsafe": {"webpage"},
     "matplotlib": {"webpage"},
     "multiprocessing": {"evaluate"},
-    "numba": {"numerics"},
     "onnxruntime": {"runtime"},
     "PIL": {"inputs"},
     "platformdirs": {"evaluate"},

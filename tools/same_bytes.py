@@ -78,8 +78,8 @@ class Version:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Of its processes: what it compiles and caches is its own."""
-        own = {"NUMBA_CACHE_DIR": str(self.environment / "numba"), "XDG_CACHE_HOME": str(self.environment / "cache")}
+        """Of its processes: what it caches is its own."""
+        own = {"XDG_CACHE_HOME": str(self.environment / "cache")}
         return {**os.environ, **own}
 
 

@@ -1,1 +1,1 @@
-"""The method in NumPy and Numba: level tables, ranges, the exact error curve, the search, rounding.  No ONNX here."""
+"""The method in NumPy: level tables, ranges, the exact error curve, the search, rounding.  No ONNX here."""

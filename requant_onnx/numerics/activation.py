@@ -13,13 +13,14 @@ import numpy as np
 
 from requant_onnx.config import ActivationRange
 from requant_onnx.numerics.arrays import Float32Array, Int64Array
-from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table
+from requant_onnx.numerics.parallel import slices
 from requant_onnx.numerics.ranges import row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 
 HALF = 1 << 13  # bins to either side of zero
+CHUNK = 1 << 18  # values counted at once
 BITS = 8
 PERCENTILE = 99.99  # percentile of all values, zeros included
 
@@ -80,7 +81,8 @@ class Histogram:
         while largest >= self.width * HALF:
             self.counts = _joined(self.counts)
             self.width *= 2
-        _count(x, 1.0 / self.width, self.counts)
+        for part in slices(x.size, CHUNK):
+            self.counts += _counted(x[part], 1.0 / self.width)
 
     def centers(self) -> tuple[Float32Array, Float32Array]:
         """The middles and counts of all bins that are not empty, ascending."""
@@ -139,8 +141,9 @@ def _joined(counts: Int64Array) -> Int64Array:
     return joined
 
 
-@compiled
-def _count(x: Float32Array, inverse_width: float, counts: Int64Array) -> None:
-    for value in x:
-        if value != 0.0:
-            counts[min(max(int(np.floor(value * inverse_width)) + HALF, 0), 2 * HALF - 1)] += 1
+def _counted(x: Float32Array, inverse_width: float) -> Int64Array:
+    """The number of values in each bin, (2 * HALF,), without zeros.  x: (n,)."""
+    bins = np.clip(np.floor(x * np.float64(inverse_width)), -HALF, HALF - 1).astype(np.int64) + HALF
+    counts = np.bincount(bins, minlength=2 * HALF)
+    counts[HALF] -= x.size - np.count_nonzero(x)
+    return counts

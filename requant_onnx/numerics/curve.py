@@ -6,63 +6,121 @@ thresholds t_j and the levels m_0 .. m_K has the squared error
     sum (u - m_q)**2  =  sum u**2  -  2 A  +  B,
     A = m_K P(n) + sum_j (m_j - m_j+1) P(t_j),     B = m_K**2 n + sum_j (m_j**2 - m_j+1**2) N(t_j),
 
-where P(t) sums and N(t) counts the elements below t: O(2**bits) for each alpha once the positions of the thresholds are
-known, and these move little from one alpha to the next, so they are walked, not searched.  An element with the importance h
-counts h times in every sum (a histogram's bin, or a diagonal Hessian).
+where P(t) sums and N(t) counts the elements below t: one binary search for each of the 2**bits - 1 thresholds, whatever the number
+of weights.  An element with the importance h counts h times in every sum (a histogram's bin, or a diagonal Hessian).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from requant_onnx.numerics.arrays import AnyArray, Float32Array, Float64Array, Int64Array
-from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.ranges import RowRanges
 
 
-class Row(NamedTuple):
-    """One row of weights with the inputs of its curve.
+@dataclass(frozen=True)
+class Curves:
+    """The error curves of rows of weights.
 
-    w: sorted weights, (n,).  u: values whose error is measured, (n,).  prefix: running sums of h * u, (n+1,).
-    counts: running sums of h, (n+1,), or (0,) where every h is 1.  squares: sum h * u**2.
-    thresholds, levels: thresholds (K,) and levels (K+1,) in units of their step, K = 2**bits - 1.
-    positions: index of the first element not below each threshold at the last evaluation, (K,).
-    step: step at alpha = 1.  power: 1/a.  in_weights: whether u is w.
+    w: sorted weights, (rows, n) float64.  u: values whose error is measured, (rows, n) float64.
+    h: importance of each element, (rows, n), or None where all are 1.
+    sums, squares: running sums of h * u and h * u**2, (rows, n+1).  counts: running sums of h, (rows, n+1), or None with h.
+    thresholds, levels: whole tables, (2K,) and (2K+1,), in units of their scale, K = 2**bits - 1.
+    start: first level of each row, (rows,).  steps: steps at alpha = 1, (rows,).  power: 1/a.  in_weights: whether u is w.
+    is_nearest: whether a weight goes to the level of least error.
     """
 
-    w: AnyArray
-    u: AnyArray
-    prefix: Float64Array
-    counts: Float64Array
-    squares: float
+    w: Float64Array
+    u: Float64Array
+    h: Float64Array | None
+    sums: Float64Array
+    squares: Float64Array
+    counts: Float64Array | None
     thresholds: Float64Array
     levels: Float64Array
-    positions: Int64Array
-    step: float
-    power: float
-    in_weights: bool
-
-
-class Curves(NamedTuple):
-    """The inputs of the curves of all rows of a weight.
-
-    w: sorted weights, (rows, n).  u: values whose error is measured, (rows, n).
-    h: importance of each element, (rows, n), or (rows, 0) where all are 1.
-    thresholds, levels: whole tables, (2K,) and (2K+1,).  steps, zero_points: (rows,).  power: 1/a.  in_weights: whether u is w.
-    """
-
-    w: AnyArray
-    u: AnyArray
-    h: AnyArray
-    thresholds: Float64Array
-    levels: Float64Array
+    start: Int64Array
     steps: Float64Array
-    zero_points: Int64Array
     power: float
     in_weights: bool
+    is_nearest: bool
+
+    @property
+    def max_code(self) -> int:
+        """K = 2**bits - 1."""
+        return self.thresholds.size // 2
+
+    @property
+    def totals(self) -> tuple[Float64Array, Float64Array]:
+        """The sums of h * u**2 and of h of each row, each (rows, 1)."""
+        return _take(self.squares, self.w.shape[1]), _take(self.counts, self.w.shape[1])
+
+    def rows(self, chosen: Int64Array) -> Curves:
+        """The curves of some of the rows.  chosen: indices, (m,)."""
+        h, counts = (None if array is None else array[chosen] for array in (self.h, self.counts))
+        arrays = {name: getattr(self, name)[chosen] for name in ("w", "u", "sums", "squares", "start", "steps")}
+        return replace(self, h=h, counts=counts, **arrays)
+
+    def errors(self, alphas: Float64Array) -> Float64Array:
+        """The squared error minus sum h * u**2 at each alpha, (rows, points).  alphas: (rows, points), positive."""
+        a, b = self._a_and_b(alphas)
+        return self._error(self.level_scale(alphas), a, b)
+
+    def errors_and_vertices(self, alphas: Float64Array) -> tuple[Float64Array, Float64Array]:
+        """`errors`, and the alpha of least error, at most 1, if no weight changed its level; both (rows, points)."""
+        a, b = self._a_and_b(alphas)
+        scales = self.level_scale(alphas)
+        best = np.divide(a, b, out=scales.copy(), where=(a > 0.0) & (b > 0.0))
+        vertices = (best ** (1 / self.power) if self.in_weights else best) / self.steps[:, None]
+        return self._error(scales, a, b), np.minimum(vertices, 1.0)
+
+    def clipping(self, alphas: Float64Array) -> Float64Array:
+        """The part of `errors` that elements outside the range cause, (rows, points); it only grows as alpha falls."""
+        scales = self.level_scale(alphas)
+        edges = scales * self.levels[self.start, None], scales * self.levels[self.start + self.max_code, None]
+        low, high = (_positions(self.u, edge) for edge in edges)
+        clipped = -self.squares[:, -1:]
+        for edge, at, last in ((edges[0], 0, low), (edges[1], high, self.w.shape[1])):
+            squares, sums, counts = (_take(array, last) - _take(array, at) for array in (self.squares, self.sums, self.counts))
+            clipped = clipped + squares - 2 * edge * sums + edge**2 * counts
+        return clipped
+
+    def level_scale(self, alphas: Float64Array) -> Float64Array:
+        """The scale of the levels, in the space of u."""
+        scales = alphas * self.steps[:, None]
+        return np.asarray(scales**self.power) if self.in_weights else scales
+
+    def _a_and_b(self, alphas: Float64Array) -> tuple[Float64Array, Float64Array]:
+        """A and B of the module in units of the scale, each (rows, points)."""
+        scales = (alphas * self.steps[:, None]) ** self.power
+        return self._by_weights(scales) if self.w.shape[1] < self.max_code else self._by_thresholds(scales)
+
+    def _by_thresholds(self, scales: Float64Array) -> tuple[Float64Array, Float64Array]:
+        """A and B from the position of each threshold among the weights."""
+        windows = self.start[:, None] + np.arange(self.max_code)
+        thresholds = self.thresholds[windows][:, :, None] * scales[:, None, :]
+        below = _positions(self.w, thresholds.reshape(len(scales), -1))
+        low, high = self.levels[windows], self.levels[windows + 1]
+        parts = []
+        for array, lows, highs in ((self.sums, low, high), (self.counts, low * low, high * high)):
+            at = _take(array, below).reshape(thresholds.shape)
+            parts.append(((lows - highs)[:, None] @ at)[:, 0] + highs[:, -1:] * _take(array, self.w.shape[1]))
+        return parts[0], parts[1]
+
+    def _by_weights(self, scales: Float64Array) -> tuple[Float64Array, Float64Array]:
+        """A and B from the position of each weight among the thresholds: faster for few weights in a row."""
+        scaled = self.w[:, None, :] / np.where(scales > 0.0, scales, np.inf)[:, :, None]
+        positions = self.thresholds.searchsorted(scaled.ravel(), side="right").reshape(scaled.shape)
+        start = self.start[:, None, None]
+        levels = self.levels.take(np.clip(positions, start, start + self.max_code))
+        u, h = (self.u, 1.0) if self.h is None else (self.h * self.u, self.h[:, None, :])
+        return (levels @ u[:, :, None])[:, :, 0], (levels * levels * h).sum(2)
+
+    @staticmethod
+    def _error(scales: Float64Array, a: Float64Array, b: Float64Array) -> Float64Array:
+        return np.asarray(scales * (scales * b - 2.0 * a))
 
 
 def curves_of(
@@ -74,15 +132,29 @@ def curves_of(
     objective_in_weights: bool,
     round_in_weights: bool,
 ) -> Curves:
-    """Collect the inputs of the curves.
+    """Collect the sums of the curves.
 
     rows: weights, (rows, n) float32, each row sorted ascending.  importance: the same shape, in the same order.
     """
-    u = rows if objective_in_weights else table.kind.transform(rows)
-    levels = table.weight_levels if objective_in_weights else table.transformed_levels
-    thresholds = table.thresholds(round_in_weights)
-    h = np.empty((len(rows), 0), np.float32) if importance is None else importance
-    return Curves(rows, u, h, thresholds, levels, ranges.step, ranges.zero_point, table.kind.power, objective_in_weights)
+    w = rows.astype(np.float64)
+    u = w if objective_in_weights else table.kind.transform(rows)
+    h = None if importance is None else importance.astype(np.float64)
+    weighted = u if h is None else h * u
+    return Curves(
+        w=w,
+        u=u,
+        h=h,
+        sums=_running(weighted),
+        squares=_running(weighted * u),
+        counts=None if h is None else _running(h),
+        thresholds=table.thresholds(round_in_weights),
+        levels=table.weight_levels if objective_in_weights else table.transformed_levels,
+        start=table.max_code - ranges.zero_point,
+        steps=ranges.step,
+        power=table.kind.power,
+        in_weights=objective_in_weights,
+        is_nearest=table.kind.is_uniform or objective_in_weights == round_in_weights,
+    )
 
 
 def error_curve(
@@ -102,79 +174,28 @@ def error_curve(
     curves = curves_of(
         rows, ranges, table, importance, objective_in_weights=objective_in_weights, round_in_weights=round_in_weights
     )
-    return _evaluate(curves, alphas)
+    errors = curves.errors(np.broadcast_to(alphas, (len(rows), alphas.size)))
+    squares, counts = curves.totals
+    return np.asarray((squares + errors) / counts)
 
 
-@compiled
-def prepare(curves: Curves, r: int, prefix: Float64Array, counts: Float64Array, positions: Int64Array) -> Row:
-    """Prepare row r, with the positions of its thresholds at alpha = 1.  Fills prefix, counts and positions."""
-    w, u, h = curves.w[r], curves.u[r], curves.h[r]
-    total, squares = 0.0, 0.0
-    prefix[0] = 0.0
-    if h.size:
-        counts[0] = 0.0
-        for i in range(u.size):
-            counts[i + 1] = counts[i] + np.float64(h[i])
-    for i in range(u.size):
-        value, times = np.float64(u[i]), (np.float64(h[i]) if h.size else 1.0)
-        total += times * value
-        squares += times * value * value
-        prefix[i + 1] = total
-    max_code = curves.thresholds.size // 2
-    start = max_code - curves.zero_points[r]
-    thresholds = curves.thresholds[start : start + max_code]
-    levels = curves.levels[start : start + max_code + 1]
-    scale = curves.steps[r] ** curves.power
-    for j in range(max_code):
-        positions[j] = np.searchsorted(w, scale * thresholds[j])
-    return Row(w, u, prefix, counts, squares, thresholds, levels, positions, curves.steps[r], curves.power, curves.in_weights)
+def _running(values: Float64Array) -> Float64Array:
+    """Running sums from 0, (rows, n+1)."""
+    sums = np.zeros((len(values), values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums
 
 
-@compiled
-def count_below(row: Row, position: int) -> float:
-    """The sum of the importances of the first `position` elements of a row."""
-    return row.counts[position] if row.counts.size else float(position)
+def _positions(rows: AnyArray, bounds: Float64Array) -> Int64Array:
+    """The number of elements of each sorted row below each bound of the row, (rows, bounds)."""
+    positions = np.empty(bounds.shape, np.int64)
+    for row, wanted, found in zip(rows, bounds, positions, strict=True):
+        found[:] = row.searchsorted(wanted)
+    return positions
 
 
-@compiled
-def scales(row: Row, alpha: float) -> tuple[float, float]:
-    """The scale of the thresholds (weight space) and the scale of the levels (space of u)."""
-    v_scale = alpha * row.step
-    w_scale = v_scale if row.power == 1.0 else v_scale**row.power
-    return w_scale, (w_scale if row.in_weights else v_scale)
-
-
-@compiled
-def error_at(row: Row, alpha: float) -> float:
-    """The squared error minus sum h * u**2.  Updates row.positions."""
-    t_scale, m_scale = scales(row, alpha)
-    w, levels, n = row.w, row.levels, row.w.size
-    last = levels.size - 1
-    a = levels[last] * row.prefix[n]
-    b = levels[last] * levels[last] * count_below(row, n)
-    for j in range(last):
-        t = t_scale * row.thresholds[j]
-        p = row.positions[j]
-        while p < n and w[p] < t:
-            p += 1
-        while p > 0 and w[p - 1] >= t:
-            p -= 1
-        row.positions[j] = p
-        difference = levels[j] - levels[j + 1]
-        a += difference * row.prefix[p]
-        b += difference * (levels[j] + levels[j + 1]) * count_below(row, p)
-    error: float = m_scale * (m_scale * b - 2.0 * a)
-    return error
-
-
-@compiled
-def _evaluate(curves: Curves, alphas: Float64Array) -> Float64Array:
-    count, n = curves.w.shape
-    errors = np.zeros((count, alphas.size))
-    prefix, counts = np.empty(n + 1), np.empty(n + 1 if curves.h.size else 0)
-    positions = np.empty(curves.thresholds.size // 2, np.int64)
-    for r in range(count):
-        row = prepare(curves, r, prefix, counts, positions)
-        for i in range(alphas.size):
-            errors[r, i] = (row.squares + error_at(row, alphas[i])) / count_below(row, n)
-    return errors
+def _take(sums: Float64Array | None, positions: Int64Array | int) -> AnyArray:
+    """The running sums of each row at positions, (rows, positions); None: the running sums of ones."""
+    if sums is None or isinstance(positions, int):
+        return np.asarray(positions if sums is None else sums[:, positions, None])
+    return np.asarray(sums.take(positions + np.arange(len(sums))[:, None] * sums.shape[1]))

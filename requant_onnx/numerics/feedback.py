@@ -21,14 +21,14 @@ from functools import partial
 import numpy as np
 
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array, UInt8Array
-from requant_onnx.numerics.compiled import compiled
 from requant_onnx.numerics.factor import Factor
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.parallel import run_all, slices
 from requant_onnx.numerics.quantize import half_scale
 
 BLOCK = 128  # columns rounded before their errors are pushed into the later ones by one matrix product
-ROWS = 128  # of a strip
+FEW = 16  # columns of a block that push their errors into each other one by one
+ROWS = 256  # of a strip
 PASSES = 5  # largest number of passes of the descent
 SMALLEST_GAIN = 1e-12  # of a change, in units of scale**2 * h[j, j]: below it rounding errors could change codes forever
 REFITS = 3  # largest number of alternations of scale and descent
@@ -64,19 +64,13 @@ def feedback(w: Float64Array, factor: Factor, grid: RowGrid) -> UInt8Array:
     codes = np.empty(w.shape, np.uint8)
 
     def round_strip(groups: slice, rows: slice) -> None:
-        r, scale, offset = factor.r[groups], grid.scale[groups, rows], grid.offset[groups, rows]
-        wanted, made = left[groups, rows], np.empty(left[groups, rows].shape, np.uint8)
-        errors = np.zeros(wanted.shape, np.float32)
+        r, wanted = factor.r[groups], left[groups, rows]
+        part, errors = _part(grid, groups, rows), np.zeros(wanted.shape, np.float32)
         for block in slices(w.shape[-1], BLOCK):
             pushed = (errors[..., : block.start] @ r[:, : block.start, block]).astype(np.float64)
-            triangle = np.ascontiguousarray(r[:, block, block], np.float64)
-            part, chosen = np.ascontiguousarray(wanted[..., block]), np.empty(wanted[..., block].shape, np.uint8)
-            _round_block(part, pushed, triangle, scale, offset, thresholds, integers, chosen)
-            errors[..., block], made[..., block] = part, chosen
-        codes[groups, rows] = made
+            made, errors[..., block] = _round_block(wanted[..., block], pushed, r[:, block, block].astype(np.float64), part)
+            codes[groups, rows, block] = made
 
-    thresholds = grid.table.thresholds(True) * grid.table.unit
-    integers = grid.table.integers.astype(np.float64)
     _in_strips(round_strip, w.shape)
     in_order = np.empty_like(codes)
     np.put_along_axis(in_order, order, codes, -1)
@@ -92,7 +86,7 @@ def refine(w: Float64Array, h: Float32Array, grid: RowGrid, codes: UInt8Array, *
     scale = grid.scale.copy()
 
     def refine_strip(groups: slice, rows: slice) -> None:
-        part = replace(grid, scale=scale[groups, rows], offset=grid.offset[groups, rows], min_scale=grid.min_scale[groups, rows])
+        part = _part(replace(grid, scale=scale), groups, rows)
         best, after = _refine(w[groups, rows], h[groups], part, found[groups, rows].copy(), refit)
         found[groups, rows], scale[groups, rows] = best, after.scale
 
@@ -136,82 +130,107 @@ def _in_strips(work: Callable[[slice, slice], None], shape: tuple[int, ...]) -> 
         run_all([partial(work, part, slice(0, rows)) for part in slices(groups, ROWS)])
 
 
+def _part(grid: RowGrid, groups: slice, rows: slice) -> RowGrid:
+    """The grids of some of the groups and rows."""
+    arrays = {name: getattr(grid, name)[groups, rows] for name in ("scale", "offset", "min_scale")}
+    return replace(grid, **arrays)
+
+
+def _round_block(w: Float64Array, pushed: Float64Array, triangle: Float64Array, grid: RowGrid) -> tuple[UInt8Array, Float64Array]:
+    """Round the columns of one block in their order, (G, rows, columns).  Returns codes and errors; changes `pushed`.
+
+    pushed: sum of e_j R_jk over the columns before the block.  triangle: R of the block, (G, columns, columns).
+    """
+    columns, max_code = w.shape[-1], grid.table.max_code
+    thresholds, integers = grid.table.thresholds(True) * grid.table.unit, grid.table.integers.astype(np.float64)
+    codes, errors = np.empty((columns, *w.shape[:2]), np.uint8), np.empty((columns, *w.shape[:2]))
+    w, pushed = (np.ascontiguousarray(np.moveaxis(array, -1, 0)) for array in (w, pushed))
+    for few in slices(columns, FEW):
+        for j in range(few.start, few.stop):
+            wanted = w[j] + pushed[j] / triangle[:, j, j, None]
+            code = thresholds.searchsorted(wanted / grid.scale, side="right") - grid.offset
+            np.clip(code, 0, max_code, out=code)
+            codes[j] = code
+            errors[j] = w[j] - grid.scale * integers.take(code + grid.offset)
+            rest = slice(j + 1, few.stop)
+            pushed[rest] += errors[j] * triangle[:, j, rest].T[:, :, None]
+        done = np.moveaxis(errors[few], 0, -1)
+        pushed[few.stop :] += np.moveaxis(done @ triangle[:, few, few.stop :], -1, 0)
+    return np.moveaxis(codes, 0, -1), np.moveaxis(errors, 0, -1)
+
+
 def _descend(codes: UInt8Array, gradients: Float32Array, h: Float32Array, grid: RowGrid) -> None:
     """Change single codes to the neighboring level as long as that lowers the error.
 
     gradients: (w_hat - w) H, (G, rows, n).  Changes codes and gradients.
     """
+    steps = _steps_of(grid)
     for _ in range(PASSES):
         moved = False
         for block in slices(codes.shape[-1], BLOCK):
-            here = np.ascontiguousarray(codes[..., block])
-            slope = np.ascontiguousarray(gradients[..., block], np.float64)
-            corner = np.ascontiguousarray(h[:, block, block], np.float64)
-            changes = np.zeros(here.shape)
-            if _descend_block(here, slope, corner, grid.scale, grid.offset, grid.table.integers, changes):
+            slope = gradients[..., block].astype(np.float64)
+            changes = _descend_block(codes[..., block], slope, h[:, block, block].astype(np.float64), steps)
+            if changes is not None:
                 moved = True
-                codes[..., block] = here
                 gradients += changes.astype(np.float32) @ h[:, block]
         if not moved:
             break
 
 
-@compiled
-def _round_block(
-    w: Float64Array,
-    pushed: Float64Array,
-    triangle: Float64Array,
-    scale: Float64Array,
-    offset: Int64Array,
-    thresholds: Float64Array,
-    integers: Float64Array,
-    codes: UInt8Array,
-) -> None:
-    """Round the columns of one block in their order.  thresholds: in integer levels.  Fills codes; turns w into its errors.
+@dataclass(frozen=True)
+class _Steps:
+    """The steps between the levels of each row, and how steep the error must be for a step to lower it by SMALLEST_GAIN.
 
-    pushed: sum of e_j R_jk over the columns before the block; changes.
+    sizes: step to code q from the one below, (G * rows, K+2), infinite for q = 0 and K+1.
+    slopes: half the slope in units of H_jj, the same shape:  s * (s H_jj - 2 slope) < -gain  where  slope > H_jj * slopes.
     """
-    last = thresholds.size // 2
-    for g in range(w.shape[0]):
-        for r in range(w.shape[1]):
-            start, step = offset[g, r], scale[g, r]
-            row_thresholds, levels = thresholds[start : start + last], integers[start : start + last + 1]
-            for j in range(w.shape[2]):
-                wanted = w[g, r, j] + pushed[g, r, j] / triangle[g, j, j]
-                code = np.searchsorted(row_thresholds, wanted / step, side="right")
-                codes[g, r, j] = code
-                error = w[g, r, j] - step * levels[code]
-                w[g, r, j] = error
-                for k in range(j + 1, w.shape[2]):
-                    pushed[g, r, k] += error * triangle[g, j, k]
+
+    sizes: Float64Array
+    slopes: Float64Array
 
 
-@compiled
-def _descend_block(
-    codes: UInt8Array,
-    gradients: Float64Array,
-    h: Float64Array,
-    scale: Float64Array,
-    offset: Int64Array,
-    integers: Int64Array,
-    changes: Float64Array,
-) -> int:
-    """One pass over the columns of a block; returns how many codes moved.  Changes codes and gradients; adds to changes."""
-    last = integers.size // 2
-    moves = 0
-    for g in range(codes.shape[0]):
-        for r in range(codes.shape[1]):
-            start, step = offset[g, r], scale[g, r]
-            for j in range(codes.shape[2]):
-                slope = gradients[g, r, j]
-                direction = -1 if slope > 0.0 else 1  # where the error falls
-                code = codes[g, r, j] + direction
-                if 0 <= code <= last:
-                    change = step * (integers[code + start] - integers[codes[g, r, j] + start])
-                    if change * (2.0 * slope + change * h[g, j, j]) < -SMALLEST_GAIN * h[g, j, j] * step * step:
-                        codes[g, r, j] = code
-                        changes[g, r, j] += change
-                        moves += 1
-                        for k in range(codes.shape[2]):
-                            gradients[g, r, k] += change * h[g, j, k]
-    return moves
+def _steps_of(grid: RowGrid) -> _Steps:
+    levels = grid.levels(
+        np.broadcast_to(np.arange(grid.table.max_code + 1, dtype=np.uint8), (*grid.scale.shape, grid.table.max_code + 1))
+    )
+    scale = grid.scale.reshape(-1, 1)
+    sizes = np.full((scale.size, grid.table.max_code + 2), np.inf)
+    sizes[:, 1:-1] = scale * np.diff(levels.reshape(scale.size, -1))
+    with np.errstate(divide="ignore"):  # levels rounded to the same one: the step gains nothing
+        return _Steps(sizes, (sizes + SMALLEST_GAIN * scale**2 / sizes) / 2)
+
+
+def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, steps: _Steps) -> Float64Array | None:
+    """One pass over the columns of a block.  Changes codes; returns the changes of the weights, (G, rows, columns), None for none.
+
+    All rows look for their next column where a step lowers the error, and make that step at once.
+    """
+    groups, count, columns = codes.shape
+    power = np.repeat(np.einsum("gjj->gj", h), count, 0)
+    rows, at = np.arange(groups * count), np.arange(columns)
+    here, slope = codes.reshape(rows.size, columns), slope.reshape(rows.size, columns)
+    with np.errstate(invalid="ignore"):  # 0 * inf: an input that is always 0
+        rise, fall = -power * steps.slopes[rows[:, None], here + 1], power * steps.slopes[rows[:, None], here]
+    changes = None
+    ready = (slope < rise) | (slope > fall)
+    while True:
+        column = ready.argmax(1)
+        (left,) = np.nonzero(ready[np.arange(rows.size), column])
+        if not left.size:
+            break
+        rows, column, slope, rise, fall = rows[left], column[left], slope[left], rise[left], fall[left]
+        one = np.arange(rows.size)
+        up = slope[one, column] < 0.0
+        code = here[rows, column].astype(np.int64)
+        change = np.where(up, steps.sizes[rows, code + 1], -steps.sizes[rows, code])
+        code += np.where(up, 1, -1)
+        here[rows, column] = code
+        changes = np.zeros(codes.shape) if changes is None else changes
+        changes.reshape(here.shape)[rows, column] += change
+        slope += change[:, None] * h[rows // count, column]
+        rise[one, column] = -power[rows, column] * steps.slopes[rows, code + 1]
+        fall[one, column] = power[rows, column] * steps.slopes[rows, code]
+        ready = ((slope < rise) | (slope > fall)) & (at > column[:, None])
+    if changes is not None:
+        codes[:] = here.reshape(codes.shape)
+    return changes

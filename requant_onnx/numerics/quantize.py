@@ -111,7 +111,7 @@ def quantize_weight(
     if grid.half_scales and _fits_half(scale):
         scale = half_scale(scale)
     thresholds = table.thresholds(grid.round_in_weights)
-    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds, grid.kind.power)
+    codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds)
     shape = () if grid.axis is None else (len(rows),)
     return QuantizedWeight(
         codes=from_rows(codes, w.shape, grid.axis),
