@@ -1,32 +1,100 @@
-"""requant_onnx: low-bit weights for exported ONNX CNNs, without retraining (REQuant, arXiv 2510.04044)."""
+"""requant_onnx: low-bit weights for exported ONNX CNNs, without retraining (REQuant, arXiv 2510.04044).
 
-from requant_onnx.config import (
-    ActivationRange,
-    BiasType,
-    Budget,
-    EdgeLayers,
-    Form,
-    Granularity,
-    Int8Levels,
-    Int8Speed,
-    QuantConfig,
-    RangeMode,
-    Refinement,
-    Runtime,
-    Space,
-    Transform,
-)
-from requant_onnx.convert.pipeline import inspect_model, quantize_model
-from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
-from requant_onnx.convert.restore import RestoreReport, restore_model
-from requant_onnx.errors import ConfigError, ConvertedError, DataError, ModelError, OutputError, RequantError
-from requant_onnx.evaluate.validate import validate
-from requant_onnx.files.save import save_model
-from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.inputs.images import ImageSet, Normalization, load_images
-from requant_onnx.runtime.explain import Explanation, explain
-from requant_onnx.runtime.sessions import load_session, use_custom_ops
-from requant_onnx.webpage.pages import html_report
+Names are imported when they are first used, so that the package itself is there at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from requant_onnx.config import (
+        ActivationRange,
+        BiasType,
+        Budget,
+        EdgeLayers,
+        Form,
+        Granularity,
+        Int8Levels,
+        Int8Speed,
+        QuantConfig,
+        RangeMode,
+        Refinement,
+        Runtime,
+        Space,
+        Transform,
+    )
+    from requant_onnx.convert.pipeline import inspect_model, quantize_model
+    from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
+    from requant_onnx.convert.restore import RestoreReport, restore_model
+    from requant_onnx.errors import ConfigError, ConvertedError, DataError, ModelError, OutputError, RequantError
+    from requant_onnx.evaluate.validate import validate
+    from requant_onnx.files.save import save_model
+    from requant_onnx.inputs.calibration import Calibration
+    from requant_onnx.inputs.images import ImageSet, Normalization, load_images
+    from requant_onnx.runtime.explain import Explanation, explain
+    from requant_onnx.runtime.sessions import load_session, use_custom_ops, use_provider
+    from requant_onnx.webpage.pages import html_report
+
+_HOMES = {
+    "requant_onnx.config": (
+        "ActivationRange",
+        "BiasType",
+        "Budget",
+        "EdgeLayers",
+        "Form",
+        "Granularity",
+        "Int8Levels",
+        "Int8Speed",
+        "QuantConfig",
+        "RangeMode",
+        "Refinement",
+        "Runtime",
+        "Space",
+        "Transform",
+    ),
+    "requant_onnx.convert.pipeline": (
+        "inspect_model",
+        "quantize_model",
+    ),
+    "requant_onnx.convert.report": (
+        "ActivationReport",
+        "FrontPoint",
+        "InspectReport",
+        "QuantReport",
+        "ValidationReport",
+        "WeightReport",
+    ),
+    "requant_onnx.convert.restore": (
+        "RestoreReport",
+        "restore_model",
+    ),
+    "requant_onnx.errors": (
+        "ConfigError",
+        "ConvertedError",
+        "DataError",
+        "ModelError",
+        "OutputError",
+        "RequantError",
+    ),
+    "requant_onnx.evaluate.validate": ("validate",),
+    "requant_onnx.files.save": ("save_model",),
+    "requant_onnx.inputs.calibration": ("Calibration",),
+    "requant_onnx.inputs.images": (
+        "ImageSet",
+        "Normalization",
+        "load_images",
+    ),
+    "requant_onnx.runtime.explain": (
+        "Explanation",
+        "explain",
+    ),
+    "requant_onnx.runtime.sessions": (
+        "load_session",
+        "use_custom_ops",
+        "use_provider",
+    ),
+    "requant_onnx.webpage.pages": ("html_report",),
+}
 
 __all__ = [
     "ActivationRange",
@@ -69,5 +137,20 @@ __all__ = [
     "restore_model",
     "save_model",
     "use_custom_ops",
+    "use_provider",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module where it lives (PEP 562)."""
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'requant_onnx' has no attribute '{name}'")
+    value: object = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,6 @@
 
 import sys
 
-from requant_onnx.cli.main import run
+from requant_onnx.cli.start import run
 
 sys.exit(run())

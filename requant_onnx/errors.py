@@ -11,6 +11,8 @@ RequantError (exit code 2 on the command line)
 Each message is one sentence that says what is wrong, where, and what to do instead.
 """
 
+INTERRUPTED, INTERRUPTED_MESSAGE = 130, "interrupted; no file was left half-written"  # exit code, as of a shell, after Ctrl-C
+
 
 class RequantError(Exception):
     """Base class: catch this to catch every error requant_onnx raises on purpose."""

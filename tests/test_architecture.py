@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -143,9 +144,23 @@ def test_public_names() -> None:
         "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "RestoreReport",
         "Runtime", "Space",
         "Transform", "ValidationReport", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
-        "load_session", "quantize_model", "restore_model", "save_model", "use_custom_ops", "validate",
+        "load_session", "quantize_model", "restore_model", "save_model", "use_custom_ops", "use_provider", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)
+    assert set(requant_onnx.__all__) < set(dir(requant_onnx))
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    typed = {
+        alias.name: getattr(importlib.import_module(node.module), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("requant_onnx")
+        for alias in node.names
+    }
+    assert typed == {name: getattr(requant_onnx, name) for name in requant_onnx.__all__}  # for type checkers, and when it runs
+
+
+def test_the_package_is_imported_at_once() -> None:
+    code = "import sys, requant_onnx; print('numpy' in sys.modules, 'onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
 
 
 def test_functions_are_short() -> None:

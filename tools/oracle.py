@@ -10,6 +10,7 @@ from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import BiasType, QuantConfig, QuantReport, Refinement, quantize_model
 from requant_onnx.convert.prepare import prepare
+from requant_onnx.convert.schedule import Clock
 from requant_onnx.convert.steps import quantize
 from requant_onnx.files.load import load_model
 from requant_onnx.graph.edit import tensor_proto
@@ -42,7 +43,7 @@ def feeds_for(model: onnx.ModelProto, seed: int = 7, free: int = 2) -> Feeds:
 
 def with_decoded_weights(source: onnx.ModelProto, config: QuantConfig, converted: set[str]) -> onnx.ModelProto:
     """The normalized model with w_hat from NumPy in the place of each converted weight."""
-    prepared = prepare(load_model(source), config, None, (), None)
+    prepared = prepare(load_model(source), config, None, (), Clock(), None)
     for result in quantize(prepared, prepared.plan.planned, None, None).results:
         weight = result.planned.weight
         if weight.name in converted:
@@ -78,5 +79,5 @@ def check(source: onnx.ModelProto, config: QuantConfig, feeds: Feeds | None = No
     onnx.checker.check_model(converted, full_check=True)
     kept = {weight.name for weight in report.converted}
     same(run(converted, feeds), run(with_decoded_weights(source, config, kept), feeds), rounding)
-    same(run(prepare(load_model(source), config, None, (), None).model, feeds), run(source, feeds), rounding)
+    same(run(prepare(load_model(source), config, None, (), Clock(), None).model, feeds), run(source, feeds), rounding)
     return report

@@ -23,6 +23,7 @@ from requant_onnx.cli.values import (
     list_of,
     noise_of,
     normalization_of,
+    seconds_of,
     whole_of,
 )
 from requant_onnx.config import Form
@@ -48,14 +49,14 @@ from requant_onnx.webpage.pages import html_comparison, html_report
 def run_convert(args: argparse.Namespace) -> None:
     """requant convert: write a model with quantized weights, its report and its page."""
     config = config_of(args)
-    calibration = calibration_of(args)
+    calibration, time_limit = calibration_of(args), seconds_of(args.time_limit)
     check_output(args.input, args.output, args.force)
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     check_json(args.json, args.input, args.output, *data)
     check_page(args.html, args.force, args.input, args.output, *data)
     check_apart(args.json, args.html)
     with progress_bar(args, "quantizing") as progress:
-        model, report = pipeline.convert_model(args.input, config, calibration, progress)
+        model, report = pipeline.convert_model(args.input, config, calibration, progress, time_limit=time_limit)
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
         after = save_model(model, args.output, external_data=args.external_data or is_large(model), check=not report.complaint)

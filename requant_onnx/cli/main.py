@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from requant_onnx.cli import commands
 from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.options import parse, parser_of
-from requant_onnx.errors import ConvertedError, RequantError
-from requant_onnx.runtime.sessions import use_custom_ops
+from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, RequantError
+from requant_onnx.runtime.sessions import use_custom_ops, use_provider
 
 
 def run() -> int:
@@ -39,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parse(parser, arguments)
         use_custom_ops(*([args.custom_ops] if isinstance(args.custom_ops, str) else args.custom_ops or []))
+        use_provider(getattr(args, "provider", None))
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the tables has closed the pipe; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted; no file was left half-written", file=sys.stderr)
-        return 130
+        print(INTERRUPTED_MESSAGE, file=sys.stderr)
+        return INTERRUPTED
     except (RequantError, OSError, MemoryError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 3 if isinstance(error, ConvertedError) else 2

@@ -173,6 +173,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
     page = parser.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
     page.complete = shtab.FILE  # type: ignore[attr-defined]
+    _add_provider(parser)
     _add_common(run, parser)
 
 
@@ -200,6 +201,12 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory for activations while weights are refined (default: 256MiB); where they take more, layers see fewer inputs",
     )
+    parser.add_argument(
+        "--time-limit",
+        metavar="TIME",
+        help="about how long the conversion may take, for instance 90s, 5min or 1h: layers whose refinement gains least for its "
+        "time go without it (default: no limit)",
+    )
     parser.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
     _add_images(parser, "of the calibration images")
     _add_choice(parser, "activation_range", "R", "for --form int8: ")
@@ -217,6 +224,7 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="use only the first N images")
+    _add_provider(parser)
     _add_common(run, parser)
 
 
@@ -232,6 +240,7 @@ def _add_report(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="use only the first N images")
     parser.add_argument("--force", action="store_true", help="replace OUT.html if it exists")
+    _add_provider(parser)
     _add_common(run, parser, json=False)
 
 
@@ -264,7 +273,16 @@ def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the files of --csv and --html if they exist")
     for name in ("csv", "html"):
         parser.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"also write the table as {name.upper()}")
+    _add_provider(parser)
     _add_common(run, parser)
+
+
+def _add_provider(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="execution provider of ONNX Runtime that models run on, for instance cuda or openvino (default: cpu)",
+    )
 
 
 def _add_model(run: Command, parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from requant_onnx import progress
 
+WHOLE_RUN = 1e9  # seconds of the past from which the time left is extrapolated: steps are shares of the time of the whole run
+
 
 def console_for(args: argparse.Namespace) -> Console:
     """The console for tables: full-width when the output is a file or a pipe, silent with --quiet.  rich obeys NO_COLOR."""
@@ -27,7 +29,7 @@ def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progr
         yield None
         return
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=WHOLE_RUN) as bar:
         task = bar.add_task("", total=None)
         yield lambda item, done, total: bar.update(task, description=escape(item), completed=done, total=total)
 

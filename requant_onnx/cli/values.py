@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,21 @@ def whole_of(text: str, option: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{option} '{text}' is not a whole number") from None
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Parse a time limit, None for none.  Raises ConfigError.
+
+    >>> seconds_of("90s"), seconds_of("5min"), seconds_of("1.5h"), seconds_of("20")
+    (90.0, 300.0, 5400.0, 20.0)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|sec|m|min|h)?", text.strip().lower())
+    seconds = float(found[1]) * {"m": 60.0, "h": 3600.0}.get((found[2] or "s")[0], 1.0) if found else 0.0
+    if seconds <= 0.0:
+        raise ConfigError(f"--time-limit '{text}' is no time; write it as 90s, 5min or 1h")
+    return seconds
 
 
 def limit_of(text: str | None) -> int | None:

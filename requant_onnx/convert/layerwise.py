@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from requant_onnx.config import Refinement
 from requant_onnx.convert.ladder import HELD_OUT, Evidence, RefinedLayer, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight
+from requant_onnx.convert.schedule import PASSES, Clock, Cost, Schedule
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
@@ -20,14 +22,16 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray, Int64Array
 from requant_onnx.numerics.factor import factor
 from requant_onnx.numerics.moments import Moments, Sample
-from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
+from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight, to_rows
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Lanes, Stream, constants_to_initializers
 
 PLACES_AN_INPUT, PLACES, FEW_PLACES = 20, 1 << 15, 1 << 13  # at which inputs are seen: for each of n, at least; with several groups
 STEPS = 1000  # of the progress
-STARTING, PASSES_OF_ROWS, FLOPS = 0.02, 20, 1e11  # of the time that a layer takes: seconds, products of all rows with H, per second
+SECONDS_A_LAYER, SECONDS_A_ROW, SECONDS_A_WEIGHT = 0.04, 2.4e-4, 7.6e-7  # of the time that a layer takes, fitted to four nets:
+SECONDS_AN_INPUT, SECONDS_A_PRODUCT = 4e-9, 2e-10  # an element of an input at a place, and each product of rows with moments
+NO_TIME = "was not reached within the time limit"
 NO_LAYER = "is read by several nodes, or by none whose product is known"
 
 
@@ -55,11 +59,15 @@ class Belief:
 
 @dataclass(frozen=True)
 class Refined:
-    """The layers that were refined; and for weights that were not, why (a sentence without its subject)."""
+    """The layers that were refined; and for weights that were not, why (a sentence without its subject).
+
+    belief: None where the model was not run to its end.  note: what the time limit left out, or "".
+    """
 
     layers: list[LayerResult]
-    belief: Belief
+    belief: Belief | None
     why_nearest: dict[str, str]
+    note: str
 
 
 def quantize_layers(
@@ -68,58 +76,107 @@ def quantize_layers(
     calibration: Calibration,
     refinement: Refinement,
     min_scales: Mapping[str, Float64Array],
+    clock: Clock,
     progress: Progress | None,
 ) -> Refined:
-    """Refine those of the planned weights that one node alone multiplies with finite values.  The model does not change."""
+    """Refine those of the planned weights that one node alone multiplies with finite values.  The model does not change.
+
+    Where the time of the clock does not suffice, layers get the correction of their biases only, or nothing.
+    """
     work = onnx.ModelProto()
     work.CopyFrom(model)
     constants_to_initializers(work)
     plans = {item.weight.name: item for item in planned}
     layers = find_layers(ModelGraph.of(work), plans.keys())
     chunks = calibration_chunks(model, calibration)
-    lanes = Lanes(work, chunks, 2, [layer.index for layer in layers], calibration.memory)
+    lanes = Lanes(work, chunks, 2, [layer.index for layer in layers], calibration.memory, clock.left * PASSES)
     exact, rounded = lanes.runs
-    costs = [seconds + _algebra(layer) for layer, seconds in zip(layers, lanes.seconds, strict=True)]
+    costs = [_cost(layer, plans[layer.weight], seconds, clock) for layer, seconds in zip(layers, lanes.seconds, strict=True)]
+    schedule = Schedule(clock, costs)
     replaced: dict[str, onnx.TensorProto] = {}
     results = []
     why = dict.fromkeys(plans.keys() - {layer.weight for layer in layers}, NO_LAYER)
-    for done, layer in enumerate(layers, 1):
+    for number, layer in enumerate(layers):
+        if schedule.is_over:
+            why.update((left.weight, NO_TIME) for left in layers[number:])
+            break
+        started = time.perf_counter()
         lanes.advance(layer.index, ({}, replaced))
-        plan = plans[layer.weight]
-        evidence = _evidence(layer, exact, rounded, done)
+        ran = time.perf_counter()
+        plan, rung = plans[layer.weight], refinement if schedule.is_full(number) else Refinement.BIAS
+        evidence = _evidence(layer, exact, rounded, number + 1, rung)
         if isinstance(evidence, str):
             why[layer.weight] = evidence
-            continue
-        w = plan.weight.load()
-        choice = choose(layer, w, (plan.grid, *plan.others), evidence, refinement, min_scales.get(layer.weight))
-        final = replace(plan, grid=choice.grid, others=())
-        result = replace(measure(final, w, choice.quantized), method=choice.method, output_errors=choice.errors)
-        replaced[layer.weight] = tensor_proto(_emitted(plan, choice), layer.weight)
-        if choice.bias is not None:
-            replaced[layer.bias] = tensor_proto(layer.stored_bias(choice.bias), layer.bias)
-        results.append(LayerResult(result, choice, layer))
+        else:
+            results.append(_quantized(layer, plan, evidence, rung, min_scales.get(layer.weight)))
+            replaced.update(_replacements(plan, results[-1]))
+        schedule.done(number, ran - started, time.perf_counter() - ran)
         if progress is not None:
-            progress(layer.weight, round(STEPS * sum(costs[:done]) / sum(costs)), STEPS)
-    for stream, weights in ((exact, {}), (rounded, replaced)):
+            progress(layer.weight, round(STEPS * schedule.fraction(number)), STEPS)
+    belief = None if schedule.is_over else _belief(work, chunks[0], (exact, rounded), replaced)
+    return Refined(results, belief, why, _left_out(clock, schedule, len(layers)))
+
+
+def _quantized(
+    layer: Layer, plan: PlannedWeight, evidence: Evidence, refinement: Refinement, min_scale: Float64Array | None
+) -> LayerResult:
+    w = plan.weight.load()
+    choice = choose(layer, w, (plan.grid, *plan.others), evidence, refinement, min_scale)
+    final = replace(plan, grid=choice.grid, others=())
+    result = replace(measure(final, w, choice.quantized), method=choice.method, output_errors=choice.errors)
+    return LayerResult(result, choice, layer)
+
+
+def _replacements(plan: PlannedWeight, done: LayerResult) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """The weight and, where it changes, the bias, as the layers behind see them."""
+    layer, choice = done.layer, done.choice
+    yield layer.weight, tensor_proto(_emitted(plan, choice), layer.weight)
+    if choice.bias is not None:
+        yield layer.bias, tensor_proto(layer.stored_bias(choice.bias), layer.bias)
+
+
+def _belief(work: onnx.ModelProto, feed: Chunk, runs: tuple[Stream, Stream], replaced: Mapping[str, onnx.TensorProto]) -> Belief:
+    for stream, weights in zip(runs, ({}, replaced), strict=True):
         stream.advance(len(work.graph.node), weights)
-    names = [item.name for item in model.graph.output if item.name in exact.values[0]]
-    outputs = [[stream.values[0][name] for name in names] for stream in (exact, rounded)]
-    return Refined(results, Belief(chunks[0], names, *outputs), why)
+    names = [item.name for item in work.graph.output if item.name in runs[0].values[0]]
+    return Belief(feed, names, *([stream.values[0][name] for name in names] for stream in runs))
 
 
-def _algebra(layer: Layer) -> float:
-    """About how many seconds it takes to fit a layer, for the progress."""
-    n = math.prod(layer.product.shape) // layer.product.channels
-    places = FEW_PLACES if layer.product.group > 1 else max(PLACES, PLACES_AN_INPUT * n)
-    work = n**2 * (n / 3 + PASSES_OF_ROWS * layer.product.rows + places) + places * n * layer.product.rows
-    return STARTING + layer.product.group * work / FLOPS
+def _left_out(clock: Clock, schedule: Schedule, layers: int) -> str:
+    """What was not done for want of time, a sentence; "" where all was done."""
+    if schedule.full == layers:
+        return ""
+    nearest = layers - schedule.full - schedule.least
+    return (
+        f"within the time limit of {clock.limit:g} s, {schedule.full} of {layers} layers were refined, {schedule.least} got the "
+        f"correction of their biases only, and {nearest} went to nearest levels; give it more time for a better file"
+    )
+
+
+def _cost(layer: Layer, plan: PlannedWeight, running: float, clock: Clock) -> Cost:
+    """About how many seconds a layer takes, and what refining it gains: the error of its weights relative to their power."""
+    product = layer.product
+    n, rows = math.prod(product.shape) // product.channels, product.group * product.rows
+    places = FEW_PLACES if product.group > 1 else max(PLACES, PLACES_AN_INPUT * n)
+    least = SECONDS_A_LAYER + SECONDS_A_ROW / 5 * rows + SECONDS_AN_INPUT * product.group * places * n
+    full = SECONDS_A_ROW * rows + SECONDS_A_WEIGHT * rows * n + SECONDS_A_PRODUCT * n**2 * rows
+    gain = 0.0 if clock.limit is None else _error_at_full_range(plan)
+    return Cost(running, least, least + full, gain)
+
+
+def _error_at_full_range(plan: PlannedWeight) -> float:
+    """The squared error of uniform levels over the full range, a twelfth of the squared step, over the power; 1 at most."""
+    rows = to_rows(plan.weight.load(), plan.grid.axis)
+    step = np.ptp(rows, 1).astype(np.float64) / (2**plan.grid.bits - 1)
+    power = np.square(rows, dtype=np.float64).mean()
+    return float(min(1.0, (step**2).mean() / 12 / power)) if power > 0.0 else 0.0
 
 
 def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
     return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
-def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int) -> Evidence | str:
+def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinement: Refinement) -> Evidence | str:
     """What is known of a layer; of all chunks in both parts, where there are too few of them.
 
     number: of the layer, which seeds the choice of places.  A sentence without its subject where there is nothing to fit.
@@ -144,7 +201,7 @@ def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int) -> Evid
         chosen = _chosen(product.count(y), places, number, k)
         inputs, results = product.inputs(x, chosen), product.results(y, chosen)
         if k in fitted:
-            moments.add(inputs, results - added)
+            (moments.add if refinement.sees_outputs else moments.add_means)(inputs, results - added)
         if k in held or not held:
             sample.add(inputs, results)
     usable = moments.count and moments.is_finite and sample.is_finite
@@ -191,7 +248,7 @@ def probe_layers(
     stream = Stream(work, chunks)
     for number, layer in enumerate(find_layers(ModelGraph.of(work), plans.keys()), 1):
         stream.advance(layer.index, {})
-        evidence = _evidence(layer, stream, stream, number)
+        evidence = _evidence(layer, stream, stream, number, Refinement.DESCENT)
         if isinstance(evidence, str):
             continue
         item, min_scale = plans[layer.weight], min_scales.get(layer.weight)

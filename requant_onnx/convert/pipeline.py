@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
@@ -13,6 +14,7 @@ from requant_onnx.config import RUNTIMES, Budget, Form, Int8Levels, QuantConfig,
 from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
+from requant_onnx.convert.schedule import Clock
 from requant_onnx.convert.steps import convert
 from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError
 from requant_onnx.files.external import is_external
@@ -40,6 +42,7 @@ def quantize_model(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    time_limit: float | None = None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantize the weights of a model.  The model given never changes; the same input gives the same output, whatever `threads` is.
 
@@ -48,11 +51,13 @@ def quantize_model(
     calibration: the inputs on which rounding is refined, in every form (`config.refinement`), bits are chosen within a budget, and
     activations are watched for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
     `report.converted` is empty.
+    time_limit: about how many seconds it may take; layers whose refinement gains least for its time go without it, and the report
+    says how many.  The bytes of the file then depend on the speed of the machine.
     Raises ModelError when the model cannot be loaded, holds NaN or infinite weights, or ONNX Runtime does not do with a weight what
     the form promises; ConfigError when threads is below 1 or the int8 form has no calibration; DataError when the calibration
     images do not fit the model.
     """
-    made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads)
+    made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads, time_limit)
     return materialize(made), report
 
 
@@ -62,16 +67,18 @@ def convert_model(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    time_limit: float | None = None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """As quantize_model, but external data may still lie in the files of the input, where save_model finds them."""
-    _check(config, calibration, threads)
+    clock = Clock(time_limit)
+    _check(config, calibration, threads, time_limit)
     if config.int8_levels is Int8Levels.AUTO:
         config = replace(config, int8_levels=Int8Levels.FULL if adds_exactly() else Int8Levels.SAFE)
     loaded = load_runnable(model)
     _check_new(loaded.proto)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
-        made, report = _convert(loaded.proto, config, calibration, excluded, progress, threads)
+        made, report = _convert(loaded.proto, config, calibration, excluded, clock, progress, threads)
         checked = RUNTIMES[config.runtime].checked
         notes, broken = _broken_promises(loaded, made, report.converted) if checked else ((), {})
         if not broken:
@@ -96,6 +103,7 @@ def _convert(
     config: QuantConfig,
     calibration: Calibration | None,
     excluded: Collection[str],
+    clock: Clock,
     progress: Progress | None,
     threads: int | None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
@@ -104,7 +112,7 @@ def _convert(
     BLAS gets one thread: the last bits of its sums, and by them the codes, depend on how many there are.
     """
     with threadpool_limits(limits=1, user_api="blas"), thread_limit(threads):
-        prepared = prepare(source, config, calibration, excluded, progress)
+        prepared = prepare(source, config, calibration, excluded, clock, progress)
         if isinstance(config.bits, Budget):
             return write_within(prepared, config.bits, calibration, progress, threads)
         return convert(prepared, prepared.plan.planned, progress, threads)
@@ -127,11 +135,17 @@ def inspect_model(model: ModelLike) -> InspectReport:
     )
 
 
-def _check(config: QuantConfig, calibration: Calibration | None, threads: int | None) -> None:
+def _check(config: QuantConfig, calibration: Calibration | None, threads: int | None, time_limit: float | None) -> None:
     if not isinstance(calibration, Calibration | None):
         raise ConfigError(f"calibration must be a Calibration, not {type(calibration).__name__}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be 1 or more, not {threads}")
+    if time_limit is not None and not (isinstance(time_limit, int | float) and 0 < time_limit < math.inf):
+        raise ConfigError(f"the time limit must be a number of seconds above 0, not {time_limit!r}")
+    if time_limit is not None and isinstance(config.bits, Budget):
+        raise ConfigError(
+            "a time limit is for one number of bits, and --bits auto tries many; give --bits N, or drop the time limit"
+        )
     if FORMS[config.form].on_integers and calibration is None:
         raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
     if isinstance(config.bits, Budget) and config.bits.sqnr_db is not None and calibration is None:

@@ -10,6 +10,7 @@ import onnx
 from requant_onnx.config import RUNTIMES, QuantConfig, Refinement
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
 from requant_onnx.convert.plan import Plan, kept_in_float, opset_for, plan_conversion
+from requant_onnx.convert.schedule import Clock
 from requant_onnx.files.load import is_large, materialize, opset_of
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.constants import ModelGraph
@@ -44,7 +45,7 @@ class Prepared:
     """A model ready for its weights to be quantized, and what was decided about it.
 
     graph: normalized.  folded: BatchNormalizations.  refining: the calibration, if rounding is to follow it.
-    means: without it, what BatchNormalization says of the means of activations.
+    means: without it, what BatchNormalization says of the means of activations.  clock: the time that all of it may take.
     """
 
     origin: Origin
@@ -55,6 +56,7 @@ class Prepared:
     plan: Plan
     refining: Calibration | None
     means: Mapping[str, Float64Array]
+    clock: Clock
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -83,6 +85,7 @@ def prepare(
     config: QuantConfig,
     calibration: Calibration | None,
     excluded: Collection[str],
+    clock: Clock,
     progress: Progress | None,
 ) -> Prepared:
     """Prepare everything up to the weights themselves.
@@ -98,7 +101,7 @@ def prepare(
     origin = Origin(source, opset, start.overridable, float_constants(given.proto))
     refining = calibration if config.refinement is not Refinement.NONE else None
     if not view.weights:
-        return Prepared(origin, given, config, 0, Integers(), plan_conversion(view, config), refining, {})
+        return Prepared(origin, given, config, 0, Integers(), plan_conversion(view, config), refining, {}, clock)
     form = FORMS[config.form]
     analytic = refining is None and config.refinement is not Refinement.NONE
     means = channel_means(given) if analytic else {}
@@ -120,7 +123,7 @@ def prepare(
     if form.on_integers and calibration is not None:
         integers = watch_integers(model, view, config, calibration, excluded, progress)
     plan = plan_conversion(view, config, integers.plan.weights)
-    return Prepared(origin, model, config, folded, integers, plan, refining, means)
+    return Prepared(origin, model, config, folded, integers, plan, refining, means, clock)
 
 
 def copied(prepared: Prepared) -> Prepared:

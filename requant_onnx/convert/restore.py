@@ -14,7 +14,7 @@ from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.edit import delete_where, drop_stale_types, set_initializer
 from requant_onnx.graph.readers import constant_part
 from requant_onnx.graph.restore import constants_of, restore_activations, restore_lookups
-from requant_onnx.runtime.sessions import load_runnable, open_session, run_session
+from requant_onnx.runtime.sessions import load_runnable, open_cpu_session, run_session
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def restore_model(model: ModelLike) -> tuple[onnx.ModelProto, RestoreReport]:
     left = {node.op_type for graph in all_graphs(restored.graph) for node in graph.node if _on_integers(node.op_type)}
     if is_large(restored):
         raise ModelError("the float model would be larger than 2 GB, which restore does not write")
-    open_session(restored, "the restored model")
+    open_cpu_session(restored, "the restored model")
     return restored, RestoreReport(constants, activations, tuple(sorted(left)))
 
 
@@ -68,7 +68,7 @@ def _restore_constants(model: onnx.ModelProto) -> int:
     wanted = sorted(constant.decodes & read)
     values: dict[str, np.ndarray] = {}
     if wanted:
-        session = open_session(constant_part(model, wanted), "the decodes of the model")
+        session = open_cpu_session(constant_part(model, wanted), "the decodes of the model")
         values = dict(zip(wanted, run_session(session, "the decodes of the model", wanted, {}), strict=True))
     floats = {name: value for name, value in values.items() if value.dtype.kind == "f"}
     doomed: set[int] = set()

@@ -31,12 +31,13 @@ DOUBT, ROUNDING = 0.25, 1e-6  # of the squared error of outputs, relative to it 
 class Quantized:
     """results: of every planned weight, in order.  biases: those that change with them.
 
-    belief: what the refinement knows of the outputs, where it saw every weight; else None.
+    belief: what the refinement knows of the outputs, where it saw every weight; else None.  notes: on what was left out.
     """
 
     results: list[Result]
     biases: Biases
     belief: Belief | None
+    notes: tuple[str, ...] = ()
 
 
 def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Built:
@@ -46,6 +47,7 @@ def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Prog
     """
     quantized = quantize(prepared, planned, progress, threads)
     model, report = write(prepared, drain(quantized.results), quantized.biases)
+    report = replace(report, notes=(*report.notes, *quantized.notes))
     complete = not report.activations and len(report.converted) == len(planned) and not is_large(model)
     if quantized.belief is not None and complete:
         check_belief(model, quantized.belief)
@@ -74,14 +76,14 @@ def _alike(outputs: Sequence[Any]) -> bool:
 
 def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Quantized:
     """Quantize every planned weight, on calibration inputs where a layer can be."""
-    belief, why = None, {}
+    belief, why, note = None, {}, ""
     refined: dict[str, Result] = {}
     biases: dict[str, GenericArray] = {}
     min_scales = prepared.integers.min_scales
     if prepared.refining is not None and planned:
         refinement = prepared.config.refinement
-        found = quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, progress)
-        belief, why = found.belief, found.why_nearest
+        found = quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, prepared.clock, progress)
+        belief, why, note = found.belief, found.why_nearest, found.note
         for done in found.layers:
             refined[done.layer.weight] = done.result
             if done.choice.bias is not None:
@@ -94,7 +96,7 @@ def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Pro
     if prepared.means:
         _correct(prepared, nearest, biases)
     results = [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned]
-    return Quantized(results, biases, None if rest else belief)
+    return Quantized(results, biases, None if rest else belief, (note,) if note else ())
 
 
 def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, GenericArray]) -> None:

@@ -15,7 +15,7 @@ from requant_onnx.graph.readers import WeightReader, constant_part, find_readers
 from requant_onnx.numerics.arrays import Float32Array, GenericArray
 from requant_onnx.numerics.quantize import to_rows
 from requant_onnx.runtime.fold_constants import exposed
-from requant_onnx.runtime.sessions import open_session, run_session
+from requant_onnx.runtime.sessions import open_cpu_session, run_session
 
 
 class SameTensor(NamedTuple):
@@ -130,7 +130,7 @@ def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_W
     names = list(dict.fromkeys(name for reader in usable for name in (reader.weight, *reader.scale)))
     if not names:
         return []
-    session = open_session(constant_part(model, names), "the model")
+    session = open_cpu_session(constant_part(model, names), "the model")
     values = dict(zip(names, map(np.asarray, run_session(session, "the model", None, {})), strict=True))
     return list(_decoded(usable, values))
 

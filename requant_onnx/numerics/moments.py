@@ -64,6 +64,10 @@ class Moments:
             turned = x.swapaxes(1, 2)
             run_all([partial(self._add_strip, turned, x, columns) for columns in slices(x.shape[2], STRIP)])
             self.xy += y.swapaxes(1, 2) @ x
+        self.add_means(x, y)
+
+    def add_means(self, x: Float32Array, y: Float32Array) -> None:
+        """Add places to the first moments only, as the correction of a bias needs them."""
         self.x += x.sum(1, dtype=np.float64)
         self.y += y.sum(1, dtype=np.float64)
         self.count += x.shape[1]
@@ -75,7 +79,7 @@ class Moments:
     @property
     def is_finite(self) -> bool:
         """Whether no input and no output was NaN, infinite, or too large to be summed in float32."""
-        return bool(np.isfinite(self.xx).all() and np.isfinite(self.xy).all())
+        return all(np.isfinite(sums).all() for sums in (self.xx, self.xy, self.x, self.y))
 
     def centered(self) -> tuple[Float32Array, Float64Array]:
         """The central moments C_xx (G, n, n) and C_xy (G, rows, n).  The sums of x x' are used up."""

@@ -15,7 +15,7 @@ from requant_onnx.errors import DataError, ModelError
 from requant_onnx.inputs.feeds import BY_NAME
 from requant_onnx.inputs.images import Normalization
 from requant_onnx.numerics.arrays import Float32Array
-from requant_onnx.runtime.sessions import quiet_options, run_session, serialized, start_session
+from requant_onnx.runtime.sessions import provider_in_use, quiet_options, run_session, serialized, start_session
 
 INPUT_TYPES: dict[str, type[np.number]] = {
     "tensor(float)": np.float32,
@@ -114,13 +114,13 @@ class Classifier(ImageInput):
 def open_classifier(
     model: onnx.ModelProto | str | os.PathLike[str], name: str, options: onnxruntime.SessionOptions | None = None
 ) -> Classifier:
-    """Load a model in ONNX Runtime's CPU provider, with default options where none are given.
+    """Load a model in ONNX Runtime on the provider in use, with default options where none are given.
 
     Raises ModelError when it does not load, or has another number of inputs than one, or an input that is no image.
     """
     source = serialized(model, name)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-    session = start_session(source, name, options or quiet_options())
+    session = start_session(source, name, options or quiet_options(), provider_in_use())
     inputs = session.get_inputs()
     if len(inputs) != 1:
         listed = ", ".join(f"'{item.name}'" for item in inputs)

@@ -22,7 +22,7 @@ from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.numerics.arrays import AnyArray, Float32Array
 from requant_onnx.runtime.classifier import Classifier, ImageInput, open_classifier, require_image
-from requant_onnx.runtime.sessions import open_session, quiet_options, run_session, serialized, start_session
+from requant_onnx.runtime.sessions import open_session, provider_in_use, quiet_options, run_session, serialized, start_session
 
 BATCH_BYTES = 1 << 27  # of all watched activations of a batch
 MAX_BATCH = 100
@@ -167,7 +167,7 @@ def open_fed(model: Source, name: str, options: SessionOptions | None = None) ->
     """Load a model in ONNX Runtime's CPU provider, with default options where none are given.  Raises ModelError."""
     source = serialized(model, name)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-    return FedModel(name, start_session(source, name, options or quiet_options()), size)
+    return FedModel(name, start_session(source, name, options or quiet_options(), provider_in_use()), size)
 
 
 def _fitted(item: Any, values: AnyArray) -> AnyArray:

@@ -26,7 +26,7 @@ from requant_onnx.graph.operators import OPERATORS
 from requant_onnx.graph.prepare.expose import expose_weights
 from requant_onnx.graph.prepare.overridable import remove_weights_from_inputs
 from requant_onnx.numerics.arrays import GenericArray
-from requant_onnx.runtime.sessions import open_session, run_session
+from requant_onnx.runtime.sessions import open_cpu_session, run_session
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _values(model: ModelGraph, places: _Places, family: _Family) -> list[Generic
         graph = onnx.helper.make_graph(nodes, "constants", [], outputs, initializers)
         part = onnx.helper.make_model(graph, opset_imports=model.proto.opset_import, ir_version=model.proto.ir_version)
         part.functions.extend(model.proto.functions)
-        values = [np.asarray(each) for each in run_session(open_session(part, "the model"), "the model", None, {})]
+        values = [np.asarray(each) for each in run_session(open_cpu_session(part, "the model"), "the model", None, {})]
     except (RequantError, KeyError, TypeError, ValueError):  # types that NumPy lacks
         return None
     return values if all(each.dtype.kind == "f" and each.ndim for each in values) else None

@@ -18,7 +18,9 @@ from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
-CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variable, which processes that are started inherit: paths of libraries
+CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variables, which processes that are started inherit: paths of libraries,
+PROVIDER = "REQUANT_PROVIDER"  # and the name of an execution provider
+CPU = "CPUExecutionProvider"
 
 
 def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
@@ -30,6 +32,34 @@ def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
     for library in libraries:
         _register(onnxruntime.SessionOptions(), library)
     os.environ[CUSTOM_OPS] = os.pathsep.join(os.path.abspath(library) for library in libraries)
+
+
+def use_provider(name: str | None) -> None:
+    """Run models on an execution provider of the installed ONNX Runtime from now on, in this process and those it starts.
+
+    Calibration, self-checks and validation run there, and what it lacks runs on the CPU.  Constants of a model are always computed
+    on the CPU, which `explain` and the promises of the forms are about too.  Results change within the rounding of the provider.
+
+    name: with or without "ExecutionProvider", in any case, for instance "cuda"; None: the CPU.
+    Raises ConfigError where ONNX Runtime has no such provider.  https://onnxruntime.ai/docs/execution-providers/
+    """
+    os.environ[PROVIDER] = CPU if name is None else _provider(name)
+
+
+def provider_in_use() -> str:
+    """The full name of the execution provider that models run on."""
+    return os.environ.get(PROVIDER, CPU)
+
+
+def _provider(name: str) -> str:
+    short: dict[str, str] = {full.removesuffix("ExecutionProvider").lower(): full for full in onnxruntime.get_available_providers()}
+    wanted = name.lower().removesuffix("executionprovider")
+    if wanted not in short:
+        raise ConfigError(
+            f"ONNX Runtime {onnxruntime.__version__} has no execution provider '{name}' here; it has {', '.join(sorted(short))}; "
+            "install the package of ONNX Runtime for yours, for instance onnxruntime-gpu"
+        )
+    return short[wanted]
 
 
 def _register(options: onnxruntime.SessionOptions, library: str | os.PathLike[str]) -> None:
@@ -62,7 +92,7 @@ def optimized_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, 
 
 
 def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-    """An InferenceSession of ONNX Runtime's CPU provider with the options that suit the form of a converted model.
+    """An InferenceSession on the provider in use (default: the CPU) with the options that suit the form of a converted model.
 
     qdq: decode at load (`session.disable_quant_qdq`), for float speed.  int8 with levels up to 127: sums that cannot saturate on
     CPUs without VNNI (`session.x64quantprecision`).  Any other file: default options.  options: to start from.
@@ -77,11 +107,16 @@ def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = 
     if form is not None and FORMS[form].on_integers and settings.get("int8_levels") == Int8Levels.FULL.value:
         options.add_session_config_entry("session.x64quantprecision", "1")
     name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
-    return start_session(serialized(source, name), name, options)
+    return start_session(serialized(source, name), name, options, provider_in_use())
 
 
 def open_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:
-    """A session with default options.  Raises ModelError when the model does not load."""
+    """A session with default options on the provider in use.  Raises ModelError when the model does not load."""
+    return start_session(serialized(model, name), name, quiet_options(), provider_in_use())
+
+
+def open_cpu_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:
+    """A session with default options, for constants.  Raises ModelError when the model does not load."""
     return start_session(serialized(model, name), name, quiet_options())
 
 
@@ -96,12 +131,20 @@ def run_session(
         raise ModelError(f"{name} fails in ONNX Runtime on inputs of {sizes} ({first_line(error)})") from None
 
 
-def start_session(source: bytes | str, name: str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """A session of the CPU provider.  source: a serialized model, or the path of a file.  Raises LoadError."""
+def start_session(
+    source: bytes | str, name: str, options: onnxruntime.SessionOptions, provider: str = CPU
+) -> onnxruntime.InferenceSession:
+    """A session.  source: a serialized model, or the path of a file.
+
+    Raises LoadError where the model does not load, ConfigError where the provider does not start.
+    """
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
     except Exception as error:  # onnxruntime raises many types of its own
         raise LoadError(f"{name} does not load in ONNX Runtime {onnxruntime.__version__} ({first_line(error)})") from None
+    if provider not in session.get_providers():
+        raise ConfigError(f"{provider} does not start on this machine; install what it needs, or use another --provider")
+    return session
 
 
 def serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> bytes | str:

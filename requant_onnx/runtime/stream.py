@@ -41,6 +41,7 @@ class Stream:
         self._last = {item.name: len(model.graph.node) for item in model.graph.output}
         self._last = {**{name: k for k, node in enumerate(model.graph.node) for name in _reads(node)}, **self._last}
         self._done = 0
+        self.opening = 0.0  # seconds spent on opening sessions
 
     def advance(self, end: int, replaced: Mapping[str, onnx.TensorProto]) -> None:
         """Run the nodes before `end`.  replaced: initializers with other values."""
@@ -82,7 +83,10 @@ class Stream:
         graph = onnx.helper.make_graph(nodes, "piece", inputs, outputs, stored)
         model = onnx.helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         model.functions.extend(self._model.functions)
-        return open_session(model, "the model"), feeds
+        started = time.perf_counter()
+        session = open_session(model, "the model")
+        self.opening += time.perf_counter() - started
+        return session, feeds
 
     def _constants_before(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """The constant nodes that these nodes need, in the order of the graph."""
@@ -102,20 +106,34 @@ class Lanes:
     runs: one Stream for each.  seconds: about what the way to each stop takes, for all chunks that are run there.
     """
 
-    def __init__(self, model: onnx.ModelProto, chunks: Sequence[Chunk], runs: int, stops: Sequence[int], memory: int) -> None:
-        """stops: nodes where the runs will wait.  memory: bytes that their tensors may take; FEWEST chunks are run in any case."""
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        chunks: Sequence[Chunk],
+        runs: int,
+        stops: Sequence[int],
+        memory: int,
+        seconds: float = float("inf"),
+    ) -> None:
+        """stops: nodes where the runs will wait.  memory: bytes that their tensors may take.  seconds: that running may take.
+
+        FEWEST chunks are run in any case.
+        """
         self._model, self._chunks = model, chunks
         trial, sizes, times = Stream(model, chunks[:1]), [], []
         for stop in stops:
-            started = time.perf_counter()
+            started, opening = time.perf_counter(), trial.opening
             trial.advance(stop, {})
+            opening = trial.opening - opening
             sizes.append(runs * _bytes(trial.values[0]))
-            times.append(time.perf_counter() - started)
+            times.append((runs * opening, runs * (time.perf_counter() - started - opening)))
         ahead = [max(sizes[k : k + AHEAD]) for k in range(len(sizes))]
-        self._room = {
-            stop: int(min(len(chunks), max(FEWEST, memory // max(1, size)))) for stop, size in zip(stops, ahead, strict=True)
-        }
-        self.seconds = [runs * took * self._room[stop] for stop, took in zip(stops, times, strict=True)]
+        rooms = [int(min(len(chunks), max(FEWEST, memory // max(1, size)))) for size in ahead]
+        running = sum(each * room for (_, each), room in zip(times, rooms, strict=True))
+        if running > seconds:
+            rooms = [min(room, max(FEWEST, int(room * seconds / running))) for room in rooms]
+        self._room = dict(zip(stops, rooms, strict=True))
+        self.seconds = [once + each * room for (once, each), room in zip(times, rooms, strict=True)]
         self.runs = [Stream(model, chunks[: self._room.get(stops[0], len(chunks)) if stops else None]) for _ in range(runs)]
 
     def advance(self, end: int, replaced: Sequence[Mapping[str, onnx.TensorProto]]) -> None:

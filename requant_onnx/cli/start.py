@@ -1,0 +1,35 @@
+"""The entry point of `requant`: Ctrl-C prints one line from the first moment on, while the rest is still being imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE
+
+
+def run() -> int:
+    """Run the command line of this process; returns its exit code."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as in the background of a shell
+    if ours:
+        signal.signal(signal.SIGINT, _leave)
+    from requant_onnx.cli.main import run as run_main  # noqa: PLC0415  # takes most of a second
+
+    if not ours:
+        return run_main()
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return run_main()
+    except KeyboardInterrupt:
+        print(INTERRUPTED_MESSAGE, file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, _leave)  # all files are written
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    """End the process at once: an exception would be printed, or lost, in the middle of an import."""
+    os.write(2, f"{INTERRUPTED_MESSAGE}\n".encode())
+    os._exit(INTERRUPTED)

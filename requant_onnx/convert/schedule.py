@@ -1,0 +1,118 @@
+"""The time of a conversion: what is left of its limit, which layers it is spent on, and how far the work has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+RESERVE = 0.05  # of the limit, for writing the file and checking it
+PASSES = 0.5  # of the time left at most, for running the model; what remains is for refining its layers
+PRIOR = 1.0  # second of estimated time that counts like measured time
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time that a conversion takes.  limit: in seconds, None for none.  started: in seconds of time.perf_counter."""
+
+    limit: float | None = None
+    started: float = field(default_factory=lambda: time.perf_counter())  # noqa: PLW0108  # looked up when it is called
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the file has to be written; infinite without a limit."""
+        return float("inf") if self.limit is None else self.limit * (1 - RESERVE) - self.elapsed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimates for one layer, in seconds, and what refining it gains, in any unit.
+
+    running: the model on the way to the layer.  least: the correction of its bias.  full: the refinement asked for.
+    """
+
+    running: float
+    least: float
+    full: float
+    gain: float
+
+
+class Schedule:
+    """Decides which layers are refined fully, by gain per second, and estimates the time left from what the layers so far took."""
+
+    def __init__(self, clock: Clock, costs: Sequence[Cost]) -> None:
+        self._clock, self._costs = clock, costs
+        self._chosen = set(range(len(costs)))
+        self._ran, self._fitted = _Ratio(), {True: _Ratio(), False: _Ratio()}
+        self._shown = 0.0
+        self.full = self.least = 0  # layers refined fully, and those that got no more than the correction of the bias
+        self._plan(0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no time is left for a layer."""
+        return self._clock.left <= 0.0
+
+    def is_full(self, number: int) -> bool:
+        """Whether a layer is refined as asked for."""
+        return number in self._chosen
+
+    def done(self, number: int, ran: float, fitted: float) -> None:
+        """Count a layer.  ran, fitted: seconds it took to run the model up to it, and to refine it."""
+        cost = self._costs[number]
+        self._ran.add(cost.running, ran)
+        full = self.is_full(number)
+        self._fitted[full].add(cost.full if full else cost.least, fitted)
+        self.full, self.least = self.full + full, self.least + (not full)
+        self._plan(number + 1)
+
+    def fraction(self, number: int) -> float:
+        """The share of all time that has passed once layer `number` is done; it never falls."""
+        rest = sum(self._running(k) + self._fitting(k) for k in range(number + 1, len(self._costs)))
+        elapsed = self._clock.elapsed
+        self._shown = max(self._shown, elapsed / max(elapsed + rest, 1e-9))
+        return self._shown
+
+    def _plan(self, first: int) -> None:
+        """Choose among the layers from `first` on those to refine fully."""
+        if self._clock.limit is None:
+            return
+        rest = range(first, len(self._costs))
+        left = self._clock.left - sum(self._running(k) + self._costs[k].least * self._fitted[False].value for k in rest)
+        self._chosen.difference_update(rest)
+        for k in sorted(rest, key=lambda k: -self._costs[k].gain / self._more(k)):
+            if self._more(k) <= left:
+                self._chosen.add(k)
+                left -= self._more(k)
+
+    def _running(self, number: int) -> float:
+        return self._costs[number].running * self._ran.value
+
+    def _fitting(self, number: int) -> float:
+        cost, full = self._costs[number], self.is_full(number)
+        return (cost.full if full else cost.least) * self._fitted[full].value
+
+    def _more(self, number: int) -> float:
+        """Seconds that the full refinement takes more than the least, positive."""
+        cost = self._costs[number]
+        return max(1e-6, cost.full * self._fitted[True].value - cost.least * self._fitted[False].value)
+
+
+class _Ratio:
+    """Measured to estimated seconds."""
+
+    def __init__(self) -> None:
+        self._estimated = self._measured = PRIOR
+
+    @property
+    def value(self) -> float:
+        return self._measured / self._estimated
+
+    def add(self, estimated: float, measured: float) -> None:
+        self._estimated += estimated
+        self._measured += measured
