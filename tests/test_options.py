@@ -204,7 +204,7 @@ def test_every_option_of_convert_can_be_in_a_file() -> None:
 
     def nothing(_: argparse.Namespace) -> None: ...
 
-    args = parser_of(*[nothing] * 7).parse_args(["convert", "a", "b"])
+    args = parser_of(*[nothing] * 8).parse_args(["convert", "a", "b"])
     assert {"bits", "size", "calibrate", "crop", "int8-levels", "external-data", "force"} <= set(_options(args.parser))
 
 

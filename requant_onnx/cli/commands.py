@@ -28,6 +28,7 @@ from requant_onnx.cli.values import (
 )
 from requant_onnx.config import Form
 from requant_onnx.convert import pipeline
+from requant_onnx.convert.report import QuantReport
 from requant_onnx.convert.restore import restore_model
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.evaluate.cache import Cache, default_folder
@@ -40,6 +41,7 @@ from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
@@ -48,24 +50,16 @@ from requant_onnx.webpage.pages import html_comparison, html_report
 
 def run_convert(args: argparse.Namespace) -> None:
     """requant convert: write a model with quantized weights, its report and its page."""
-    config = config_of(args)
-    calibration, time_limit = calibration_of(args), seconds_of(args.time_limit)
     check_output(args.input, args.output, args.force)
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     check_json(args.json, args.input, args.output, *data)
     check_page(args.html, args.force, args.input, args.output, *data)
     check_apart(args.json, args.html)
     with progress_bar(args, "quantizing") as progress:
-        model, report = pipeline.convert_model(args.input, config, calibration, progress, time_limit=time_limit)
-    before, stored = file_bytes(args.input), args.input.stat().st_size
-    if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
-        after = save_model(model, args.output, external_data=args.external_data or is_large(model), check=not report.complaint)
-    else:
-        after = stored
-        write_atomically(args.output, args.input.read_bytes())
+        report, sizes, calibration = convert_file(args, progress)
     if not report.converted:
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
-    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": [before, after], "toml": write_options(args)}
+    paths = {"input": str(args.input), "output": str(args.output), "file_bytes": list(sizes), "toml": write_options(args)}
     write_json(args.json, {**report.to_dict(), **paths})
     if args.html is not None:
         with progress_bar(args, "drawing") as progress:
@@ -74,9 +68,24 @@ def run_convert(args: argparse.Namespace) -> None:
                 args.input, args.output, calibration=calibration, conversion=report, settings=settings, progress=progress
             )
         write_atomically(args.html, page.encode())
-    tables.print_conversion(console_for(args), report, (before, after))
+    tables.print_conversion(console_for(args), report, sizes)
     if args.verbose:
         tables.print_tried(console_for(args), report)
+
+
+def convert_file(
+    args: argparse.Namespace, progress: Progress | None, threads: int | None = None
+) -> tuple[QuantReport, tuple[int, int], Calibration | None]:
+    """Convert args.input to args.output as the options say.  Returns the report, bytes before and after, and the calibration."""
+    config, calibration, time_limit = config_of(args), calibration_of(args), seconds_of(args.time_limit)
+    model, report = pipeline.convert_model(args.input, config, calibration, progress, threads, time_limit)
+    before, stored = file_bytes(args.input), args.input.stat().st_size
+    if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
+        after = save_model(model, args.output, external_data=args.external_data or is_large(model), check=not report.complaint)
+    else:
+        after = stored
+        write_atomically(args.output, args.input.read_bytes())
+    return report, (before, after), calibration
 
 
 def run_restore(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from requant_onnx.cli import commands
 from requant_onnx.cli.crash import report_crashes
+from requant_onnx.cli.many import run_convert_many
 from requant_onnx.cli.options import parse, parser_of
 from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, RequantError
 from requant_onnx.runtime.sessions import use_custom_ops, use_provider
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = parser_of(
         convert=commands.run_convert,
+        convert_many=run_convert_many,
         validate=commands.run_validate,
         report=commands.run_report,
         compare=commands.run_compare,

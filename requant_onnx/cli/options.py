@@ -36,6 +36,11 @@ EPILOGS = {
   requant convert net.onnx small.onnx --bits 4 --calibrate images:photos --resize 256 --crop 224
   requant convert net.onnx small.onnx --config requant.toml
   requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max""",
+    "convert-many": """examples:
+  requant convert-many zoo small --bits 4 --form folded --calibrate noise
+  requant convert-many 'zoo/*/fp32/*.onnx' small --bits 4 --jobs 4
+  requant convert-many zoo small --bits 4 --dask tcp://scheduler:8786
+one line of JSON a model is in OUT_DIR/requant.jsonl; the same command again goes on where it stopped""",
     "validate": """examples:
   requant validate net.onnx net8.onnx --data cifar10:cifar-10-batches-bin
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
@@ -107,6 +112,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 def parser_of(
     convert: Command,
+    convert_many: Command,
     validate: Command,
     report: Command,
     compare: Command,
@@ -120,6 +126,7 @@ def parser_of(
     shtab.add_argument_to(parser, ["--print-completion"], help="print the completion script of a shell, for its start-up files")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(convert, _command(commands.add_parser, "convert", help="write a model with quantized weights"))
+    _add_convert_many(convert_many, _command(commands.add_parser, "convert-many", help="convert all models of a folder"))
     _add_validate(validate, _command(commands.add_parser, "validate", help="compare two models on images"))
     _add_report(report, _command(commands.add_parser, "report", help="write a web page on what became of each weight"))
     _add_compare(
@@ -141,6 +148,26 @@ def _command(make: Any, name: str | None, **options: Any) -> argparse.ArgumentPa
 def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "input", "IN.onnx")
     _add_file(parser, "output", "OUT.onnx")
+    _add_conversion(parser)
+    parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
+    page = parser.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
+    page.complete = shtab.FILE  # type: ignore[attr-defined]
+    _add_common(run, parser)
+
+
+def _add_convert_many(run: Command, parser: argparse.ArgumentParser) -> None:
+    what = "folder, of which all .onnx files are converted, or a pattern in quotes, such as 'zoo/*/fp32/*.onnx'"
+    parser.add_argument("source", metavar="DIR_OR_GLOB", help=what)
+    folder = parser.add_argument("output", metavar="OUT_DIR", type=Path, help="folder of the results, made if it is missing")
+    folder.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    _add_jobs(parser)
+    _add_conversion(parser)
+    parser.add_argument("--force", action="store_true", help="convert again what is there already, and replace it")
+    _add_common(run, parser, json=False)
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a model is converted."""
     parser.add_argument(
         "--bits", metavar="N", help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight"
     )
@@ -170,11 +197,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--external-data", action="store_true", help="write weights to OUT.onnx.data next to OUT.onnx, as models above 2 GB need"
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
-    page = parser.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
-    page.complete = shtab.FILE  # type: ignore[attr-defined]
     _add_provider(parser)
-    _add_common(run, parser)
 
 
 def _add_restore(run: Command, parser: argparse.ArgumentParser) -> None:
@@ -262,10 +285,7 @@ def _add_compare(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
     _add_images(parser, "of the images")
-    parser.add_argument("--jobs", metavar="N", help="number of processes on this machine (default: one per core)")
-    parser.add_argument(
-        "--dask", metavar="ADDRESS", help="address of the scheduler of a Dask cluster to run on instead, tcp://HOST:PORT"
-    )
+    _add_jobs(parser)
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, help="folder of the results, 2 GB at most (default: in the user's cache)"
     )
@@ -282,6 +302,13 @@ def _add_provider(parser: argparse.ArgumentParser) -> None:
         "--provider",
         metavar="NAME",
         help="execution provider of ONNX Runtime that models run on, for instance cuda or openvino (default: cpu)",
+    )
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", metavar="N", help="number of processes on this machine (default: one per core)")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="address of the scheduler of a Dask cluster to run on instead, tcp://HOST:PORT"
     )
 
 

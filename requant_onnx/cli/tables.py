@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from requant_onnx.cli.record import Line
 from requant_onnx.config import Form
 from requant_onnx.convert.report import FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.convert.restore import RestoreReport
@@ -191,3 +193,21 @@ def _span(bounds: tuple[float, float], form: str) -> str:
 
 def _ratio(before: int, after: int) -> str:
     return f" ({before / after:.2f} x smaller)" if after else ""
+
+
+def print_many(console: Console, lines: Sequence[Line], earlier: int) -> None:
+    """Print one row a model, why models failed, and totals.  earlier: how many were converted by an earlier run."""
+    table = _table("model", "status", "bytes before", "after", "ratio", "weights", "skipped", "SQNR dB", "seconds")
+    for line in lines:
+        sizes = (f"{line.bytes_before:,}", f"{line.bytes_after:,}", f"{line.bytes_before / max(1, line.bytes_after):.2f}")
+        quality = "" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"
+        cells = (*sizes, str(line.converted), str(line.skipped), quality, f"{line.seconds:.1f}") if line.is_done else [""] * 7
+        table.add_row(escape(line.model), line.status, *cells)
+    console.print(table)
+    for line in lines:
+        if not line.is_done:
+            console.print(escape(f"failed: {line.model}: {line.error}"))
+    done = [line for line in lines if line.is_done]
+    before, after = sum(line.bytes_before for line in done), sum(line.bytes_after for line in done)
+    known = f", {earlier} of them by an earlier run" if earlier else ""
+    console.print(f"models: {len(done)} of {len(lines)} converted{known}, {before:,} -> {after:,} bytes{_ratio(before, after)}")

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
@@ -33,7 +33,13 @@ def open_executor(jobs: int | None = None, dask: str | None = None) -> Iterator[
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs} runs nothing; give 1 or more")
-    executor = _dask_executor(dask) if dask is not None else _local_executor(jobs or os.cpu_count() or 1)
+    with _given_up(_dask_executor(dask) if dask is not None else _local_executor(jobs or os.cpu_count() or 1)) as executor:
+        yield executor
+
+
+@contextlib.contextmanager
+def _given_up(executor: Executor) -> Iterator[Executor]:
+    """Shut an executor down; what it has not begun when its block is left by an error is given up."""
     try:
         yield executor
     except BaseException:
@@ -62,9 +68,43 @@ def run_all(
     return results
 
 
+def run_each(
+    jobs: int | None,
+    dask: str | None,
+    items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]],
+    done: Callable[[K, Any], None],
+) -> None:
+    """Run all items in processes; what one raises stops no other.  `done` is called with each key and its result, or its exception.
+
+    jobs, dask: as for open_executor.  An item whose process dies gets a RequantError; those that ran beside it are run again.
+    """
+    left = dict(items)
+
+    def take(executor: Executor, keys: Iterable[K]) -> None:
+        futures: dict[Future[Any], K] = {executor.submit(left[key][0], *left[key][1]): key for key in keys}
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            del left[futures[future]]
+            done(futures[future], future.result() if error is None else error)
+
+    count = min(jobs or os.cpu_count() or 1, max(1, len(left)))
+    with contextlib.suppress(BrokenProcessPool), open_executor(jobs, dask) if dask else _given_up(_processes(count)) as executor:
+        take(executor, list(left))
+    for key in list(left):
+        try:
+            with _given_up(_processes(1)) as executor:
+                take(executor, [key])
+        except BrokenProcessPool:  # noqa: PERF203
+            done(key, RequantError("the process that worked on it crashed, or was ended from outside, perhaps for want of memory"))
+
+
 def _local_executor(jobs: int) -> Executor:
-    if jobs == 1:
-        return ThreadPoolExecutor(1)
+    return ThreadPoolExecutor(1) if jobs == 1 else _processes(jobs)
+
+
+def _processes(jobs: int) -> Executor:
     context = multiprocessing.get_context("spawn")  # ONNX Runtime's threads do not survive a fork
     resource_tracker.ensure_running()  # which lets interrupts through when it starts
     with _interrupts_held():  # an executor that is half built leaks a semaphore, and the tracker prints that

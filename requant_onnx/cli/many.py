@@ -1,0 +1,200 @@
+"""requant convert-many: all models of a folder, or of a pattern, in processes or on a Dask cluster.
+
+OUT_DIR/requant.jsonl has one line of JSON a model; the same command again does only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from requant_onnx.cli import tables
+from requant_onnx.cli.commands import convert_file
+from requant_onnx.cli.paths import check_output
+from requant_onnx.cli.record import RECORD, Line, read_record, write_record
+from requant_onnx.cli.terminal import console_for, progress_bar
+from requant_onnx.cli.toml_options import write_options
+from requant_onnx.cli.values import config_of, seconds_of, whole_of
+from requant_onnx.errors import ConfigError, OutputError, RequantError
+from requant_onnx.evaluate.jobs import run_each
+from requant_onnx.files.atomic import write_atomically
+from requant_onnx.files.load import data_files
+from requant_onnx.runtime.sessions import use_custom_ops, use_provider
+
+UNSENT = ("run", "parser", "source", "jobs", "dask", "json", "html", "force", "quiet", "verbose")  # of no meaning to a work item
+Item = tuple[Callable[..., Any], tuple[Any, ...]]
+HOW = ("jobs", "dask", "force")  # options that change no file
+
+
+def run_convert_many(args: argparse.Namespace) -> None:
+    """requant convert-many.  Raises RequantError at the end where models failed."""
+    models, jobs = _models(args.source, args.output), _jobs(args)
+    config_of(args)
+    seconds_of(args.time_limit)
+    if args.output.exists() and not args.output.is_dir():
+        raise OutputError(f"'{args.output}' is no folder; give the folder for the results")
+    args.output.mkdir(parents=True, exist_ok=True)
+    settings, record = _settings(args), args.output / RECORD
+    lines = read_record(record)
+    earlier = {
+        name: lines[name]
+        for name, path in models.items()
+        if name in lines and not args.force and _is_there(lines[name], path, settings, args.output)
+    }
+    rows = dict(earlier)
+    items: dict[str, Item] = {}
+    for name, path in models.items():
+        blocked = "" if name in earlier else _blocked(path, args.output / name, lines.get(name), args.force)
+        if blocked:
+            rows[name] = _failed(name, path, settings, blocked)
+        elif name not in earlier:
+            items[name] = _item(args, name, path, settings)
+    with progress_bar(args, "converting") as progress:
+
+        def done(name: str, result: object) -> None:
+            rows[name] = lines[name] = _kept(result, args.output / name, partial(_failed, name, models[name], settings))
+            write_record(record, lines)
+            if progress is not None:
+                progress(name, sum(key in rows for key in items), len(items))
+
+        run_each(jobs, args.dask, items, done)
+    tables.print_many(console_for(args), [rows[name] for name in models], len(earlier))
+    failed = sum(not line.is_done for line in rows.values())
+    if failed:
+        raise RequantError(f"{failed} of {len(rows)} models failed, for the reasons above; the others are in '{args.output}'")
+
+
+def _jobs(args: argparse.Namespace) -> int | None:
+    jobs = None if args.jobs is None else whole_of(args.jobs, "--jobs")
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"--jobs {jobs} runs nothing; give 1 or more")
+    return jobs
+
+
+def _item(args: argparse.Namespace, name: str, model: Path, settings: str) -> Item:
+    """The work item of a model.  Each process has one thread, unless there is only one process."""
+    sent = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in UNSENT})
+    if args.dask:
+        return _convert_sent, (sent, name, settings, *_packed(model))
+    (args.output / name).parent.mkdir(parents=True, exist_ok=True)
+    threads = None if args.jobs == "1" else 1
+    return _convert, (sent, name, model, args.output / name, settings, threads)
+
+
+def _models(source: str, output: Path) -> dict[str, Path]:
+    """Relative path of each result -> the model.  Raises ConfigError where there is none."""
+    folder = Path(source)
+    if folder.is_dir():
+        found = sorted(path for path in folder.rglob("*.onnx") if path.is_file())
+    else:
+        found = sorted(Path(path) for path in glob.glob(source, recursive=True) if Path(path).is_file())
+        folder = Path(os.path.commonpath([path.parent for path in found])) if found else folder
+    inside = [path for path in found if output.resolve() not in path.resolve().parents]
+    if not inside:
+        raise ConfigError(f"there is no model at '{source}'; give a folder with .onnx files, or a pattern in quotes")
+    return {path.relative_to(folder).as_posix(): path for path in inside}
+
+
+def _settings(args: argparse.Namespace) -> str:
+    given = [line for line in write_options(args).splitlines() if line.partition(" ")[0] not in HOW]
+    return "\n".join([*given, f"# requant {version('requant_onnx')}"])
+
+
+def _is_there(line: Line, model: Path, settings: str, folder: Path) -> bool:
+    """Whether a model was converted with these settings, has not changed since, and the result is there."""
+    return line.is_done and line.settings == settings and (folder / line.output).is_file() and line.digest == _digest(model)
+
+
+def _blocked(model: Path, output: Path, line: Line | None, force: bool) -> str:
+    """Why a result cannot be written, or ""."""
+    try:
+        check_output(model, output, True)
+    except RequantError as error:
+        if output.parent.is_dir():
+            return str(error)
+    if output.exists() and not force:
+        how = "with other settings, or from another model" if line is not None and line.is_done else "otherwise"
+        return f"'{output}' exists and was made {how}; give another folder, or --force to replace it"
+    return ""
+
+
+def _digest(model: Path) -> str:
+    digest = hashlib.sha256()
+    for path in (model, *data_files(model)):
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(1 << 20), b""):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _convert(args: argparse.Namespace, name: str, model: Path, output: Path, settings: str, threads: int | None) -> Line:
+    """A work item, in a process of this machine."""
+    use_custom_ops(*([args.custom_ops] if isinstance(args.custom_ops, str) else args.custom_ops or []))
+    use_provider(args.provider)
+    started = time.perf_counter()
+    report, sizes, _ = convert_file(argparse.Namespace(**{**vars(args), "input": model, "output": output}), None, threads)
+    return Line(
+        model=name,
+        output=name,
+        status="converted" if report.converted else "copied",
+        error="",
+        bytes_before=sizes[0],
+        bytes_after=sizes[1],
+        converted=len(report.converted),
+        skipped=len(report.skipped),
+        sqnr_db=min((weight.sqnr_db for weight in report.converted if math.isfinite(weight.sqnr_db)), default=None),
+        notes=report.notes,
+        seconds=round(time.perf_counter() - started, 3),
+        digest=_digest(model),
+        settings=settings,
+    )
+
+
+def _packed(model: Path) -> tuple[str, dict[str, bytes]]:
+    """A model and its data files, for a machine that has none of them: the name of the model, and the files by relative path."""
+    files = [model, *data_files(model)]
+    return model.name, {os.path.relpath(path, model.parent): path.read_bytes() for path in files}
+
+
+def _convert_sent(
+    args: argparse.Namespace, name: str, settings: str, model: str, files: Mapping[str, bytes]
+) -> tuple[Line, dict[str, bytes]]:
+    """A work item on another machine: the line, and the files that it made, by what stands behind the name of the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path, data in files.items():
+            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / path).write_bytes(data)
+        output = Path(folder) / f"converted-{Path(name).name}"
+        try:
+            line = _convert(args, name, Path(folder) / model, output, settings, None)
+        except RequantError as error:  # paths of this machine say nothing elsewhere
+            raise type(error)(str(error).replace(folder + os.sep, "")) from None
+        made = [path for path in (output, Path(f"{output}.data")) if path.is_file()]
+        return line, {path.name.removeprefix(output.name): path.read_bytes() for path in made}
+
+
+def _kept(result: object, output: Path, failed: Callable[[str], Line]) -> Line:
+    """The line of a result; files that another machine has made are written."""
+    if isinstance(result, tuple):
+        line, files = result
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, data in files.items():
+            write_atomically(Path(f"{output}{suffix}"), data)
+        result = line
+    if isinstance(result, Line):
+        return result
+    return failed(str(result) if isinstance(result, RequantError) else f"{type(result).__name__}: {result}")
+
+
+def _failed(name: str, model: Path, settings: str, error: str) -> Line:
+    return Line(name, name, "failed", error, model.stat().st_size, 0, 0, 0, None, (), 0.0, "", settings)
