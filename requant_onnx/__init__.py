@@ -7,22 +7,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from requant_onnx.config import (
+    from requant_onnx.choices import (
         ActivationRange,
         BiasType,
-        Budget,
         EdgeLayers,
         Form,
         Granularity,
         Int8Levels,
         Int8Speed,
-        QuantConfig,
         RangeMode,
         Refinement,
         Runtime,
         Space,
         Transform,
     )
+    from requant_onnx.config import Budget, QuantConfig
     from requant_onnx.convert.pipeline import inspect_model, quantize_model
     from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
     from requant_onnx.convert.restore import RestoreReport, restore_model
@@ -36,21 +35,23 @@ if TYPE_CHECKING:
     from requant_onnx.webpage.pages import html_report
 
 _HOMES = {
-    "requant_onnx.config": (
+    "requant_onnx.choices": (
         "ActivationRange",
         "BiasType",
-        "Budget",
         "EdgeLayers",
         "Form",
         "Granularity",
         "Int8Levels",
         "Int8Speed",
-        "QuantConfig",
         "RangeMode",
         "Refinement",
         "Runtime",
         "Space",
         "Transform",
+    ),
+    "requant_onnx.config": (
+        "Budget",
+        "QuantConfig",
     ),
     "requant_onnx.convert.pipeline": (
         "inspect_model",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from requant_onnx.config import ActivationRange
+from requant_onnx.choices import ActivationRange
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import HALF, Histogram, activation_grid

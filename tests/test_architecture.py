@@ -18,7 +18,7 @@ import requant_onnx
 PACKAGE = Path(requant_onnx.__file__).parent
 MAP = (PACKAGE / "README.md").read_text("utf-8")
 FLOORS = (
-    ("errors", "config", "progress", "text"),
+    ("errors", "choices", "runtimes", "config", "progress", "text"),
     ("numerics", "files"),
     ("graph", "inputs"),
     ("runtime",),

@@ -13,7 +13,7 @@ from onnx import helper
 from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import Granularity, QuantConfig, Transform, quantize_model
-from requant_onnx.config import Form
+from requant_onnx.choices import Form
 from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights, required_opset, wide_level_type
 from requant_onnx.graph.decode.writer import Constants, Decode
 from requant_onnx.graph.names import FreshNames

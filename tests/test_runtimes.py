@@ -28,7 +28,7 @@ from requant_onnx import (
     load_session,
     quantize_model,
 )
-from requant_onnx.config import RUNTIMES
+from requant_onnx.runtimes import RUNTIMES
 
 NOISE = Calibration(count=4)
 BITS = ("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor")

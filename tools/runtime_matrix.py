@@ -29,7 +29,7 @@ import onnxruntime
 from onnx import parser
 
 from requant_onnx import Calibration, Form, Int8Speed, QuantConfig, Refinement, Runtime, load_session, quantize_model, save_model
-from requant_onnx.config import RUNTIMES
+from requant_onnx.runtimes import RUNTIMES
 
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(__file__).parent

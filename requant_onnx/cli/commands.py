@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from requant_onnx.choices import Form
 from requant_onnx.cli import tables
 from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line
@@ -26,7 +27,6 @@ from requant_onnx.cli.values import (
     seconds_of,
     whole_of,
 )
-from requant_onnx.config import Form
 from requant_onnx.convert import pipeline
 from requant_onnx.convert.report import QuantReport
 from requant_onnx.convert.restore import restore_model

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 import shtab
 
+from requant_onnx.choices import TRANSFORMS, Choice, parse_choice
 from requant_onnx.cli.toml_options import read_options
-from requant_onnx.config import ENUMS, TRANSFORMS, Choice, QuantConfig, parse_choice
+from requant_onnx.config import ENUMS, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from requant_onnx.choices import Form
 from requant_onnx.cli.record import Line
-from requant_onnx.config import Form
 from requant_onnx.convert.report import FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, RUNTIMES, Budget, QuantConfig, Transform
+from requant_onnx.choices import Transform
+from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.files.load import input_shapes
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, DEFAULT_MEMORY, NATURAL, Calibration
@@ -17,6 +18,7 @@ from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
 from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images
 from requant_onnx.numerics.arrays import GenericArray
+from requant_onnx.runtimes import RUNTIMES
 
 SIZES = ("resize", "crop", "fit")
 RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from requant_onnx.config import Refinement
+from requant_onnx.choices import Refinement
 from requant_onnx.convert.layerwise import probe_layers
 from requant_onnx.convert.nearest import workers
 from requant_onnx.convert.plan import PlannedWeight

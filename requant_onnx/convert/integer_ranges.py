@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from requant_onnx.config import RUNTIMES, Granularity, Int8Speed, QuantConfig
+from requant_onnx.choices import Granularity, Int8Speed
+from requant_onnx.config import QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
 from requant_onnx.graph.constants import ModelGraph
@@ -21,6 +22,7 @@ from requant_onnx.numerics.activation import ActivationGrid, activation_grid
 from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import activation_sizes, watch_activations
+from requant_onnx.runtimes import RUNTIMES
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from requant_onnx.config import Refinement
+from requant_onnx.choices import Refinement
 from requant_onnx.graph.layers import Layer
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, UInt8Array
 from requant_onnx.numerics.factor import DAMPING, STRIP, Factor, factor

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from requant_onnx.config import Refinement
+from requant_onnx.choices import Refinement
 from requant_onnx.convert.ladder import HELD_OUT, Evidence, RefinedLayer, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight

@@ -10,7 +10,8 @@ from dataclasses import replace
 import onnx
 from threadpoolctl import threadpool_limits
 
-from requant_onnx.config import RUNTIMES, Budget, Form, Int8Levels, QuantConfig, Refinement, Space
+from requant_onnx.choices import Form, Int8Levels, Refinement, Space
+from requant_onnx.config import Budget, QuantConfig
 from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
@@ -31,6 +32,7 @@ from requant_onnx.runtime.cpu import adds_exactly
 from requant_onnx.runtime.explain import WeightFate, broken_promises
 from requant_onnx.runtime.fold_constants import exposed
 from requant_onnx.runtime.sessions import load_runnable, runs
+from requant_onnx.runtimes import RUNTIMES
 
 COARSE_BITS = 5  # up to here, refinement is worth more than the noise of a test set
 

@@ -6,24 +6,13 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from requant_onnx.config import (
-    AUTO_BITS,
-    EXPONENTS,
-    MAX_BITS,
-    RUNTIMES,
-    Budget,
-    EdgeLayers,
-    Form,
-    Granularity,
-    Int8Levels,
-    QuantConfig,
-    RangeMode,
-    Space,
-)
+from requant_onnx.choices import AUTO_BITS, EXPONENTS, MAX_BITS, EdgeLayers, Form, Granularity, Int8Levels, RangeMode, Space
+from requant_onnx.config import Budget, QuantConfig
 from requant_onnx.graph.decode.forms import FORMS, required_opset
 from requant_onnx.graph.weights import SkippedWeight, View, Weight
 from requant_onnx.numerics.kinds import UNIFORM, GridKind, PowerGrid
 from requant_onnx.numerics.quantize import Grid
+from requant_onnx.runtimes import RUNTIMES
 
 EDGE_BITS = 8
 REFERENCE_BITS = 4

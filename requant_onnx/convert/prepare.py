@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from requant_onnx.config import RUNTIMES, QuantConfig, Refinement
+from requant_onnx.choices import Refinement
+from requant_onnx.config import QuantConfig
 from requant_onnx.convert.integer_ranges import Integers, watch_integers
 from requant_onnx.convert.plan import Plan, kept_in_float, opset_for, plan_conversion
 from requant_onnx.convert.schedule import Clock
@@ -28,6 +29,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.fold_constants import exposed
+from requant_onnx.runtimes import RUNTIMES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from requant_onnx.config import METADATA_KEY, RUNTIMES, BiasType, Form, QuantConfig
+from requant_onnx.choices import BiasType, Form
+from requant_onnx.config import METADATA_KEY, QuantConfig
 from requant_onnx.convert.nearest import Result
 from requant_onnx.convert.prepare import Prepared
 from requant_onnx.convert.report import QuantReport, VectorReport, WeightReport
@@ -30,6 +31,7 @@ from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.slim import slim
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.numerics.arrays import GenericArray
+from requant_onnx.runtimes import RUNTIMES
 
 T = TypeVar("T")
 Built = tuple[onnx.ModelProto, QuantReport]

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from requant_onnx.config import Form, Granularity, QuantConfig, RangeMode, Refinement, Transform
+from requant_onnx.choices import Form, Granularity, RangeMode, Refinement, Transform
+from requant_onnx.config import QuantConfig
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import as_json, sqnr_db
 from requant_onnx.errors import ConfigError, DataError, ModelError

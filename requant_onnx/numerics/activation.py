@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from requant_onnx.config import ActivationRange
+from requant_onnx.choices import ActivationRange
 from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.config import Form
+from requant_onnx.choices import Form
 from requant_onnx.files.leftovers import scratch_folder
 from requant_onnx.files.load import LoadedModel, ModelLike
 from requant_onnx.files.walk import all_graphs

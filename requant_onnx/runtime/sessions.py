@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from requant_onnx.config import Form, Int8Levels
+from requant_onnx.choices import Form, Int8Levels
 from requant_onnx.errors import ConfigError, LoadError, ModelError
 from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_skeleton, source_of
 from requant_onnx.graph.decode.forms import FORMS

@@ -18,7 +18,7 @@ from enum import Enum
 import numpy as np
 import onnx
 
-from requant_onnx.config import Form
+from requant_onnx.choices import Form
 from requant_onnx.graph.decode.nodes import Level, onnx_type, write_codes, write_levels, write_scale
 from requant_onnx.graph.decode.packing import BYTE
 from requant_onnx.graph.decode.writer import Constants, Decode, DecodeWriter, Scales

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from requant_onnx.config import Runtime
+from requant_onnx.choices import Runtime
 from requant_onnx.graph.constants import ModelGraph, find_root
 from requant_onnx.graph.integer.plan import GENERIC, IntegerPlan
 from requant_onnx.graph.operators import OPERATORS

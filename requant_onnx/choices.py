@@ -1,0 +1,173 @@
+"""The choices of a conversion: settings that are one of a few, and the transform.
+
+>>> Transform.parse("power:0.6")
+Transform(exponent=0.6)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
+
+from requant_onnx.errors import ConfigError
+
+MIN_BITS, MAX_BITS = 2, 8
+EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transform
+TRANSFORMS = "auto, sqrt, none or power:A with A in 1/3 .. 1"  # the texts that Transform.parse reads
+MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
+
+
+class Choice(Enum):
+    """One of a few; its text is that of the command line."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Granularity(Choice):
+    """Which weights share one range: all of a tensor, or those of one output channel."""
+
+    PER_TENSOR = "per-tensor"
+    PER_CHANNEL = "per-channel"
+
+
+class RangeMode(Choice):
+    """How alpha is chosen: `search` minimizes the error over (0, 1], `max` takes alpha = 1."""
+
+    SEARCH = "search"
+    MAX = "max"
+
+
+class EdgeLayers(Choice):
+    """What the first and last layers get: quantization without the transform, none at all, or 8 bits."""
+
+    PLAIN = "plain"
+    FLOAT = "float"
+    EIGHT_BIT = "8bit"
+
+
+class Form(Choice):
+    """How codes are decoded: `qdq` by DequantizeLinear at every inference, `folded` once, when ONNX Runtime loads the model,
+    to a float weight, `int8` likewise to an int8 weight, for integer kernels with quantized activations."""
+
+    QDQ = "qdq"
+    FOLDED = "folded"
+    INT8 = "int8"
+
+
+class Refinement(Choice):
+    """How far rounding goes beyond the nearest level, given calibration inputs: `bias` corrects the mean of each channel,
+    `feedback` also pushes errors into weights not yet rounded, `descent` also searches on, and fits the scales."""
+
+    NONE = "none"
+    BIAS = "bias"
+    FEEDBACK = "feedback"
+    DESCENT = "descent"
+
+    @property
+    def sees_outputs(self) -> bool:
+        """Whether levels are chosen by the output error."""
+        return self in (Refinement.FEEDBACK, Refinement.DESCENT)
+
+
+class ActivationRange(Choice):
+    """How the range of an activation is chosen: all values seen, least squared error, or all but the outermost percentile."""
+
+    MIN_MAX = "minmax"
+    MSE = "mse"
+    PERCENTILE = "percentile"
+
+
+class Int8Levels(Choice):
+    """How far the int8 weights of the int8 form reach: 127, or 64, with which sums of two products of codes fit 16 bits, as the
+    kernels for x86 CPUs without VNNI need (they saturate); or what is exact on the CPU that converts."""
+
+    SAFE = "64"
+    FULL = "127"
+    AUTO = "auto"
+
+
+class Int8Speed(Choice):
+    """Which layers of the int8 form run on integers: those that a table of costs says are faster so, or all that can."""
+
+    AUTO = "auto"
+    ALL = "all"
+
+
+class BiasType(Choice):
+    """How biases and other vectors are stored: as float16 where that changes no output by more than the weights' own error does
+    (by default in the folded and int8 forms), or as they are."""
+
+    AUTO = "auto"
+    HALF = "float16"
+    FLOAT = "float32"
+
+
+class Space(Choice):
+    """Where distances are measured: between weights `w`, or between transformed weights `v = sign(w) * |w|**a`."""
+
+    WEIGHT = "weight"
+    TRANSFORMED = "transformed"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The power transform `v = sign(w) * |w|**exponent`; 1/2 is the paper's square root, 1 leaves weights as they are.
+
+    None: chosen for each weight from EXPONENTS, by its output error on calibration inputs; 1 where there are none, in the qdq
+    form, and above AUTO_BITS bits, where all are as good.
+    """
+
+    exponent: float | None
+
+    def __post_init__(self) -> None:
+        if self.exponent is not None and not MIN_EXPONENT <= self.exponent <= MAX_EXPONENT:
+            raise ConfigError(f"the exponent {self.exponent} is outside 1/3 .. 1; 0.5 is the square root, 1 no transform")
+
+    @classmethod
+    def parse(cls, text: str) -> Transform:
+        """`auto`, `sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
+        named = {"auto": None, "sqrt": 0.5, "none": 1.0}
+        if text in named:
+            return cls(named[text])
+        kind, _, value = text.partition(":")
+        try:
+            exponent = float(value) if kind == "power" else math.nan
+        except ValueError:
+            exponent = math.nan
+        if math.isnan(exponent):
+            raise ConfigError(f"the transform '{text}' is not understood; give {TRANSFORMS}")
+        return cls(exponent)
+
+    def __str__(self) -> str:
+        if self.exponent is None:
+            return "auto"
+        return {0.5: "sqrt", 1.0: "none"}.get(self.exponent, f"power:{self.exponent:g}")
+
+
+AUTO_TRANSFORM = Transform(None)
+
+
+class Runtime(Choice):
+    """What the file is written for; RUNTIMES says what that means."""
+
+    ORT = "ort"
+    PORTABLE = "portable"
+    OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
+    WEB = "web"
+    MOBILE = "mobile"
+
+
+E = TypeVar("E", bound=Choice)
+
+
+def parse_choice(kind: type[E], text: str, option: str) -> E:
+    """The member of `kind` whose value is `text`.  Raises ConfigError that names the option and the choices."""
+    try:
+        return kind(text)
+    except ValueError:
+        choices = ", ".join(map(str, kind))
+        raise ConfigError(f"{option} '{text}' is not one of {choices}") from None
