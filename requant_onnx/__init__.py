@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from requant_onnx.files.save import save_model
     from requant_onnx.inputs.calibration import Calibration
     from requant_onnx.inputs.images import ImageSet, Normalization, load_images
+    from requant_onnx.rules import LayerRule
     from requant_onnx.runtime.explain import Explanation, explain
     from requant_onnx.runtime.sessions import load_session, use_custom_ops, use_provider
     from requant_onnx.webpage.pages import html_report
@@ -85,6 +86,7 @@ _HOMES = {
         "Normalization",
         "load_images",
     ),
+    "requant_onnx.rules": ("LayerRule",),
     "requant_onnx.runtime.explain": (
         "Explanation",
         "explain",
@@ -115,6 +117,7 @@ __all__ = [
     "InspectReport",
     "Int8Levels",
     "Int8Speed",
+    "LayerRule",
     "ModelError",
     "Normalization",
     "OutputError",

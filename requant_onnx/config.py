@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from requant_onnx.choices import (
     AUTO_TRANSFORM,
@@ -27,8 +29,10 @@ from requant_onnx.choices import (
     Runtime,
     Space,
     Transform,
+    parse_choice,
 )
 from requant_onnx.errors import ConfigError
+from requant_onnx.rules import LayerRule, Rules, rules_of
 from requant_onnx.runtimes import RUNTIMES
 
 METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conversion's settings
@@ -81,6 +85,7 @@ class QuantConfig:
     biases: how biases and other vectors are stored.
     keep_inputs: whether weights that a caller may replace (initializers that are inputs of the graph too) stay, in float.
     activation_range, int8_levels, int8_speed: of the int8 form.
+    overrides: settings of single layers, the last rule that sets one wins; also texts, or a table from patterns to settings.
     """
 
     bits: int | Budget = 8
@@ -99,8 +104,10 @@ class QuantConfig:
     activation_range: ActivationRange = ActivationRange.MIN_MAX
     int8_levels: Int8Levels = Int8Levels.SAFE
     int8_speed: Int8Speed = Int8Speed.AUTO
+    overrides: Rules = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", rules_of(self.overrides))
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
         if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
             raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
@@ -111,6 +118,12 @@ class QuantConfig:
 
     def _check_runtime(self) -> None:
         row = RUNTIMES[self.runtime]
+        for rule in self.rules:
+            if rule.form is Form.INT8 and self.form is not Form.INT8:
+                raise ConfigError(f"the layer rule for '{rule.pattern}' sets form int8, that of whole models; choose --form int8")
+            if not rule.keep:
+                changed = {name: value for name in ("bits", "form") if (value := getattr(rule, name)) is not None}
+                replace(self, overrides=(), **changed)  # raises where the runtime does not read it
         if self.form not in row.forms:
             forms = " or ".join(map(str, row.forms))
             raise ConfigError(f"the {self.form} form is not for {row.title} (--runtime {self.runtime}); choose --form {forms}")
@@ -121,6 +134,27 @@ class QuantConfig:
             raise ConfigError(f"files for {row.title} (--runtime {self.runtime}) have no float16; leave --biases float16 out")
         if row.native4 and row.symmetric and self.form is Form.INT8 and self.bits != MAX_BITS:
             raise ConfigError(f"the int8 form for {row.title} has codes of 8 bits; choose --bits 8, or --form qdq")
+
+    def of_layer(self, names: Collection[str], op: str) -> QuantConfig:
+        """The settings of one weight, without rules.  names, op: as for LayerRule.matches."""
+        own: dict[str, Any] = {"overrides": ()}
+        for rule in self.rules:
+            if rule.matches(names, op):
+                given = {name: getattr(rule, name) for name in ("bits", "form", "transform", "granularity")}
+                own.update((name, value) for name, value in given.items() if value is not None)
+        if "bits" in own:
+            own["edge_layers"] = EdgeLayers.PLAIN if self.edge_layers is EdgeLayers.EIGHT_BIT else self.edge_layers
+        return replace(self, **own)
+
+    def kept_in_float(self, names: Collection[str], op: str) -> LayerRule | None:
+        """The rule that keeps a weight in float."""
+        matching = [rule for rule in self.rules if rule.matches(names, op)]
+        return matching[-1] if matching and matching[-1].keep else None
+
+    @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """The settings of single layers."""
+        return rules_of(self.overrides)
 
     @property
     def is_symmetric(self) -> bool:
@@ -141,14 +175,35 @@ class QuantConfig:
             biases=BiasType.FLOAT,
         )
 
-    def to_dict(self) -> dict[str, int | float | str]:
-        """The settings in the words of the command line."""
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in the words of the command line; `from_dict` reads them."""
         names = [item.name for item in fields(self) if OPTIONS_OF_FORM.get(item.name, self.form) is self.form]
         values = {name: getattr(self, name) for name in names}
-        plain: dict[str, int | float | str] = {
-            name: value if isinstance(value, int) else str(value) for name, value in values.items()
-        }
+        plain: dict[str, Any] = {name: value if isinstance(value, int) else str(value) for name, value in values.items()}
+        plain["overrides"] = [str(rule) for rule in self.rules]
         return {**plain, "bits": "auto", **self.bits.to_dict()} if isinstance(self.bits, Budget) else plain
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> QuantConfig:
+        """The configuration that `to_dict` wrote, as it is in `report.config` and in JSON reports.  Raises ConfigError.
+
+        >>> QuantConfig.from_dict(QuantConfig(4, form=Form.FOLDED).to_dict()) == QuantConfig(4, form=Form.FOLDED)
+        True
+        """
+        given = dict(settings)
+        size, sqnr_db = given.pop("size", None), given.pop("target_sqnr", None)
+        if given.get("bits") == "auto":
+            given["bits"] = Budget(size=size, sqnr_db=sqnr_db)
+        for name, kind in ENUMS.items():
+            if isinstance(given.get(name), str):
+                given[name] = parse_choice(kind, given[name], name)
+        if isinstance(given.get("transform"), str):
+            given["transform"] = Transform.parse(given["transform"])
+        known = [item.name for item in fields(cls)]
+        strange = sorted(given.keys() - set(known))
+        if strange:
+            raise ConfigError(f"a configuration has no setting '{strange[0]}'; it has {', '.join(known)}")
+        return cls(**given)
 
 
 OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int8_speed": Form.INT8}

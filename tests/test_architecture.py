@@ -18,7 +18,7 @@ import requant_onnx
 PACKAGE = Path(requant_onnx.__file__).parent
 MAP = (PACKAGE / "README.md").read_text("utf-8")
 FLOORS = (
-    ("errors", "choices", "runtimes", "config", "progress", "text"),
+    ("errors", "choices", "runtimes", "rules", "config", "progress", "text"),
     ("numerics", "files"),
     ("graph", "inputs"),
     ("runtime",),
@@ -140,7 +140,7 @@ def test_public_names() -> None:
     assert sorted(requant_onnx.__all__) == [
         "ActivationRange", "ActivationReport", "BiasType", "Budget", "Calibration", "ConfigError", "ConvertedError", "DataError",
         "EdgeLayers", "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels",
-        "Int8Speed", "ModelError",
+        "Int8Speed", "LayerRule", "ModelError",
         "Normalization", "OutputError", "QuantConfig", "QuantReport", "RangeMode", "Refinement", "RequantError", "RestoreReport",
         "Runtime", "Space",
         "Transform", "ValidationReport", "WeightReport", "explain", "html_report", "inspect_model", "load_images",

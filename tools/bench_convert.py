@@ -96,7 +96,7 @@ CASES = {
 def measured(python: str, path: Path, case: Case) -> tuple[float, float, float]:
     """Seconds, seconds of all processors, and bytes."""
     command = [python, "-W", "ignore", "-c", CHILD, str(path), case.form, str(case.images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)  # where no package lies
     if done.returncode:
         raise SystemExit(f"{case.title} fails: {done.stderr[-1000:]}")
     seconds, used, peak = json.loads(done.stdout)

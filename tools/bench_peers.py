@@ -2,7 +2,7 @@
 
     python tools/bench_peers.py --aimet A/bin/python --nncf N/bin/python
 
-Each option is the interpreter of an environment that has the tool (aimet-onnx, nncf).  All get the same model and the same 256 images
+Each option is the interpreter of an environment that has the tool (aimet-onnx, nncf).  All get the same model and 256 images
 of noise, and are judged on 64 others: the output SQNR against the float model, on ONNX Runtime's CPU provider (AIMET in its own
 simulation).  Weights have 4 bits and a scale for each output channel, activations are float; or both have 8 bits, for tools that do
 only that.  What takes longer than 15 minutes is ended and shown as such.  MobileNetV2 is found in $REQUANT_MODELS.
@@ -93,7 +93,7 @@ def measured(python: str, code: str, model: Path, data: Path, folder: str) -> tu
     """Time and memory as text, and the outputs; what went wrong, and None."""
     command = [python, "-W", "ignore", "-c", START + code + END, str(model), str(data), f"{folder}/out.npy"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT, cwd=folder)
     except subprocess.TimeoutExpired:
         return f"more than {LIMIT // 60} minutes |", None
     if done.returncode:

@@ -192,6 +192,20 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave weights in float that are inputs of the graph too, which a caller may replace",
     )
+    parser.add_argument(
+        "--keep",
+        metavar="PATTERN",
+        action="append",
+        help="leave the weights in float whose name, or that of a node which reads them, matches: a glob, re:REGEX, or op:TYPE; "
+        "may be given again",
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="PATTERN=SETTINGS",
+        action="append",
+        help="settings of the weights that match, for instance 'head.*=bits:8,form:folded'; also transform:T and granularity:G; "
+        "may be given again, and the last one that sets something wins",
+    )
     parser.add_argument("--symmetric", action="store_true", help="put every zero point of weights in the middle of the codes")
     _add_calibration(parser)
     parser.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")

@@ -5,6 +5,10 @@ form = "folded"
 mean = [0.485, 0.456, 0.406]   # as --mean 0.485,0.456,0.406
 force = true                   # as --force
 
+[convert.layer]                # as --layer 'head.*=bits:8' --layer 'stem*=float'
+"head.*" = { bits = 8 }
+"stem*" = "float"
+
 [validate]                     # for this command only; options above the table are for each command that has them
 data = "images:val"
 """
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from requant_onnx.errors import ConfigError
+from requant_onnx.rules import LayerRule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +46,7 @@ def read_options(path: Path, command: str, parsers: Mapping[str, argparse.Argume
         raise ConfigError(f"'{path}' is not TOML ({error}); write it as in the README") from None
     known = _options(parsers[command])
     anywhere = {**{name: action for parser in parsers.values() for name, action in _options(parser).items()}, **known}
-    shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    shared = {key: value for key, value in content.items() if not isinstance(value, dict) or key == "layer"}
     strange = sorted(content.keys() - shared.keys() - parsers.keys())
     if strange:
         raise ConfigError(f"'{path}' has a table '{strange[0]}', which is no command; they are {', '.join(parsers)}")
@@ -54,7 +59,9 @@ def write_options(args: argparse.Namespace) -> str:
     lines = []
     for name, action in _options(args.parser).items():
         value = getattr(args, action.dest)
-        if value not in (None, False):
+        if isinstance(value, list):
+            lines.append(f"{name} = [{', '.join(_quoted(str(each)) for each in value)}]")
+        elif value not in (None, False):
             lines.append(f"{name} = {'true' if value is True else _quoted(str(value))}")
     return "".join(f"{line}\n" for line in lines)
 
@@ -83,9 +90,13 @@ def _value(path: Path, option: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")
         return value
+    if isinstance(value, dict) and option.dest == "layer":
+        return [str(LayerRule.of(pattern, settings)) for pattern, settings in value.items()]
     values = value if isinstance(value, list) else [value]
     if isinstance(value, bool) or not values or not all(isinstance(item, str | int | float) for item in values):
         raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes a text, a number, or a list of them")
+    if isinstance(option, argparse._AppendAction):
+        return [str(item) for item in values]
     text = ",".join(str(item) for item in values)
     try:
         return option.type(text) if callable(option.type) else text

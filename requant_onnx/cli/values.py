@@ -18,6 +18,7 @@ from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
 from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images
 from requant_onnx.numerics.arrays import GenericArray
+from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
 
 SIZES = ("resize", "crop", "fit")
@@ -45,8 +46,14 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
             raise ConfigError(f"{option} is for --form {form.value}; give --form {form.value}, or drop {option}")
     if bits is not None:
         given["bits"] = bits
+    given["overrides"] = [*map(LayerRule.parse, _listed(args.layer)), *(LayerRule(text, keep=True) for text in _listed(args.keep))]
     given.update((name, True) for name in ("keep_inputs", "symmetric") if getattr(args, name))
     return dataclasses.replace(base, **given)
+
+
+def _listed(given: str | list[str] | None) -> list[str]:
+    """The texts of an option that may be given again."""
+    return [given] if isinstance(given, str) else given or []
 
 
 def _bits(args: argparse.Namespace) -> int | Budget | None:

@@ -13,6 +13,7 @@ from requant_onnx.config import QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
 from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.integer.nodes import Bias, biases_of, min_scales_of
 from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
 from requant_onnx.graph.integer.worth import COSTS, FAST, SLOWER, VNNI, slower_on_integers, watched_tensors
@@ -54,7 +55,13 @@ def watch_integers(
     progress: Progress | None,
 ) -> Integers:
     """Plan the integer part and find its ranges.  excluded: weights that stay float.  Raises as `watch_activations`."""
-    eligible = {w.name for w in view.weights if w.emit == onnx.TensorProto.FLOAT and not kept_in_float(w, config)}
+    eligible = {
+        w.name
+        for w in view.weights
+        if w.emit == onnx.TensorProto.FLOAT
+        and kept_in_float(w, config) is None
+        and FORMS[config.of_layer(w.names, w.op).form].on_integers
+    }
     plan = _fast(model, eligible.difference(excluded), config, calibration)
     if not plan.weighted:
         return Integers(plan)

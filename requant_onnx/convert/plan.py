@@ -53,27 +53,35 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
     planned, left = [], list(view.skipped)
     total = sum(math.prod(weight.shape) for weight in view.weights)
     for weight in view.weights:
-        if kept_in_float(weight, config):
-            reason = "is a first or last layer, kept in float as asked"
+        reason = kept_in_float(weight, config)
+        if reason is not None:
             left.append(SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
         else:
             is_most = len(view.weights) >= FEW and math.prod(weight.shape) > MOST * total
-            planned.append(_planned(weight, config, weight.is_edge and not is_most, weight.name in integers))
+            own = config.of_layer(weight.names, weight.op)
+            planned.append(_planned(weight, own, weight.is_edge and not is_most, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
 
 
 def opset_for(config: QuantConfig) -> int:
     """The opset that the decodes of such a conversion need."""
-    both = (False, True)
-    widths = {edge: _widths(config, edge, config.form) for edge in both}
-    cases = [(bits, kind) for edge in both for bits in widths[edge] for kind in _kinds(config, bits, edge)]
-    native4 = RUNTIMES[config.runtime].native4
-    return max(required_opset(config.form, bits, kind, native4) for bits, kind in cases)
+    both, native4 = (False, True), RUNTIMES[config.runtime].native4
+    forms = {config.form, *(rule.form for rule in config.rules if rule.form is not None)}
+    widths = {bits for edge in both for form in forms for bits in _widths(config, edge, form)}
+    widths |= {rule.bits for rule in config.rules if rule.bits is not None}
+    kinds = {kind for edge in both for bits in widths for kind in _kinds(config, bits, edge)}
+    kinds |= {PowerGrid(rule.transform.exponent) for rule in config.rules if rule.transform and rule.transform.exponent}
+    return max(required_opset(form, bits, kind, native4) for form in forms for bits in widths for kind in kinds)
 
 
-def kept_in_float(weight: Weight, config: QuantConfig) -> bool:
-    """Whether the settings exempt this weight."""
-    return weight.is_edge and config.edge_layers is EdgeLayers.FLOAT
+def kept_in_float(weight: Weight, config: QuantConfig) -> str | None:
+    """Why the settings exempt this weight (a sentence without its subject); None where they do not."""
+    rule = config.kept_in_float(weight.names, weight.op)
+    if rule is not None:
+        return f"is kept in float as asked ('{rule.pattern}')"
+    if weight.is_edge and config.edge_layers is EdgeLayers.FLOAT:
+        return "is a first or last layer, kept in float as asked"
+    return None
 
 
 def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) -> PlannedWeight:

@@ -28,6 +28,7 @@ from requant_onnx.graph.weights import find_weights
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
+from requant_onnx.rules import check_matches
 from requant_onnx.runtime.fold_constants import exposed
 from requant_onnx.runtimes import RUNTIMES
 
@@ -100,6 +101,7 @@ def prepare(
         materialize(work)
     start = exposed(work, config.keep_inputs)
     given, view = start.graph, find_weights(start.graph)
+    check_matches(config.rules, [(weight.names, weight.op) for weight in view.weights])
     origin = Origin(source, opset, start.overridable, float_constants(given.proto))
     refining = calibration if config.refinement is not Refinement.NONE else None
     if not view.weights:
@@ -111,7 +113,7 @@ def prepare(
     merge_directions(given)
     merge_constants(given.proto)
     model = ModelGraph.of(raise_opset(given.proto, opset_for(config)))
-    wanted = {w.name for w in find_weights(model).weights if not kept_in_float(w, config)}
+    wanted = {w.name for w in find_weights(model).weights if kept_in_float(w, config) is None}
     if form.on_integers:
         write_full_pads(model)
     give_biases(

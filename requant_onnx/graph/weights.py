@@ -43,6 +43,7 @@ class Weight:
     is_edge: no other weight lies before it, or none behind it (the first and last layers).
     is_table: its values reach results themselves, see holders.py.
     lookup_axis: the axis along which all its readers look up entries, None where one reads it whole.
+    readers: names of the nodes that read it, of those that have one.
     """
 
     name: str
@@ -55,6 +56,12 @@ class Weight:
     tensor: gs.Constant = field(repr=False, compare=False)
     is_table: bool = False
     lookup_axis: int | None = None
+    readers: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that a user may call it by."""
+        return (self.name, *self.readers)
 
     def load(self) -> Float32Array:
         """The values as float32.  Raises ModelError when one is NaN or infinite."""
@@ -107,7 +114,9 @@ def find_weights(model: ModelGraph) -> View:
 def _merged(first: Weight, other: Weight) -> Weight:
     """A weight that is read twice: the first reader decides, any edge makes an edge, any table a table."""
     whole = first.lookup_axis if first.lookup_axis == other.lookup_axis else None
-    return replace(first, is_edge=first.is_edge or other.is_edge, is_table=first.is_table or other.is_table, lookup_axis=whole)
+    readers = tuple(dict.fromkeys((*first.readers, *other.readers)))
+    edge, table = first.is_edge or other.is_edge, first.is_table or other.is_table
+    return replace(first, is_edge=edge, is_table=table, lookup_axis=whole, readers=readers)
 
 
 def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
@@ -229,6 +238,7 @@ def _weight(root: Root, node: gs.Node, axis: int | None) -> Weight:
         is_edge=False,
         stored_bytes=_bytes(root.tensor),
         tensor=root.tensor,
+        readers=(node.name,) if node.name else (),
     )
 
 

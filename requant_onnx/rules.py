@@ -1,0 +1,120 @@
+"""Settings of single layers: which weights a rule is for, and what it sets.
+
+head.*=bits:8           a glob, matched against the names of a weight and of the nodes that read it
+re:block[0-3]=bits:3    a regular expression for the whole of a name
+op:Gemm=form:folded     every weight that an operator of this type reads
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+from requant_onnx.choices import MAX_BITS, MIN_BITS, Form, Granularity, Transform, parse_choice
+from requant_onnx.errors import ConfigError
+
+Rules: TypeAlias = "Sequence[LayerRule | str] | Mapping[str, Any]"
+"""Rules as they are given: rules, texts, or a table from patterns to settings."""
+KEEP = "float"
+PARTS = "bits:N, form:F, transform:T, granularity:G, or float"
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What the weights that match a pattern get; None leaves a setting as it is for the model.
+
+    keep: whether they stay float.  bits: for edge layers too, and within a budget a constraint.
+    """
+
+    pattern: str
+    keep: bool = False
+    bits: int | None = None
+    form: Form | None = None
+    transform: Transform | None = None
+    granularity: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise ConfigError("a layer rule has an empty pattern; give a name, a glob, re:REGEX or op:TYPE")
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise ConfigError(f"'{self.pattern}' is no regular expression ({error})") from None
+        if self.bits is not None and not (type(self.bits) is int and MIN_BITS <= self.bits <= MAX_BITS):
+            raise ConfigError(f"the layer rule for '{self.pattern}' sets bits {self.bits!r}; give {MIN_BITS} to {MAX_BITS}")
+        if self.keep and any((self.bits, self.form, self.transform, self.granularity)):
+            raise ConfigError(f"the layer rule for '{self.pattern}' keeps weights in float and converts them; give one of the two")
+
+    @classmethod
+    def parse(cls, text: str) -> LayerRule:
+        """`PATTERN=bits:8,form:folded` or `PATTERN=float`.  Raises ConfigError.
+
+        >>> LayerRule.parse("re:.*/fc=bits:8").bits, LayerRule.parse("head*=float").keep
+        (8, True)
+        """
+        pattern, equals, settings = text.rpartition("=")
+        if not equals:
+            raise ConfigError(f"the layer rule '{text}' sets nothing; write it as PATTERN={PARTS}")
+        pairs = [part.partition(":")[::2] for part in settings.split(",")]
+        return cls.of(pattern, {name.strip(): value.strip() for name, value in pairs})
+
+    @classmethod
+    def of(cls, pattern: str, settings: Mapping[str, Any] | str) -> LayerRule:
+        """A rule from a table, values as text or as they are: {"bits": 8, "form": "folded"}, or "float".  Raises ConfigError."""
+        if isinstance(settings, str):
+            return cls.parse(f"{pattern}={settings}")
+        given: dict[str, Any] = {}
+        for name, value in settings.items():
+            option = f"the {name} of the layer rule for '{pattern}'"
+            if name == KEEP and value in ("", True):
+                given["keep"] = True
+            elif name == "bits":
+                given[name] = int(value) if re.fullmatch(r"\d+", str(value)) else value
+            elif name == "transform":
+                given[name] = value if isinstance(value, Transform) else Transform.parse(str(value))
+            elif name in ("form", "granularity"):
+                kind = {"form": Form, "granularity": Granularity}[name]
+                given[name] = value if isinstance(value, kind) else parse_choice(kind, str(value), option)
+            else:
+                raise ConfigError(f"the layer rule for '{pattern}' sets '{name}'; it may set {PARTS}")
+        return cls(pattern, **given)
+
+    def __str__(self) -> str:
+        set_here = [(item.name, getattr(self, item.name)) for item in fields(self)[2:]]
+        settings = [KEEP] if self.keep else [f"{name}:{value}" for name, value in set_here if value is not None]
+        return f"{self.pattern}={','.join(settings)}"
+
+    def matches(self, names: Collection[str], op: str) -> bool:
+        """Whether it is for a weight.  names: of the weight, and of the nodes that read it.  op: their type."""
+        kind, _, rest = self.pattern.partition(":")
+        if kind == "op" and rest:
+            return fnmatch.fnmatchcase(op, rest)
+        if kind == "re" and rest:
+            return any(re.fullmatch(rest, name) for name in names)
+        return any(name == self.pattern or fnmatch.fnmatchcase(name, self.pattern) for name in names)
+
+
+def rules_of(given: Rules) -> tuple[LayerRule, ...]:
+    """The rules that were given.  Raises ConfigError."""
+    if isinstance(given, Mapping):
+        return tuple(LayerRule.of(pattern, settings) for pattern, settings in given.items())
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ConfigError(f"layer rules are a list of rules, or a table from patterns to settings, not {given!r}")
+    return tuple(rule if isinstance(rule, LayerRule) else LayerRule.parse(str(rule)) for rule in given)
+
+
+def check_matches(rules: Collection[LayerRule], weights: Collection[tuple[Collection[str], str]]) -> None:
+    """Raise ConfigError where a rule is for no weight.  weights: names, and the type of the operator, of each."""
+    for rule in rules:
+        if not any(rule.matches(names, op) for names, op in weights):
+            known = sorted({name for names, _ in weights for name in names} | {f"op:{op}" for _, op in weights})
+            near = difflib.get_close_matches(re.sub(r"^re:|[*?\[\]]", "", rule.pattern), known, 3, 0.4) or known[:3]
+            listed = ", ".join(f"'{name}'" for name in near)
+            raise ConfigError(
+                f"the pattern '{rule.pattern}' matches no weight of the model" + (f"; near to it are {listed}" if near else "")
+            )
