@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from requant_onnx.convert.pipeline import inspect_model, quantize_model
     from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
     from requant_onnx.convert.restore import RestoreReport, restore_model
-    from requant_onnx.errors import ConfigError, ConvertedError, DataError, ModelError, OutputError, RequantError
+    from requant_onnx.errors import ConfigError, ConvertedError, DataError, ModelError, OutputError, QualityError, RequantError
     from requant_onnx.evaluate.validate import validate
     from requant_onnx.files.save import save_model
     from requant_onnx.inputs.calibration import Calibration
@@ -76,6 +76,7 @@ _HOMES = {
         "DataError",
         "ModelError",
         "OutputError",
+        "QualityError",
         "RequantError",
     ),
     "requant_onnx.evaluate.validate": ("validate",),
@@ -121,6 +122,7 @@ __all__ = [
     "ModelError",
     "Normalization",
     "OutputError",
+    "QualityError",
     "QuantConfig",
     "QuantReport",
     "RangeMode",

@@ -32,6 +32,7 @@ from requant_onnx.convert.report import QuantReport
 from requant_onnx.convert.restore import restore_model
 from requant_onnx.errors import ConfigError, ModelError
 from requant_onnx.evaluate.cache import Cache, default_folder
+from requant_onnx.evaluate.gate import check_gate, parse_gate
 from requant_onnx.evaluate.jobs import open_executor
 from requant_onnx.evaluate.recipes import Comparison, compare
 from requant_onnx.evaluate.validate import validate
@@ -106,15 +107,29 @@ def run_validate(args: argparse.Namespace) -> None:
     check_json(args.json, args.reference, args.candidate)
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
+    bounds = {} if args.fail_below is None else parse_gate(args.fail_below)
+    batch = 1 if args.latency_batch is None else whole_of(args.latency_batch, "--latency-batch")
+    threads = None if args.threads is None else whole_of(args.threads, "--threads")
+    if batch < 1 or (threads is not None and threads < 1):
+        raise ConfigError("--latency-batch and --threads are 1 or more")
     images, normalization = _images_to_compare(args, args.reference, args.data)
     with progress_bar(args, "validating") as progress:
-        report = validate(args.reference, args.candidate, images, normalization, progress=progress)
+        report = validate(
+            args.reference,
+            args.candidate,
+            images,
+            normalization,
+            latency_batch=None if args.no_latency else batch,
+            threads=threads,
+            progress=progress,
+        )
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
     write_json(args.json, {**report.to_dict(), **names})
     console = console_for(args)
     if normalization is not None:
         console.print(f"pixels normalized with mean {_listed(normalization.mean)} and std {_listed(normalization.std)}")
     tables.print_validation(console, report)
+    check_gate(report, bounds)
 
 
 def run_report(args: argparse.Namespace) -> None:

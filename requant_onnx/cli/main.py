@@ -11,7 +11,7 @@ from requant_onnx.cli import commands
 from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.many import run_convert_many
 from requant_onnx.cli.options import parse, parser_of
-from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, RequantError
+from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, QualityError, RequantError
 from requant_onnx.runtime.sessions import use_custom_ops, use_provider
 
 
@@ -24,7 +24,8 @@ def run() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0, or after an error that it has printed 2, 3 where a model was converted already; 130 after Ctrl-C.
+    Returns 0, or after an error that it has printed: 2; 3 where nothing was done, or worse than asked for (a model that was
+    converted already, a conversion below the quality asked for); 4 where a validation failed its gate; 130 after Ctrl-C.
     """
     parser = parser_of(
         convert=commands.run_convert,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (RequantError, OSError, MemoryError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 3 if isinstance(error, ConvertedError) else 2
+        return error.code if isinstance(error, QualityError) else 3 if isinstance(error, ConvertedError) else 2
     return 0
 
 

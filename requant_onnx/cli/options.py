@@ -46,6 +46,7 @@ one line of JSON a model is in OUT_DIR/requant.jsonl; the same command again goe
   requant validate net.onnx net8.onnx --data cifar10:cifar-10-batches-bin
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant validate net.onnx net8.onnx --data images:imagenet/val --resize 256 --crop 224
+  requant validate net.onnx net8.onnx --data inputs.npz --fail-below agreement=99,sqnr=20,latency=1.1
 pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
     "restore": """example:
   requant restore net4.onnx float.onnx""",
@@ -262,6 +263,15 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="use only the first N images")
+    parser.add_argument("--latency-batch", metavar="N", help="images of a run that is timed (default: 1)")
+    parser.add_argument("--threads", metavar="N", help="threads of ONNX Runtime in runs that are timed (default: as it likes)")
+    parser.add_argument("--no-latency", action="store_true", help="time nothing")
+    parser.add_argument(
+        "--fail-below",
+        metavar="FIGURE=NUMBER,...",
+        help="exit with code 4 unless the candidate is as good: agreement=99,top1=90,top1-drop=0.5,sqnr=20,worst-sqnr=20,found=95, "
+        "latency=1.1 (at most, relative to the reference), ratio=7,bytes=150000",
+    )
     _add_provider(parser)
     _add_common(run, parser)
 

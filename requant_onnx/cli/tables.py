@@ -11,11 +11,12 @@ from rich.table import Table
 
 from requant_onnx.choices import Form
 from requant_onnx.cli.record import Line
-from requant_onnx.convert.report import FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.convert.report import Compared, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import SkippedWeight
+from requant_onnx.numerics.outputs import OutputReport
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
 
@@ -82,20 +83,50 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
-    """Print the reference next to the candidate."""
+    """Print the reference next to the candidate, and how alike every output is."""
     table = _table(f"{report.images:,} {report.kind}", "reference", "candidate", "")
-    if report.top1 is not None:
-        table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), f"{(report.top1[1] - report.top1[0]) * 100:+.2f} points")
+    if report.top1 is not None and report.top1_error is not None:
+        table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), _change(report.top1, report.top1_error))
     table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
-    ratio = report.latency_ms[1] / report.latency_ms[0]
-    latency = f"latency, batch {report.latency_batch}"
-    table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{ratio:.2f} x the time")
+    if report.latency_ms is not None and report.latency_ratio is not None:
+        latency = f"latency, batch {report.latency_batch}"
+        table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{report.latency_ratio:.2f} x the time")
     console.print(table)
-    console.print(f"top-1 agreement {report.agreement:.2%}, output SQNR {decibels(report.sqnr_db)}")
+    answers = []
+    if report.agreement is not None:
+        answers.append(f"{report.agreement_of} agreement {report.agreement:.2%}, standard error {report.agreement_error:.2%}")
+    if report.sqnr_db is not None:
+        answers.append(f"output SQNR {decibels(report.sqnr_db)}")
+    console.print("; ".join(answers) or "no output is a tensor of numbers")
+    if len(report.outputs) > 1:
+        _print_outputs(console, report.outputs)
     for note in report.notes:
         console.print(escape(f"note: {note}"))
     if report.top1 is None:
         console.print(f"the {report.kind} have no labels: this says how alike the models answer, not how well")
+
+
+def _change(top1: Compared, error: float) -> str:
+    """A change of accuracy with its standard error, and whether it is within that."""
+    change = 100 * (top1[1] - top1[0])
+    within = ", within it" if abs(change) <= 100 * error else ""
+    return f"{change:+.2f} points, standard error {100 * error:.2f}{within}"
+
+
+def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:
+    table = _table("output", "kind", "SQNR dB", "cosine", "largest difference", "agreement")
+    for output in outputs:
+        figures = (("{:.1f}", output.sqnr_db), ("{:.5f}", output.cosine), ("{:.3g}", output.largest))
+        cells = ["" if value is None else text.format(value) for text, value in figures]
+        agreement = "" if output.agreement is None else f"{output.agreement:.2%} of {output.count:,} {output.what}"
+        table.add_row(escape(output.name), output.kind, *cells, agreement)
+    console.print(table)
+    for output in outputs:
+        if output.kind == "detections":
+            found = f"{output.extra['found_0.75']:.2%} with an overlap of 0.75 or more"
+            console.print(f"detections: {output.agreement:.2%} found again, {found}; {output.extra['more']:.0f} more")
+        elif "mean_iou" in output.extra:
+            console.print(escape(f"{output.name}: mean IoU {output.extra['mean_iou']:.2%}"))
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from requant_onnx.graph.weights import SkippedWeight
+from requant_onnx.numerics.outputs import OutputReport
 
 
 class Bounds(NamedTuple):
@@ -142,20 +143,30 @@ class QuantReport:
 class ValidationReport:
     """Two models on the same images, or inputs by name (kind).
 
-    top1: accuracy in 0..1, None without labels.  agreement: share of images with the same top-1.
-    sqnr_db: of the outputs.  bytes: file sizes.  latency_ms: medians of one run at `latency_batch` images.
+    top1: accuracy in 0..1, None without labels.  top1_error: standard error of its change, over the same images.
+    agreement: share of answers that are the same, of the first output with answers, or of detections; else None.
+    agreement_of: what the answers are, for instance "top-1".  agreement_error: standard error of the agreement.
+    sqnr_db: of the first output that is a tensor of numbers.  bytes: file sizes.  outputs: every output, and detections.
+    latency_ms: lower quartiles of one run at `latency_batch` images; latency_spread: interquartile range over these;
+    latency_ratio: candidate over reference, the median over blocks of runs.  None where nothing was timed.
     notes: sentences on what the figures include.
     """
 
     images: int
     top1: Compared | None
-    agreement: float
-    sqnr_db: float
+    top1_error: float | None
+    agreement: float | None
+    agreement_error: float | None
+    agreement_of: str
+    sqnr_db: float | None
     bytes: FileSizes
-    latency_ms: Compared
+    latency_ms: Compared | None
+    latency_spread: Compared | None
+    latency_ratio: float | None
     latency_batch: int
     notes: tuple[str, ...]
     kind: str = "images"
+    outputs: tuple[OutputReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

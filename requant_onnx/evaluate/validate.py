@@ -1,27 +1,53 @@
-"""Compare a candidate model with its reference on images: accuracy, agreement, output SQNR, size, latency."""
+"""Compare a candidate model with its reference: every output, accuracy, size, latency."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import onnx
 
-from requant_onnx.convert.report import Compared, FileSizes, ValidationReport, sqnr_db
+from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
 from requant_onnx.errors import DataError
+from requant_onnx.evaluate.latency import compare_latency
+from requant_onnx.evaluate.tally import Tally, Timed, batch_of, size_of
 from requant_onnx.files.load import LoadedModel, ModelLike, Source
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.operands import matmuls_with_int8_activations
-from requant_onnx.inputs.feeds import FeedSet
+from requant_onnx.inputs.feeds import Feed, FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
-from requant_onnx.numerics.arrays import Float32Array, Int64Array
+from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
-from requant_onnx.runtime.feeds import open_fed
-from requant_onnx.runtime.sessions import load_runnable
+from requant_onnx.runtime.feeds import fit_feed, open_fed
+from requant_onnx.runtime.sessions import (
+    Session,
+    load_runnable,
+    provider_in_use,
+    quiet_options,
+    run_session,
+    serialized,
+    start_session,
+)
 
 BATCH = 100
-LATENCY_RUNS = 30
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model, open.  fit: inputs of a batch of images, (n, c, h, w), or inputs by name -> what the session takes."""
+
+    name: str
+    source: Source
+    session: Session
+    bytes: int
+    fit: Callable[[Any], Feed]
+
+    def run(self, batch: Any) -> list[Any]:
+        return run_session(self.session, self.name, None, self.fit(batch))
 
 
 def validate(
@@ -30,111 +56,71 @@ def validate(
     images: ImageSet | FeedSet,
     normalization: Normalization | None = None,
     *,
+    latency_batch: int | None = 1,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ValidationReport:
-    """Run both models on all images in ONNX Runtime's CPU provider with default options.
+    """Run both models on all images, or inputs by name, in ONNX Runtime with default options, and compare every output.
 
-    images: or inputs by name; then agreement counts the runs whose largest value of the first output has the same place.
     normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
+    latency_batch: images of a run that is timed (inputs by name are timed as they are), None for no timing.
+    threads: threads of ONNX Runtime in the runs that are timed (default: as it likes).
     Raises ModelError when a model is refused, DataError when the images or labels do not fit.
     """
+    if latency_batch is not None and latency_batch < 1:
+        raise DataError(f"the latency is measured on 1 image or more, not {latency_batch}")
     reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
-    notes = _notes(candidate.proto)
     sources = (reference.source, candidate.source)
-    if isinstance(images, FeedSet):
-        return _validate_feeds(sources, images, notes, progress)
-    models = (_open(sources[0], "the reference"), _open(sources[1], "the candidate"))
     if len(images) == 0:
-        raise DataError("there are no images; give at least one")
+        raise DataError(f"there are no {'inputs' if isinstance(images, FeedSet) else 'images'}; give at least one")
+    how, once = normalization or Normalization(), cast(Any, None)
+    if isinstance(images, FeedSet):
+        models = (_fed(sources[0], "the reference"), _fed(sources[1], "the candidate"))
+        parts: Iterator[tuple[int, int, Any]] = ((k, 1, feed) for k, feed in enumerate(images.rows))
+        size, once = size_of(list(images.rows[0].values())), images.rows[0]
+    else:
+        opened = (_classifier(sources[0], "the reference"), _classifier(sources[1], "the candidate"))
+        how = _check_images(opened, images, normalization)
+        models = (_of_images(opened[0], sources[0]), _of_images(opened[1], sources[1]))
+        free = _common_batch(opened, free=latency_batch or 1)
+        once = next(batches(images.first(free), how, free, fixed=True))[1]
+        parts = ((start, min(len(x), len(images) - start), x) for start, x in _batches(images, how, opened))
+        size = images.x.shape[2:]
+    names = [[item.name for item in model.session.get_outputs()] for model in models]
+    tally = Tally((names[0], names[1]), images, size)
+    for start, count, batch in parts:
+        tally.add(batch, models[0].run(batch), models[1].run(batch), start, count)
+        if progress is not None:
+            progress("validating", start + count, len(images))
+    timed = Timed() if latency_batch is None else _latency(models, once, threads)
+    notes = (*_notes(candidate.proto), *tally.notes(how))
+    return tally.report(FileSizes(models[0].bytes, models[1].bytes), timed, notes)
+
+
+def _check_images(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization | None) -> Normalization:
+    """How pixels become inputs.  Raises DataError where the images do not fit."""
     for model in models:
         require_image(model, images.x.shape[1:])
     if images.x.dtype != np.uint8 and normalization is not None:
         raise DataError("the images are float32, taken as normalized already; drop mean and std, or give uint8 pixels")
-    normalization = models[0].normalization(normalization or Normalization())
-    tally = _Tally()
-    for start, x in _batches(images, normalization, models):
-        count = min(len(x), len(images) - start)
-        labels = None if images.y is None else images.y[start : start + count]
-        tally.add(models[0].scores(x)[:count], models[1].scores(x)[:count], labels)
-        if progress is not None:
-            progress("validating", start + count, len(images))
-    latency, batch = _latencies(models, images, normalization), _common_batch(models, free=1)
-    sizes = FileSizes(models[0].bytes, models[1].bytes)
-    return tally.report(sizes, images, latency, batch, (*notes, *tally.notes()))
-
-
-def _validate_feeds(
-    sources: tuple[Source, Source], feeds: FeedSet, notes: tuple[str, ...], progress: Progress | None
-) -> ValidationReport:
-    models = (open_fed(sources[0], _named(sources[0], "the reference")), open_fed(sources[1], _named(sources[1], "the candidate")))
-    if len(feeds) == 0:
-        raise DataError("there are no inputs; give at least one")
-    tally = _Tally()
-    for done, feed in enumerate(feeds.rows, 1):
-        tally.add(models[0].scores(feed), models[1].scores(feed), None)
-        if progress is not None:
-            progress("validating", done, len(feeds))
-    times = np.array([[model.latency(feeds.rows[0]) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]
-    notes = (*notes, *tally.notes(), "the figures are those of the first output; its largest value counts as the answer")
-    sizes = FileSizes(models[0].bytes, models[1].bytes)
-    return tally.report(sizes, feeds, Compared(*map(float, np.median(times, axis=0))), 1, notes)
+    return models[0].normalization(normalization or Normalization())
 
 
 def _named(model: Source, role: str) -> str:
     return role if isinstance(model, onnx.ModelProto) else f"{role} '{model}'"
 
 
-class _Tally:
-    """Running sums over the batches."""
-
-    def __init__(self) -> None:
-        self.hits = np.zeros(2, np.int64)
-        self.broken = np.zeros(2, np.int64)
-        self.agree, self.power, self.error = 0, 0.0, 0.0
-
-    def add(self, reference: Float32Array, candidate: Float32Array, labels: Int64Array | None) -> None:
-        if reference.shape != candidate.shape:
-            raise DataError(
-                f"the reference gives {reference.shape[1]} scores an image and the candidate {candidate.shape[1]}; "
-                "compare models of the same classes"
-            )
-        self.broken += [len(scores) - int(np.isfinite(scores).all(axis=1).sum()) for scores in (reference, candidate)]
-        tops = [scores.argmax(1) for scores in (reference, candidate)]
-        if labels is not None:
-            if labels.min() < 0 or labels.max() >= reference.shape[1]:
-                raise DataError(
-                    f"the labels run from {labels.min()} to {labels.max()} and the models give {reference.shape[1]} scores; "
-                    "give matching data"
-                )
-            self.hits += [int((top == labels).sum()) for top in tops]
-        self.agree += int((tops[0] == tops[1]).sum())
-        self.power += float(np.square(reference, dtype=np.float64).sum())
-        self.error += float(np.square(reference.astype(np.float64) - candidate).sum())
-
-    def notes(self) -> tuple[str, ...]:
-        """A sentence for each model that gives NaN or infinity."""
-        named = zip(("reference", "candidate"), self.broken, strict=True)
-        return tuple(f"the {name} gives NaN or infinite scores for {count} images" for name, count in named if count)
-
-    def report(
-        self, sizes: FileSizes, images: ImageSet | FeedSet, latency: Compared, batch: int, notes: tuple[str, ...]
-    ) -> ValidationReport:
-        count = len(images)
-        return ValidationReport(
-            images=count,
-            top1=None if images.y is None else Compared(*(float(hits) / count for hits in self.hits)),
-            agreement=self.agree / count,
-            sqnr_db=sqnr_db(self.power, self.error),
-            bytes=sizes,
-            latency_ms=latency,
-            latency_batch=batch,
-            notes=notes,
-            kind="inputs" if isinstance(images, FeedSet) else "images",
-        )
+def _fed(source: Source, role: str) -> _Opened:
+    fed = open_fed(source, _named(source, role))
+    return _Opened(fed.name, source, fed.session, fed.bytes, lambda feed: fit_feed(fed.session, feed))
 
 
-def _open(model: Source, role: str) -> Classifier:
-    return open_classifier(model, _named(model, role))
+def _classifier(source: Source, role: str) -> Classifier:
+    return open_classifier(source, _named(source, role))
+
+
+def _of_images(model: Classifier, source: Source) -> _Opened:
+    return _Opened(model.name, source, model.session, model.bytes, lambda x: {model.input: model.fit(x)})
 
 
 def _notes(candidate: onnx.ModelProto) -> tuple[str, ...]:
@@ -163,8 +149,24 @@ def _batches(
     return batches(images, normalization, size, fixed=any(model.batch is not None for model in models))
 
 
-def _latencies(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization) -> Compared:
-    """Median milliseconds of each model, the runs interleaved so that other load hits both alike."""
-    _, x = next(_batches(images.first(1), normalization, models))
-    times = np.array([[model.latency(x) for model in models] for _ in range(LATENCY_RUNS + 2)])[2:]  # two to warm up
-    return Compared(*map(float, np.median(times, axis=0)))
+def _latency(models: tuple[_Opened, _Opened], batch: Any, threads: int | None) -> Timed:
+    """Time both models on one batch, in sessions of their own whose threads do not spin."""
+    options = quiet_options()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = threads or 0
+    runs = []
+    for model in models:
+        session = start_session(serialized(model.source, model.name), model.name, options, provider_in_use())
+        runs.append(_timed(session, model.name, model.fit(batch)))
+    found = compare_latency(runs[0], runs[1])
+    count = len(batch) if isinstance(batch, np.ndarray) else batch_of(batch)
+    return Timed(Compared(*found.milliseconds), Compared(*found.spread), found.ratio, count)
+
+
+def _timed(session: Session, name: str, feed: Feed) -> Callable[[], float]:
+    def run() -> float:
+        started = time.perf_counter()
+        run_session(session, name, None, feed)
+        return time.perf_counter() - started
+
+    return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 import onnxruntime
@@ -18,6 +18,7 @@ from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
+Session: TypeAlias = onnxruntime.InferenceSession
 CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variables, which processes that are started inherit: paths of libraries,
 PROVIDER = "REQUANT_PROVIDER"  # and the name of an execution provider
 CPU = "CPUExecutionProvider"

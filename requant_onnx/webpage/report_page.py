@@ -90,14 +90,18 @@ def _cards(study: Study) -> list[dict[str, str]]:
     cards = [("file size", f"{after:,} B", f"of {before:,} B, {before / max(1, after):.2f} x smaller")]
     result = study.validation
     if result is not None and result.top1 is not None:
-        change = (result.top1[1] - result.top1[0]) * 100
-        cards.append(("top-1 accuracy", f"{result.top1[1]:.2%}", f"of {result.top1[0]:.2%}, {change:+.2f} points"))
+        change, error = (result.top1[1] - result.top1[0]) * 100, 100 * (result.top1_error or 0.0)
+        note = f"of {result.top1[0]:.2%}, {change:+.2f} points, standard error {error:.2f}"
+        cards.append(("top-1 accuracy", f"{result.top1[1]:.2%}", note))
     if result is not None:
-        cards.append(("top-1 agreement", f"{result.agreement:.2%}", f"on {result.images:,} images"))
-        cards.append(("output SQNR", _decibels(result.sqnr_db), "of the scores"))
-        ratio = result.latency_ms[1] / result.latency_ms[0]
-        note = f"{result.latency_ms[1]:.2f} ms of {result.latency_ms[0]:.2f} ms, batch {result.latency_batch}"
-        cards.append(("latency", f"{ratio:.2f} x", note))
+        if result.agreement is not None:
+            note = f"of {result.images:,} {result.kind}, standard error {result.agreement_error:.2%}"
+            cards.append((f"{result.agreement_of} agreement", f"{result.agreement:.2%}", note))
+        if result.sqnr_db is not None:
+            cards.append(("output SQNR", _decibels(result.sqnr_db), "of the first output"))
+        if result.latency_ms is not None and result.latency_ratio is not None:
+            note = f"{result.latency_ms[1]:.2f} ms of {result.latency_ms[0]:.2f} ms, batch {result.latency_batch}"
+            cards.append(("latency", f"{result.latency_ratio:.2f} x", note))
     if study.conversion is not None:
         made = study.conversion
         note = f"{len(made.converted)} weights, {made.bytes_before:,} to {made.bytes_after:,} B"

@@ -1,0 +1,81 @@
+"""Gates: figures of a validation that have to hold, for continuous integration."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from requant_onnx.convert.report import ValidationReport
+from requant_onnx.errors import ConfigError, QualityError
+
+EXIT_CODE = 4
+
+
+class Figure(NamedTuple):
+    """A figure that can be bounded.  read: its value, None where it was not measured.  is_most: whether the bound is the most."""
+
+    title: str
+    read: Callable[[ValidationReport], float | None]
+    is_most: bool
+
+
+def _worst(report: ValidationReport) -> float | None:
+    values = [output.sqnr_db for output in report.outputs if output.sqnr_db is not None]
+    return min(values, default=None)
+
+
+def _found(report: ValidationReport) -> float | None:
+    shares = [output.agreement for output in report.outputs if output.kind == "detections" and output.agreement is not None]
+    return 100 * shares[0] if shares else None
+
+
+FIGURES: dict[str, Figure] = {
+    "agreement": Figure("the agreement, in per cent,", lambda r: None if r.agreement is None else 100 * r.agreement, False),
+    "top1": Figure("the top-1 accuracy, in per cent,", lambda r: None if r.top1 is None else 100 * r.top1[1], False),
+    "top1-drop": Figure("the loss of top-1, in points,", lambda r: None if r.top1 is None else 100 * (r.top1[0] - r.top1[1]), True),
+    "sqnr": Figure("the output SQNR, in dB,", lambda r: r.sqnr_db, False),
+    "worst-sqnr": Figure("the least SQNR of all outputs, in dB,", _worst, False),
+    "latency": Figure("the latency, relative to the reference,", lambda r: r.latency_ratio, True),
+    "ratio": Figure("the size of the reference, relative to the candidate,", lambda r: r.bytes[0] / max(1, r.bytes[1]), False),
+    "bytes": Figure("the size of the candidate, in bytes,", lambda r: float(r.bytes[1]), True),
+    "found": Figure("the share of detections found again, in per cent,", _found, False),
+}
+"""What --fail-below bounds."""
+
+
+def parse_gate(text: str) -> dict[str, float]:
+    """Bounds from text.  Raises ConfigError.
+
+    >>> parse_gate("agreement=99,latency=1.1")
+    {'agreement': 99.0, 'latency': 1.1}
+    """
+    bounds = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if name not in FIGURES or not equals:
+            near = difflib.get_close_matches(name, FIGURES, 1)
+            hint = f"is it '{near[0]}'?" if near else f"they are {', '.join(FIGURES)}"
+            raise ConfigError(f"--fail-below '{part.strip()}' bounds no figure; write FIGURE=NUMBER; {hint}")
+        try:
+            bounds[name] = float(value)
+        except ValueError:
+            bounds[name] = math.nan
+        if not math.isfinite(bounds[name]):
+            raise ConfigError(f"--fail-below {name} '{value}' is no number")
+    return bounds
+
+
+def check_gate(report: ValidationReport, bounds: Mapping[str, float]) -> None:
+    """Raise QualityError, which says all that fails, unless the report keeps the bounds; a figure that was not measured fails."""
+    failures = []
+    for name, bound in bounds.items():
+        figure = FIGURES[name]
+        value = figure.read(report)
+        if value is None:
+            failures.append(f"{figure.title} was not measured")
+        elif not (value <= bound if figure.is_most else value >= bound):  # NaN fails
+            failures.append(f"{figure.title} is {value:.6g}, {'above' if figure.is_most else 'below'} {bound:g}")
+    if failures:
+        raise QualityError(f"the candidate fails: {'; '.join(failures)}", EXIT_CODE)

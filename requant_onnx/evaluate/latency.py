@@ -1,0 +1,47 @@
+"""The time of one run of two models, on a machine that does other things too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant_onnx.numerics.arrays import Float64Array
+
+BLOCK_SECONDS = 0.04  # one model runs so long before it is the other one's turn
+BLOCKS = 16
+LONGEST = 8.0  # seconds that all blocks take, at most, where that leaves FEWEST of them
+FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one run of the reference and of the candidate: lower quartiles over all runs.
+
+    spread: interquartile range over the lower quartile of each.  ratio: candidate over reference, the median over pairs of blocks.
+    """
+
+    milliseconds: tuple[float, float]
+    spread: tuple[float, float]
+    ratio: float
+
+
+def compare_latency(reference: Callable[[], float], candidate: Callable[[], float]) -> Latency:
+    """Time two models in turn, in blocks of several runs, the first of each block to warm up.
+
+    reference, candidate: run once, and return the seconds it took.
+    """
+    runs = [max(1, min(200, int(BLOCK_SECONDS / max(1e-6, min(run(), run()))))) for run in (reference, candidate)]
+    blocks: tuple[list[Float64Array], list[Float64Array]] = ([], [])
+    started = time.perf_counter()
+    while len(blocks[0]) < BLOCKS and (len(blocks[0]) < FEWEST or time.perf_counter() - started < LONGEST):
+        for run, count, times in zip((reference, candidate), runs, blocks, strict=True):
+            run()
+            times.append(np.array([run() for _ in range(count)]))
+    quartiles = [np.quantile(np.concatenate(times), (0.25, 0.75)) for times in blocks]
+    ratios = [np.quantile(b, 0.25) / np.quantile(a, 0.25) for a, b in zip(*blocks, strict=True)]
+    low, high = (tuple(float(q[k]) for q in quartiles) for k in (0, 1))
+    spread = tuple((b - a) / a for a, b in zip(low, high, strict=True))
+    return Latency((1e3 * low[0], 1e3 * low[1]), (spread[0], spread[1]), float(np.median(ratios)))

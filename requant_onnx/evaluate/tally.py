@@ -1,0 +1,152 @@
+"""Running sums over the outputs of two models, and what they say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
+from requant_onnx.errors import DataError
+from requant_onnx.inputs.feeds import Feed, FeedSet
+from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.numerics.arrays import AnyArray, Int64Array
+from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally
+
+CHANCE = 3.0  # standard errors above chance, below which an accuracy is taken for a mistake in the inputs
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was timed, see ValidationReport; nothing by default."""
+
+    milliseconds: Compared | None = None
+    spread: Compared | None = None
+    ratio: float | None = None
+    batch: int = 0
+
+
+class Tally:
+    """Running sums over the batches."""
+
+    def __init__(self, names: tuple[list[str], list[str]], images: ImageSet | FeedSet, size: tuple[int, int] | None) -> None:
+        """names: of the outputs of the two models.  size: height and width of the images, where there are any."""
+        self._images, self._size = images, size
+        if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
+            text = f"the reference has the outputs {names[0]} and the candidate {names[1]}"
+            raise DataError(f"{text}; compare models of the same outputs")
+        self._order = [names[1].index(name) if name in names[1] else k for k, name in enumerate(names[0])]
+        self._outputs = [OutputTally(name) for name in names[0]]
+        self._detections = DetectionTally()
+        self._broken = [0, 0]
+        self._right: list[list[bool]] = [[], []]
+        self._classes = 0
+
+    def add(self, batch: Any, first: list[Any], second: list[Any], start: int, count: int) -> None:
+        """Compare the outputs of both models for a batch.  count: images of it that are not there to fill it."""
+        second = [second[k] for k in self._order]
+        size = len(batch) if isinstance(batch, np.ndarray) else None
+        first, second = ([_cut(y, size, count) for y in outputs] for outputs in (first, second))
+        images = count if size is not None else batch_of(batch)
+        for tally, one, other in zip(self._outputs, first, second, strict=True):
+            tally.add(one, other, images, self._size)
+        self._detections.add(first, second, images, self._size)
+        self._broken = [n + _broken(outputs) for n, outputs in zip(self._broken, (first, second), strict=True)]
+        if self._outputs[0].is_scores and np.shape(first[0]) != np.shape(second[0]):
+            raise DataError(
+                f"the reference gives {np.shape(first[0])[1]} scores an image and the candidate {np.shape(second[0])[1]}; "
+                "compare models of the same classes"
+            )
+        if self._images.y is not None:
+            self._label(np.asarray(first[0]), np.asarray(second[0]), self._images.y[start : start + count])
+
+    def _label(self, first: AnyArray, second: AnyArray, labels: Int64Array) -> None:
+        if not self._outputs[0].is_scores:
+            raise DataError(
+                f"the images have labels, and the first output of the models, of shape {first.shape}, is not one row of scores for "
+                "each; give images without labels, which are compared only"
+            )
+        scores = [y.reshape(len(labels), -1) for y in (first, second)]
+        self._classes = scores[0].shape[1]
+        if labels.min() < 0 or labels.max() >= self._classes:
+            text = f"the labels run from {labels.min()} to {labels.max()} and the models give {self._classes} scores"
+            raise DataError(f"{text}; give matching data")
+        for right, y in zip(self._right, scores, strict=True):
+            right.extend((y.argmax(1) == labels).tolist())
+
+    def notes(self, how: Normalization) -> tuple[str, ...]:
+        """A sentence for each model that gives NaN or infinity, and where the reference is hardly better than chance."""
+        named = zip(("reference", "candidate"), self._broken, strict=True)
+        what = "inputs" if isinstance(self._images, FeedSet) else "images"
+        notes = [f"the {name} gives NaN or infinite scores for {count} {what}" for name, count in named if count]
+        if self._right[0]:
+            share, chance = float(np.mean(self._right[0])), 1 / self._classes
+            if share < chance + CHANCE * math.sqrt(chance * (1 - chance) / len(self._right[0])):
+                listed = " and std ".join(", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
+                notes.append(
+                    f"the reference itself is right for {share:.2%}, hardly more than chance: check the labels, and the "
+                    f"normalization, which had mean {listed}"
+                )
+        return tuple(notes)
+
+    def report(self, sizes: FileSizes, timed: Timed, notes: tuple[str, ...]) -> ValidationReport:
+        """The sums as figures."""
+        detections = self._detections.report()
+        outputs = [tally.report(answers=detections is None) for tally in self._outputs]
+        answered = [output for output in ([detections] if detections else outputs) if output.agreement is not None]
+        numbers = [output for output in outputs if output.sqnr_db is not None]
+        first: OutputReport | None = answered[0] if answered else None
+        right = [np.array(each, bool) for each in self._right]
+        return ValidationReport(
+            images=len(self._images),
+            top1=Compared(*(float(each.mean()) for each in right)) if len(right[0]) else None,
+            top1_error=_paired_error(*right) if len(right[0]) else None,
+            agreement=None if first is None else first.agreement,
+            agreement_error=None if first is None else first.standard_error,
+            agreement_of="" if first is None else first.what,
+            sqnr_db=numbers[0].sqnr_db if numbers else None,
+            bytes=sizes,
+            latency_ms=timed.milliseconds,
+            latency_spread=timed.spread,
+            latency_ratio=timed.ratio,
+            latency_batch=timed.batch,
+            notes=notes,
+            kind="inputs" if isinstance(self._images, FeedSet) else "images",
+            outputs=(*outputs, *([detections] if detections else [])),
+        )
+
+
+def _paired_error(reference: AnyArray, candidate: AnyArray) -> float:
+    """The standard error of a change of accuracy, of images that only one of the two models gets right."""
+    difference = candidate.astype(np.float64) - reference
+    return float(difference.std() / math.sqrt(len(difference)))
+
+
+def _broken(outputs: list[Any]) -> int:
+    """How many rows of the first output hold NaN or infinity."""
+    y = outputs[0] if outputs else None
+    if not isinstance(y, np.ndarray) or y.dtype.kind != "f" or y.size == 0:
+        return 0
+    return len(y) - int(np.isfinite(y.reshape(len(y), -1)).all(1).sum()) if y.ndim else int(not np.isfinite(y))
+
+
+def _cut(y: Any, size: int | None, count: int) -> Any:
+    """An output without the images that only filled the batch."""
+    return y[:count] if isinstance(y, np.ndarray) and y.ndim and size is not None and len(y) == size else y
+
+
+def batch_of(feed: Feed) -> int:
+    """How many inputs a feed holds: the first axis, where all have the same."""
+    lengths = {values.shape[0] if values.ndim > 1 else 1 for values in feed.values()}
+    return lengths.pop() if len(lengths) == 1 else 1
+
+
+def size_of(arrays: list[AnyArray]) -> tuple[int, int] | None:
+    """Height and width of the images among the inputs."""
+    shapes = [values.shape for values in arrays if values.ndim == 4]
+    if not shapes:
+        return None
+    shape = shapes[0]
+    return (shape[1], shape[2]) if shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4) else (shape[2], shape[3])

@@ -1,0 +1,219 @@
+"""How alike the outputs of two models are: errors of every output, and answers where an output is one of a known kind.
+
+scores        (n, classes), also (n, classes, 1, 1): the same largest score; among the five largest
+mask          (n, classes, h, w) with h and w of the image or a quarter of them, at least: the same class at a pixel, mean IoU;
+              (n, 1, h, w): the same side of 1/2 where all values lie in 0..1, else of 0
+text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC's rule, class 0 the blank
+detections    see detections.py: detections of the reference that the candidate has too, and how many it has beside them
+texts         arrays of strings: equal ones
+values        all others: errors only
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
+from requant_onnx.numerics.detections import OVERLAPS, find_detections, matched
+
+SCALES = 4  # of a mask, at most so many times smaller than the image along each axis
+MOST_CLASSES = 1 << 12  # of a mask
+FEWEST_STEPS, ALPHABET = 4, 10  # of a text
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """How alike one output of two models is.
+
+    kind: see above.  sqnr_db, cosine: None where it is no tensor of numbers, or has another shape in each model.
+    largest: largest difference.  agreement: share of answers that are the same, 0..1; None where there is none.
+    what: of what, for instance "top-1", "pixels".  extra: other figures of the kind, by name.  count: answers compared.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    sqnr_db: float | None
+    cosine: float | None
+    largest: float | None
+    agreement: float | None = None
+    what: str = ""
+    count: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the agreement, as a binomial share."""
+        if self.agreement is None or not self.count:
+            return 0.0
+        return math.sqrt(self.agreement * (1 - self.agreement) / self.count)
+
+
+class OutputTally:
+    """Running sums for one output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._kind = ""
+        self._shape: tuple[int, ...] = ()
+        self._power = self._error = self._dot = self._other = self._largest = 0.0
+        self._odd = False
+        self._same = self._count = self._five = 0
+        self._union: Float64Array | None = None
+        self._common: Float64Array | None = None
+
+    def add(self, reference: Any, candidate: Any, images: int, size: tuple[int, int] | None) -> None:
+        """Compare one batch.  images: in the batch.  size: of the images."""
+        if not isinstance(reference, np.ndarray) or not isinstance(candidate, np.ndarray):
+            self._kind, self._odd = "other", True
+            return
+        if not self._kind:
+            self._kind, self._shape = kind_of(reference, images, size), reference.shape
+        if reference.shape != candidate.shape:
+            self._odd = True
+            return
+        if reference.dtype.kind in "OSU":
+            self._count += reference.size
+            self._same += int((reference == candidate).sum())
+            return
+        a, b = reference.astype(np.float64), candidate.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._power += float((a * a).sum())
+            self._other += float((b * b).sum())
+            self._dot += float((a * b).sum())
+            self._error += float(((a - b) ** 2).sum())
+            self._largest = max(self._largest, float(np.abs(a - b).max(initial=0.0)))
+        if self._kind == "scores":
+            self._add_scores(a.reshape(images, -1), b.reshape(images, -1))
+        elif self._kind == "mask":
+            self._add_mask(a, b)
+        elif self._kind == "text":
+            self._count += images
+            self._same += sum(x == y for x, y in zip(_strings(a, images), _strings(b, images), strict=True))
+
+    def _add_scores(self, a: Float64Array, b: Float64Array) -> None:
+        tops = a.argmax(1)
+        self._count += len(a)
+        self._same += int((tops == b.argmax(1)).sum())
+        five = np.argsort(-b, 1, kind="stable")[:, :5]
+        self._five += int((five == tops[:, None]).any(1).sum())
+
+    def _add_mask(self, a: Float64Array, b: Float64Array) -> None:
+        first, second = _classes(a), _classes(b)
+        self._count += first.size
+        self._same += int((first == second).sum())
+        count = max(2, a.shape[1])
+        both = np.bincount(first[first == second], minlength=count)
+        each = [np.bincount(x.ravel(), minlength=count) for x in (first, second)]
+        union = (each[0] + each[1] - both).astype(np.float64)
+        self._union = union if self._union is None else self._union + union
+        self._common = both.astype(np.float64) if self._common is None else self._common + both
+
+    @property
+    def is_scores(self) -> bool:
+        """Whether the output is a row of scores for each image."""
+        return self._kind == "scores"
+
+    def report(self, *, answers: bool = True) -> OutputReport:
+        """The sums as figures.  answers: whether its values are answers, and no part of detections."""
+        numbers = not self._odd and self._kind not in ("texts", "other")
+        sqnr = math.inf if self._error == 0.0 else 10 * math.log10(self._power / self._error) if self._power > 0.0 else -math.inf
+        sqnr = sqnr if math.isfinite(self._power + self._error) else math.nan
+        norm = math.sqrt(self._power * self._other)
+        what = {"scores": "top-1", "mask": "pixels", "text": "strings", "texts": "texts"}.get(self._kind, "")
+        extra = {}
+        if self._kind == "scores" and self._count:
+            extra["top5"] = self._five / self._count
+        if self._union is not None and self._common is not None:
+            present = self._union > 0
+            extra["mean_iou"] = float((self._common[present] / self._union[present]).mean())
+        return OutputReport(
+            name=self.name,
+            shape=self._shape,
+            kind=self._kind if self._kind in ("texts", "other") or (answers and not self._odd) else "values",
+            sqnr_db=sqnr if numbers else None,
+            cosine=(self._dot / norm if norm > 0.0 else 1.0) if numbers else None,
+            largest=self._largest if numbers else None,
+            agreement=self._same / self._count if answers and self._count and not self._odd else None,
+            what=what if answers else "",
+            count=self._count if answers else 0,
+            extra=extra if answers else {},
+        )
+
+
+class DetectionTally:
+    """Running sums over the detections of all images."""
+
+    def __init__(self) -> None:
+        self.recognized = True
+        self._reference = self._candidate = self._images = 0
+        self._found = dict.fromkeys(OVERLAPS, 0)
+
+    def add(self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None) -> None:
+        """Compare one batch.  reference, candidate: all outputs."""
+        pair = [self._of(outputs, images, size) for outputs in (reference, candidate)]
+        if pair[0] is None or pair[1] is None:
+            self.recognized = False
+            return
+        for one, other in zip(pair[0], pair[1], strict=True):
+            self._images += 1
+            self._reference += len(one.scores)
+            self._candidate += len(other.scores)
+            for overlap in OVERLAPS:
+                self._found[overlap] += matched(one, other, overlap)
+
+    def _of(self, outputs: Sequence[Any], images: int, size: tuple[int, int] | None) -> Any:
+        arrays = [x for x in outputs if isinstance(x, np.ndarray) and x.dtype.kind in "fiu"]
+        return find_detections(arrays, images, size) if self.recognized and len(arrays) == len(outputs) else None
+
+    def report(self) -> OutputReport | None:
+        """Detections found again with an overlap of 0.5; None where the outputs are no recognized head, or nothing was detected."""
+        if not self.recognized or not self._reference:
+            return None
+        shares = {f"found_{overlap:g}": found / self._reference for overlap, found in self._found.items()}
+        extra = {**shares, "detections": float(self._reference), "more": float(self._candidate - self._found[OVERLAPS[0]])}
+        share = self._found[OVERLAPS[0]] / self._reference
+        return OutputReport("detections", (), "detections", None, None, None, share, "detections", self._reference, extra)
+
+
+def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
+    """The kind of an output.  images: in the batch.  size: height and width of the images, where the model takes any."""
+    if output.dtype.kind in "OSU":
+        return "texts"
+    shape = output.shape
+    while (len(shape) > 2 and shape[-1] == 1 and len(shape) != 4) or (len(shape) == 4 and shape[2:] == (1, 1)):
+        shape = shape[:-1]
+    if len(shape) == 2 and shape[0] == images and shape[1] > 1:
+        return "scores"
+    if len(shape) == 4 and shape[0] == images and size is not None and shape[1] <= MOST_CLASSES:
+        fits = all(want <= SCALES * have and want % have == 0 for have, want in zip(shape[2:], size, strict=True))
+        return "mask" if fits else "values"
+    if len(shape) == 3 and shape[2] >= ALPHABET and output.dtype.kind == "f" and output.size:
+        steps = shape[1] if shape[0] == images else shape[0]
+        sums_to_one = abs(output.sum(-1) - 1.0).max() < 1e-2 and output.min() >= 0.0
+        if steps >= FEWEST_STEPS and images in shape[:2] and (sums_to_one or shape[1] == 1):
+            return "text"
+    return "values"
+
+
+def _classes(mask: Float64Array) -> Int64Array:
+    """The class of each pixel."""
+    if mask.shape[1] > 1:
+        return np.asarray(mask.argmax(1))
+    edge = 0.5 if mask.min() >= 0.0 and mask.max() <= 1.0 else 0.0
+    return np.asarray(mask[:, 0] > edge, np.int64)
+
+
+def _strings(output: Float64Array, images: int) -> list[tuple[int, ...]]:
+    """The best path of each image by CTC's rule: repeats joined, then blanks dropped (Graves et al. 2006)."""
+    rows = output if output.shape[0] == images else output.swapaxes(0, 1)
+    strings = []
+    for path in rows.argmax(-1):
+        joined = path[np.concatenate([[True], np.diff(path) != 0])]
+        strings.append(tuple(joined[joined != 0].tolist()))
+    return strings

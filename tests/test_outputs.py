@@ -1,0 +1,231 @@
+"""Outputs of two models compared: errors, answers of every kind, detections; gates; latency."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import OWN_MODEL, laplace, parse
+
+from requant_onnx import ImageSet, QuantConfig, quantize_model, save_model, validate
+from requant_onnx.cli.main import main
+from requant_onnx.evaluate.gate import FIGURES
+from requant_onnx.evaluate.latency import compare_latency
+from requant_onnx.inputs.feeds import FeedSet
+from requant_onnx.numerics.detections import Detections, anchors_of, find_detections, matched, overlaps
+from requant_onnx.numerics.outputs import OutputTally, kind_of
+
+
+def tallied(reference: np.ndarray, candidate: np.ndarray, images: int, size: tuple[int, int] | None = None) -> OutputTally:
+    tally = OutputTally("y")
+    tally.add(reference, candidate, images, size)
+    return tally
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "size", "kind"),
+    [
+        ((4, 10), 4, None, "scores"),
+        ((4, 10, 1, 1), 4, (32, 32), "scores"),
+        ((4, 1), 4, None, "values"),
+        ((10,), 1, None, "values"),
+        ((2, 21, 32, 32), 2, (32, 32), "mask"),
+        ((2, 1, 16, 16), 2, (64, 64), "mask"),
+        ((2, 64, 8, 8), 2, (64, 64), "values"),
+        ((2, 21, 32, 32), 2, None, "values"),
+        ((1, 84, 8400), 1, (640, 640), "values"),
+        ((0, 10), 0, None, "scores"),
+    ],
+)
+def test_kinds_of_outputs(shape: tuple[int, ...], images: int, size: tuple[int, int] | None, kind: str) -> None:
+    assert kind_of(np.full(shape, -1.0, np.float32), images, size) == kind
+
+
+def test_errors_by_hand() -> None:
+    report = tallied(np.array([[3.0, 4.0]]), np.array([[3.0, 5.0]]), 1).report()
+    assert report.sqnr_db == pytest.approx(10 * math.log10(25 / 1))
+    assert report.cosine == pytest.approx((9 + 20) / (5 * math.sqrt(34)))
+    assert (report.largest, report.agreement, report.what, report.extra) == (1.0, 1.0, "top-1", {"top5": 1.0})
+
+
+def test_masks_agree_by_pixels_and_classes() -> None:
+    reference = np.zeros((1, 2, 2, 2))
+    reference[0, 1, 0] = 1.0  # class 1 in the upper row
+    candidate = reference.copy()
+    candidate[0, 1, 0, 0] = -1.0
+    report = tallied(reference, candidate, 1, (2, 2)).report()
+    assert (report.kind, report.agreement, report.count) == ("mask", 0.75, 4)
+    assert report.extra["mean_iou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    one = tallied(np.array([[[[0.9, 0.1]]]]), np.array([[[[0.4, 0.1]]]]), 1, (1, 2)).report()
+    assert one.agreement == 0.5
+
+
+def test_texts_follow_the_rule_of_ctc() -> None:
+    def path(*classes: int) -> np.ndarray:
+        return np.eye(12)[list(classes)][None]
+
+    same = tallied(path(0, 3, 3, 0, 3, 5), path(3, 3, 0, 0, 3, 5), 1).report()
+    assert (same.kind, same.agreement) == ("text", 1.0)
+    assert tallied(path(0, 3, 3, 0, 3, 5), path(3, 3, 3, 3, 3, 5), 1).report().agreement == 0.0
+    logits = -np.ones((6, 1, 12))
+    assert tallied(logits, logits, 1).report().kind == "text"
+
+
+def test_strings_and_shapes_that_differ() -> None:
+    assert tallied(np.array(["a", "b"], object), np.array(["a", "c"], object), 1).report().agreement == 0.5
+    odd = tallied(np.zeros((3, 5)), np.zeros((2, 5)), 1).report()
+    assert (odd.kind, odd.sqnr_db, odd.agreement) == ("values", None, None)
+
+
+def only(outputs: list[np.ndarray], images: int, size: tuple[int, int] | None) -> Detections:
+    found = find_detections(outputs, images, size)
+    assert found is not None
+    assert len(found) == 1
+    return found[0]
+
+
+def heads(rng: np.random.Generator, boxes: np.ndarray, classes: np.ndarray, anchors: int) -> np.ndarray:
+    """(1, 4 + 3, anchors): the head of a YOLOv8 of three classes, with these boxes (center, size) at random anchors."""
+    head = np.zeros((1, 7, anchors))
+    head[0, :4] = rng.uniform(0, 640, (4, anchors))
+    at = rng.choice(anchors, len(boxes), replace=False)
+    head[0, :4, at] = boxes
+    head[0, 4 + classes, at] = 0.9
+    return head
+
+
+def test_heads_of_the_yolo_family_are_recognized() -> None:
+    rng = np.random.default_rng(0)
+    boxes, classes = np.array([[100, 100, 50, 80], [300, 200, 40, 40], [304, 200, 40, 40]], float), np.array([0, 2, 2])
+    (anchors,) = anchors_of(640, 640) & {8400}
+    head = heads(rng, boxes, classes, anchors)
+    found = only([head], 1, (640, 640))
+    assert sorted(found.classes.tolist()) == [0, 2]  # the third overlaps the second
+    five = np.concatenate([head[:, :4], np.ones((1, 1, anchors)), head[:, 4:]], 1).swapaxes(1, 2)
+    again = only([five], 1, (640, 640))
+    np.testing.assert_array_equal(again.boxes, found.boxes)
+    assert find_detections([head], 1, (320, 320)) is None
+    assert 3 * 25200 // 3 in anchors_of(640, 640)
+
+
+def test_lists_of_boxes_are_recognized() -> None:
+    rows = np.array([[0, 0, 10, 10, 0.9, 1], [20, 20, 30, 30, 0.1, 0]], float)
+    for outputs in ([rows[None]], [np.insert(rows, 0, 0, 1)], [rows]):
+        found = only(outputs, 1, None)
+        assert (found.boxes.tolist(), found.classes.tolist()) == ([[0, 0, 10, 10]], [1])
+    boxes, scores, labels = rows[None, :, :4], rows[None, :, 4], rows[None, :, 5].astype(np.int64)
+    found = only([boxes, labels, scores], 1, None)
+    assert found.classes.tolist() == [1]
+    by_class = np.array([[[0.0, 0.9], [0.1, 0.0]]])
+    found = only([by_class, boxes], 1, None)
+    assert found.classes.tolist() == [1]
+    assert find_detections([np.zeros((1, 10))], 1, None) is None
+
+
+def test_overlaps_and_matches_by_hand() -> None:
+    a = np.array([[0, 0, 10, 10], [0, 0, 10, 10]], float)
+    np.testing.assert_allclose(overlaps(a[:1], np.array([[5, 0, 15, 10], [20, 20, 30, 30]], float)), [[1 / 3, 0.0]])
+    reference = Detections(a, np.array([0.9, 0.8]), np.array([1, 1]))
+    assert matched(reference, Detections(a[:1], np.array([0.9]), np.array([1])), 0.5) == 1  # each counts once
+    assert matched(reference, Detections(a[:1], np.array([0.9]), np.array([0])), 0.5) == 0
+    assert matched(reference, Detections(a[:0], np.zeros(0), np.zeros(0, int)), 0.5) == 0
+
+
+def test_a_detector_is_judged_by_what_it_finds() -> None:
+    """A model whose head is a constant that its input shifts a little."""
+    head = heads(np.random.default_rng(1), np.array([[100, 100, 50, 80], [300, 200, 40, 40]], float), np.array([0, 2]), 84)
+    text = "net (float[1, 3, 64, 64] x) => (float[1, 7, 84] y) { m = ReduceMean<keepdims = 0>(x) s = Mul(m, e) y = Add(h, s) }"
+
+    def model(boxes: float) -> onnx.ModelProto:
+        moved = head.copy()
+        moved[:, 0] += boxes
+        return parse(text, h=moved.astype(np.float32), e=np.zeros(1, np.float32))
+
+    images = ImageSet(np.zeros((2, 3, 64, 64), np.uint8), None)
+    same = validate(model(0.0), model(1.0), images, latency_batch=None)
+    assert (same.agreement, same.agreement_of, same.outputs[-1].extra["detections"]) == (1.0, "detections", 4.0)
+    lost = validate(model(0.0), model(30.0), images, latency_batch=None)
+    assert lost.agreement == 0.0
+    assert lost.outputs[-1].extra["more"] == 4.0
+    assert lost.outputs[0].agreement is None
+
+
+def test_every_output_is_compared_by_its_name() -> None:
+    text = "net (float[n, 8] x, float[n, 8] z) => (float[n, 4] a, float[n, 4] b) { a = MatMul(x, v) b = MatMul(z, w) }"
+    reference = parse(text, v=laplace(8, 4), w=laplace(8, 4, seed=1))
+    candidate = onnx.ModelProto()
+    candidate.CopyFrom(reference)
+    candidate.graph.output.reverse()
+    rng = np.random.default_rng(0)
+    rows = [{"x": rng.normal(size=(3, 8)).astype(np.float32), "z": rng.normal(size=(3, 8)).astype(np.float32)} for _ in range(4)]
+    report = validate(reference, candidate, FeedSet(tuple(rows)), latency_batch=None)
+    assert [(y.name, y.sqnr_db, y.agreement, y.count) for y in report.outputs] == [
+        ("a", math.inf, 1.0, 12),
+        ("b", math.inf, 1.0, 12),
+    ]
+    assert report.latency_ms is None
+
+
+def test_a_change_within_its_error_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    x, made = rng.integers(0, 256, (100, 32, 32, 3)).astype(np.uint8), tmp_path / "made.onnx"
+    save_model(quantize_model(OWN_MODEL, QuantConfig(8))[0], made)
+    np.savez(tmp_path / "data.npz", x=x, y=rng.integers(0, 10, 100))
+    arguments = ["validate", str(OWN_MODEL), str(made), "--data", str(tmp_path / "data.npz"), "--no-latency", "--json"]
+    assert main([*arguments, str(tmp_path / "a.json")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "points, standard error" in printed
+    assert "hardly more than chance: check the labels, and the normalization, which had mean" in printed
+    assert "latency" not in printed
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["top1_error"] is not None
+    assert report["outputs"][0]["kind"] == "scores"
+
+
+@pytest.mark.parametrize(
+    ("gate", "code", "sentence"),
+    [
+        ("agreement=50,sqnr=10,worst-sqnr=10,bytes=10000000,ratio=1", 0, ""),
+        ("agreement=100.1", 4, "the agreement, in per cent, is"),
+        ("ratio=50,sqnr=99", 4, "relative to the candidate, is 3.8"),
+        ("latency=1", 4, "relative to the reference, was not measured"),
+        ("top1-drop=1", 4, "was not measured"),
+        ("agreemnt=9", 2, "is it 'agreement'?"),
+        ("sqnr", 2, "write FIGURE=NUMBER"),
+        ("sqnr=much", 2, "is no number"),
+        ("sqnr=nan", 2, "is no number"),
+    ],
+)
+def test_gates(gate: str, code: int, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(quantize_model(OWN_MODEL, QuantConfig(8))[0], tmp_path / "made.onnx")
+    arguments = ["validate", str(OWN_MODEL), str(tmp_path / "made.onnx"), "--data", "noise", "--limit", "20", "--no-latency"]
+    assert main([*arguments, "--fail-below", gate]) == code
+    assert sentence in capsys.readouterr().err
+
+
+def test_every_figure_of_a_gate_can_be_read() -> None:
+    images = ImageSet(np.zeros((2, 3, 32, 32), np.uint8), np.zeros(2, np.int64))
+    report = validate(OWN_MODEL, OWN_MODEL, images)
+    missing = [name for name, figure in FIGURES.items() if figure.read(report) is None]
+    assert missing == ["found"]
+
+
+def test_a_ratio_of_times_survives_other_work() -> None:
+    """Two sleepers, one twice as slow; every seventh run of both is disturbed."""
+    count = 0
+
+    def sleeper(seconds: float) -> float:
+        nonlocal count
+        count += 1
+        started = time.perf_counter()
+        time.sleep(seconds * (5 if count % 7 == 0 else 1))
+        return time.perf_counter() - started
+
+    found = compare_latency(lambda: sleeper(0.002), lambda: sleeper(0.004))
+    assert found.ratio == pytest.approx(2.0, rel=0.15)
+    assert found.milliseconds[0] == pytest.approx(2.1, rel=0.15)
