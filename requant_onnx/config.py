@@ -180,7 +180,9 @@ class QuantConfig:
         names = [item.name for item in fields(self) if OPTIONS_OF_FORM.get(item.name, self.form) is self.form]
         values = {name: getattr(self, name) for name in names}
         plain: dict[str, Any] = {name: value if isinstance(value, int) else str(value) for name, value in values.items()}
-        plain["overrides"] = [str(rule) for rule in self.rules]
+        plain.pop("overrides")
+        if self.rules:
+            plain["overrides"] = [str(rule) for rule in self.rules]
         return {**plain, "bits": "auto", **self.bits.to_dict()} if isinstance(self.bits, Budget) else plain
 
     @classmethod

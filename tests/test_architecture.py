@@ -49,7 +49,7 @@ HOMES = {
     "tomli": {"cli"},
     "tomllib": {"cli"},
     "numpy": set(ROOMS) - {"cli"},
-    "onnx": {"files", "graph", "runtime", "convert", "evaluate"},
+    "onnx": {"files", "graph", "runtime", "convert", "evaluate", "cli"},
     "onnx_graphsurgeon": {"graph", "runtime"},
 }
 """Package -> the rooms that may import it; every package that is not of the standard library stands here."""

@@ -250,7 +250,7 @@ def test_int8_with_images_noise_and_external_data(model: Path, capsys: pytest.Ca
 
 def test_a_budget_of_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, report = model.with_name("out.onnx"), model.with_name("r.json")
-    budget = ["--bits", "auto", "--size", "7kB", "--form", "folded", "--json", str(report)]
+    budget = ["--bits", "auto", "--size", "7kB", "--form", "folded", "--calibrate", "none", "--json", str(report)]
     assert main(["convert", str(model), str(output), *budget]) == 0
     assert output.stat().st_size <= 7_000
     front = json.loads(report.read_text())["front"]
@@ -261,10 +261,11 @@ def test_a_budget_of_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_few_bits_without_calibration_are_noted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noted = {}
-    for options in ("--bits 4", "--bits 8", "--bits 4 --calibrate noise", "--bits 4 --refinement none"):
+    none = "--calibrate none --force-quality"
+    for options in (f"--bits 4 {none}", f"--bits 8 {none}", "--bits 4", f"--bits 4 --refinement none {none}"):
         assert main(["convert", str(model), str(model.with_name("out.onnx")), "--force", *options.split()]) == 0
         noted[options] = "few bits cost less accuracy with --calibrate" in capsys.readouterr().out
-    assert [options for options, was in noted.items() if was] == ["--bits 4"]
+    assert [options for options, was in noted.items() if was] == [f"--bits 4 {none}"]
 
 
 def test_an_interrupted_conversion_writes_nothing(
@@ -294,9 +295,9 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
         (["--bits", "4", "--target-sqnr", "20"], "--target-sqnr is for --bits auto"),
         (["--bits", "auto", "--size", "big"], "the size 'big' is not understood"),
         (["--bits", "auto", "--size", "180kB", "--external-data"], "--size counts one file"),
-        (["--bits", "auto", "--target-sqnr", "20"], "give --calibrate"),
+        (["--bits", "auto", "--target-sqnr", "20", "--calibrate", "none"], "give --calibrate"),
         (["--bits", "auto", "--size", "1kB"], "the smallest file that bits can make is"),
-        (["--form", "int8"], "give --calibrate with images, or --calibrate noise"),
+        (["--form", "int8", "--calibrate", "none"], "give --calibrate with images, or --calibrate noise"),
         (["--calibrate", "noise", "--refinement", "none"], "drop --calibrate"),
         (["--calibrate", "noisy"], "FILE.npz or noise"),
         (["--form", "int8", "--calibrate", "noise", "--mean", "0"], "both --mean and --std"),
@@ -306,7 +307,8 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
         (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),
         (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127, auto"),
         (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of minmax, mse, percentile"),
-        (["--mean", "0.5"], "--mean is for --calibrate; give --calibrate, or drop --mean"),
+        (["--calibrate", "none", "--mean", "0.5"], "--mean is for --calibrate; give --calibrate, or drop --mean"),
+        (["--mean", "0.5"], "both --mean and --std"),
     ]
     for options, message in cases:
         assert main(["convert", str(model), str(model.with_name("out.onnx")), *options]) == 2

@@ -220,4 +220,4 @@ def test_what_is_for_other_commands_in_a_file_is_no_error(model: Path) -> None:
         assert main([*command, *more]) == 0
     assert main([*command, "--calibrate", str(model.with_name("floats.npz"))]) == 0
     assert main([*command, "--calibrate", "noise", "--crop", "8"]) == 2  # asked for here
-    assert main([*command, "--mean", "0.5"]) == 2
+    assert main([*command, "--mean", "0.5", "--calibrate", "none"]) == 2

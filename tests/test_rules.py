@@ -74,10 +74,11 @@ def test_within_a_budget_rules_are_constraints() -> None:
 
 
 def test_the_command_line_and_a_file_say_the_same(tmp_path: Path) -> None:
-    lines = ("[convert]", "bits = 4", 'keep = ["fc*"]', "[convert.layer]", '"stages.0.*" = { bits = 6 }', '"stages.1.*" = "float"')
+    head = ("[convert]", "bits = 4", 'calibrate = "none"', 'keep = ["fc*"]')
+    lines = (*head, "[convert.layer]", '"stages.0.*" = { bits = 6 }', '"stages.1.*" = "float"')
     (tmp_path / "a.toml").write_text("\n".join(lines))
     assert main(["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--config", str(tmp_path / "a.toml")]) == 0
-    options = ["--bits", "4", "--layer", "stages.0.*=bits:6", "--layer", "stages.1.*=float", "--keep", "fc*"]
+    options = ["--bits", "4", "--calibrate", "none", "--layer", "stages.0.*=bits:6", "--layer", "stages.1.*=float", "--keep", "fc*"]
     assert main(["convert", str(OWN_MODEL), str(tmp_path / "b.onnx"), *options]) == 0
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     rules: list[LayerRule | str] = ["stages.0.*=bits:6", LayerRule("stages.1.*", keep=True), LayerRule.of("fc*", "float")]

@@ -25,6 +25,7 @@ from requant_onnx import (
     quantize_model,
     validate,
 )
+from requant_onnx.inputs.calibration import SPARE
 
 TWO_INPUTS = """two (float[n, 16] a, float[n, 16] b) => (float[n, 8] y) {
     h = MatMul(a, w0)
@@ -103,7 +104,9 @@ def test_a_reader_without_end_is_read_to_the_count() -> None:
         while True:
             yield from feeds()
 
-    assert len(Calibration.from_feeds(endless(), count=30).feeds) == 30
+    calibration = Calibration.from_feeds(endless(), count=30)
+    assert calibration.count == 30
+    assert len(calibration.feeds) == 30 + SPARE  # for the self-check
 
 
 def test_the_int8_form_takes_feeds_of_several_inputs() -> None:

@@ -6,8 +6,10 @@ import argparse
 import csv
 import io
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import onnx
 
 from requant_onnx.choices import Form
 from requant_onnx.cli import tables
@@ -15,6 +17,7 @@ from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_n
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import (
+    automatic,
     calibration_of,
     config_of,
     feeds_of,
@@ -30,7 +33,7 @@ from requant_onnx.cli.values import (
 from requant_onnx.convert import pipeline
 from requant_onnx.convert.report import QuantReport
 from requant_onnx.convert.restore import restore_model
-from requant_onnx.errors import ConfigError, ModelError
+from requant_onnx.errors import ConfigError, DataError, ModelError, QualityError
 from requant_onnx.evaluate.cache import Cache, default_folder
 from requant_onnx.evaluate.gate import check_gate, parse_gate
 from requant_onnx.evaluate.jobs import open_executor
@@ -77,9 +80,16 @@ def run_convert(args: argparse.Namespace) -> None:
 def convert_file(
     args: argparse.Namespace, progress: Progress | None, threads: int | None = None
 ) -> tuple[QuantReport, tuple[int, int], Calibration | None]:
-    """Convert args.input to args.output as the options say.  Returns the report, bytes before and after, and the calibration."""
-    config, calibration, time_limit = config_of(args), calibration_of(args), seconds_of(args.time_limit)
-    model, report = pipeline.convert_model(args.input, config, calibration, progress, threads, time_limit)
+    """Convert args.input to args.output as the options say.  Returns the report, bytes before and after, and the calibration.
+
+    Raises QualityError, and writes nothing, where the self-check finds the result broken.
+    """
+    model, report, calibration = _converted(args, progress, threads)
+    if report.check is not None and report.check.is_broken and not args.force_quality:
+        raise QualityError(
+            f"{report.check.sentence()}: too little to be of use, so nothing was written; give more --bits, your own inputs to "
+            "--calibrate, or --force-quality"
+        )
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
         after = save_model(model, args.output, external_data=args.external_data or is_large(model), check=not report.complaint)
@@ -87,6 +97,28 @@ def convert_file(
         after = stored
         write_atomically(args.output, args.input.read_bytes())
     return report, (before, after), calibration
+
+
+def _converted(
+    args: argparse.Namespace, progress: Progress | None, threads: int | None
+) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
+    config, time_limit = config_of(args), seconds_of(args.time_limit)
+    if args.calibrate not in (None, "auto"):
+        calibration = calibration_of(args)
+        return *pipeline.convert_model(args.input, config, calibration, progress, threads, time_limit), calibration
+    chosen, calibration = automatic(args, config)
+    if calibration is not None:
+        try:
+            model, report = pipeline.convert_model(args.input, chosen, calibration, progress, threads, time_limit)
+        except (DataError, ModelError) as error:  # one that is not fed with noise, or one that is refused in any case
+            why = f"; it was tried on noise, and {error}"
+        else:
+            text = f"calibrated on {calibration.count} images of noise, as no --calibrate was given; your own inputs do better"
+            return model, replace(report, notes=(*report.notes, text)), calibration
+    else:
+        why = ""
+    model, report = pipeline.convert_model(args.input, config, None, progress, threads, time_limit)
+    return model, replace(report, notes=(*report.notes, f"not calibrated{why}")) if why else report, None
 
 
 def run_restore(args: argparse.Namespace) -> None:

@@ -152,6 +152,7 @@ def _add_convert(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "output", "OUT.onnx")
     _add_conversion(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
+    parser.add_argument("--force-quality", action="store_true", help="write the file even where the self-check finds it broken")
     page = parser.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
     page.complete = shtab.FILE  # type: ignore[attr-defined]
     _add_common(run, parser)
@@ -165,6 +166,7 @@ def _add_convert_many(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_jobs(parser)
     _add_conversion(parser)
     parser.add_argument("--force", action="store_true", help="convert again what is there already, and replace it")
+    parser.add_argument("--force-quality", action="store_true", help="write files even where the self-check finds them broken")
     _add_common(run, parser, json=False)
 
 
@@ -229,7 +231,7 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="inputs, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
         "split), DIR or images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW "
-        "where the model leaves the size free), or none (default)",
+        "where the model leaves the size free), none, or auto (default): noise where the model takes images of one size",
     )
     _add_choice(parser, "refinement", "R", "use of the inputs of --calibrate: ")
     parser.add_argument(

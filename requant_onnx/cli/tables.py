@@ -42,8 +42,7 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
         console.print(f"BatchNormalization folded into the layer before it: {report.folded_batchnorms}")
     if report.opset[0] != report.opset[1]:
         console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which the decode needs")
-    if report.front:
-        _print_front(console, report.front)
+    _print_front(console, report.front)
     before, after = report.bytes_before, report.bytes_after
     covered = f", {report.coverage:.1%} of the bytes of all float constants" if report.converted else ""
     vectors = report.vectors
@@ -51,9 +50,19 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
         console.print(f"vectors as float16: {vectors.count}, {vectors.bytes_before:,} -> {vectors.bytes_after:,} bytes")
     console.print(f"weights: {len(report.converted)} converted{covered}, {before:,} -> {after:,} bytes{_ratio(before, after)}")
     console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
+    if report.converted:
+        console.print(escape(_check(report)))
+
+
+def _check(report: QuantReport) -> str:
+    if report.check is None:
+        return f"not checked: {report.why_unchecked}"
+    return f"{'check' if report.check.is_good else 'warning'}: {report.check.sentence()}"
 
 
 def _print_front(console: Console, front: tuple[FrontPoint, ...]) -> None:
+    if not front:
+        return
     table = Table("file of about", "SQNR dB", box=None, header_style="bold", pad_edge=False)
     for point in front:
         table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")

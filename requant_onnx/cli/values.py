@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from requant_onnx.choices import Transform
+from requant_onnx.choices import Form, Refinement, Space, Transform
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
-from requant_onnx.files.load import input_shapes
+from requant_onnx.files.load import input_shapes, takes_images
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, DEFAULT_MEMORY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
@@ -22,6 +22,7 @@ from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
 
 SIZES = ("resize", "crop", "fit")
+FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # of --calibrate auto: from so many bits on, few images do
 RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
 
 
@@ -69,6 +70,25 @@ def _bits(args: argparse.Namespace) -> int | Budget | None:
     if args.external_data:
         raise ConfigError("--size counts one file; drop --external-data")
     return Budget(size=Budget.parse_size(args.size))
+
+
+def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfig, Calibration | None]:
+    """The calibration where none is asked for: noise where it helps and the model takes images of one size.
+
+    Many bits need no more than the correction of biases, on a few images.
+    """
+    refined = config.refinement is not Refinement.NONE and not (
+        config.refinement.sees_outputs and config.rounding is Space.TRANSFORMED
+    )
+    if not (refined or config.form is Form.INT8) or not takes_images(model_of(args)):
+        return config, calibration_of(argparse.Namespace(**{**vars(args), "calibrate": "none"}))
+    fine = isinstance(config.bits, int) and config.bits >= FINE_BITS and config.form is not Form.INT8
+    if fine and args.refinement is None:
+        config = dataclasses.replace(config, refinement=Refinement.BIAS)
+    seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
+    count = FEW_IMAGES if fine else SOME_IMAGES
+    count = count if args.calibrate_limit is None else whole_of(args.calibrate_limit, "--calibrate-limit")
+    return config, noise_of(args, "noise", count, seed)
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration | None:

@@ -16,6 +16,7 @@ from requant_onnx.convert.budget import write_within
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.convert.schedule import Clock
+from requant_onnx.convert.selfcheck import self_check
 from requant_onnx.convert.steps import convert
 from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError
 from requant_onnx.files.external import is_external
@@ -45,6 +46,7 @@ def quantize_model(
     progress: Progress | None = None,
     threads: int | None = None,
     time_limit: float | None = None,
+    check: bool = True,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantize the weights of a model.  The model given never changes; the same input gives the same output, whatever `threads` is.
 
@@ -55,11 +57,12 @@ def quantize_model(
     `report.converted` is empty.
     time_limit: about how many seconds it may take; layers whose refinement gains least for its time go without it, and the report
     says how many.  The bytes of the file then depend on the speed of the machine.
+    check: whether to compare the result with the model on inputs that were not used for it (`report.check`).
     Raises ModelError when the model cannot be loaded, holds NaN or infinite weights, or ONNX Runtime does not do with a weight what
     the form promises; ConfigError when threads is below 1 or the int8 form has no calibration; DataError when the calibration
     images do not fit the model.
     """
-    made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads, time_limit)
+    made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads, time_limit, check)
     return materialize(made), report
 
 
@@ -70,6 +73,7 @@ def convert_model(
     progress: Progress | None = None,
     threads: int | None = None,
     time_limit: float | None = None,
+    check: bool = True,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """As quantize_model, but external data may still lie in the files of the input, where save_model finds them."""
     clock = Clock(time_limit)
@@ -90,7 +94,8 @@ def convert_model(
                 raise ModelError(
                     f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
                 )
-            return made, replace(report, notes=(*report.notes, *notes), complaint=loaded.complaint)
+            report = replace(report, notes=(*report.notes, *notes), complaint=loaded.complaint)
+            return made, (_checked(loaded.proto, made, calibration, report) if check and report.converted else report)
         for name, fate in broken.items():
             if not FORMS[config.form].on_integers or name in excluded:
                 raise ModelError(
@@ -98,6 +103,14 @@ def convert_model(
                     f"({fate.fate.value}: {fate.why}); choose another --form"
                 )
             excluded[name] = f"ONNX Runtime finds no integer kernel for '{name}' ({fate.why}), so it is float (folded)"
+
+
+def _checked(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Calibration | None, report: QuantReport) -> QuantReport:
+    """The report with the self-check."""
+    found = self_check(source, made, calibration)
+    if isinstance(found, str):
+        return replace(report, why_unchecked=found)
+    return replace(report, check=found, why_unchecked="")
 
 
 def _convert(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.numerics.outputs import OutputReport
+from requant_onnx.text import decibels
 
 
 class Bounds(NamedTuple):
@@ -95,13 +96,61 @@ class VectorReport:
     bytes_after: int = 0
 
 
+GOOD_DB, GOOD_AGREEMENT = 20.0, 0.97  # of a self-check: below them a warning
+LEAST_DB = 5.0  # below it the command line writes no file unless told to
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the outputs lost on inputs that were not used for the conversion.  inputs: in words.  outputs: each of them."""
+
+    inputs: str
+    outputs: tuple[OutputReport, ...]
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The least SQNR of all outputs, in dB; None where none has any."""
+        return min((each.sqnr_db for each in self.outputs if each.sqnr_db is not None), default=None)
+
+    @property
+    def answers(self) -> OutputReport | None:
+        """The first output that has answers."""
+        return next((each for each in self.outputs if each.agreement is not None), None)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing calls for a warning; an agreement may be a standard error below what is good, for the inputs are few."""
+        answers = self.answers
+        agrees = answers is None or (answers.agreement or 0.0) + answers.standard_error >= GOOD_AGREEMENT
+        return (self.sqnr_db is None or self.sqnr_db >= GOOD_DB) and agrees
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the answers are hardly those of the float model."""
+        return self.sqnr_db is not None and not self.sqnr_db >= LEAST_DB  # NaN is broken
+
+    def sentence(self) -> str:
+        """One sentence for users."""
+        parts = []
+        if self.sqnr_db is not None:
+            many = "the worst of its outputs has" if len(self.outputs) > 1 else "its output has"
+            parts.append(f"{many} an SQNR of {decibels(self.sqnr_db)}")
+        if self.answers is not None and self.answers.agreement is not None:
+            parts.append(f"{self.answers.agreement:.1%} of the {self.answers.what} answers are those of the float model")
+        return f"on {self.inputs}, {' and '.join(parts) or 'no output could be compared'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return {**_fields(self), "sqnr_db": as_json(self.sqnr_db), "is_good": self.is_good}
+
+
 @dataclass(frozen=True)
 class QuantReport:
     """One conversion.  opset: (before, after).  config: in the words of the command line.  activations: of the int8 form.
 
     skipped: every float constant that stays as it was, and weights that are none.  floats: bytes of all of them in the input.
     complaint: what the checker of onnx says against the input, which ONNX Runtime runs all the same; "" for nothing.
-
+    check: the self-check; None where there was none, and why_unchecked says why (a sentence without its subject).
     front: with a budget, the best compromises between size and error, from the smallest file on.
     """
 
@@ -116,6 +165,8 @@ class QuantReport:
     vectors: VectorReport = field(default_factory=VectorReport)
     floats: int = 0
     complaint: str = ""
+    check: SelfCheck | None = None
+    why_unchecked: str = "not asked for"
 
     @property
     def bytes_before(self) -> int:
@@ -136,7 +187,8 @@ class QuantReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields and the totals, for JSON."""
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "coverage": self.coverage}
-        return {**_fields(self), **totals}
+        check = {} if self.check is None else {"check": self.check.to_dict()}
+        return {**_fields(self), **totals, **check}
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class _Work:
 
 def convert_item(model: bytes, config: QuantConfig, calibration: Calibration | None) -> bytes:
     """A work item: the converted file."""
-    made, _ = quantize_model(model, config, calibration=calibration, threads=1)
+    made, _ = quantize_model(model, config, calibration=calibration, threads=1, check=False)
     data: bytes = made.SerializeToString(deterministic=True)
     return data
 

@@ -151,6 +151,19 @@ def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
     return _parse(Path(path))
 
 
+IMAGE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.UINT8)
+
+
+def takes_images(path: Path) -> bool:
+    """Whether the one input of a model takes images of one size, (n, c, h, w) or (n, h, w, c), with 1 to 4 channels."""
+    shapes = list(input_shapes(path).items())
+    if len(shapes) != 1 or len(shapes[0][1]) != 4 or None in shapes[0][1][1:]:
+        return False
+    (name, (_, *rest)) = shapes[0]
+    kinds = [item.type.tensor_type.elem_type for item in load_skeleton(path).graph.input if item.name == name]
+    return kinds[0] in IMAGE_TYPES and (rest[0] in range(1, 5) or rest[2] in range(1, 5))
+
+
 def input_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
     """The shape of each input that a caller has to give, None where a size is free.  Raises ModelError as `load_skeleton`."""
     graph = load_skeleton(path).graph

@@ -15,6 +15,7 @@ from requant_onnx.inputs.images import ImageSet, Normalization
 
 DEFAULT_COUNT = 256
 DEFAULT_MEMORY = 1 << 28
+SPARE = 32  # feeds kept beyond those asked for, for the self-check
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
 GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
 NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
@@ -51,12 +52,13 @@ class Calibration:
     def from_feeds(cls, source: Iterable[Feed] | CalibrationDataReader, count: int = DEFAULT_COUNT) -> Calibration:
         """Calibrate on inputs by name: dictionaries from any iterable, or from a CalibrationDataReader of ONNX Runtime.
 
-        Reads until it has `count` feeds.  Raises DataError when there is none, or one is no dictionary of arrays.
+        Reads `count` feeds, and some more for the self-check.  Raises DataError when there is none, or one is no dictionary of
+        arrays.
         https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
         """
         if isinstance(source, CalibrationDataReader):
             source = iter(source.get_next, None)
-        feeds = tuple(_checked(feed) for feed in itertools.islice(source, count))
+        feeds = tuple(_checked(feed) for feed in itertools.islice(source, count + SPARE))
         if not feeds:
             raise DataError("there are no calibration inputs; give at least one")
         return cls(feeds=feeds, count=count)

@@ -81,6 +81,13 @@ class ImageSet:
             return self
         return self._subset(np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False)))
 
+    def not_drawn(self, count: int, seed: int) -> ImageSet:
+        """The images that `drawn` leaves, in their order."""
+        if count >= len(self.x):
+            return self._subset(slice(0, 0))
+        chosen = np.random.default_rng(seed).choice(len(self.x), count, replace=False)
+        return self._subset(np.setdiff1d(np.arange(len(self.x)), chosen))
+
     def _subset(self, which: slice | Int64Array) -> ImageSet:
         if isinstance(self.x, FolderImages):
             x: Images = self.x.subset(which if isinstance(which, slice) else which.tolist())

@@ -1,0 +1,104 @@
+"""Conversions end with a check on inputs that were not used for them, and are calibrated where they can be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import OWN_MODEL, laplace, parse
+
+from requant_onnx import Calibration, Form, ImageSet, QuantConfig, load_images, quantize_model, save_model
+from requant_onnx.cli.main import main
+from requant_onnx.convert.selfcheck import COUNT, self_check
+
+
+def test_what_is_broken_is_not_written_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--bits", "2", "--calibrate", "none", "--form", "folded"]
+    report = ["--json", str(tmp_path / "a.json")]
+    assert main([*command, *report]) == 3
+    error = capsys.readouterr().err
+    assert "too little to be of use, so nothing was written" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert main([*command, *report, "--force-quality"]) == 0
+    assert "warning: on 32 images of noise not used in the conversion, its output has an SQNR of -" in capsys.readouterr().out
+    check = json.loads((tmp_path / "a.json").read_text())["check"]
+    assert check["is_good"] is False
+    assert check["sqnr_db"] < 5
+
+
+def test_conversions_are_calibrated_where_they_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    for bits, images in ((8, 16), (4, 64)):
+        command = ["convert", str(OWN_MODEL), str(tmp_path / f"{bits}.onnx"), "--bits", str(bits), "--form", "folded"]
+        assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+        assert f"note: calibrated on {images} images of noise, as no --calibrate was given" in capsys.readouterr().out
+        report = json.loads((tmp_path / "r.json").read_text())
+        sizes[bits] = report["check"]["sqnr_db"]
+    assert sizes[8] > 35
+    assert sizes[4] > 18
+    assert {weight["method"] for weight in report["converted"]} > {"feedback, descent"}
+
+
+def test_models_that_take_no_images_are_not_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(parse("net (float[n, 64] x) => (float[n, 32] y) { y = MatMul(x, w) }", w=laplace(64, 32)), tmp_path / "in.onnx")
+    assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
+    printed = capsys.readouterr().out
+    assert "calibrated on" not in printed
+    assert "not checked: there are no inputs for it" in printed
+
+
+def test_a_model_that_fails_on_noise_is_converted_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It takes images, and wants 7 of them at a time, which its type does not say."""
+    text = "net (float[n, 3, 4, 4] x) => (float[a, b] y) { r = Reshape(x, s) y = MatMul(r, w) }"
+    model = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
+    save_model(model, tmp_path / "in.onnx")
+    assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
+    assert "note: not calibrated; it was tried on noise, and" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_images_that_were_not_drawn_are_used(bits: int) -> None:
+    images = load_images("models/sample_images.npz") if Path("models/sample_images.npz").exists() else None
+    if images is None:
+        images = ImageSet(np.random.default_rng(0).integers(0, 256, (80, 3, 32, 32)).astype(np.uint8), None)
+    few = images.first(40)
+    config = QuantConfig(bits, form=Form.FOLDED)
+    _, report = quantize_model(OWN_MODEL, config, calibration=Calibration(few, count=24))
+    assert report.check is not None
+    assert report.check.inputs == "16 images not used in the conversion"
+    _, report = quantize_model(OWN_MODEL, config, calibration=Calibration(few, count=40))
+    assert report.check is not None
+    assert report.check.inputs == f"{COUNT} images used in the conversion too"
+    drawn, rest = few.drawn(24, 5), few.not_drawn(24, 5)
+    both = np.concatenate([np.asarray(drawn.x[:]), np.asarray(rest.x[:])])
+    assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in np.asarray(few.x[:]))
+
+
+def test_feeds_beyond_those_used_are_for_the_check() -> None:
+    text = "net (float[n, 64] x, float[n, 64] z) => (float[n, 32] y) { s = Add(x, z) y = MatMul(s, w) }"
+    rng = np.random.default_rng(0)
+    rows = [{name: rng.normal(size=(2, 64)).astype(np.float32) for name in "xz"} for _ in range(30)]
+    _, report = quantize_model(parse(text, w=laplace(64, 32)), QuantConfig(4), calibration=Calibration.from_feeds(rows, 20))
+    assert report.check is not None
+    assert report.check.inputs == "10 inputs not used in the conversion"
+    _, report = quantize_model(parse(text, w=laplace(64, 32)), QuantConfig(4), calibration=Calibration.from_feeds(rows, 30))
+    assert report.check is not None
+    assert report.check.inputs == "30 inputs used in the conversion too"
+
+
+def test_it_can_be_left_out() -> None:
+    _, report = quantize_model(OWN_MODEL, check=False)
+    assert (report.check, report.why_unchecked) == (None, "not asked for")
+
+
+def test_the_worst_output_counts() -> None:
+    text = "net (float[n, 3, 4, 4] x) => (float[n, 48] a, float[n, 48] b) { f = Flatten(x) a = Mul(f, v) b = Mul(f, w) }"
+    good = parse(text, v=np.ones(48, np.float32), w=np.ones(48, np.float32))
+    bad = parse(text, v=np.ones(48, np.float32), w=1 + laplace(48))
+    found = self_check(good, bad, None)
+    assert not isinstance(found, str)
+    assert found.is_broken or not found.is_good
+    assert "the worst of its outputs has an SQNR of" in found.sentence()
