@@ -108,6 +108,11 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", rules_of(self.overrides))
+        for name, kind in ENUMS.items():  # plain texts will do
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, parse_choice(kind, getattr(self, name), name))
+        if isinstance(self.transform, str):
+            object.__setattr__(self, "transform", Transform.parse(self.transform))
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
         if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
             raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -318,3 +320,31 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
     assert not model.with_name("out.onnx").exists()
     assert main(["explain", str(model.with_name("none.onnx"))]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_devices_pipes_and_folders_are_no_output(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, folder = model.with_name("pipe"), model.with_name("folder")
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for output in (pipe, Path("/dev/null"), folder):
+        for arguments in (["convert", str(model), str(output)], ["restore", str(model), str(output)]):
+            assert main([*arguments, "--force"]) == 2
+            assert "give the path of the file to write" in capsys.readouterr().err
+    assert main(["inspect", str(model), "--json", str(pipe)]) == 2
+    assert "is a device, a pipe or a socket" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_link_keeps_pointing_to_what_is_replaced(model: Path) -> None:
+    target, link = model.with_name("target.onnx"), model.with_name("link.onnx")
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    assert main(["convert", str(model), str(link), "--calibrate", "none", "--force"]) == 0
+    assert link.is_symlink()
+    onnx.checker.check_model(target)
+
+
+def test_a_report_on_standard_output_is_alone_there(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["inspect", str(model)], ["convert", str(model), str(model.with_name("out.onnx"))]):
+        assert main([*command, "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)

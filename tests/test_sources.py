@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from conftest import laplace, parse, small_cnn
+from conftest import OWN_MODEL, laplace, parse, small_cnn
 from onnxruntime.quantization import CalibrationDataReader
 
+import requant_onnx
 from requant_onnx import (
     Calibration,
+    ConfigError,
     DataError,
+    EdgeLayers,
     Form,
     ImageSet,
     Int8Speed,
     ModelError,
     QuantConfig,
+    Transform,
     explain,
     inspect_model,
     quantize_model,
@@ -140,3 +146,33 @@ def test_feeds_that_do_not_fit_the_model_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=rf"the input '.' is given as {said} and the model takes float32 of shape \?x16"):
             quantized(two_inputs(), Calibration.from_feeds([dict.fromkeys("ab", values)]))
+
+
+def test_what_is_no_model_is_an_error_of_ours(tmp_path: Path) -> None:
+    closed = (tmp_path / "a").open("w+b")
+    closed.close()
+    models: tuple[Any, ...] = (None, {}, 3, np.zeros(3), [b""], closed)
+    for model in models:
+        with pytest.raises(ModelError):
+            quantize_model(model)
+    data = OWN_MODEL.read_bytes()
+    made = [quantize_model(each)[0].SerializeToString() for each in (data, bytearray(data), memoryview(data))]  # type: ignore[arg-type]
+    assert made[0] == made[1] == made[2]
+
+
+def test_plain_texts_will_do_for_choices() -> None:
+    plain = QuantConfig(4, form="folded", transform="sqrt", edge_layers="plain")  # type: ignore[arg-type]
+    assert plain == QuantConfig(4, form=Form.FOLDED, transform=Transform(0.5), edge_layers=EdgeLayers.PLAIN)
+    with pytest.raises(ConfigError, match="form 'fast' is not one of"):
+        QuantConfig(form="fast")  # type: ignore[arg-type]
+
+
+def test_reports_show_well() -> None:
+    _, report = quantize_model(OWN_MODEL, QuantConfig(4))
+    assert len(repr(report)) < 300
+    assert "<table><tr><th>weights</th><td>20 converted" in report._repr_html_()
+    found = validate(OWN_MODEL, OWN_MODEL, ImageSet(np.zeros((2, 3, 32, 32), np.uint8), None))
+    assert "top-1 agreement 100.00%" in repr(found)
+    assert found._repr_html_().startswith("<table>")
+    assert len(repr(inspect_model(OWN_MODEL))) < 100
+    assert requant_onnx.__version__ == version("requant_onnx")

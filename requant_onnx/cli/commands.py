@@ -21,6 +21,7 @@ from requant_onnx.cli.values import (
     calibration_of,
     config_of,
     feeds_of,
+    function_of,
     images_of,
     is_noise,
     limit_of,
@@ -28,8 +29,10 @@ from requant_onnx.cli.values import (
     noise_of,
     normalization_of,
     seconds_of,
+    target_of,
     whole_of,
 )
+from requant_onnx.config import QuantConfig
 from requant_onnx.convert import pipeline
 from requant_onnx.convert.report import QuantReport
 from requant_onnx.convert.restore import restore_model
@@ -38,6 +41,7 @@ from requant_onnx.evaluate.cache import Cache, default_folder
 from requant_onnx.evaluate.gate import check_gate, parse_gate
 from requant_onnx.evaluate.jobs import open_executor
 from requant_onnx.evaluate.recipes import Comparison, compare
+from requant_onnx.evaluate.target import Target, find_smallest
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files, file_bytes, is_large, materialize
@@ -50,6 +54,8 @@ from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
 from requant_onnx.webpage.pages import html_comparison, html_report
+
+COARSE_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with under a target; images that one is judged on
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -102,7 +108,9 @@ def convert_file(
 def _converted(
     args: argparse.Namespace, progress: Progress | None, threads: int | None
 ) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
-    config, time_limit = config_of(args), seconds_of(args.time_limit)
+    config, time_limit, target = config_of(args), seconds_of(args.time_limit), target_of(args)
+    if target is not None:
+        return _targeted(args, config, target, progress, threads)
     if args.calibrate not in (None, "auto"):
         calibration = calibration_of(args)
         return *pipeline.convert_model(args.input, config, calibration, progress, threads, time_limit), calibration
@@ -119,6 +127,44 @@ def _converted(
         why = ""
     model, report = pipeline.convert_model(args.input, config, None, progress, threads, time_limit)
     return model, replace(report, notes=(*report.notes, f"not calibrated{why}")) if why else report, None
+
+
+def _targeted(
+    args: argparse.Namespace, config: QuantConfig, target: Target, progress: Progress | None, threads: int | None
+) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
+    """The smallest file that keeps a target.  Raises QualityError where none does, unless the best one is wanted all the same."""
+    if args.calibrate in (None, "auto"):
+        config, calibration = automatic(args, replace(config, bits=COARSE_BITS))
+    else:
+        calibration = calibration_of(args)
+    function = None if args.evaluate is None else function_of(args.evaluate)
+    data, normalization = (None, None) if function is not None else _judged_on(args, calibration)
+    found = find_smallest(
+        args.input,
+        config,
+        target,
+        calibration=calibration,
+        data=data,
+        normalization=normalization,
+        evaluate=function,
+        progress=progress,
+        threads=threads,
+    )
+    if not found.holds and not args.best_effort:
+        raise QualityError(f"{found.sentence}; ask for less, or add --best-effort to write that file")
+    report = replace(found.report, notes=(*found.report.notes, f"target: {found.sentence}"))
+    return found.model, report, calibration
+
+
+def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tuple[ImageSet | FeedSet | None, Normalization | None]:
+    """The data of a target: --data, or inputs that the calibration does not use."""
+    if args.data is not None:
+        return _images_to_compare(args, args.input, args.data)
+    if calibration is None or calibration.feeds:
+        return None, None
+    if calibration.images is not None:
+        return calibration.images.not_drawn(calibration.count, calibration.seed).first(TARGET_IMAGES), calibration.normalization
+    return calibration_images(args.input, replace(calibration, count=DEFAULT_COUNT, seed=calibration.seed + 1))
 
 
 def run_restore(args: argparse.Namespace) -> None:

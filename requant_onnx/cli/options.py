@@ -32,6 +32,7 @@ EPILOGS = {
   requant convert net.onnx net4.onnx --bits 4 --json report.json
   requant convert net.onnx small.onnx --bits 4 --form folded --calibrate images.npz
   requant convert net.onnx small.onnx --bits auto --size 180kB --form folded --calibrate noise
+  requant convert net.onnx small.onnx --max-drop 0.5 --data images:val --fit --calibrate images:photos --form folded
   requant convert net.onnx paper.onnx --bits 4 --recipe paper
   requant convert net.onnx fast.onnx --bits 4 --form int8 --calibrate images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant convert net.onnx small.onnx --bits 4 --calibrate images:photos --resize 256 --crop 224
@@ -181,6 +182,24 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         metavar="DB",
         help="for --bits auto: the smallest file found whose outputs keep this SQNR on the calibration inputs, for instance 20",
     )
+    parser.add_argument(
+        "--max-drop",
+        metavar="POINTS",
+        help="the smallest file found that loses at most so many points of top-1 accuracy on labelled --data, or so much of the "
+        "score of --evaluate",
+    )
+    parser.add_argument(
+        "--min-agreement",
+        metavar="PERCENT",
+        help="the smallest file found whose answers are in so many cases those of the float model, on --data (default: inputs that "
+        "--calibrate does not use)",
+    )
+    parser.add_argument("--data", metavar="SPEC", help="for --max-drop and --min-agreement: what is judged on, as in validate")
+    parser.add_argument("--limit", metavar="N", help="use only the first N images of --data")
+    parser.add_argument(
+        "--evaluate", metavar="MODULE:FUNCTION", help="for --max-drop: a function from a ModelProto to a score, higher is better"
+    )
+    parser.add_argument("--best-effort", action="store_true", help="write the best file that was tried where none keeps the target")
     _add_choice(parser, "granularity", "G")
     parser.add_argument("--transform", metavar="T", help=f"{TRANSFORMS} (default: {DEFAULT.transform})")
     _add_choice(parser, "range_mode", "R", option="--range")
@@ -365,7 +384,12 @@ def _add_file(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:
 def _add_common(run: Command, parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     """Add the options that every command has.  parser.get_default("parser") is the parser of the command."""
     if json:
-        parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report to this file").complete = shtab.FILE  # type: ignore[attr-defined]
+        parser.add_argument(
+            "--json",
+            metavar="FILE",
+            type=Path,
+            help="also write the report to this file; - writes it to standard output, and no tables",
+        ).complete = shtab.FILE  # type: ignore[attr-defined]
     config = parser.add_argument(
         "--config", metavar="FILE.toml", type=Path, help="read options from a file; the command line overrides them"
     )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from requant_onnx.errors import OutputError
-from requant_onnx.files.atomic import write_atomically
+from requant_onnx.files.atomic import require_file, write_atomically
 from requant_onnx.files.load import data_files
 from requant_onnx.webpage.pages import require
+
+STDOUT = Path("-")  # of --json
 
 
 def check_output(source: Path, output: Path, force: bool) -> None:
     """Refuse the path of a model that cannot be written, or would replace the input or, without --force, any file."""
-    if output.is_dir():
-        raise OutputError(f"'{output}' is a folder; give the path of the file to write")
+    require_file(output)
     if not output.parent.is_dir():
         raise OutputError(f"the folder '{output.parent}' does not exist; create it first")
     if output.exists() and source.exists() and output.samefile(source):
@@ -32,7 +34,7 @@ def check_output(source: Path, output: Path, force: bool) -> None:
 
 def check_json(path: Path | None, *models: Path) -> None:
     """Refuse the path of a report that cannot be written, or would replace a file that is no .json file."""
-    if path is not None:
+    if path is not None and path != STDOUT:
         _check_place(path, *models)
         if path.exists() and path.suffix != ".json":
             raise OutputError(f"'{path}' exists and is no .json file; give the report another path")
@@ -40,6 +42,7 @@ def check_json(path: Path | None, *models: Path) -> None:
 
 def _check_place(path: Path, *models: Path) -> None:
     """Refuse the path of a report that cannot be written, or would replace a model."""
+    require_file(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write the report to '{path}'; give a file in a folder that exists")
     if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
@@ -80,6 +83,9 @@ def check_cache(folder: Path) -> None:
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
-    """Write a report whole or not at all; nothing where there is no path."""
-    if path is not None:
-        write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    """Write a report whole or not at all, or to standard output; nothing where there is no path."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(text)
+    elif path is not None:
+        write_atomically(path, text.encode())

@@ -12,13 +12,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from requant_onnx import progress
+from requant_onnx.cli.paths import STDOUT
 
 WHOLE_RUN = 1e9  # seconds of the past from which the time left is extrapolated: steps are shares of the time of the whole run
 
 
 def console_for(args: argparse.Namespace) -> Console:
-    """The console for tables: full-width when the output is a file or a pipe, silent with --quiet.  rich obeys NO_COLOR."""
-    return Console(emoji=False, quiet=args.quiet, width=None if sys.stdout.isatty() else 200)
+    """The console for tables: full-width when the output is a file or a pipe; rich obeys NO_COLOR.
+
+    Silent with --quiet, and where the report goes to standard output.
+    """
+    quiet = args.quiet or getattr(args, "json", None) == STDOUT
+    return Console(emoji=False, highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager

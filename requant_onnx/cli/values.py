@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from requant_onnx.choices import Form, Refinement, Space, Transform
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
+from requant_onnx.evaluate.target import Evaluate, Target
 from requant_onnx.files.load import input_shapes, takes_images
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, DEFAULT_MEMORY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import holds_images, load_feeds
@@ -57,7 +59,37 @@ def _listed(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
+def target_of(args: argparse.Namespace) -> Target | None:
+    """The target that the file has to keep; None where there is none.  Raises ConfigError."""
+    given = {"max_drop": "--max-drop", "min_agreement": "--min-agreement"}
+    values = {name: _numbers(getattr(args, name), option)[0] for name, option in given.items() if getattr(args, name) is not None}
+    if not values:
+        for name in ("data", "limit", "evaluate", "best_effort"):
+            if getattr(args, name) and name not in args.from_file:
+                raise ConfigError(f"{_flag(name)} is for --max-drop or --min-agreement; give one of them, or drop {_flag(name)}")
+        return None
+    if args.bits is not None or args.target_sqnr is not None or args.time_limit is not None:
+        raise ConfigError("a target chooses the bits and takes the time it takes; drop --bits, --target-sqnr and --time-limit")
+    return Target(**values, size=None if args.size is None else Budget.parse_size(args.size))
+
+
+def function_of(text: str) -> Evaluate:
+    """The function MODULE:FUNCTION, looked for in the current folder too.  Raises ConfigError."""
+    module, _, name = text.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--evaluate '{text}' cannot be imported ({error}); write it as MODULE:FUNCTION") from None
+    if not callable(function):
+        raise ConfigError(f"--evaluate '{text}' is no function")
+    return cast("Evaluate", function)
+
+
 def _bits(args: argparse.Namespace) -> int | Budget | None:
+    if args.max_drop is not None or args.min_agreement is not None:
+        return None
     if args.bits != "auto":
         for name in ("size", "target_sqnr"):
             if getattr(args, name) is not None and name not in args.from_file:

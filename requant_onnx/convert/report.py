@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -144,7 +146,7 @@ class SelfCheck:
         return {**_fields(self), "sqnr_db": as_json(self.sqnr_db), "is_good": self.is_good}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantReport:
     """One conversion.  opset: (before, after).  config: in the words of the command line.  activations: of the int8 form.
 
@@ -167,6 +169,17 @@ class QuantReport:
     complaint: str = ""
     check: SelfCheck | None = None
     why_unchecked: str = "not asked for"
+
+    def __repr__(self) -> str:
+        """Short: all fields are in to_dict()."""
+        check = "" if self.check is None else f", {self.check.sentence()}"
+        return f"<QuantReport: {len(self.converted)} weights, {self.bytes_before:,} -> {self.bytes_after:,} bytes{check}>"
+
+    def _repr_html_(self) -> str:
+        rows = [("weights", f"{len(self.converted)} converted, {len(self.skipped)} skipped")]
+        rows += [("bytes", f"{self.bytes_before:,} to {self.bytes_after:,}"), ("coverage", f"{self.coverage:.1%}")]
+        rows += [] if self.check is None else [("check", self.check.sentence())]
+        return _html(rows + [("note", note) for note in self.notes])
 
     @property
     def bytes_before(self) -> int:
@@ -191,7 +204,7 @@ class QuantReport:
         return {**_fields(self), **totals, **check}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ValidationReport:
     """Two models on the same images, or inputs by name (kind).
 
@@ -220,6 +233,24 @@ class ValidationReport:
     kind: str = "images"
     outputs: tuple[OutputReport, ...] = ()
 
+    def __repr__(self) -> str:
+        """Short: all fields are in to_dict()."""
+        return f"<ValidationReport: {', '.join(f'{name} {value}' for name, value in self._rows())}>"
+
+    def _repr_html_(self) -> str:
+        return _html([*self._rows(), *(("note", note) for note in self.notes)])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [(self.kind, f"{self.images:,}")]
+        if self.top1 is not None:
+            rows.append(("top-1", f"{self.top1[0]:.2%} to {self.top1[1]:.2%}"))
+        if self.agreement is not None:
+            rows.append((f"{self.agreement_of} agreement", f"{self.agreement:.2%}"))
+        if self.sqnr_db is not None:
+            rows.append(("output SQNR", decibels(self.sqnr_db)))
+        rows.append(("bytes", f"{self.bytes[0]:,} to {self.bytes[1]:,}"))
+        return [*rows, *([] if self.latency_ratio is None else [("latency", f"{self.latency_ratio:.2f} x")])]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return _fields(self)
@@ -236,7 +267,7 @@ class InspectedWeight:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InspectReport:
     """One model.  ops: operator -> count, bodies of If, Loop and Scan included.  bytes: of the stored weights."""
 
@@ -247,9 +278,19 @@ class InspectReport:
     weights: tuple[InspectedWeight, ...]
     skipped: tuple[SkippedWeight, ...]
 
+    def __repr__(self) -> str:
+        """Short: all fields are in to_dict()."""
+        return f"<InspectReport: opset {self.opset}, {len(self.weights)} weights, {len(self.skipped)} skipped>"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return _fields(self)
+
+
+def _html(rows: Sequence[tuple[str, str]]) -> str:
+    """A table for notebooks."""
+    lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _fields(report: Any) -> dict[str, Any]:

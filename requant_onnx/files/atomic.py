@@ -30,9 +30,21 @@ def reporting_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
+def require_file(path: Path) -> None:
+    """Raise OutputError where a path is there and no plain file: replacing a device or a pipe would harm the system."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+        raise OutputError(f"'{path}' is {what}; give the path of the file to write")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that replaces `path` at the end of the block, and is removed where the block fails."""
+    """Open a file for writing that replaces `path` at the end of the block, and is removed where the block fails.
+
+    Where the path is a symbolic link, the file that it points to is replaced.  Raises OutputError for a device, a pipe or a folder.
+    """
+    path = Path(os.path.realpath(path))
+    require_file(path)
     prefix, suffix = f".{path.name}.", ".partial"
     remove_unclaimed(file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.name.endswith(suffix))
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)

@@ -36,7 +36,11 @@ def source_of(model: ModelLike) -> Source:
     """
     if isinstance(model, onnx.ModelProto | str | PathLike):
         return model
-    data = model if isinstance(model, bytes) else model.read() if hasattr(model, "read") else None
+    try:
+        data: object = model.read() if hasattr(model, "read") else model
+    except (OSError, ValueError) as error:  # a file that is closed, or not open for reading
+        raise ModelError(f"the file given cannot be read ({first_line(error)}); open it in binary mode") from None
+    data = bytes(data) if isinstance(data, bytearray | memoryview) else data
     if not isinstance(data, bytes):
         raise ModelError(f"a model is given as path, bytes, ModelProto or binary file object, not {type(model).__name__}")
     if has_more_parts(data, MAX_PARTS):

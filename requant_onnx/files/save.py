@@ -31,7 +31,7 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
     check: whether the checker has to take the model.
     Raises ModelError when the model is invalid, or above 2 GB without external data, OutputError when it cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if external_data:
         return _save_externally(model, path, check)
     if is_large(model):

@@ -1,0 +1,197 @@
+"""The smallest file that keeps a promise about its answers, measured on data that rounding has not seen.
+
+Widths are tried by bisection, and then files with bits of their own for each weight, between the largest that failed and the
+smallest that held, by size.  A promise holds where the figure keeps it; whether it does so at 95 % confidence is said, for test
+sets are finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx
+
+from requant_onnx.choices import MAX_BITS, MIN_BITS
+from requant_onnx.config import Budget, QuantConfig
+from requant_onnx.convert.pipeline import quantize_model
+from requant_onnx.convert.report import QuantReport
+from requant_onnx.convert.selfcheck import self_check
+from requant_onnx.errors import ConfigError, RequantError
+from requant_onnx.evaluate.validate import validate
+from requant_onnx.files.load import ModelLike, load_model
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.feeds import FeedSet
+from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.progress import Progress
+
+CONFIDENT = 1.645  # standard errors: 95 % on one side
+MIXED_TRIES = 3
+Evaluate = Callable[[onnx.ModelProto], float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the file has to keep.  One of:
+
+    max_drop: points of top-1 accuracy on labelled images that may be lost; with a function to evaluate, its own units.
+    min_agreement: per cent of the answers that have to be those of the float model.
+    size: bytes that the file may take at most, besides.
+    """
+
+    max_drop: float | None = None
+    min_agreement: float | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.max_drop is None) == (self.min_agreement is None):
+            raise ConfigError("a target is either a largest drop or a least agreement; give one of the two")
+        if self.max_drop is not None and not (math.isfinite(self.max_drop) and self.max_drop >= 0.0):
+            raise ConfigError(f"a drop of at most {self.max_drop} is no target; give 0 or more")
+        if self.min_agreement is not None and not 0.0 < self.min_agreement <= 100.0:
+            raise ConfigError(f"an agreement of {self.min_agreement} % is no target; give more than 0, up to 100")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One file that was tried.  value: of the figure.  error: its standard error, 0 where it is not known."""
+
+    bytes: int
+    bits: str
+    value: float
+    error: float
+    holds: bool
+    is_sure: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """The file that was found, and all that were tried.  holds: whether it keeps the target, and the size.  sentence: for users."""
+
+    model: onnx.ModelProto
+    report: QuantReport
+    trials: tuple[Trial, ...]
+    holds: bool
+    sentence: str
+
+
+def find_smallest(
+    model: ModelLike,
+    config: QuantConfig,
+    target: Target,
+    *,
+    calibration: Calibration | None = None,
+    data: ImageSet | FeedSet | None = None,
+    normalization: Normalization | None = None,
+    evaluate: Evaluate | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Found:
+    """Find the smallest file that keeps a target; the best one tried where none does.
+
+    config: its bits do not count.  data: what is judged on, with labels for a drop; not needed where `evaluate` is given.
+    evaluate: a score of a model, higher is better, for instance a mAP.
+    Raises ConfigError where the target and the data do not go together, and as quantize_model and validate.
+    """
+    return _Search(load_model(model), config, target, calibration, data, normalization, evaluate, progress, threads).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        config: QuantConfig,
+        target: Target,
+        calibration: Calibration | None,
+        data: ImageSet | FeedSet | None,
+        normalization: Normalization | None,
+        evaluate: Evaluate | None,
+        progress: Progress | None,
+        threads: int | None,
+    ) -> None:
+        if evaluate is None and data is None:
+            raise ConfigError("a target needs data to be measured on; give --data, or a function to evaluate")
+        if evaluate is None and target.max_drop is not None and (data is None or data.y is None):
+            raise ConfigError("a drop of accuracy is measured on labels; give labelled --data, or --min-agreement")
+        if evaluate is not None and target.max_drop is None:
+            raise ConfigError("a function to evaluate goes with a largest drop of its score; give --max-drop")
+        self._model, self._config, self._target = model, config, target
+        self._calibration, self._data, self._normalization = calibration, data, normalization
+        self._evaluate, self._progress, self._threads = evaluate, progress, threads
+        self._float = None if evaluate is None else float(evaluate(model))
+        self._trials: list[Trial] = []
+        self._made: list[tuple[onnx.ModelProto, QuantReport]] = []
+
+    def run(self) -> Found:
+        low, high = MIN_BITS, MAX_BITS
+        while low < high:  # the fewest bits that hold, if any do
+            middle = (low + high) // 2
+            if self._try(replace(self._config, bits=middle), str(middle)).holds:
+                high = middle
+            else:
+                low = middle + 1
+        if not any(trial.bits == str(high) for trial in self._trials):
+            self._try(replace(self._config, bits=high), str(high))
+        for _ in range(MIXED_TRIES):
+            held = [trial.bytes for trial in self._trials if trial.holds]
+            failed = [trial.bytes for trial in self._trials if not trial.holds and held and trial.bytes < min(held)]
+            if not failed or self._calibration is None:
+                break
+            self._mixed((min(held) + max(failed)) // 2)
+        return self._found()
+
+    def _mixed(self, size: int) -> None:
+        try:
+            self._try(replace(self._config, bits=Budget(size=size)), "auto")
+        except ConfigError:  # no choice of bits is that small
+            self._trials.append(Trial(size, "auto", math.nan, 0.0, False, False))
+            self._made.append(self._made[-1])
+
+    def _try(self, config: QuantConfig, bits: str) -> Trial:
+        if self._progress is not None:
+            self._progress(f"trying {bits} bits", len(self._trials), 3 + MIXED_TRIES)
+        made, report = quantize_model(self._model, config, calibration=self._calibration, threads=self._threads, check=False)
+        value, error = self._measure(made)
+        limit = -(self._target.max_drop or 0.0) if self._target.min_agreement is None else self._target.min_agreement
+        size = made.ByteSize()
+        fits = self._target.size is None or size <= self._target.size
+        trial = Trial(size, bits, value, error, fits and value >= limit, fits and value - CONFIDENT * error >= limit)
+        self._trials.append(trial)
+        self._made.append((made, report))
+        return trial
+
+    def _measure(self, made: onnx.ModelProto) -> tuple[float, float]:
+        """The figure, higher is better, and its standard error."""
+        if self._evaluate is not None and self._float is not None:
+            return float(self._evaluate(made)) - self._float, 0.0
+        assert self._data is not None
+        report = validate(self._model, made, self._data, self._normalization, latency_batch=None)
+        if self._target.min_agreement is not None:
+            if report.agreement is None or report.agreement_error is None:
+                raise ConfigError("the model has no output with answers, such as rows of scores; give a function to evaluate")
+            return 100 * report.agreement, 100 * max(report.agreement_error, 1 / (report.images + 1))
+        assert report.top1 is not None
+        return 100 * (report.top1[1] - report.top1[0]), 100 * (report.top1_error or 0.0)
+
+    def _found(self) -> Found:
+        order = sorted(range(len(self._trials)), key=lambda k: self._trials[k].bytes)
+        holding = [k for k in order if self._trials[k].holds]
+        finite = [k for k in order if math.isfinite(self._trials[k].value)]
+        if not finite:
+            raise RequantError("no file that was tried could be judged; check the data and the model")
+        fitting = [k for k in finite if self._target.size is None or self._trials[k].bytes <= self._target.size]
+        chosen = holding[0] if holding else max(fitting or finite, key=lambda k: self._trials[k].value)
+        trial, (model, report) = self._trials[chosen], self._made[chosen]
+        what = "the agreement" if self._target.min_agreement is not None else "the change of the score"
+        figure = f"{what} is {trial.value:.2f}" + (f" (standard error {trial.error:.2f})" if trial.error else "")
+        wanted = f"{-(self._target.max_drop or 0.0):g}" if self._target.min_agreement is None else f"{self._target.min_agreement:g}"
+        if not holding:
+            sentence = f"no file that was tried keeps the target: at best, {figure}, of {wanted}, in {trial.bytes:,} bytes"
+        elif trial.is_sure:
+            sentence = f"{figure}, of {wanted} at least, which holds at 95 %; {trial.bytes:,} bytes"
+        else:
+            sentence = f"{figure}, of {wanted} at least, which is not sure at 95 %: that takes more data; {trial.bytes:,} bytes"
+        check = self_check(self._model, model, self._calibration)
+        report = replace(report, why_unchecked=check) if isinstance(check, str) else replace(report, check=check, why_unchecked="")
+        return Found(model, report, tuple(self._trials), bool(holding), sentence)

@@ -1,0 +1,111 @@
+"""Targets: the smallest file that keeps a promise, on data that rounding has not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import OWN_MODEL, ROOT
+
+from requant_onnx import Calibration, ConfigError, Form, ImageSet, Normalization, QuantConfig, load_images, save_model
+from requant_onnx.cli.main import main
+from requant_onnx.evaluate.target import Target, find_smallest
+
+HOW = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+FOLDED = QuantConfig(form=Form.FOLDED)
+
+
+def sample() -> ImageSet:
+    return load_images(str(ROOT / "models/sample_images.npz"))
+
+
+def test_the_smallest_file_that_agrees() -> None:
+    few = find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=90), data=sample(), normalization=HOW)
+    many = find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99), data=sample(), normalization=HOW)
+    for found in (few, many):
+        assert found.holds
+        assert found.model.ByteSize() == min(trial.bytes for trial in found.trials if trial.holds)
+        assert found.report.check is not None
+    assert few.model.ByteSize() < many.model.ByteSize()
+    assert "which is not sure at 95 %" in many.sentence or "which holds at 95 %" in many.sentence
+
+
+@pytest.mark.slow
+def test_bits_of_their_own_save_more() -> None:
+    calibration = Calibration(sample().first(100), HOW, count=24)
+    rest = ImageSet(sample().x[100:], None)
+    found = find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=98), calibration=calibration, data=rest, normalization=HOW)
+    assert found.holds
+    assert any(trial.bits == "auto" for trial in found.trials)
+    plain = min(trial.bytes for trial in found.trials if trial.holds and trial.bits != "auto")
+    assert found.model.ByteSize() <= plain
+
+
+def test_a_function_of_ones_own() -> None:
+    """The score is the mean of the first row of the last layer, which 8 bits change least."""
+    tried: list[int] = []
+
+    def score(model: onnx.ModelProto) -> float:
+        tried.append(model.ByteSize())
+        return -1.0 if model.ByteSize() < 200_000 else 0.0
+
+    found = find_smallest(OWN_MODEL, FOLDED, Target(max_drop=0.5), evaluate=score)
+    assert found.holds
+    assert 200_000 <= found.model.ByteSize() < 240_000  # 6 bits
+    assert len(tried) == 1 + len(found.trials)
+
+
+def test_what_cannot_be_kept_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", x=rng.integers(0, 256, (60, 32, 32, 3)).astype(np.uint8), y=rng.integers(0, 10, 60))
+    command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--max-drop", "50", "--size", "1kB", "--calibrate", "none"]
+    data = ["--data", str(tmp_path / "data.npz")]
+    assert main([*command, *data]) == 3
+    assert "no file that was tried keeps the target" in capsys.readouterr().err
+    assert not (tmp_path / "a.onnx").exists()
+    assert main([*command, *data, "--best-effort", "--force-quality"]) == 0
+    assert (tmp_path / "a.onnx").is_file()
+
+
+def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text("def score(model):\n    return 1.0\nNOT = 3\n")
+    save_model(onnx.load(OWN_MODEL), tmp_path / "in.onnx")
+    command = ["convert", "in.onnx", "out.onnx", "--max-drop", "0", "--calibrate", "none", "--force-quality"]
+    assert main([*command, "--evaluate", "judge:score"]) == 0
+    assert "note: target: the change of the score is 0.00" in " ".join(capsys.readouterr().out.split())
+    for name, sentence in (
+        ("judge:scores", "cannot be imported"),
+        ("judges:score", "cannot be imported"),
+        ("judge:NOT", "no function"),
+    ):
+        assert main([*command, "--force", "--evaluate", name]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--max-drop", "0.5"], "measured on labels; give labelled --data"),
+        (["--max-drop", "0.5", "--min-agreement", "99"], "give one of the two"),
+        (["--min-agreement", "101"], "up to 100"),
+        (["--max-drop", "-1"], "give 0 or more"),
+        (["--max-drop", "much"], "--max-drop"),
+        (["--min-agreement", "99", "--bits", "4"], "drop --bits"),
+        (["--min-agreement", "99", "--evaluate", "a:b"], "cannot be imported"),
+        (["--data", "noise"], "--data is for --max-drop or --min-agreement"),
+        (["--best-effort"], "--best-effort is for"),
+    ],
+)
+def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_data_and_functions_have_to_go_with_the_target() -> None:
+    with pytest.raises(ConfigError, match="needs data"):
+        find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99))
+    with pytest.raises(ConfigError, match="give --max-drop"):
+        find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99), evaluate=lambda _: 0.0)
