@@ -82,7 +82,7 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("bit = 4", "'bit', which is no option here; is it 'bits'?"),
         ("zzz = 4", "see --help"),
         ("[validate]\nbits = 4\n[convrt]\nbits = 4", "a table 'convrt', which is no command"),
-        ("[convert]\ndata = 'x'", "'data', which is no option here"),
+        ("[convert]\nrecipes = 'x'", "'recipes', which is no option here"),
         ("bits = true", "it takes a text, a number"),
         ("mean = []", "it takes a text, a number"),
         ("force = 1", "takes true or false"),

@@ -148,7 +148,8 @@ def test_symmetric_zero_points_are_in_the_middle(bits: int, calibration: Calibra
         ({"bits": 6, "runtime": Runtime.TENSORRT}, "reads no codes of 6 bits"),
         ({"bits": 4, "form": Form.INT8, "runtime": Runtime.TENSORRT}, "has codes of 8 bits"),
         ({"biases": BiasType.HALF, "runtime": Runtime.PORTABLE}, "have no float16"),
-        ({"runtime": "ort"}, "runtime must be a Runtime"),
+        ({"runtime": "abacus"}, "runtime 'abacus' is not one of"),
+        ({"runtime": 3}, "runtime must be a Runtime"),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, object], message: str) -> None:

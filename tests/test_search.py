@@ -22,9 +22,9 @@ from requant_onnx.numerics.ranges import RowRanges, row_ranges
 from requant_onnx.numerics.search import search_alpha
 
 CURVE_TOLERANCE = 1e-9  # sum u**2 - 2A + B cancels: float64's 1e-16 times the ratio of signal to error, below 1e6 here
-SEARCH_TOLERANCE = 1e-6  # of the error, relative to the best point of the dense scan: the promise of the search
+SEARCH_TOLERANCE = 1e-6  # of the error, relative to the best point of the scan: the promise of the search
 RAGGEDNESS = 1e-3  # every weight that changes its level puts a kink in the curve; the search stops at one (5e-4 measured)
-ALPHAS = np.arange(1, 257) / 256
+ALPHAS = np.arange(1, 257) / 256  # those of the scan, for rows as short as here
 EXPONENTS = (1.0, 0.5, 2 / 3)
 SPACES = ((True, True), (True, False), (False, True), (False, False))
 rows_strategy = hnp.arrays(np.float32, (2, 40), elements=st.floats(-4, 4, width=32))
@@ -64,7 +64,7 @@ def test_curve_equals_quantizing_every_weight(bits: int, exponent: float, spaces
 
 @settings(deadline=None)
 @given(w=rows_strategy, bits=st.integers(2, 8), exponent=st.sampled_from(EXPONENTS), spaces=st.sampled_from(SPACES))
-def test_search_is_never_worse_than_the_dense_scan(w: np.ndarray, bits: int, exponent: float, spaces: tuple[bool, bool]) -> None:
+def test_search_is_never_worse_than_the_scan(w: np.ndarray, bits: int, exponent: float, spaces: tuple[bool, bool]) -> None:
     rows, ranges = sorted_rows(w, bits, exponent)
     table = level_table(bits, PowerGrid(exponent))
     search = partial(search_alpha, objective_in_weights=spaces[0], round_in_weights=spaces[1])
@@ -97,7 +97,7 @@ def _row(ranges: RowRanges, r: int) -> RowRanges:
 
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_golden_section_reaches_the_minimum_of_a_fine_scan(bits: int, axis: int | None) -> None:
+def test_search_reaches_the_minimum_of_a_fine_scan(bits: int, axis: int | None) -> None:
     rows, ranges = sorted_rows(to_rows(laplace(8, 3000), axis), bits, 0.5)
     table = level_table(bits, PowerGrid(0.5))
     alpha = search_alpha(rows, ranges, table, objective_in_weights=True, round_in_weights=True)

@@ -79,8 +79,8 @@ def _wheel(package: str, inside: str) -> Callable[[Path], bool]:
 
 CASES = {
     "resnet50": Case("ResNet-50 shapes, 224x224", _built(lambda: resnet(50, size=224)), "folded", 256),
-    "resnet50-8": Case("the same", _built(lambda: resnet(50, size=224)), "folded", 8),
-    "resnet50-none": Case("the same", _built(lambda: resnet(50, size=224)), "folded", 0),
+    "resnet50-8": Case("ResNet-50 shapes, 224x224", _built(lambda: resnet(50, size=224)), "folded", 8),
+    "resnet50-none": Case("ResNet-50 shapes, 224x224", _built(lambda: resnet(50, size=224)), "folded", 0),
     "detector": Case("YOLOv8s shapes, 640x640", _built(detector), "folded", 64),
     "mobilenet": Case("MobileNetV2, 224x224", _file("mobilenetv2_imagenet.onnx"), "folded", 256),
     "deskew": Case(

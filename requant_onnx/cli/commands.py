@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx
+from rich.markup import escape
 
 from requant_onnx.choices import Form
 from requant_onnx.cli import tables
+from requant_onnx.cli.goals import GOALS, lines_of
 from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line
 from requant_onnx.cli.toml_options import write_options
@@ -65,6 +67,8 @@ def run_convert(args: argparse.Namespace) -> None:
     check_json(args.json, args.input, args.output, *data)
     check_page(args.html, args.force, args.input, args.output, *data)
     check_apart(args.json, args.html)
+    if args.goal is not None:
+        console_for(args).print(escape(f"--for {args.goal}, {GOALS[args.goal].title}:\n{lines_of(args.goal)}"))
     with progress_bar(args, "quantizing") as progress:
         report, sizes, calibration = convert_file(args, progress)
     if not report.converted:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import shtab
 
 from requant_onnx.choices import TRANSFORMS, Choice, parse_choice
-from requant_onnx.cli.toml_options import read_options
+from requant_onnx.cli.goals import GOALS
+from requant_onnx.cli.toml_options import options_of, read_options
 from requant_onnx.config import ENUMS, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
@@ -29,6 +30,7 @@ EPILOGS = {
   requant inspect net.onnx""",
     "convert": """examples:
   requant convert net.onnx net8.onnx
+  requant convert net.onnx small.onnx --for web
   requant convert net.onnx net4.onnx --bits 4 --json report.json
   requant convert net.onnx small.onnx --bits 4 --form folded --calibrate images.npz
   requant convert net.onnx small.onnx --bits auto --size 180kB --form folded --calibrate noise
@@ -37,7 +39,13 @@ EPILOGS = {
   requant convert net.onnx fast.onnx --bits 4 --form int8 --calibrate images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant convert net.onnx small.onnx --bits 4 --calibrate images:photos --resize 256 --crop 224
   requant convert net.onnx small.onnx --config requant.toml
-  requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max""",
+  requant convert net.onnx max.onnx --bits 6 --granularity per-tensor --transform none --range max
+goals, for --for:
+"""
+    + "\n".join(
+        f"  {name:<9}{goal.title}\n           {' '.join(f'--{option} {value}' for option, value in goal.options.items())}"
+        for name, goal in GOALS.items()
+    ),
     "convert-many": """examples:
   requant convert-many zoo small --bits 4 --form folded --calibrate noise
   requant convert-many 'zoo/*/fp32/*.onnx' small --bits 4 --jobs 4
@@ -82,16 +90,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, on top of the options of --config; `from_file` names those that the command line does not override.
+    """Parse the command line, on top of --config and a goal; `from_file` names their options that it does not override.
 
     Raises ConfigError when that file is not valid.
     """
     args = _parse(parser, arguments)
-    from_file: dict[str, Any] = {}
-    if args.config is not None:
-        commands = _commands(parser)
-        name = next(name for name, command in commands.items() if command is args.parser)
-        from_file = read_options(args.config, name, commands)
+    commands = _commands(parser)
+    name = next(name for name, command in commands.items() if command is args.parser)
+    from_file = {} if args.config is None else read_options(args.config, name, commands)
+    goal = getattr(args, "goal", None) or from_file.get("goal")
+    if goal is not None:
+        from_file = {**options_of(GOALS[goal].options, name, commands), **from_file}
+    if from_file:
         overridden = {name for name in from_file if getattr(args, name) not in (None, False)}
         args.parser.set_defaults(**from_file)
         args = _parse(parser, arguments)
@@ -171,8 +181,15 @@ def _add_convert_many(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_common(run, parser, json=False)
 
 
-def _add_conversion(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how a model is converted."""
+def _add_aims(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a file is for, and what it has to keep."""
+    parser.add_argument(
+        "--for",
+        dest="goal",
+        metavar="GOAL",
+        choices=tuple(GOALS),
+        help=f"{', '.join(GOALS)}: options that go together, see below; other options override them",
+    )
     parser.add_argument(
         "--bits", metavar="N", help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight"
     )
@@ -200,6 +217,11 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         "--evaluate", metavar="MODULE:FUNCTION", help="for --max-drop: a function from a ModelProto to a score, higher is better"
     )
     parser.add_argument("--best-effort", action="store_true", help="write the best file that was tried where none keeps the target")
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a model is converted."""
+    _add_aims(parser)
     _add_choice(parser, "granularity", "G")
     parser.add_argument("--transform", metavar="T", help=f"{TRANSFORMS} (default: {DEFAULT.transform})")
     _add_choice(parser, "range_mode", "R", option="--range")

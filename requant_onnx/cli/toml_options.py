@@ -54,6 +54,12 @@ def read_options(path: Path, command: str, parsers: Mapping[str, argparse.Argume
     return {known[name].dest: _value(path, known[name], value) for name, value in named if name in known}
 
 
+def options_of(given: Mapping[str, str], command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, Any]:
+    """Options of a command by their long names, as argparse holds them."""
+    known = _options(parsers[command])
+    return {known[name].dest: _value(Path("--for"), known[name], value) for name, value in given.items()}
+
+
 def write_options(args: argparse.Namespace) -> str:
     """The text of a file that reproduces a run: the options that were given."""
     lines = []

@@ -1,7 +1,7 @@
 """The alpha of least error (REQuant, arXiv 2510.04044, range search), on the exact curve of curve.py.
 
-1. Scan alpha = 64/64, 63/64, ... and stop where the clipping error alone, which only grows as alpha falls, exceeds the best
-   error seen: no skipped point of the 64 can win.
+1. Scan alpha = 64/64, 63/64, ... (in steps of 1/256 for short rows) and stop where the clipping error alone, which only grows as
+   alpha falls, exceeds the best error seen: no skipped point can win.
 2. Scan twice around the best point (five times where rounding is not to the level of least error), each time 4 times finer: every
    weight that changes its level puts a kink in the curve, and so near its flat bottom there are many minima.
 3. Exact finish: between two kinks the error is a parabola in the scale.  Go to the vertex of the parabola at the best point, where
@@ -22,6 +22,7 @@ from requant_onnx.numerics.parallel import slices
 from requant_onnx.numerics.ranges import RowRanges
 
 SCAN_POINTS = 64
+FEW_WEIGHTS, MORE_POINTS = 64, 256  # rows of so few weights have ragged curves, and are scanned at more points
 CHUNK = 256  # thresholds of the points of the first scan that are evaluated before the next look at the clipping error
 ROUNDS = 2  # of finer scans
 MORE_ROUNDS = 5  # where weights do not go to the level of least error, so that vertices lead nowhere
@@ -62,10 +63,15 @@ def search_alpha(
     return alphas
 
 
+def scan_points(weights: int) -> int:
+    """How many points the first scan has.  weights: of a row."""
+    return MORE_POINTS if weights <= FEW_WEIGHTS else SCAN_POINTS
+
+
 def _search(curves: Curves) -> Float64Array:
     """The alpha of least error of each row, (rows,)."""
     alpha, best = _scan(curves)
-    distance = 1 / SCAN_POINTS
+    distance = 1 / scan_points(curves.w.shape[1])
     for _ in range(ROUNDS if curves.is_nearest else MORE_ROUNDS):
         distance /= REACH
         points = np.clip(alpha[:, None] + distance * np.arange(-REACH, REACH + 1), distance, 1.0)
@@ -82,8 +88,9 @@ def _scan(curves: Curves) -> tuple[Float64Array, Float64Array]:
     """The best of the points i/256, from alpha = 1 down to where clipping alone costs more: alphas and errors, (rows,)."""
     count = len(curves.steps)
     alpha, best = np.ones(count), np.full(count, np.inf)
-    points = np.arange(SCAN_POINTS, 0, -1) / SCAN_POINTS
-    chunks = slices(SCAN_POINTS, max(1, CHUNK // curves.max_code))
+    number = scan_points(curves.w.shape[1])
+    points = np.arange(number, 0, -1) / number
+    chunks = slices(number, max(1, CHUNK // curves.max_code))
     least = curves.clipping(np.broadcast_to(points[[chunk.start for chunk in chunks]], (count, len(chunks))))
     for k, chunk in enumerate(chunks):
         left = np.flatnonzero(least[:, k] <= best)

@@ -1,0 +1,44 @@
+"""Goals set options, which every other option overrides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import OWN_MODEL
+
+from requant_onnx.cli.goals import GOALS, lines_of
+from requant_onnx.cli.main import main
+
+
+def config_of(folder: Path, *options: str) -> dict[str, object]:
+    command = ["convert", str(OWN_MODEL), str(folder / "out.onnx"), "--force", "--json", str(folder / "r.json"), *options]
+    assert main([*command, "--calibrate-limit", "8"]) == 0
+    config = json.loads((folder / "r.json").read_text())["config"]
+    assert isinstance(config, dict)
+    return config
+
+
+@pytest.mark.parametrize("goal", [goal for goal in GOALS if goal != "archive"])
+def test_a_goal_is_its_options(goal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path, "--for", goal)
+    assert lines_of(goal) in capsys.readouterr().out
+    (tmp_path / "same.toml").write_text(lines_of(goal))
+    assert config_of(tmp_path, "--config", str(tmp_path / "same.toml")) == config
+    assert str(config["bits"]) == GOALS[goal].options["bits"]
+
+
+def test_other_options_override_a_goal(tmp_path: Path) -> None:
+    plain = ("--bits", "6", "--form", "qdq")
+    assert config_of(tmp_path, "--for", "web", *plain) == config_of(tmp_path, "--runtime", "web", *plain)
+    (tmp_path / "own.toml").write_text('for = "web"\nbits = 6\n')
+    config = config_of(tmp_path, "--config", str(tmp_path / "own.toml"))
+    assert (config["bits"], config["runtime"], config["form"]) == (6, "web", "folded")
+
+
+def test_help_lists_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    printed = capsys.readouterr().out
+    assert all(goal.title in printed for goal in GOALS.values())
