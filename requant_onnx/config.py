@@ -85,6 +85,7 @@ class QuantConfig:
     biases: how biases and other vectors are stored.
     keep_inputs: whether weights that a caller may replace (initializers that are inputs of the graph too) stay, in float.
     activation_range, int8_levels, int8_speed: of the int8 form.
+    int8_min_sqnr: of the int8 form, dB that the outputs keep; nodes whose activations cost more stay float.  -inf: no limit.
     overrides: settings of single layers, the last rule that sets one wins; also texts, or a table from patterns to settings.
     """
 
@@ -104,6 +105,7 @@ class QuantConfig:
     activation_range: ActivationRange = ActivationRange.MIN_MAX
     int8_levels: Int8Levels = Int8Levels.SAFE
     int8_speed: Int8Speed = Int8Speed.AUTO
+    int8_min_sqnr: float = 15.0
     overrides: Rules = ()
 
     def __post_init__(self) -> None:
@@ -119,6 +121,12 @@ class QuantConfig:
         for name, kind in {**ENUMS, "transform": Transform, "symmetric": bool, "keep_inputs": bool}.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
+        if (
+            isinstance(self.int8_min_sqnr, bool)
+            or not isinstance(self.int8_min_sqnr, int | float)
+            or math.isnan(self.int8_min_sqnr)
+        ):
+            raise ConfigError(f"int8_min_sqnr must be a number of decibels, not {self.int8_min_sqnr!r}")
         self._check_runtime()
 
     def _check_runtime(self) -> None:
@@ -184,8 +192,10 @@ class QuantConfig:
         """The settings in the words of the command line; `from_dict` reads them."""
         names = [item.name for item in fields(self) if OPTIONS_OF_FORM.get(item.name, self.form) is self.form]
         values = {name: getattr(self, name) for name in names}
-        plain: dict[str, Any] = {name: value if isinstance(value, int) else str(value) for name, value in values.items()}
+        plain: dict[str, Any] = {name: value if isinstance(value, int | float) else str(value) for name, value in values.items()}
         plain.pop("overrides")
+        if self.form is Form.INT8 and not math.isfinite(self.int8_min_sqnr):
+            plain["int8_min_sqnr"] = str(self.int8_min_sqnr)  # which JSON lacks
         if self.rules:
             plain["overrides"] = [str(rule) for rule in self.rules]
         return {**plain, "bits": "auto", **self.bits.to_dict()} if isinstance(self.bits, Budget) else plain
@@ -204,6 +214,8 @@ class QuantConfig:
         for name, kind in ENUMS.items():
             if isinstance(given.get(name), str):
                 given[name] = parse_choice(kind, given[name], name)
+        if isinstance(given.get("int8_min_sqnr"), str):
+            given["int8_min_sqnr"] = float(given["int8_min_sqnr"])
         if isinstance(given.get("transform"), str):
             given["transform"] = Transform.parse(given["transform"])
         known = [item.name for item in fields(cls)]
@@ -213,7 +225,7 @@ class QuantConfig:
         return cls(**given)
 
 
-OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int8_speed": Form.INT8}
+OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int8_speed": Form.INT8, "int8_min_sqnr": Form.INT8}
 """Settings that only one form has."""
 
 ENUMS: dict[str, type[Choice]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -351,3 +352,39 @@ def test_the_cpu_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
     assert not cpu.adds_exactly()
+
+
+def unequal_channels() -> onnx.ModelProto:
+    """One channel between two layers is a thousand times larger than the others, and counts for no more than they."""
+    text = """net (float[n, 8, 12, 12] x) => (float[n, 10] y) {
+        a = Conv<pads = [1, 1, 1, 1]>(x, u) b = Relu(a) c = Conv<pads = [1, 1, 1, 1]>(b, v) d = Relu(c)
+        e = Conv<pads = [1, 1, 1, 1]>(d, w) g = GlobalAveragePool(e) f = Flatten(g) y = MatMul(f, t) }"""
+    u, v, w, t = laplace(64, 8, 3, 3), laplace(64, 64, 3, 3, seed=1), laplace(64, 64, 3, 3, seed=2), laplace(64, 10, seed=3)
+    u[0] *= 1000
+    v[:, 0] /= 1000
+    return parse(text, u=u, v=v, w=w, t=t)
+
+
+def test_nodes_whose_activations_8_bits_do_not_hold_stay_float() -> None:
+    images = ImageSet(np.random.default_rng(0).normal(size=(40, 8, 12, 12)).astype(np.float32), None)
+    calibration = Calibration(images, count=24)
+    found, kept = {}, {}
+    for least in (-math.inf, 15.0):
+        config = QuantConfig(8, form=Form.INT8, int8_speed=Int8Speed.ALL, int8_min_sqnr=least)
+        _, report = quantize_model(unequal_channels(), config, calibration=calibration)
+        assert report.check is not None
+        found[least] = report
+        kept[least] = report.check.sqnr_db or 0.0
+    assert kept[-math.inf] < 12
+    assert kept[15.0] >= 15
+    forms = {weight.name: (weight.form, weight.why_not_int8) for weight in found[15.0].converted}
+    assert forms["w"][0] == "int8"
+    assert forms["v"][0] == "folded"
+    assert "activations that 8 bits do not hold" in forms["v"][1]
+    assert QuantConfig.from_dict(found[-math.inf].config).int8_min_sqnr == -math.inf
+
+
+@pytest.mark.parametrize("least", [True, math.nan, "much"])
+def test_a_least_sqnr_is_a_number(least: object) -> None:
+    with pytest.raises(ConfigError, match="int8_min_sqnr must be a number"):
+        QuantConfig(form=Form.INT8, int8_min_sqnr=least)  # type: ignore[arg-type]

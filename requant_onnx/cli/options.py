@@ -294,6 +294,11 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     _add_choice(parser, "activation_range", "R", "for --form int8: ")
     _add_choice(parser, "int8_levels", "L", INT8_LEVELS)
     _add_choice(parser, "int8_speed", "S", INT8_SPEED)
+    parser.add_argument(
+        "--int8-min-sqnr",
+        metavar="DB",
+        help="for --form int8: nodes whose 8-bit activations cost the outputs more stay float (default: 15; none: no limit)",
+    )
 
 
 def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import math
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
         given["transform"] = Transform.parse(args.transform)
     given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
     given.setdefault("form", RUNTIMES[given.get("runtime", base.runtime)].forms[0])
+    if args.int8_min_sqnr is not None:
+        none = args.int8_min_sqnr == "none"
+        given["int8_min_sqnr"] = -math.inf if none else _numbers(args.int8_min_sqnr, "--int8-min-sqnr")[0]
     for name, form in OPTIONS_OF_FORM.items():
         if name not in given or given["form"] is form:
             continue

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import onnx
 
@@ -12,18 +12,23 @@ from requant_onnx.choices import Granularity, Int8Speed
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
+from requant_onnx.files.load import is_large
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.integer.nodes import Bias, biases_of, min_scales_of
-from requant_onnx.graph.integer.plan import IntegerPlan, plan_integers
+from requant_onnx.graph.integer.plan import GENERIC, IntegerPlan, plan_integers
 from requant_onnx.graph.integer.worth import COSTS, FAST, SLOWER, VNNI, slower_on_integers, watched_tensors
 from requant_onnx.graph.weights import View
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.activation import ActivationGrid, activation_grid
 from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
-from requant_onnx.runtime.feeds import activation_sizes, watch_activations
+from requant_onnx.runtime.activation_loss import activation_loss
+from requant_onnx.runtime.feeds import activation_sizes, calibration_chunks, watch_activations
 from requant_onnx.runtimes import RUNTIMES
+
+LOSS_INPUTS = 16  # on which the loss by activations is measured
+MARGIN_DB = 1.0  # that the weights may take of the least SQNR
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,45 @@ def watch_integers(
         )
         for name, h in histograms.items()
     }
-    grids = {tensor: grid_of[source] for tensor, source in plan.source.items()}
+    unfit = _unfit(model.proto, grid_of, config, calibration)
+    if unfit:
+        plan = _without(model, plan, unfit, config)
+    grids = {tensor: grid_of[source] for tensor, source in plan.source.items() if source in grid_of}
     per_channel = config.granularity is Granularity.PER_CHANNEL
     biases = biases_of(model, plan) if RUNTIMES[config.runtime].int32_biases else []
     return Integers(plan, grids, tuple(biases), min_scales_of(biases, grids, per_channel=per_channel))
+
+
+def _unfit(
+    model: onnx.ModelProto,
+    grids: Mapping[str, ActivationGrid],
+    config: QuantConfig,
+    calibration: Calibration,
+) -> set[str]:
+    """The activations whose 8 bits cost the outputs too much: those that cost most alone, until the rest leave enough."""
+    if not math.isfinite(config.int8_min_sqnr) or is_large(model):
+        return set()
+    chunks = calibration_chunks(model, replace(calibration, count=min(calibration.count, LOSS_INPUTS)))
+    loss, allowed = activation_loss(model, grids, chunks), 10 ** (-(config.int8_min_sqnr + MARGIN_DB) / 10)
+    left, unfit = set(grids), set[str]()
+    if loss(left) <= allowed:
+        return unfit
+    order = sorted(left, key=lambda name: loss({name}))
+    while order and loss(left) > allowed:
+        for _ in range(max(1, len(order) // 10)):
+            unfit.add(order.pop())
+        left -= unfit
+    return unfit
+
+
+def _without(model: ModelGraph, plan: IntegerPlan, unfit: set[str], config: QuantConfig) -> IntegerPlan:
+    """The plan without the weights whose nodes read or give such activations."""
+    reads = {node.weight for node in plan.weighted if plan.source.get(node.x, node.x) in unfit}
+    gives = {node.weight for node in plan.weighted if plan.source.get(plan.results.get(node.output, node.output)) in unfit}
+    without = plan_integers(model, set(plan.weights) - reads - gives, GENERIC if config.int8_speed is Int8Speed.ALL else FAST)
+    why = f"reads or gives activations that 8 bits do not hold (with them, the outputs have less than {config.int8_min_sqnr:g} dB)"
+    without.why_not.update({**plan.why_not, **dict.fromkeys(set(plan.weights) - set(without.weights), why)})
+    return without
 
 
 def _fast(model: ModelGraph, weights: set[str], config: QuantConfig, calibration: Calibration) -> IntegerPlan:

@@ -47,6 +47,7 @@ class IntegerPlan:
     floats: quantized tensors that a float node computes (or the caller gives), so that float readers keep the float.
     ceilings: quantized tensor -> the most that a Clip absorbed into it lets through; no range may pass it.
     why_not: converted weight that stays float -> reason (a sentence without its subject).
+    results: first output of a node on integers -> the tensor that its result is read from, behind an activation without a node.
     """
 
     weighted: list[WeightedNode] = field(default_factory=list)
@@ -55,6 +56,7 @@ class IntegerPlan:
     floats: set[str] = field(default_factory=set)
     ceilings: dict[str, float] = field(default_factory=dict)
     why_not: dict[str, str] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, list[WeightedNode]]:
@@ -84,6 +86,7 @@ def plan_integers(model: ModelGraph, weights: Collection[str], generic: Collecti
         else:
             continue
         result = results.of(node)
+        plan.results[node.outputs[0].name] = result.name
         if result is not node.outputs[0] and result.inputs[0].op == "Clip":
             plan.ceilings[result.name] = _ceiling(result.inputs[0])
         if node.op in MOVES:
