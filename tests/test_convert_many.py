@@ -39,7 +39,7 @@ def record(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_what_fails_stops_nothing_and_the_rest_goes_on_later(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    command = ["convert-many", str(zoo), str(out), "--bits", "4", "--jobs", "2"]
+    command = ["convert-many", str(zoo), str(out), "--bits", "4", "--calibrate", "none", "--jobs", "2"]
     assert main(command) == 2
     printed = capsys.readouterr()
     assert "failed: b/broken.onnx: '" in printed.out
@@ -49,7 +49,7 @@ def test_what_fails_stops_nothing_and_the_rest_goes_on_later(zoo: Path, tmp_path
         "a/dense.onnx": "converted", "b/broken.onnx": "failed", "b/resnet.onnx": "converted",
     }  # fmt: skip
     assert lines["b/resnet.onnx"]["bytes_after"] == (out / "b/resnet.onnx").stat().st_size
-    assert main(["convert", str(OWN_MODEL), str(tmp_path / "alone.onnx"), "--bits", "4"]) == 0
+    assert main(["convert", str(OWN_MODEL), str(tmp_path / "alone.onnx"), "--bits", "4", "--calibrate", "none"]) == 0
     assert (tmp_path / "alone.onnx").read_bytes() == (out / "b/resnet.onnx").read_bytes()
     onnx.checker.check_model(out / "a/dense.onnx")
 
@@ -64,12 +64,13 @@ def test_what_fails_stops_nothing_and_the_rest_goes_on_later(zoo: Path, tmp_path
 
 def test_other_settings_replace_nothing_without_force(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pattern, out = str(zoo / "**/r*.onnx"), tmp_path / "out"
-    assert main(["convert-many", pattern, str(out), "--jobs", "1"]) == 0
+    none = ("--calibrate", "none", "--force-quality")
+    assert main(["convert-many", pattern, str(out), "--jobs", "1", *none]) == 0
     lines, data = record(out), (out / "resnet.onnx").read_bytes()
-    assert main(["convert-many", pattern, str(out), "--bits", "3"]) == 2
+    assert main(["convert-many", pattern, str(out), "--bits", "3", *none]) == 2
     assert "--force" in capsys.readouterr().out
     assert (record(out), (out / "resnet.onnx").read_bytes()) == (lines, data)
-    assert main(["convert-many", pattern, str(out), "--bits", "3", "--force", "--jobs", "1"]) == 0
+    assert main(["convert-many", pattern, str(out), "--bits", "3", "--force", "--jobs", "1", *none]) == 0
     assert (out / "resnet.onnx").stat().st_size < len(data)
 
 
@@ -94,7 +95,7 @@ def test_mistakes_are_found_before_the_work(
 
 def test_results_inside_the_folder_of_models_are_no_models(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (zoo / "b/broken.onnx").unlink()
-    command = ["convert-many", str(zoo), str(zoo / "small"), "--jobs", "1"]
+    command = ["convert-many", str(zoo), str(zoo / "small"), "--jobs", "1", "--calibrate", "none"]
     assert main(command) == 0
     assert main(command) == 0
     assert "2 of 2 converted, 2 of them by an earlier run" in capsys.readouterr().out
@@ -104,8 +105,10 @@ def test_it_runs_on_a_dask_cluster(zoo: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         address = cluster.scheduler_address
-        assert main(["convert-many", str(zoo), str(tmp_path / "dask"), "--bits", "4", "--dask", address]) == 2
-    assert main(["convert-many", str(zoo), str(tmp_path / "here"), "--bits", "4"]) == 2
+        assert (
+            main(["convert-many", str(zoo), str(tmp_path / "dask"), "--bits", "4", "--calibrate", "none", "--dask", address]) == 2
+        )
+    assert main(["convert-many", str(zoo), str(tmp_path / "here"), "--bits", "4", "--calibrate", "none"]) == 2
     for name in ("a/dense.onnx", "b/resnet.onnx"):
         assert (tmp_path / "dask" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert {line["status"] for line in record(tmp_path / "dask").values()} == {"converted", "failed"}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
-from conftest import OWN_MODEL
+from conftest import small_cnn
 
 from requant_onnx.cli.goals import GOALS, lines_of
 from requant_onnx.cli.main import main
 
 
 def config_of(folder: Path, *options: str) -> dict[str, object]:
-    command = ["convert", str(OWN_MODEL), str(folder / "out.onnx"), "--force", "--json", str(folder / "r.json"), *options]
-    assert main([*command, "--calibrate-limit", "8"]) == 0
+    onnx.save(small_cnn(), folder / "in.onnx")
+    command = ["convert", str(folder / "in.onnx"), str(folder / "out.onnx"), "--force", "--json", str(folder / "r.json"), *options]
+    assert main([*command, "--calibrate-limit", "8", "--force-quality"]) == 0
     config = json.loads((folder / "r.json").read_text())["config"]
     assert isinstance(config, dict)
     return config

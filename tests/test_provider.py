@@ -12,6 +12,7 @@ from conftest import OWN_MODEL
 
 from requant_onnx import Calibration, ConfigError, Form, QuantConfig, quantize_model, use_provider
 from requant_onnx.cli.main import main
+from requant_onnx.runtime.sessions import provider_in_use
 
 OTHER = "AzureExecutionProvider"  # is in every build of ONNX Runtime for Python, and leaves all operators of ONNX to the CPU
 
@@ -37,8 +38,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["azure", "AzureExecutionProvider", "AZURE"])
-def test_layers_are_refined_on_the_provider(name: str, asked: list[list[str]]) -> None:
+def test_names_are_read_as_they_are_written(name: str) -> None:
     use_provider(name)
+    assert provider_in_use() == OTHER
+
+
+def test_layers_are_refined_on_the_provider(asked: list[list[str]]) -> None:
+    use_provider("azure")
     made, _ = quantize_model(OWN_MODEL, QuantConfig(4, form=Form.FOLDED), calibration=Calibration(count=8))
     assert [OTHER, "CPUExecutionProvider"] in asked  # the layers
     assert ["CPUExecutionProvider"] in asked  # the promise of the form
