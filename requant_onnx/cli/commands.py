@@ -36,13 +36,14 @@ from requant_onnx.cli.values import (
 )
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert import pipeline
-from requant_onnx.convert.report import QuantReport
+from requant_onnx.convert.report import QuantReport, as_json
 from requant_onnx.convert.restore import restore_model
 from requant_onnx.errors import ConfigError, DataError, ModelError, QualityError
 from requant_onnx.evaluate.cache import Cache, default_folder
 from requant_onnx.evaluate.gate import check_gate, parse_gate
 from requant_onnx.evaluate.jobs import open_executor
 from requant_onnx.evaluate.recipes import Comparison, compare
+from requant_onnx.evaluate.sensitivity import WeightCost, sensitivity
 from requant_onnx.evaluate.target import Target, find_smallest
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.atomic import write_atomically
@@ -226,12 +227,22 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    """requant inspect: list the weights of a model."""
+    """requant inspect: list the weights of a model, and what each of them costs."""
     check_json(args.json, args.model)
+    if args.data is not None and not args.sensitivity:
+        raise ConfigError("--data is for --sensitivity; give --sensitivity, or drop --data")
     with status_line(args, "reading the model"):
         report = pipeline.inspect_model(args.model)
-    write_json(args.json, {**report.to_dict(), "model": str(args.model)})
+    costs: tuple[WeightCost, ...] = ()
+    if args.sensitivity:
+        calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
+        with progress_bar(args, "measuring") as progress:
+            costs = sensitivity(args.model, calibration, progress=progress)
+    found = {"sensitivity": [asdict(cost) for cost in costs]} if args.sensitivity else {}
+    write_json(args.json, as_json({**report.to_dict(), "model": str(args.model), **found}))
     tables.print_inspection(console_for(args), report)
+    if costs:
+        tables.print_sensitivity(console_for(args), costs, "images of noise" if args.data is None else args.data)
 
 
 def run_explain(args: argparse.Namespace) -> None:

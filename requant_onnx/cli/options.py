@@ -59,8 +59,9 @@ one line of JSON a model is in OUT_DIR/requant.jsonl; the same command again goe
 pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
     "restore": """example:
   requant restore net4.onnx float.onnx""",
-    "inspect": """example:
-  requant inspect net.onnx --json net.json""",
+    "inspect": """examples:
+  requant inspect net.onnx --json net.json
+  requant inspect net.onnx --sensitivity --data images:val --fit""",
     "report": """examples:
   requant report net.onnx net4.onnx net4.html
   requant report net.onnx net4.onnx net4.html --data cifar10:cifar-10-batches-bin
@@ -145,7 +146,7 @@ def parser_of(
     _add_compare(
         compare, _command(commands.add_parser, "compare", help="try recipes and bits on a model, and list what each costs")
     )
-    _add_model(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
+    _add_inspect(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
     _add_model(explain, _command(commands.add_parser, "explain", help="say what ONNX Runtime does with each weight of a model"))
     _add_restore(restore, _command(commands.add_parser, "restore", help="write the plain float model of a quantized one"))
     return parser
@@ -387,6 +388,18 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(run: Command, parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "model", "MODEL.onnx")
+    _add_common(run, parser)
+
+
+def _add_inspect(run: Command, parser: argparse.ArgumentParser) -> None:
+    _add_file(parser, "model", "MODEL.onnx")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="also list what each weight alone costs the output at 8, 6, 4, 3 and 2 bits"
+    )
+    parser.add_argument("--data", metavar="SPEC", help="inputs for --sensitivity, as in validate (default: noise)")
+    parser.add_argument("--limit", metavar="N", help="use only the first N images")
+    _add_images(parser, "of the images")
+    _add_provider(parser)
     _add_common(run, parser)
 
 

@@ -14,6 +14,7 @@ from requant_onnx.cli.record import Line
 from requant_onnx.convert.report import Compared, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison
+from requant_onnx.evaluate.sensitivity import WeightCost
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.numerics.outputs import OutputReport
@@ -156,6 +157,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 def print_inspection(console: Console, report: InspectReport) -> None:
     """Print opset, operators and weights."""
     console.print(escape(f"opset {report.opset}, IR version {report.ir_version}, made by {report.producer or 'unknown'}"))
+    for title, tensors in (("inputs", report.inputs), ("outputs", report.outputs)):
+        console.print(escape(f"{title}: {', '.join(tensors)}"))
     console.print("operators: " + escape(", ".join(f"{op} {count}" for op, count in report.ops.items())))
     if report.weights:
         table = _table("can be converted", "op", "shape", "layer", "bytes")
@@ -164,7 +167,20 @@ def print_inspection(console: Console, report: InspectReport) -> None:
             table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), edge, f"{weight.bytes:,}")
         console.print(table)
     print_skipped(console, report.skipped)
-    console.print(f"weights: {len(report.weights)} can be converted, {sum(w.bytes for w in report.weights):,} bytes")
+    size = sum(weight.bytes for weight in report.weights)
+    console.print(f"weights: {len(report.weights)} can be converted, {size:,} bytes, {report.coverage:.1%} of all float constants")
+
+
+def print_sensitivity(console: Console, costs: Sequence[WeightCost], inputs: str) -> None:
+    """Print what each weight costs at each width, the most sensitive first."""
+    widths = sorted(costs[0].sqnr_db, reverse=True) if costs else []
+    table = _table("weight alone at", "op", *(f"{bits} bits" for bits in widths), "bytes before", "at 8", "at 4")
+    for cost in costs:
+        cells = [decibels(cost.sqnr_db[bits], "") for bits in widths]
+        sizes = [f"{cost.bytes[bits]:,}" if bits in cost.bytes else "" for bits in (8, 4)]
+        table.add_row(escape(cost.name), cost.op, *cells, f"{cost.bytes_before:,}", *sizes)
+    console.print(table)
+    console.print(f"SQNR of the output in dB on {inputs}, each weight at its nearest levels and all others in float")
 
 
 def print_explanation(console: Console, explanation: Explanation) -> None:

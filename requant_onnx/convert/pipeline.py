@@ -138,16 +138,32 @@ def inspect_model(model: ModelLike) -> InspectReport:
     loaded = load_runnable(model).copy()
     opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
+    stored = {item.name for item in loaded.graph.initializer}
+    inputs = tuple(_typed(item) for item in loaded.graph.input if item.name not in stored)
+    outputs = tuple(_typed(item) for item in loaded.graph.output)
     graph = exposed(loaded).graph
-    view = find_weights(graph)
+    view, floats = find_weights(graph), float_constants(graph.proto)
     return InspectReport(
         opset=opset,
         ir_version=ir_version,
         producer=f"{loaded.producer_name} {loaded.producer_version}".strip(),
         ops=dict(ops.most_common()),
         weights=tuple(InspectedWeight(w.name, w.op, w.shape, w.is_edge, w.stored_bytes) for w in view.weights),
-        skipped=(*view.skipped, *unconverted(float_constants(graph.proto), {w.name for w in view.weights}, view.skipped)),
+        skipped=(*view.skipped, *unconverted(floats, {w.name for w in view.weights}, view.skipped)),
+        inputs=inputs,
+        outputs=outputs,
+        floats=sum(each.bytes for each in floats),
     )
+
+
+def _typed(item: onnx.ValueInfoProto) -> str:
+    """A tensor with its type and shape, as text."""
+    tensor = item.type.tensor_type
+    if not item.type.HasField("tensor_type"):
+        return f"{item.name} ({item.type.WhichOneof('value') or 'no type'})"
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    sizes = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
+    return f"{item.name} ({kind} {'x'.join(sizes) or 'scalar'})"
 
 
 def _check(config: QuantConfig, calibration: Calibration | None, threads: int | None, time_limit: float | None) -> None:

@@ -269,7 +269,10 @@ class InspectedWeight:
 
 @dataclass(frozen=True, repr=False)
 class InspectReport:
-    """One model.  ops: operator -> count, bodies of If, Loop and Scan included.  bytes: of the stored weights."""
+    """One model.  ops: operator -> count, bodies of If, Loop and Scan included.
+
+    inputs, outputs: what a caller gives and gets, as text.  floats: bytes of all float constants.
+    """
 
     opset: int
     ir_version: int
@@ -277,14 +280,22 @@ class InspectReport:
     ops: dict[str, int]
     weights: tuple[InspectedWeight, ...]
     skipped: tuple[SkippedWeight, ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    floats: int = 0
+
+    @property
+    def coverage(self) -> float:
+        """Share of the bytes of all float constants that can be converted, 0 .. 1."""
+        return min(1.0, sum(weight.bytes for weight in self.weights) / self.floats) if self.floats else 0.0
 
     def __repr__(self) -> str:
         """Short: all fields are in to_dict()."""
         return f"<InspectReport: opset {self.opset}, {len(self.weights)} weights, {len(self.skipped)} skipped>"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
-        return _fields(self)
+        """All fields and the coverage, for JSON."""
+        return {**_fields(self), "coverage": self.coverage}
 
 
 def _html(rows: Sequence[tuple[str, str]]) -> str:
