@@ -229,7 +229,7 @@ def run_report(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """requant inspect: list the weights of a model, and what each of them costs."""
     check_json(args.json, args.model)
-    if args.data is not None and not args.sensitivity:
+    if args.data is not None and not args.sensitivity and "data" not in args.from_file:
         raise ConfigError("--data is for --sensitivity; give --sensitivity, or drop --data")
     with status_line(args, "reading the model"):
         report = pipeline.inspect_model(args.model)

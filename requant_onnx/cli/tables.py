@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from requant_onnx.choices import Form
+from requant_onnx.cli.grid import Grid
 from requant_onnx.cli.record import Line
 from requant_onnx.convert.report import Compared, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
 from requant_onnx.convert.restore import RestoreReport
@@ -27,10 +27,10 @@ ALIKE = 3  # skipped weights with the same reason that get a line each
 def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int]) -> None:
     """Print one row per weight, the skipped weights with their reasons, and totals.  sizes: sizes of the two files in bytes."""
     if report.converted:
-        table = _table("weight", "op", "shape", "bits", "transform", "alpha", "scale", "MSE", "SQNR dB", "bytes before", "after")
+        table = Grid("weight", "op", "shape", "bits", "transform", "alpha", "scale", "MSE", "SQNR dB", "bytes before", "after")
         for weight in report.converted:
             table.add_row(*_weight_row(weight))
-        console.print(table)
+        table.show(console)
     print_skipped(console, report.skipped)
     hint = FORMS[Form(report.config["form"])].hint
     if report.converted and hint:
@@ -64,10 +64,10 @@ def _check(report: QuantReport) -> str:
 def _print_front(console: Console, front: tuple[FrontPoint, ...]) -> None:
     if not front:
         return
-    table = Table("file of about", "SQNR dB", box=None, header_style="bold", pad_edge=False)
+    table = Grid("file of about", "SQNR dB")
     for point in front:
         table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")
-    console.print(table)
+    table.show(console)
 
 
 def _remarks(report: QuantReport) -> list[str]:
@@ -94,14 +94,14 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
 
 def print_validation(console: Console, report: ValidationReport) -> None:
     """Print the reference next to the candidate, and how alike every output is."""
-    table = _table(f"{report.images:,} {report.kind}", "reference", "candidate", "")
+    table = Grid(f"{report.images:,} {report.kind}", "reference", "candidate", "")
     if report.top1 is not None and report.top1_error is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), _change(report.top1, report.top1_error))
     table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
     if report.latency_ms is not None and report.latency_ratio is not None:
         latency = f"latency, batch {report.latency_batch}"
         table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{report.latency_ratio:.2f} x the time")
-    console.print(table)
+    table.show(console)
     answers = []
     if report.agreement is not None:
         answers.append(f"{report.agreement_of} agreement {report.agreement:.2%}, standard error {report.agreement_error:.2%}")
@@ -124,13 +124,13 @@ def _change(top1: Compared, error: float) -> str:
 
 
 def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:
-    table = _table("output", "kind", "SQNR dB", "cosine", "largest difference", "agreement")
+    table = Grid("output", "kind", "SQNR dB", "cosine", "largest difference", "agreement")
     for output in outputs:
         figures = (("{:.1f}", output.sqnr_db), ("{:.5f}", output.cosine), ("{:.3g}", output.largest))
         cells = ["" if value is None else text.format(value) for text, value in figures]
         agreement = "" if output.agreement is None else f"{output.agreement:.2%} of {output.count:,} {output.what}"
         table.add_row(escape(output.name), output.kind, *cells, agreement)
-    console.print(table)
+    table.show(console)
     for output in outputs:
         if output.kind == "detections":
             found = f"{output.extra['found_0.75']:.2%} with an overlap of 0.75 or more"
@@ -142,15 +142,14 @@ def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print one row per trial, the float model first."""
     labeled = comparison.top1 is not None
-    table = _table("recipe", "bits", "bytes", "x smaller", *(["top-1", "change"] if labeled else []), "agreement", "SQNR dB")
-    table.columns[1].justify = "right"
+    table = Grid("recipe", "bits", "bytes", "x smaller", *(["top-1", "change"] if labeled else []), "agreement", "SQNR dB")
     accuracy = [] if comparison.top1 is None else [f"{comparison.top1:.2%}", ""]
     table.add_row("float", "32", f"{comparison.bytes:,}", "", *accuracy, "", "")
     for trial in comparison.trials:
         accuracy = [] if trial.top1 is None or trial.change is None else [f"{trial.top1:.2%}", f"{trial.change * 100:+.2f} points"]
         cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *accuracy]
         table.add_row(*cells, f"{trial.agreement:.2%}", decibels(trial.sqnr_db, ""))
-    console.print(table)
+    table.show(console)
     console.print(f"{comparison.images:,} images" + ("" if labeled else " without labels: the table shows agreement, not accuracy"))
 
 
@@ -161,11 +160,11 @@ def print_inspection(console: Console, report: InspectReport) -> None:
         console.print(escape(f"{title}: {', '.join(tensors)}"))
     console.print("operators: " + escape(", ".join(f"{op} {count}" for op, count in report.ops.items())))
     if report.weights:
-        table = _table("can be converted", "op", "shape", "layer", "bytes")
+        table = Grid("can be converted", "op", "shape", "layer", "bytes")
         for weight in report.weights:
             edge = "first or last" if weight.edge else ""
             table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), edge, f"{weight.bytes:,}")
-        console.print(table)
+        table.show(console)
     print_skipped(console, report.skipped)
     size = sum(weight.bytes for weight in report.weights)
     console.print(f"weights: {len(report.weights)} can be converted, {size:,} bytes, {report.coverage:.1%} of all float constants")
@@ -174,24 +173,22 @@ def print_inspection(console: Console, report: InspectReport) -> None:
 def print_sensitivity(console: Console, costs: Sequence[WeightCost], inputs: str) -> None:
     """Print what each weight costs at each width, the most sensitive first."""
     widths = sorted(costs[0].sqnr_db, reverse=True) if costs else []
-    table = _table("weight alone at", "op", *(f"{bits} bits" for bits in widths), "bytes before", "at 8", "at 4")
+    table = Grid("weight alone at", "op", *(f"{bits} bits" for bits in widths), "bytes before", "at 8", "at 4")
     for cost in costs:
         cells = [decibels(cost.sqnr_db[bits], "") for bits in widths]
         sizes = [f"{cost.bytes[bits]:,}" if bits in cost.bytes else "" for bits in (8, 4)]
         table.add_row(escape(cost.name), cost.op, *cells, f"{cost.bytes_before:,}", *sizes)
-    console.print(table)
+    table.show(console)
     console.print(f"SQNR of the output in dB on {inputs}, each weight at its nearest levels and all others in float")
 
 
 def print_explanation(console: Console, explanation: Explanation) -> None:
     """Print what ONNX Runtime does with each weight."""
-    table = _table("weight", "op", "shape", "fate", "kernel", "why not better")
-    for column in table.columns[3:]:
-        column.justify = "left"
+    table = Grid("weight", "op", "shape", "fate", "kernel", "why not better", left=("fate", "kernel", "why not better"))
     for weight in explanation.weights:
         table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), weight.fate.value, weight.kernel, weight.why)
     if explanation.weights:
-        console.print(table)
+        table.show(console)
     operators = ", ".join(f"{op} {count}" for op, count in explanation.operators.items())
     console.print(escape(f"ONNX Runtime {explanation.runtime} runs: {operators}"))
     fates = Counter(weight.fate.value for weight in explanation.weights)
@@ -226,20 +223,11 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
 
 def print_tried(console: Console, report: QuantReport) -> None:
     """Print the method chosen for each weight, and the relative error of the layer's output with each method tried."""
-    table = Table("weight", "form", "chosen", "output errors of what was tried", box=None, header_style="bold", pad_edge=False)
+    table = Grid("weight", "form", "chosen", "output errors of what was tried", left=("chosen", "output errors of what was tried"))
     for weight in report.converted:
         tried = ", ".join(f"{step} {error:.2e}" for step, error in weight.output_errors.items())
         table.add_row(escape(weight.name), weight.form, weight.method, tried or weight.why_nearest or "(no calibration inputs)")
-    console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
+    table.show(console)
 
 
 def _span(bounds: tuple[float, float], form: str) -> str:
@@ -253,13 +241,13 @@ def _ratio(before: int, after: int) -> str:
 
 def print_many(console: Console, lines: Sequence[Line], earlier: int) -> None:
     """Print one row a model, why models failed, and totals.  earlier: how many were converted by an earlier run."""
-    table = _table("model", "status", "bytes before", "after", "ratio", "weights", "skipped", "SQNR dB", "seconds")
+    table = Grid("model", "status", "bytes before", "after", "ratio", "weights", "skipped", "SQNR dB", "seconds")
     for line in lines:
         sizes = (f"{line.bytes_before:,}", f"{line.bytes_after:,}", f"{line.bytes_before / max(1, line.bytes_after):.2f}")
         quality = "" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"
         cells = (*sizes, str(line.converted), str(line.skipped), quality, f"{line.seconds:.1f}") if line.is_done else [""] * 7
         table.add_row(escape(line.model), line.status, *cells)
-    console.print(table)
+    table.show(console)
     for line in lines:
         if not line.is_done:
             console.print(escape(f"failed: {line.model}: {line.error}"))

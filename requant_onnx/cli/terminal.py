@@ -14,16 +14,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from requant_onnx import progress
 from requant_onnx.cli.paths import STDOUT
 
+UNWRAPPED = 10_000  # columns
 WHOLE_RUN = 1e9  # seconds of the past from which the time left is extrapolated: steps are shares of the time of the whole run
 
 
 def console_for(args: argparse.Namespace) -> Console:
-    """The console for tables: full-width when the output is a file or a pipe; rich obeys NO_COLOR.
+    """The console for tables; text in a file or a pipe is not wrapped, and rich obeys NO_COLOR.
 
     Silent with --quiet, and where the report goes to standard output.
     """
     quiet = args.quiet or getattr(args, "json", None) == STDOUT
-    return Console(emoji=False, highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else 200)
+    return Console(emoji=False, highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else UNWRAPPED)
 
 
 @contextlib.contextmanager
