@@ -83,6 +83,23 @@ def test_descent_never_raises_the_error(seed: int, bits: int, exponent: float, r
     assert after.scale.min() > 0.0
 
 
+@pytest.mark.filterwarnings("error")
+def test_inputs_without_power_move_no_weight() -> None:
+    """Of tiny inputs, rounding may leave second moments of 0, or below."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 24))
+    h = (x.T @ x / 200)[None]
+    h[:, 3], h[:, :, 3] = 0.0, 0.0
+    h[:, 7, 7] = -1e-9
+    w = rng.normal(size=(1, 16, 24))
+    q = quantize_weight(w[0].astype(np.float32), Grid(3, PowerGrid(0.5), 0))
+    zero_points = q.table.max_code - q.zero_point.astype(np.int64)[None]
+    grid = RowGrid(q.scale.astype(np.float64)[None], zero_points, q.table, np.zeros((1, 16)), False)
+    refined, _ = refine(w, h.astype(np.float32), grid, q.codes[None], refit=False)
+    assert (refined[..., [3, 7]] == q.codes[None][..., [3, 7]]).all()
+    assert (refined != q.codes[None]).any()
+
+
 def test_feedback_of_independent_inputs_is_nearest_rounding() -> None:
     w = laplace(5, 40).astype(np.float64)
     grid, nearest = grid_of(w, 4, 1.0)

@@ -206,10 +206,12 @@ def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, step
     All rows look for their next column where a step lowers the error, and make that step at once.
     """
     groups, count, columns = codes.shape
-    power = np.repeat(np.einsum("gjj->gj", h), count, 0)
+    diagonal = np.einsum("gjj->gj", h)
+    diagonal = np.where(diagonal > 0.0, diagonal, np.inf)  # an input without power, by rounding even less, moves no weight
+    power = np.repeat(diagonal, count, 0)
     rows, at = np.arange(groups * count), np.arange(columns)
     here, slope = codes.reshape(rows.size, columns), slope.reshape(rows.size, columns)
-    with np.errstate(invalid="ignore"):  # 0 * inf: an input that is always 0
+    with np.errstate(invalid="ignore"):  # inf * 0: neither up nor down
         rise, fall = -power * steps.slopes[rows[:, None], here + 1], power * steps.slopes[rows[:, None], here]
     changes = None
     ready = (slope < rise) | (slope > fall)
