@@ -82,10 +82,10 @@ class Run:
 RUNS = (
     Run("ours, 4-bit weights (folded)", "ours", OURS.format(form="folded", bits=4)),
     Run("AIMET SeqMSE, 4-bit weights", "aimet", AIMET.format(step="aimet_onnx.apply_seq_mse(sim, fitted)")),
-    Run("AIMET AdaRound, 4-bit weights", "aimet", AIMET.format(step="aimet_onnx.apply_adaround(sim, fitted)")),
     Run("ours, 8-bit weights and activations (int8)", "ours", OURS.format(form="int8", bits=8)),
     Run("NNCF, 8-bit weights and activations", "nncf", NNCF.format(fast=True)),
     Run("NNCF with full bias correction", "nncf", NNCF.format(fast=False)),
+    Run("AIMET AdaRound, 4-bit weights", "aimet", AIMET.format(step="aimet_onnx.apply_adaround(sim, fitted)")),
 )
 
 

@@ -98,6 +98,7 @@ class VectorReport:
     bytes_after: int = 0
 
 
+SCHEMA_VERSION = 1  # of the JSON reports: it grows when a key goes or changes its meaning
 GOOD_DB, GOOD_AGREEMENT = 20.0, 0.97  # of a self-check: below them a warning
 LEAST_DB = 5.0  # below it the command line writes no file unless told to
 
@@ -156,7 +157,7 @@ class QuantReport:
     front: with a budget, the best compromises between size and error, from the smallest file on.
     """
 
-    config: dict[str, int | float | str]
+    config: dict[str, Any]
     opset: tuple[int, int]
     folded_batchnorms: int
     converted: tuple[WeightReport, ...]
@@ -201,7 +202,7 @@ class QuantReport:
         """All fields and the totals, for JSON."""
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "coverage": self.coverage}
         check = {} if self.check is None else {"check": self.check.to_dict()}
-        return {**_fields(self), **totals, **check}
+        return {"schema_version": SCHEMA_VERSION, **_fields(self), **totals, **check}
 
 
 @dataclass(frozen=True, repr=False)
@@ -253,7 +254,7 @@ class ValidationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        return _fields(self)
+        return {"schema_version": SCHEMA_VERSION, **_fields(self)}
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class InspectReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the coverage, for JSON."""
-        return {**_fields(self), "coverage": self.coverage}
+        return {"schema_version": SCHEMA_VERSION, **_fields(self), "coverage": self.coverage}
 
 
 def _html(rows: Sequence[tuple[str, str]]) -> str:
