@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import small_cnn
+from conftest import laplace, parse, small_cnn
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
 from requant_onnx.cli.main import main
 from requant_onnx.evaluate.cache import Cache
 from requant_onnx.evaluate.jobs import open_executor, run_all
 from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
+from requant_onnx.inputs.calibration import NATURAL
+from requant_onnx.inputs.synthetic import noise_images
 
 pytestmark = pytest.mark.xdist_group("compare")  # one table to compare with, and free ports that nobody else looks for
 RNG = np.random.default_rng(0)
@@ -319,3 +321,26 @@ def test_an_empty_recipe_is_refused_with_the_list(tmp_path: Path, capsys: pytest
     assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "1", "--recipes", recipes]) == 2
     error = capsys.readouterr().err
     assert error == f"error: the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}\n"
+
+
+def test_models_whose_outputs_are_no_scores_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "net (float[n, 3, 16, 16] x) => (float[n, 2, 16, 16] y) { a = Conv<pads = [1, 1, 1, 1]>(x, v) b = Relu(a) y = Conv(b, w) }"
+    )
+    model = parse(text, v=laplace(24, 3, 3, 3), w=laplace(2, 24, 1, 1, seed=1))
+    onnx.save(model, tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--bits", "8,3", "--recipes", "max,channel", "--limit", "8", "--jobs", "1"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main([*command, *cache, "--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]) == 0
+    trials = json.loads((tmp_path / "a.json").read_text())["trials"]
+    assert [trial["agreement_of"] for trial in trials] == ["pixels"] * 4
+    made, _ = quantize_model(model, RECIPES["channel"](3))
+    images = ImageSet(noise_images(8, 3, 16, 16, seed=1), None)
+    alone = validate(model, made, images, NATURAL, latency_batch=None)
+    (same,) = [trial for trial in trials if (trial["recipe"], trial["bits"]) == ("channel", 3)]
+    assert (same["agreement"], same["sqnr_db"]) == pytest.approx((alone.agreement, alone.sqnr_db), rel=1e-6)
+    assert main([*command, *cache, "--json", str(tmp_path / "b.json")]) == 0
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    np.savez(tmp_path / "labeled.npz", x=np.zeros((4, 16, 16, 3), np.uint8), y=np.zeros(4, np.int64))
+    assert main([*command, "--no-cache", "--data", str(tmp_path / "labeled.npz")]) == 2
+    assert "is not one row of scores" in capsys.readouterr().err

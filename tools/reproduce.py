@@ -120,6 +120,8 @@ def verdict(range_only: Trial, transform_only: Trial, both: Trial, images: int) 
     """
     best = max((range_only, transform_only), key=lambda trial: trial.top1 or 0.0)
     gain = (both.top1 or 0.0) - (best.top1 or 0.0)
+    assert both.agreement is not None
+    assert best.agreement is not None
     error = sqrt((1 - both.agreement + 1 - best.agreement) / images)
     word = "confirmed" if gain > 2 * error else "refuted" if gain < -2 * error else "undecided"
     return f"{word} ({gain * 100:+.2f} points against {best.recipe} alone, standard error at most {error * 100:.2f})"

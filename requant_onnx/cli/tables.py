@@ -148,7 +148,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for trial in comparison.trials:
         accuracy = [] if trial.top1 is None or trial.change is None else [f"{trial.top1:.2%}", f"{trial.change * 100:+.2f} points"]
         cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *accuracy]
-        table.add_row(*cells, f"{trial.agreement:.2%}", decibels(trial.sqnr_db, ""))
+        agreement = "" if trial.agreement is None else f"{trial.agreement:.2%}"
+        table.add_row(*cells, agreement, decibels(trial.sqnr_db, ""))
     table.show(console)
     console.print(f"{comparison.images:,} images" + ("" if labeled else " without labels: the table shows agreement, not accuracy"))
 

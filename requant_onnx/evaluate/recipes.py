@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
@@ -24,13 +25,14 @@ from requant_onnx.convert.report import as_json, sqnr_db
 from requant_onnx.errors import ConfigError, DataError, ModelError
 from requant_onnx.evaluate.cache import Cache, key_of
 from requant_onnx.evaluate.jobs import run_all
+from requant_onnx.evaluate.validate import validate
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.progress import Progress
-from requant_onnx.runtime.classifier import open_classifier, require_image
+from requant_onnx.runtime.classifier import open_classifier
 from requant_onnx.runtime.feeds import open_fed
 from requant_onnx.runtime.sessions import quiet_options
 from requant_onnx.runtime.version import runtime_version
@@ -66,6 +68,8 @@ class Trial:
     """One line of the table: a recipe at some bits, and what came of it.
 
     top1, change: accuracy in 0..1 and its difference to float, None without labels.  bytes: of the file; ratio: float / bytes.
+    agreement: share of answers that are those of the float model, of agreement_of; None where the outputs are no answers.
+    sqnr_db: of the first output that is a tensor of numbers, NaN where there is none.
     """
 
     recipe: str
@@ -74,8 +78,9 @@ class Trial:
     ratio: float
     top1: float | None
     change: float | None
-    agreement: float
+    agreement: float | None
     sqnr_db: float
+    agreement_of: str = "top-1"
 
 
 @dataclass(frozen=True)
@@ -111,15 +116,22 @@ def compare(
     The trials are sorted by bits, then by output SQNR, best first.
     Raises ConfigError on an unknown recipe; ModelError, DataError as quantize_model and validate.
     """
-    _check(model, recipes, images)
+    _check(recipes)
+    has_scores = _probe(model, images, normalization)
     cases = [(recipe, width) for width in dict.fromkeys(bits) for recipe in dict.fromkeys(recipes)]
     shards = [(start, images.part(start, start + SHARD)) for start in range(0, len(images), SHARD)]
-    work = _Work(executor, cache or Cache(None), len(cases) + len(shards) * (len(cases) + 1), progress)
+    parts = len(shards) * (len(cases) + 1) if has_scores else len(cases)
+    work = _Work(executor, cache or Cache(None), len(cases) + parts, progress)
     wanted = {
         case: (replace(RECIPES[case[0]](case[1]), form=form), calibration if case[0] == "best" or FORMS[form].on_integers else None)
         for case in cases
     }
     made = work.conversions(model, wanted)
+    if not has_scores:
+        judged = work.judgments(model, made, images, normalization)
+        trials = [replace(judged[case], recipe=case[0], bits=case[1]) for case in cases]
+        trials.sort(key=lambda trial: (-trial.bits, -trial.sqnr_db))
+        return Comparison(len(model), None, len(images), tuple(trials))
     scores = work.scores({FLOAT: model, **made}, shards, normalization)
     exact = scores[FLOAT]
     hits = _hits(exact, images)
@@ -128,17 +140,22 @@ def compare(
     return Comparison(len(model), hits, len(images), tuple(trials))
 
 
-def _check(model: bytes, recipes: Sequence[str], images: ImageSet | FeedSet) -> None:
+def _check(recipes: Sequence[str]) -> None:
     if not recipes or "" in recipes:
         raise ConfigError(f"the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}")
     unknown = [recipe for recipe in recipes if recipe not in RECIPES]
     if unknown:
         raise ConfigError(f"the recipe '{', '.join(unknown)}' is not known; give some of {', '.join(RECIPES)}")
-    if isinstance(images, FeedSet):
-        open_fed(onnx.ModelProto.FromString(model), "the model").scores(images.rows[0])
-        return
-    classifier = open_classifier(onnx.ModelProto.FromString(model), "the model")
-    require_image(classifier, images.x.shape[1:])
+
+
+def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
+    """Run the model once, before any work: whether its first output is a row of scores for each image.
+
+    Raises DataError, ModelError where the model and the data do not go together.
+    """
+    proto = onnx.ModelProto.FromString(model)
+    found = validate(proto, proto, images.first(1), normalization, latency_batch=None).outputs
+    return bool(found) and found[0].kind == "scores"
 
 
 @dataclass
@@ -161,6 +178,26 @@ class _Work:
             self._step(f"{case[0]} {case[1]}")
 
         return {**cached, **run_all(self.executor, items, done)}
+
+    def judgments(
+        self,
+        model: bytes,
+        made: Mapping[Case, bytes],
+        images: ImageSet | FeedSet,
+        normalization: Normalization | None,
+    ) -> dict[Case, Trial]:
+        """A trial for each converted model, judged on all outputs; recipe and bits are not filled in."""
+        digest = _digest(images, normalization)
+        keys = {case: key_of("judgment", version("requant_onnx"), model, data, digest) for case, data in made.items()}
+        known = {case: data for case, key in keys.items() if (data := self._known(key, "validating")) is not None}
+        items = {case: (judge_item, (model, data, images, normalization)) for case, data in made.items() if case not in known}
+
+        def done(case: Case, data: bytes) -> None:
+            self.cache.put(keys[case], data)
+            self._step("validating")
+
+        known.update(run_all(self.executor, items, done))
+        return {case: Trial("", 0, *json.loads(data)) for case, data in known.items()}
 
     def scores(
         self,
@@ -227,6 +264,15 @@ def score_item(model: bytes, images: ImageSet | FeedSet, normalization: Normaliz
     how = classifier.normalization(normalization or Normalization())
     parts = batches(images, how, classifier.batch or BATCH, fixed=fixed)
     return np.concatenate([classifier.scores(x)[: len(images) - start] for start, x in parts])
+
+
+def judge_item(model: bytes, candidate: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bytes:
+    """A work item: the figures of a Trial behind its recipe and bits, as JSON."""
+    reference, made = (onnx.ModelProto.FromString(data) for data in (model, candidate))
+    found = validate(reference, made, images, normalization, latency_batch=None)
+    sqnr = math.nan if found.sqnr_db is None else found.sqnr_db
+    size = len(candidate)
+    return json.dumps([size, len(model) / size, None, None, found.agreement, sqnr, found.agreement_of]).encode()
 
 
 def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:

@@ -17,7 +17,8 @@ def render_comparison(comparison: Comparison, name: str, settings: Sequence[tupl
     cards = [("file size", f"{comparison.bytes:,} B", "")]
     cards.append(("images", f"{comparison.images:,}", "" if labeled else "without labels"))
     cards += [("top-1 accuracy", f"{comparison.top1:.2%}", "")] if comparison.top1 is not None else []
-    measures = ["sqnr_db", *(["top1"] if labeled else ["agreement"])]
+    answered = all(trial.agreement is not None for trial in comparison.trials)
+    measures = ["sqnr_db", *(["top1"] if labeled else ["agreement"] if answered else [])]
     titles = ["recipe", "bits", "bytes", "x smaller", *(["top-1", "change, points"] if labeled else []), "agreement", "SQNR, dB"]
     return fill(
         "comparison.html",
@@ -37,5 +38,6 @@ def _row(number: int, trial: Any, labeled: bool) -> dict[str, Any]:
     cells.append(Cell(f"{trial.ratio:.2f}", trial.ratio))
     if labeled:
         cells += [Cell(f"{trial.top1:.2%}", trial.top1), Cell(f"{trial.change * 100:+.2f}", trial.change)]
-    cells += [Cell(f"{trial.agreement:.2%}", trial.agreement), Cell(decibels(trial.sqnr_db, ""), min(trial.sqnr_db, 1e9))]
+    agreement = Cell("", -1.0) if trial.agreement is None else Cell(f"{trial.agreement:.2%}", trial.agreement)
+    cells += [agreement, Cell(decibels(trial.sqnr_db, ""), min(trial.sqnr_db, 1e9))]
     return {"order": number, "cells": cells}
