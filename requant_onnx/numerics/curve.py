@@ -13,31 +13,38 @@ of weights.  An element with the importance h counts h times in every sum (a his
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from requant_onnx.numerics.arrays import AnyArray, Float32Array, Float64Array, Int64Array
 from requant_onnx.numerics.levels import LevelTable
+from requant_onnx.numerics.parallel import slices
 from requant_onnx.numerics.ranges import RowRanges
+
+LONG = 1 << 18  # weights of a row from which on memory counts for more than time
 
 
 @dataclass(frozen=True)
 class Curves:
     """The error curves of rows of weights.
 
-    w: sorted weights, (rows, n) float64.  u: values whose error is measured, (rows, n) float64.
+    w: sorted weights, (rows, n), float64, of long rows float32.  u: values whose error is measured, (rows, n).
     h: importance of each element, (rows, n), or None where all are 1.
-    sums, squares: running sums of h * u and h * u**2, (rows, n+1).  counts: running sums of h, (rows, n+1), or None with h.
+    sums, squares: running sums of h * u and h * u**2, (rows, n+1); of long rows, squares are None.
+    total: sums of h * u**2, (rows, 1).
+    counts: running sums of h, (rows, n+1), or None with h.
     thresholds, levels: whole tables, (2K,) and (2K+1,), in units of their scale, K = 2**bits - 1.
     start: first level of each row, (rows,).  steps: steps at alpha = 1, (rows,).  power: 1/a.  in_weights: whether u is w.
     is_nearest: whether a weight goes to the level of least error.
     """
 
-    w: Float64Array
-    u: Float64Array
+    w: AnyArray
+    u: AnyArray
     h: Float64Array | None
     sums: Float64Array
-    squares: Float64Array
+    squares: Float64Array | None
+    total: Float64Array
     counts: Float64Array | None
     thresholds: Float64Array
     levels: Float64Array
@@ -55,13 +62,13 @@ class Curves:
     @property
     def totals(self) -> tuple[Float64Array, Float64Array]:
         """The sums of h * u**2 and of h of each row, each (rows, 1)."""
-        return _take(self.squares, self.w.shape[1]), _take(self.counts, self.w.shape[1])
+        return self.total, _take(self.counts, self.w.shape[1])
 
     def rows(self, chosen: Int64Array) -> Curves:
         """The curves of some of the rows.  chosen: indices, (m,)."""
-        h, counts = (None if array is None else array[chosen] for array in (self.h, self.counts))
-        arrays = {name: getattr(self, name)[chosen] for name in ("w", "u", "sums", "squares", "start", "steps")}
-        return replace(self, h=h, counts=counts, **arrays)
+        names = ("w", "u", "h", "sums", "squares", "total", "counts", "start", "steps")
+        arrays: dict[str, Any] = {name: None if getattr(self, name) is None else getattr(self, name)[chosen] for name in names}
+        return replace(self, **arrays)
 
     def errors(self, alphas: Float64Array) -> Float64Array:
         """The squared error minus sum h * u**2 at each alpha, (rows, points).  alphas: (rows, points), positive."""
@@ -81,11 +88,22 @@ class Curves:
         scales = self.level_scale(alphas)
         edges = scales * self.levels[self.start, None], scales * self.levels[self.start + self.max_code, None]
         low, high = (_positions(self.u, edge) for edge in edges)
-        clipped = -self.squares[:, -1:]
+        clipped = -self.total
         for edge, at, last in ((edges[0], 0, low), (edges[1], high, self.w.shape[1])):
-            squares, sums, counts = (_take(array, last) - _take(array, at) for array in (self.squares, self.sums, self.counts))
-            clipped = clipped + squares - 2 * edge * sums + edge**2 * counts
+            sums, counts = (_take(array, last) - _take(array, at) for array in (self.sums, self.counts))
+            clipped = clipped + self._squares_between(at, last) - 2 * edge * sums + edge**2 * counts
         return clipped
+
+    def _squares_between(self, first: Int64Array | int, last: Int64Array | int) -> Float64Array:
+        """The sums of h * u**2 of the elements first .. last of each row, (rows, points)."""
+        if self.squares is not None:
+            return np.asarray(_take(self.squares, last) - _take(self.squares, first))
+        starts, ends = np.broadcast_arrays(first, last)
+        found = np.empty(starts.shape)
+        for r, k in np.ndindex(found.shape):
+            piece = slice(int(starts[r, k]), int(ends[r, k]))
+            found[r, k] = _energy(self.u[r, piece], None if self.h is None else self.h[r, piece])
+        return found
 
     def level_scale(self, alphas: Float64Array) -> Float64Array:
         """The scale of the levels, in the space of u."""
@@ -136,16 +154,19 @@ def curves_of(
 
     rows: weights, (rows, n) float32, each row sorted ascending.  importance: the same shape, in the same order.
     """
-    w = rows.astype(np.float64)
+    w: AnyArray = rows if rows.shape[1] > LONG else rows.astype(np.float64)
     u = w if objective_in_weights else table.kind.transform(rows)
     h = None if importance is None else importance.astype(np.float64)
     weighted = u if h is None else h * u
+    squares = _running(weighted * u.astype(np.float64)) if rows.shape[1] <= LONG else None
+    of_row = [_energy(row, None if h is None else h[r]) for r, row in enumerate(u)] if squares is None else squares[:, -1]
     return Curves(
         w=w,
         u=u,
         h=h,
         sums=_running(weighted),
-        squares=_running(weighted * u),
+        squares=squares,
+        total=np.asarray(of_row, np.float64)[:, None],
         counts=None if h is None else _running(h),
         thresholds=table.thresholds(round_in_weights),
         levels=table.weight_levels if objective_in_weights else table.transformed_levels,
@@ -179,15 +200,30 @@ def error_curve(
     return np.asarray((squares + errors) / counts)
 
 
-def _running(values: Float64Array) -> Float64Array:
+def _running(values: AnyArray) -> Float64Array:
     """Running sums from 0, (rows, n+1)."""
     sums = np.zeros((len(values), values.shape[1] + 1))
-    np.cumsum(values, axis=1, out=sums[:, 1:])
+    for piece in slices(values.shape[1], LONG):  # NumPy makes a float64 copy of what it sums
+        np.cumsum(values[:, piece], axis=1, dtype=np.float64, out=sums[:, piece.start + 1 : piece.stop + 1])
+        sums[:, piece.start + 1 : piece.stop + 1] += sums[:, piece.start, None]
     return sums
+
+
+def _energy(values: AnyArray, times: AnyArray | None) -> float:
+    """The sum of squares of a row, each counted so many times, in pieces that take little memory."""
+    total = 0.0
+    for piece in slices(values.size, LONG):
+        part = values[piece].astype(np.float64)
+        total += float(part @ part if times is None else (part * times[piece]) @ part)
+    return total
 
 
 def _positions(rows: AnyArray, bounds: Float64Array) -> Int64Array:
     """The number of elements of each sorted row below each bound of the row, (rows, bounds)."""
+    if rows.dtype == np.float32:  # an element is below a bound where it is below the next float32 that is not smaller
+        with np.errstate(over="ignore"):
+            rounded = bounds.astype(np.float32)
+        bounds = np.where(rounded < bounds, np.nextafter(rounded, np.float32(np.inf)), rounded)
     positions = np.empty(bounds.shape, np.int64)
     for row, wanted, found in zip(rows, bounds, positions, strict=True):
         found[:] = row.searchsorted(wanted)

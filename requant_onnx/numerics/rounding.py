@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from requant_onnx.numerics.arrays import AnyArray, Float32Array, Float64Array, Int64Array, UInt8Array
+from requant_onnx.numerics.parallel import slices
+
+PIECE = 1 << 18  # weights of a row that are rounded at once
 
 
 def encode_rows(rows: AnyArray, scales: Float64Array, zero_points: Int64Array, thresholds: Float64Array) -> UInt8Array:
@@ -15,7 +18,9 @@ def encode_rows(rows: AnyArray, scales: Float64Array, zero_points: Int64Array, t
     codes = np.empty(rows.shape, np.uint8)
     max_code = thresholds.size // 2
     for w, scale, start, code in zip(rows, scales, max_code - zero_points, codes, strict=True):
-        code[:] = (scale * thresholds[start : start + max_code]).searchsorted(w.astype(np.float64), side="right")
+        row_thresholds = scale * thresholds[start : start + max_code]
+        for piece in slices(w.size, PIECE):
+            code[piece] = row_thresholds.searchsorted(w[piece].astype(np.float64), side="right")
     return codes
 
 
@@ -23,5 +28,6 @@ def decode_rows(codes: UInt8Array, values: Float32Array) -> Float32Array:
     """The value of each code, (rows, n).  codes: (rows, n).  values: value of every code, (rows, 2**bits)."""
     decoded = np.empty(codes.shape, np.float32)
     for code, row, value in zip(codes, values, decoded, strict=True):
-        value[:] = row.take(code)
+        for piece in slices(code.size, PIECE):
+            value[piece] = row.take(code[piece])
     return decoded

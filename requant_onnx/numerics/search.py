@@ -48,9 +48,10 @@ def search_alpha(
     alphas = np.ones(len(rows))
 
     for part in slices(len(rows), max(1, BATCH // max(rows.shape[1], CHUNK))):
-        chosen = part.start + np.flatnonzero(ranges.step[part] > 0.0)
-        if not chosen.size:
+        nonzero = part.start + np.flatnonzero(ranges.step[part] > 0.0)
+        if not nonzero.size:
             continue
+        chosen = part if nonzero.size == part.stop - part.start else nonzero  # a slice copies nothing
         curves = curves_of(
             rows[chosen],
             RowRanges(ranges.step[chosen], ranges.zero_point[chosen]),
