@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 
 from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE
@@ -17,6 +18,7 @@ def run() -> int:
         signal.signal(signal.SIGINT, _leave)
     from requant_onnx.cli.main import run as run_main  # noqa: PLC0415  # takes most of a second
 
+    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about values that an error of ours names better
     if not ours:
         return run_main()
     try:

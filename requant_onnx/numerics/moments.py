@@ -68,8 +68,9 @@ class Moments:
 
     def add_means(self, x: Float32Array, y: Float32Array) -> None:
         """Add places to the first moments only, as the correction of a bias needs them."""
-        self.x += x.sum(1, dtype=np.float64)
-        self.y += y.sum(1, dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.x += x.sum(1, dtype=np.float64)
+            self.y += y.sum(1, dtype=np.float64)
         self.count += x.shape[1]
 
     def _add_strip(self, turned: Float32Array, x: Float32Array, columns: slice) -> None:
