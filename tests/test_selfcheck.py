@@ -98,3 +98,12 @@ def test_the_worst_output_counts() -> None:
     assert not isinstance(found, str)
     assert found.is_broken or not found.is_good
     assert "the worst of its outputs has an SQNR of" in found.sentence()
+
+
+def test_a_result_that_does_not_run_is_said_so() -> None:
+    text = "net (float[n, 3, 4, 4] x) => (float[a, b] y) { r = Reshape(x, s) y = MatMul(r, w) }"
+    good = parse(text, s=np.array([-1, 48], np.int64), w=laplace(48, 8))
+    bad = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
+    found = self_check(good, bad, None)
+    assert isinstance(found, str)
+    assert found.startswith("ONNX Runtime runs the model and not what was made of it")

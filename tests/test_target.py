@@ -44,7 +44,7 @@ def test_bits_of_their_own_save_more() -> None:
 
 
 def test_a_function_of_ones_own() -> None:
-    """The score is the mean of the first row of the last layer, which 8 bits change least."""
+    """The score falls by 1 in files below 200 kB: 6 bits are the fewest that keep it."""
     tried: list[int] = []
 
     def score(model: onnx.ModelProto) -> float:

@@ -58,7 +58,7 @@ from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
 from requant_onnx.webpage.pages import html_comparison, html_report
 
-COARSE_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with under a target; images that one is judged on
+TARGET_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with under a target; images that one is judged on
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -139,7 +139,7 @@ def _targeted(
 ) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
     """The smallest file that keeps a target.  Raises QualityError where none does, unless the best one is wanted all the same."""
     if args.calibrate in (None, "auto"):
-        config, calibration = automatic(args, replace(config, bits=COARSE_BITS))
+        config, calibration = automatic(args, replace(config, bits=TARGET_BITS))
     else:
         calibration = calibration_of(args)
     function = None if args.evaluate is None else function_of(args.evaluate)

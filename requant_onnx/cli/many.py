@@ -58,7 +58,7 @@ def run_convert_many(args: argparse.Namespace) -> None:
         if blocked:
             rows[name] = _failed(name, path, settings, blocked)
         elif name not in earlier:
-            items[name] = _item(args, name, path, settings)
+            items[name] = _item(args, name, path, settings, alone=jobs == 1 or len(models) == 1)
     with progress_bar(args, "converting") as progress:
 
         def done(name: str, result: object) -> None:
@@ -81,14 +81,13 @@ def _jobs(args: argparse.Namespace) -> int | None:
     return jobs
 
 
-def _item(args: argparse.Namespace, name: str, model: Path, settings: str) -> Item:
-    """The work item of a model.  Each process has one thread, unless there is only one process."""
+def _item(args: argparse.Namespace, name: str, model: Path, settings: str, *, alone: bool) -> Item:
+    """The work item of a model.  Processes side by side have one thread each."""
     sent = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in UNSENT})
     if args.dask:
         return _convert_sent, (sent, name, settings, *_packed(model))
     (args.output / name).parent.mkdir(parents=True, exist_ok=True)
-    threads = None if args.jobs == "1" else 1
-    return _convert, (sent, name, model, args.output / name, settings, threads)
+    return _convert, (sent, name, model, args.output / name, settings, None if alone else 1)
 
 
 def _models(source: str, output: Path) -> dict[str, Path]:

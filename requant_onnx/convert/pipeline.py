@@ -19,9 +19,8 @@ from requant_onnx.convert.schedule import Clock
 from requant_onnx.convert.selfcheck import self_check
 from requant_onnx.convert.steps import convert
 from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError
-from requant_onnx.files.external import is_external
-from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of
-from requant_onnx.files.walk import all_graphs, stored_tensors
+from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of, whole
+from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.float_constants import float_constants, unconverted
@@ -90,7 +89,7 @@ def convert_model(
         if not broken:
             notes = (*_odd(loaded), *_notes(loaded.proto, config, calibration, report), *_levels_note(config), *notes)
             notes += tuple(excluded.values())
-            if loaded.complaint and not is_large(made) and not runs(_whole(made)):
+            if loaded.complaint and not is_large(made) and not runs(whole(made)):
                 raise ModelError(
                     f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
                 )
@@ -191,15 +190,6 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
 
 
-def _whole(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with all its values, to be run from memory."""
-    if not any(is_external(tensor) for tensor in stored_tensors(model)):
-        return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return materialize(copy)
-
-
 def _odd(model: LoadedModel) -> tuple[str, ...]:
     """A note on a model that runs and is not valid."""
     if not model.complaint:
@@ -253,7 +243,7 @@ def _broken_promises(
     if is_large(model) or sum(weight.bytes_before for weight in converted) > LARGE_BYTES:
         return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",), {}
     try:
-        return (), broken_promises(_whole(model), promised)
+        return (), broken_promises(whole(model), promised)
     except LoadError as error:
         if runs(source.source):
             raise

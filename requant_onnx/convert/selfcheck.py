@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import onnx
 
 from requant_onnx.convert.report import SelfCheck
 from requant_onnx.errors import DataError, ModelError
-from requant_onnx.files.load import is_large, materialize
+from requant_onnx.files.load import is_large, whole
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.numerics.outputs import OutputTally
+from requant_onnx.numerics.outputs import OutputTally, images_in
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sessions import load_session, open_session, run_session
 
@@ -29,21 +26,25 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
     if is_large(source) or is_large(made):
         return "it is larger than 2 GB"
     unseen, words = _unseen(calibration)
-    reference, candidate = _whole(source), _whole(made)
+    reference = whole(source)
     try:
         chunks = calibration_chunks(reference, unseen)
-        sessions = open_session(reference, "the model"), load_session(candidate)
-        names = [item.name for item in sessions[0].get_outputs()]
-        if {item.name for item in sessions[1].get_outputs()} != set(names):
-            return "its outputs have other names"
-        tallies = [OutputTally(name) for name in names]
-        for chunk in chunks:
-            outputs = [run_session(session, "the model", names, chunk) for session in sessions]
-            images, size = _images_of(list(chunk.values()))
-            for tally, one, other in zip(tallies, *outputs, strict=True):
-                tally.add(one, other, images, size)
+        session = open_session(reference, "the model")
+        names = [item.name for item in session.get_outputs()]
+        exact = [run_session(session, "the model", names, chunk) for chunk in chunks]
     except (DataError, ModelError) as error:
         return f"there are no inputs for it ({error})"
+    try:
+        candidate = load_session(whole(made))
+        if {item.name for item in candidate.get_outputs()} != set(names):
+            return "its outputs have other names"
+        tallies = [OutputTally(name) for name in names]
+        for chunk, expected in zip(chunks, exact, strict=True):
+            found = run_session(candidate, "the converted model", names, chunk)
+            for tally, one, other in zip(tallies, expected, found, strict=True):
+                tally.add(one, other, *images_in(chunk.values()))
+    except ModelError as error:
+        return f"ONNX Runtime runs the model and not what was made of it: {error}"
     return SelfCheck(words, tuple(tally.report() for tally in tallies))
 
 
@@ -64,20 +65,3 @@ def _unseen(calibration: Calibration | None) -> tuple[Calibration, str]:
     used = "not used in the conversion" if len(rest_of_images) else "used in the conversion too"
     seed = calibration.seed + OTHER_SEED
     return replace(calibration, images=images, count=count, seed=seed), f"{count} images {used}"
-
-
-def _images_of(arrays: Sequence[Any]) -> tuple[int, tuple[int, int] | None]:
-    """How many inputs a chunk holds, and the height and width of its images."""
-    lengths = {len(values) if np.ndim(values) > 1 else 1 for values in arrays}
-    shapes = [values.shape for values in arrays if np.ndim(values) == 4]
-    count = lengths.pop() if len(lengths) == 1 else 1
-    if not shapes:
-        return count, None
-    last = shapes[0][3] in (1, 3, 4) and shapes[0][1] not in (1, 3, 4)
-    return count, (shapes[0][1], shapes[0][2]) if last else (shapes[0][2], shapes[0][3])
-
-
-def _whole(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return materialize(copy)

@@ -10,10 +10,10 @@ import numpy as np
 
 from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
 from requant_onnx.errors import DataError
-from requant_onnx.inputs.feeds import Feed, FeedSet
+from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import AnyArray, Int64Array
-from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally
+from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in
 
 CHANCE = 3.0  # standard errors above chance, below which an accuracy is taken for a mistake in the inputs
 
@@ -49,7 +49,7 @@ class Tally:
         second = [second[k] for k in self._order]
         size = len(batch) if isinstance(batch, np.ndarray) else None
         first, second = ([_cut(y, size, count) for y in outputs] for outputs in (first, second))
-        images = count if size is not None else batch_of(batch)
+        images = count if size is not None else images_in(batch.values())[0]
         for tally, one, other in zip(self._outputs, first, second, strict=True):
             tally.add(one, other, images, self._size)
         self._detections.add(first, second, images, self._size)
@@ -135,18 +135,3 @@ def _broken(outputs: list[Any]) -> int:
 def _cut(y: Any, size: int | None, count: int) -> Any:
     """An output without the images that only filled the batch."""
     return y[:count] if isinstance(y, np.ndarray) and y.ndim and size is not None and len(y) == size else y
-
-
-def batch_of(feed: Feed) -> int:
-    """How many inputs a feed holds: the first axis, where all have the same."""
-    lengths = {values.shape[0] if values.ndim > 1 else 1 for values in feed.values()}
-    return lengths.pop() if len(lengths) == 1 else 1
-
-
-def size_of(arrays: list[AnyArray]) -> tuple[int, int] | None:
-    """Height and width of the images among the inputs."""
-    shapes = [values.shape for values in arrays if values.ndim == 4]
-    if not shapes:
-        return None
-    shape = shapes[0]
-    return (shape[1], shape[2]) if shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4) else (shape[2], shape[3])

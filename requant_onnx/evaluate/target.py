@@ -120,8 +120,8 @@ class _Search:
         self._calibration, self._data, self._normalization = calibration, data, normalization
         self._evaluate, self._progress, self._threads = evaluate, progress, threads
         self._float = None if evaluate is None else float(evaluate(model))
-        self._trials: list[Trial] = []
-        self._made: list[tuple[onnx.ModelProto, QuantReport]] = []
+        self._trials: list[tuple[Trial, onnx.ModelProto, QuantReport]] = []
+        self._too_small = 0  # the largest size that no choice of bits reaches
 
     def run(self) -> Found:
         low, high = MIN_BITS, MAX_BITS
@@ -131,22 +131,19 @@ class _Search:
                 high = middle
             else:
                 low = middle + 1
-        if not any(trial.bits == str(high) for trial in self._trials):
+        if not any(trial.bits == str(high) for trial, *_ in self._trials):
             self._try(replace(self._config, bits=high), str(high))
-        for _ in range(MIXED_TRIES):
-            held = [trial.bytes for trial in self._trials if trial.holds]
-            failed = [trial.bytes for trial in self._trials if not trial.holds and held and trial.bytes < min(held)]
-            if not failed or self._calibration is None:
+        for _ in range(MIXED_TRIES if self._calibration is not None else 0):
+            held = [trial.bytes for trial, *_ in self._trials if trial.holds]
+            failed = [trial.bytes for trial, *_ in self._trials if held and not trial.holds and trial.bytes < min(held)]
+            if not failed:
                 break
-            self._mixed((min(held) + max(failed)) // 2)
+            size = (min(held) + max(*failed, self._too_small)) // 2
+            try:
+                self._try(replace(self._config, bits=Budget(size=size)), "auto")
+            except ConfigError:  # no choice of bits is that small
+                self._too_small = size
         return self._found()
-
-    def _mixed(self, size: int) -> None:
-        try:
-            self._try(replace(self._config, bits=Budget(size=size)), "auto")
-        except ConfigError:  # no choice of bits is that small
-            self._trials.append(Trial(size, "auto", math.nan, 0.0, False, False))
-            self._made.append(self._made[-1])
 
     def _try(self, config: QuantConfig, bits: str) -> Trial:
         if self._progress is not None:
@@ -157,8 +154,7 @@ class _Search:
         size = made.ByteSize()
         fits = self._target.size is None or size <= self._target.size
         trial = Trial(size, bits, value, error, fits and value >= limit, fits and value - CONFIDENT * error >= limit)
-        self._trials.append(trial)
-        self._made.append((made, report))
+        self._trials.append((trial, made, report))
         return trial
 
     def _measure(self, made: onnx.ModelProto) -> tuple[float, float]:
@@ -175,14 +171,12 @@ class _Search:
         return 100 * (report.top1[1] - report.top1[0]), 100 * (report.top1_error or 0.0)
 
     def _found(self) -> Found:
-        order = sorted(range(len(self._trials)), key=lambda k: self._trials[k].bytes)
-        holding = [k for k in order if self._trials[k].holds]
-        finite = [k for k in order if math.isfinite(self._trials[k].value)]
-        if not finite:
+        order = sorted((k for k in self._trials if math.isfinite(k[0].value)), key=lambda each: each[0].bytes)
+        if not order:
             raise RequantError("no file that was tried could be judged; check the data and the model")
-        fitting = [k for k in finite if self._target.size is None or self._trials[k].bytes <= self._target.size]
-        chosen = holding[0] if holding else max(fitting or finite, key=lambda k: self._trials[k].value)
-        trial, (model, report) = self._trials[chosen], self._made[chosen]
+        holding = [each for each in order if each[0].holds]
+        fitting = [each for each in order if self._target.size is None or each[0].bytes <= self._target.size]
+        trial, model, report = holding[0] if holding else max(fitting or order, key=lambda each: each[0].value)
         what = "the agreement" if self._target.min_agreement is not None else "the change of the score"
         figure = f"{what} is {trial.value:.2f}" + (f" (standard error {trial.error:.2f})" if trial.error else "")
         wanted = f"{-(self._target.max_drop or 0.0):g}" if self._target.min_agreement is None else f"{self._target.min_agreement:g}"
@@ -194,4 +188,4 @@ class _Search:
             sentence = f"{figure}, of {wanted} at least, which is not sure at 95 %: that takes more data; {trial.bytes:,} bytes"
         check = self_check(self._model, model, self._calibration)
         report = replace(report, why_unchecked=check) if isinstance(check, str) else replace(report, check=check, why_unchecked="")
-        return Found(model, report, tuple(self._trials), bool(holding), sentence)
+        return Found(model, report, tuple(trial for trial, *_ in self._trials), bool(holding), sentence)

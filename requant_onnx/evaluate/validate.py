@@ -13,13 +13,14 @@ import onnx
 from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
 from requant_onnx.errors import DataError
 from requant_onnx.evaluate.latency import compare_latency
-from requant_onnx.evaluate.tally import Tally, Timed, batch_of, size_of
+from requant_onnx.evaluate.tally import Tally, Timed
 from requant_onnx.files.load import LoadedModel, ModelLike, Source
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.feeds import Feed, FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.outputs import images_in
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
 from requant_onnx.runtime.feeds import fit_feed, open_fed
@@ -77,7 +78,7 @@ def validate(
     if isinstance(images, FeedSet):
         models = (_fed(sources[0], "the reference"), _fed(sources[1], "the candidate"))
         parts: Iterator[tuple[int, int, Any]] = ((k, 1, feed) for k, feed in enumerate(images.rows))
-        size, once = size_of(list(images.rows[0].values())), images.rows[0]
+        size, once = images_in(images.rows[0].values())[1], images.rows[0]
     else:
         opened = (_classifier(sources[0], "the reference"), _classifier(sources[1], "the candidate"))
         how = _check_images(opened, images, normalization)
@@ -159,7 +160,7 @@ def _latency(models: tuple[_Opened, _Opened], batch: Any, threads: int | None) -
         session = start_session(serialized(model.source, model.name), model.name, options, provider_in_use())
         runs.append(_timed(session, model.name, model.fit(batch)))
     found = compare_latency(runs[0], runs[1])
-    count = len(batch) if isinstance(batch, np.ndarray) else batch_of(batch)
+    count = len(batch) if isinstance(batch, np.ndarray) else images_in(batch.values())[0]
     return Timed(Compared(*found.milliseconds), Compared(*found.spread), found.ratio, count)
 
 

@@ -145,6 +145,15 @@ def materialize(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def whole(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with all its values, to be run from memory: itself, or a copy where it has external data."""
+    if not any(is_external(tensor) for tensor in stored_tensors(model)):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return materialize(copy)
+
+
 def is_large(model: onnx.ModelProto) -> bool:
     """Whether the model may be too large for one protobuf message; such a model can be neither serialized nor measured."""
     return sum(stored_bytes(item) for item in model.graph.initializer) > LARGE_BYTES

@@ -12,7 +12,7 @@ values        all others: errors only
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import OVERLAPS, find_detections, matched
 
 SCALES = 4  # of a mask, at most so many times smaller than the image along each axis
+CHANNELS = (1, 3, 4)  # of an image
 MOST_CLASSES = 1 << 12  # of a mask
 FEWEST_STEPS, ALPHABET = 4, 10  # of a text
 
@@ -179,6 +180,23 @@ class DetectionTally:
         extra = {**shares, "detections": float(self._reference), "more": float(self._candidate - self._found[OVERLAPS[0]])}
         share = self._found[OVERLAPS[0]] / self._reference
         return OutputReport("detections", (), "detections", None, None, None, share, "detections", self._reference, extra)
+
+
+def images_in(inputs: Collection[AnyArray]) -> tuple[int, tuple[int, int] | None]:
+    """How many inputs a batch holds, and the height and width of its images, where there are any.
+
+    Inputs of several axes that differ in the first one are one input together.
+
+    >>> images_in([np.zeros((4, 3, 32, 48)), np.zeros(())]), images_in([np.zeros((2, 32, 48, 3))]), images_in([np.zeros((5, 7))])
+    ((1, (32, 48)), (2, (32, 48)), (5, None))
+    """
+    lengths = {len(values) if values.ndim > 1 else 1 for values in inputs}
+    count = lengths.pop() if len(lengths) == 1 else 1
+    shape = next((values.shape for values in inputs if values.ndim == 4), None)
+    if shape is None:
+        return count, None
+    last = shape[3] in CHANNELS and shape[1] not in CHANNELS
+    return count, (shape[1], shape[2]) if last else (shape[2], shape[3])
 
 
 def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
