@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -198,14 +199,20 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
         assert said in capsys.readouterr().err
 
 
-def test_every_option_of_convert_can_be_in_a_file() -> None:
+def _commands() -> dict[str, argparse.ArgumentParser]:
     from requant_onnx.cli.options import parser_of  # noqa: PLC0415
-    from requant_onnx.cli.toml_options import _options  # noqa: PLC0415
+    from requant_onnx.cli.parser import commands_of  # noqa: PLC0415
 
     def nothing(_: argparse.Namespace) -> None: ...
 
-    args = parser_of(*[nothing] * 8).parse_args(["convert", "a", "b"])
-    assert {"bits", "size", "calibrate", "crop", "int8-levels", "external-data", "force"} <= set(_options(args.parser))
+    return commands_of(parser_of(*[nothing] * 8))
+
+
+def test_every_option_of_convert_can_be_in_a_file() -> None:
+    from requant_onnx.cli.toml_options import _options  # noqa: PLC0415
+
+    known = set(_options(_commands()["convert"]))
+    assert {"bits", "size", "calibrate", "crop", "int8-levels", "external-data", "force"} <= known
 
 
 def test_what_is_for_other_commands_in_a_file_is_no_error(model: Path) -> None:
@@ -221,3 +228,24 @@ def test_what_is_for_other_commands_in_a_file_is_no_error(model: Path) -> None:
     assert main([*command, "--calibrate", str(model.with_name("floats.npz"))]) == 0
     assert main([*command, "--calibrate", "noise", "--crop", "8"]) == 2  # asked for here
     assert main([*command, "--mean", "0.5", "--calibrate", "none"]) == 2
+
+
+def test_help_is_grouped_and_help_all_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    from requant_onnx.cli.parser import HIDDEN  # noqa: PLC0415
+
+    for name, parser in _commands().items():
+        texts = {}
+        for flag in ("--help", "--help-all"):
+            with pytest.raises(SystemExit) as stopped:
+                main([name, flag])
+            assert stopped.value.code == 0
+            texts[flag] = capsys.readouterr().out
+        hidden = [group for group in parser._action_groups if group.title in HIDDEN]
+        unseen = {action.option_strings[-1] for group in hidden for action in group._group_actions}
+        ungrouped = {text for action in parser._optionals._group_actions for text in action.option_strings}
+        assert ungrouped == {"-h", "--help", "--config", "--help-all"}
+        for option in (text for text in parser._option_string_actions if text.startswith("--")):
+            shown = re.compile(rf"^  (-\w, )?{option}\b(?!-)", re.MULTILINE)
+            assert shown.search(texts["--help-all"])
+            assert bool(shown.search(texts["--help"])) == (option not in unseen)
+        assert f"{len(unseen)} more options: requant {name} --help-all" in texts["--help"]

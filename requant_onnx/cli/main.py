@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from requant_onnx.cli import commands
 from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.many import run_convert_many
-from requant_onnx.cli.options import parse, parser_of
+from requant_onnx.cli.options import parser_of
+from requant_onnx.cli.parser import parse
 from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, QualityError, RequantError
 from requant_onnx.runtime.sessions import use_custom_ops, use_provider
 

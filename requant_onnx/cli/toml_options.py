@@ -30,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NOT_IN_FILES = ("help", "config", "json", "html", "csv", "quiet", "verbose")
+NOT_IN_FILES = ("help", "help-all", "config", "json", "html", "csv", "quiet", "verbose")
 
 
 def read_options(path: Path, command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, Any]:
