@@ -388,3 +388,26 @@ def test_nodes_whose_activations_8_bits_do_not_hold_stay_float() -> None:
 def test_a_least_sqnr_is_a_number(least: object) -> None:
     with pytest.raises(ConfigError, match="int8_min_sqnr must be a number"):
         QuantConfig(form=Form.INT8, int8_min_sqnr=least)  # type: ignore[arg-type]
+
+
+def test_files_of_full_levels_load_with_the_precision_that_they_need() -> None:
+    """ONNX Runtime then replaces the zero points of weights, and fails where two weights share one."""
+    model = parse(
+        """net (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, w1)
+            b = Relu(a)
+            c = Conv<pads = [1, 1, 1, 1]>(b, w2)
+            d = Relu(c)
+            y = Conv<pads = [1, 1, 1, 1]>(d, w3)
+        }""",
+        **{f"w{k}": laplace(16, 16, 3, 3, seed=k) for k in (1, 2, 3)},
+    )
+    config = QuantConfig(bits=8, form=Form.INT8, int8_speed=Int8Speed.ALL, int8_levels=Int8Levels.FULL)
+    made, report = quantize_model(model, config, calibration=Calibration(count=8))
+    assert report.check is not None
+    assert report.check.sqnr_db is not None
+    assert report.check.sqnr_db > 20
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.zeros((1, 16, 8, 8), np.float32)})

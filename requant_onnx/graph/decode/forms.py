@@ -203,7 +203,8 @@ def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, tar
     levels, _ = write_levels(writer, q, np.int8, plain=target.signed)
     scales = writer.split(write_scale(writer, q, q.scale, target.half), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
-        zeros = writer.shared(np.zeros(weight.quantized.scale.shape, np.int8))
+        # of its own: with session.x64quantprecision, ONNX Runtime replaces each, and fails at the second time for a shared one
+        zeros = writer.own("zero", np.zeros(weight.quantized.scale.shape, np.int8))
         scalar = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64))) if stack.added_axis else scale
         _write_dequantize(writer, weight, piece, scalar, zeros)
 
