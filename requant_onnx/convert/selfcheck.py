@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx
 
 from requant_onnx.convert.report import SelfCheck
-from requant_onnx.errors import DataError, ModelError
+from requant_onnx.errors import DataError, ModelError, QualityError
 from requant_onnx.files.load import is_large, whole
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.outputs import OutputTally, images_in
@@ -15,13 +13,12 @@ from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sessions import load_session, open_session, run_session
 
 COUNT = 32  # inputs of a check
-OTHER_SEED = 104729  # added to that of the calibration, for noise, and images, that it has not seen
 
 
 def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Calibration | None) -> SelfCheck | str:
     """Compare a converted model with its source on inputs that were not used for it; why it was not done, where it was not.
 
-    calibration: that of the conversion; None: noise is tried.
+    calibration: that of the conversion; None: noise is tried.  Raises QualityError where the converted model does not run.
     """
     if is_large(source) or is_large(made):
         return "it is larger than 2 GB"
@@ -44,24 +41,14 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
             for tally, one, other in zip(tallies, expected, found, strict=True):
                 tally.add(one, other, *images_in(chunk.values()))
     except ModelError as error:
-        return f"ONNX Runtime runs the model and not what was made of it: {error}"
+        raise QualityError(
+            f"ONNX Runtime runs the model and not what was made of it ({error}): please report this, and choose another --form"
+        ) from None
     return SelfCheck(words, tuple(tally.report() for tally in tallies))
 
 
 def _unseen(calibration: Calibration | None) -> tuple[Calibration, str]:
     """Inputs that a calibration does not use, where there are any, and what they are."""
-    if calibration is None or calibration.is_noise:
-        given = calibration or Calibration()
-        return replace(given, count=COUNT, seed=given.seed + OTHER_SEED), f"{COUNT} images of noise not used in the conversion"
-    if calibration.feeds:
-        rest = calibration.feeds[calibration.count :][:COUNT]
-        feeds = rest or calibration.feeds[-COUNT:]
-        used = "not used in the conversion" if rest else "used in the conversion too"
-        return replace(calibration, feeds=feeds, count=len(feeds)), f"{len(feeds)} inputs {used}"
-    assert calibration.images is not None
-    rest_of_images = calibration.images.not_drawn(calibration.count, calibration.seed)
-    images = rest_of_images if len(rest_of_images) else calibration.images.drawn(calibration.count, calibration.seed)
-    count = min(COUNT, len(images))
-    used = "not used in the conversion" if len(rest_of_images) else "used in the conversion too"
-    seed = calibration.seed + OTHER_SEED
-    return replace(calibration, images=images, count=count, seed=seed), f"{count} images {used}"
+    unseen, is_new = (calibration or Calibration()).unseen(COUNT)
+    kind = "images of noise" if unseen.is_noise else "inputs" if unseen.feeds else "images"
+    return unseen, f"{unseen.count} {kind} {'not used in the conversion' if is_new else 'used in the conversion too'}"

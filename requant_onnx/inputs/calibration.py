@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,7 @@ from requant_onnx.inputs.images import ImageSet, Normalization
 DEFAULT_COUNT = 256
 DEFAULT_MEMORY = 1 << 28
 SPARE = 32  # feeds kept beyond those asked for, for the self-check
+OTHER_SEED = 104729  # added to the seed, for noise that a calibration has not seen
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
 GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
 NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
@@ -72,6 +73,22 @@ class Calibration:
     def headroom(self) -> float:
         """The factor on measured ranges."""
         return NOISE_HEADROOM if self.is_noise else 1.0
+
+    def unseen(self, count: int) -> tuple[Calibration, bool]:
+        """At most `count` inputs that this calibration does not use, and True; or of its own, and False, for lack of others.
+
+        Images of its own come without labels: an accuracy on them tells nothing.
+        """
+        if self.is_noise:
+            return replace(self, count=count, seed=self.seed + OTHER_SEED), True
+        if self.feeds:
+            rest = self.feeds[self.count :][:count]
+            feeds = rest or self.feeds[-count:]
+            return replace(self, feeds=feeds, count=len(feeds)), bool(rest)
+        assert self.images is not None
+        others = self.images.not_drawn(self.count, self.seed)
+        images = others if len(others) else replace(self.images.drawn(self.count, self.seed), y=None)
+        return replace(self, images=images, count=min(count, len(images)), seed=self.seed + OTHER_SEED), bool(len(others))
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, ImageSet | None):
