@@ -41,7 +41,7 @@ HOMES = {
     "matplotlib": {"webpage"},
     "multiprocessing": {"evaluate"},
     "onnxruntime": {"runtime"},
-    "PIL": {"inputs"},
+    "PIL": {"inputs", "webpage"},
     "platformdirs": {"evaluate"},
     "rich": {"cli"},
     "shtab": {"cli"},

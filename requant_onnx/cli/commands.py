@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 from rich.markup import escape
@@ -58,6 +60,8 @@ from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
 from requant_onnx.webpage.pages import html_comparison, html_report
 
+PAGE_IMAGES, PAGE_VALUES = 1000, 1 << 24  # that the page of a conversion compares on: images at most, and values of them
+PAGE_INPUTS = 64  # that a page compares on at least, and on noise and inputs by name at most
 TARGET_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with under a target; images that one is judged on
 
 
@@ -80,12 +84,28 @@ def run_convert(args: argparse.Namespace) -> None:
         with progress_bar(args, "drawing") as progress:
             settings = [("requant.toml, for requant convert --config", write_options(args))]
             page = html_report(
-                args.input, args.output, calibration=calibration, conversion=report, settings=settings, progress=progress
+                args.input, args.output, **_page_inputs(args, calibration), conversion=report, settings=settings, progress=progress
             )
         write_atomically(args.html, page.encode())
     tables.print_conversion(console_for(args), report, sizes)
     if args.verbose:
         tables.print_tried(console_for(args), report)
+
+
+def _page_inputs(args: argparse.Namespace, calibration: Calibration | None) -> dict[str, Any]:
+    """What the page of a conversion compares on: inputs that the conversion did not use, where there are any, without their labels.
+
+    The model may have been trained on these images, and an accuracy on them would say nothing.
+    """
+    if calibration is None:
+        return {}
+    count = PAGE_INPUTS
+    if calibration.images is not None:
+        count = min(PAGE_IMAGES, max(PAGE_INPUTS, PAGE_VALUES // math.prod(calibration.images.x.shape[1:])))
+    unseen, is_new = calibration.unseen(count)
+    if unseen.images is not None:
+        unseen = replace(unseen, images=replace(unseen.images, y=None))
+    return {"calibration": unseen, "data": "" if unseen.is_noise else args.calibrate, "used": not is_new}
 
 
 def convert_file(
@@ -219,9 +239,17 @@ def run_report(args: argparse.Namespace) -> None:
     """requant report: write a page on each weight."""
     check_page(args.output, args.force, args.reference, args.candidate)
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
-    asked = args.data is not None or calibration != Calibration()  # else the weights are compared even if the model takes no noise
-    with progress_bar(args, "comparing") as progress:
-        page = html_report(args.reference, args.candidate, calibration=calibration if asked else None, progress=progress)
+    if args.data is None and args.limit is None:
+        calibration = replace(calibration, count=PAGE_INPUTS)
+    asked = args.data is not None or replace(calibration, count=DEFAULT_COUNT) != Calibration()
+    with progress_bar(args, "comparing") as progress:  # where nothing is asked for, weights are compared even without any inputs
+        page = html_report(
+            args.reference,
+            args.candidate,
+            calibration=calibration if asked else None,
+            data=args.data or "",
+            progress=progress,
+        )
     write_atomically(args.output, page.encode())
     console_for(args).print(f"wrote {args.output}", markup=False, highlight=False)
 

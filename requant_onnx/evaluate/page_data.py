@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from requant_onnx.convert.report import FileSizes, QuantReport, ValidationReport
 from requant_onnx.errors import DataError, LoadError, ModelError
+from requant_onnx.evaluate.examples import Change, Example, Examples
 from requant_onnx.evaluate.validate import validate
+from requant_onnx.evaluate.verdict import Verdict, judge
 from requant_onnx.evaluate.weight_comparison import ComparedWeight, dissect
 from requant_onnx.files.load import LoadedModel, ModelLike, Source
+from requant_onnx.graph.activations import ActivationRange, activation_ranges
+from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.flow import Block, flow_of
+from requant_onnx.graph.readers import find_readers
 from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.numerics.arrays import UInt8Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
 
-COMPARED = 64  # images on which the outputs of layers are compared
+COMPARED, COMPARED_VALUES = 64, 1 << 22  # images on which the outputs of layers are compared, and values of them: 27 of 224x224
+FEWEST = 8
 
 
 class Names(NamedTuple):
@@ -29,65 +41,144 @@ class Names(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """An example, and its image.  pixels: (h, w, c) with 1 or 3 channels, 0..255; None where the input is no image."""
+
+    example: Example
+    pixels: UInt8Array | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the models answer.  data: what they were asked, in words.  examples: the worst.  changes: the most frequent."""
+
+    data: str
+    validation: ValidationReport
+    examples: Sequence[Shown]
+    changes: Sequence[Change]
+
+
+@dataclass(frozen=True)
 class Study:
     """Two models: what they are called, and the bytes of their files.  inputs: what outputs of layers were compared on.
 
-    explanation, validation, conversion: None where there is none.  settings: titles and texts of how the file was made.
+    flow: of the candidate.  explanation, answers, conversion: None where there is none.  settings: titles and texts of how the file
+    was made.
     """
 
     names: Names
     bytes: FileSizes
     weights: Sequence[ComparedWeight]
+    verdict: Verdict
+    flow: Sequence[Block] = ()
+    ranges: Sequence[ActivationRange] = ()
     explanation: Explanation | None = None
-    validation: ValidationReport | None = None
+    answers: Answers | None = None
     conversion: QuantReport | None = None
     inputs: str = ""
     notes: Sequence[str] = ()
     settings: Sequence[tuple[str, str]] = ()
 
 
-def study(
-    reference: ModelLike, candidate: ModelLike, calibration: Calibration | None = None, progress: Progress | None = None
-) -> Study:
-    """Everything but the conversion.  calibration: the inputs to compare on; None for noise, where the model takes it.
+@dataclass(frozen=True)
+class Asked:
+    """What models are compared on.  data: its name, as the user gave it.  used: whether the conversion used it too."""
+
+    calibration: Calibration | None = None
+    data: str = ""
+    used: bool = False
+
+
+def study(reference: ModelLike, candidate: ModelLike, asked: Asked, progress: Progress | None = None) -> Study:
+    """Everything but the conversion.  asked: the inputs to compare on; where it has none, noise, if the model takes it.
 
     Raises ModelError where a model does not load, DataError as `validate`.
     """
     models = (load_runnable(reference), load_runnable(candidate))
     notes: list[str] = []
-    validation, layers, inputs = None, None, ""
-    if calibration is not None and calibration.feeds:
-        layers = replace(calibration, count=min(COMPARED, calibration.count))
-        inputs = f"{len(layers.feeds[: layers.count])} inputs"
-    else:
-        chosen = _images(models[0].source, calibration, notes)
-        if chosen is not None:
-            validation = _validation(*models, *chosen, notes, progress)
-            layers = Calibration(chosen[0].first(COMPARED), chosen[1], COMPARED)
-            noise = calibration is None or calibration.is_noise
-            inputs = f"{min(COMPARED, len(chosen[0]))} images" + (" of noise" if noise else "")
+    chosen = _inputs(models[0].source, asked.calibration, notes)
+    answers, layers, inputs = None, None, ""
+    if chosen is not None:
+        data, normalization = chosen
+        answers = _answers(models, data, normalization, _named(asked, data, normalization), notes, progress)
+        if isinstance(data, FeedSet):
+            layers, inputs = Calibration(feeds=data.rows, count=min(COMPARED, len(data))), f"{min(COMPARED, len(data))} inputs"
+        else:
+            few = data.first(min(COMPARED, max(FEWEST, COMPARED_VALUES // math.prod(data.x.shape[1:]))))
+            layers = Calibration(few, normalization, len(few))
+            inputs = f"{len(few)} images" + (" of noise" if _is_noise(asked) else "")
     weights = dissect(*models, layers, progress)
     sizes = FileSizes(*(model.bytes for model in models))
-    notes += _doubts(weights, sizes)
+    graph = ModelGraph.of(models[1].proto)
     explanation = _explanation(models[1], notes)
-    names = Names(*(model.label for model in models))
-    return Study(names, sizes, weights, explanation, validation, None, inputs, notes)
+    notes += _doubts(weights, sizes)
+    return Study(
+        names=Names(*(model.label for model in models)),
+        bytes=sizes,
+        weights=weights,
+        verdict=judge(None if answers is None else answers.validation, sizes, _weaknesses(asked, answers)),
+        flow=flow_of(graph, find_readers(graph)),
+        ranges=activation_ranges(graph),
+        explanation=explanation,
+        answers=answers,
+        inputs=inputs,
+        notes=notes,
+    )
 
 
-def _validation(
-    reference: LoadedModel,
-    candidate: LoadedModel,
-    images: ImageSet,
+def _is_noise(asked: Asked) -> bool:
+    return asked.calibration is None or asked.calibration.is_noise
+
+
+def _weaknesses(asked: Asked, answers: Answers | None) -> tuple[str, ...]:
+    """What is wrong with the data, as sentences."""
+    if answers is None:
+        return ()
+    if asked.used:
+        return ("These inputs were used in the conversion too, so the figures flatter it: judge it on others, with --data.",)
+    return ("The inputs are noise, not data of yours: judge it on your own, with --data.",) if _is_noise(asked) else ()
+
+
+def _named(asked: Asked, data: ImageSet | FeedSet, normalization: Normalization | None) -> str:
+    """The inputs in words."""
+    if isinstance(data, FeedSet):
+        return f"{len(data):,} inputs" + (f" of {asked.data}" if asked.data else "")
+    text = f"{len(data):,} images" + (" of noise" if _is_noise(asked) else f" of {asked.data}" if asked.data else "")
+    if normalization is not None and not _is_noise(asked):
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (normalization.mean, normalization.std))
+        text += f", normalized with mean {mean} and standard deviation {std}"
+    return text + (", which the conversion used too" if asked.used else "")
+
+
+def _answers(
+    models: tuple[LoadedModel, LoadedModel],
+    data: ImageSet | FeedSet,
     normalization: Normalization | None,
+    name: str,
     notes: list[str],
     progress: Progress | None,
-) -> ValidationReport | None:
-    """None, and a note, for models that give something else than scores: their layers can be compared all the same."""
+) -> Answers | None:
+    """None, and a note, where the models cannot be compared as they are: their weights can be all the same."""
+    examples = Examples(data.y, None if isinstance(data, FeedSet) else data.x.shape[2:])
     try:
-        return validate(reference, candidate, images, normalization, progress=progress)
+        report = validate(*models, data, normalization, progress=progress, watch=examples.add)
     except ModelError as error:
         notes.append(f"answers were not compared: {error}")
         return None
+    shown = [Shown(example, _pixels(data, example.index)) for example in examples.worst]
+    return Answers(name, report, shown, examples.changes)
+
+
+def _pixels(data: ImageSet | FeedSet, index: int) -> UInt8Array | None:
+    """An image to look at; values that are normalized are spread over 0..255."""
+    if isinstance(data, FeedSet):
+        return None
+    image = np.asarray(data.x[index : index + 1])[0].transpose(1, 2, 0)
+    image = image if image.shape[2] == 3 else image[:, :, :1]
+    if image.dtype == np.uint8:
+        return np.asarray(image, np.uint8)
+    low, high = float(image.min()), float(image.max())
+    return np.asarray(np.rint((image - low) * (255 / max(high - low, 1e-12))), np.uint8)
 
 
 def _doubts(weights: Sequence[ComparedWeight], sizes: FileSizes) -> list[str]:
@@ -106,12 +197,16 @@ def _doubts(weights: Sequence[ComparedWeight], sizes: FileSizes) -> list[str]:
     return doubts
 
 
-def _images(model: Source, calibration: Calibration | None, notes: list[str]) -> tuple[ImageSet, Normalization | None] | None:
-    """The images asked for, or noise that the model takes; None, and a note, where nothing was asked for and it takes none."""
+def _inputs(
+    model: Source, calibration: Calibration | None, notes: list[str]
+) -> tuple[ImageSet | FeedSet, Normalization | None] | None:
+    """The inputs asked for, or noise that the model takes; None, and a note, where nothing was asked for and it takes none."""
+    if calibration is not None and calibration.feeds:
+        return FeedSet(calibration.feeds[: calibration.count]), None
     if calibration is not None:
         return calibration_images(model, calibration)
     try:
-        return calibration_images(model, Calibration())
+        return calibration_images(model, Calibration(count=COMPARED))
     except (ModelError, DataError) as error:
         notes.append(f"outputs were not compared: {error}")
         return None

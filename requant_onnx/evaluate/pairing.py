@@ -31,6 +31,7 @@ class Pair:
 
     w: (channels, n) of the reference; w_hat: of the candidate, of another shape where the channels lie otherwise.
     half: whether the candidate's is float16.  output: what the two nodes give, to be compared; None where that is not known.
+    replaces: name of a stored tensor of the reference (`Pairing.reference`), and the candidate's values for it; None for none.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,14 @@ class Pair:
     w_hat: Float32Array
     half: bool
     output: SameTensor | None
+    replaces: tuple[str, Float32Array] | None = None
+
+
+class Pairing(NamedTuple):
+    """Every weight of the candidate with its counterpart.  reference: its weights exposed, BatchNormalization folded."""
+
+    pairs: list[tuple[WeightReader, Pair | None]]
+    reference: onnx.ModelProto
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class _Weight:
         return to_rows(self.values.astype(np.float32), self.reader.channel_axis(self.values.ndim))
 
 
-def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[tuple[WeightReader, Pair | None]]:
+def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> Pairing:
     """Every weight of the candidate, with its counterpart in the reference; None where it has none.
 
     The reference counts as it is, and with BatchNormalization folded.  Raises ModelError where a model does not load.
@@ -64,9 +73,12 @@ def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[t
     copy = onnx.ModelProto()
     copy.CopyFrom(reference)
     view = exposed(copy).graph
-    known = _weights(view.proto, find_readers(view))
+    known = last = _weights(view.proto, find_readers(view))
     if fold_batchnorm(view):
-        known += _weights(view.proto, find_readers(ModelGraph.of(view.proto)))
+        last = _weights(view.proto, find_readers(ModelGraph.of(view.proto)))
+        known = known + last
+    stored = {item.name for item in view.proto.graph.initializer}
+    final = {weight.reader.weight: weight.values for weight in last if weight.reader.weight in stored}
     readers = find_readers(ModelGraph.of(candidate))
     decoded = {id(weight.reader): weight for weight in _weights(candidate, readers)}
     names = _Outputs(_made(reference), _made(candidate), settled_tensors(candidate))
@@ -74,8 +86,8 @@ def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> list[t
     for reader in readers:
         weight = decoded.get(id(reader))
         counterpart = None if weight is None else _counterpart(weight, known)
-        pairs.append((reader, None if weight is None or counterpart is None else _pair(counterpart, weight, names)))
-    return pairs
+        pairs.append((reader, None if weight is None or counterpart is None else _pair(counterpart, weight, names, final)))
+    return Pairing(pairs, view.proto)
 
 
 def _counterpart(weight: _Weight, known: Sequence[_Weight]) -> _Weight | None:
@@ -118,9 +130,12 @@ def _made(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(name for node in model.graph.node for name in node.output if name)
 
 
-def _pair(counterpart: _Weight, weight: _Weight, names: _Outputs) -> Pair:
-    half = weight.values.dtype.itemsize == 2
-    return Pair(tuple(counterpart.values.shape), counterpart.rows, weight.rows, half, names.of(counterpart.reader, weight.reader))
+def _pair(counterpart: _Weight, weight: _Weight, names: _Outputs, final: Mapping[str, GenericArray]) -> Pair:
+    half, name = weight.values.dtype.itemsize == 2, counterpart.reader.weight
+    same = name in final and weight.values.shape == final[name].shape and np.array_equal(final[name], counterpart.values)
+    replaces = (name, weight.values.astype(np.float32)) if same else None
+    output = names.of(counterpart.reader, weight.reader)
+    return Pair(tuple(counterpart.values.shape), counterpart.rows, weight.rows, half, output, replaces)
 
 
 def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_Weight]:

@@ -44,8 +44,11 @@ class Tally:
         self._right: list[list[bool]] = [[], []]
         self._classes = 0
 
-    def add(self, batch: Any, first: list[Any], second: list[Any], start: int, count: int) -> None:
-        """Compare the outputs of both models for a batch.  count: images of it that are not there to fill it."""
+    def add(self, batch: Any, first: list[Any], second: list[Any], start: int, count: int) -> tuple[list[Any], list[Any]]:
+        """Compare the outputs of both models for a batch.  count: images of it that are not there to fill it.
+
+        Returns the outputs of these images, those of the second model in the order of the first.
+        """
         second = [second[k] for k in self._order]
         size = len(batch) if isinstance(batch, np.ndarray) else None
         first, second = ([_cut(y, size, count) for y in outputs] for outputs in (first, second))
@@ -61,6 +64,7 @@ class Tally:
             )
         if self._images.y is not None:
             self._label(np.asarray(first[0]), np.asarray(second[0]), self._images.y[start : start + count])
+        return first, second
 
     def _label(self, first: AnyArray, second: AnyArray, labels: Int64Array) -> None:
         if not self._outputs[0].is_scores:

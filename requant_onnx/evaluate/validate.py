@@ -35,6 +35,7 @@ from requant_onnx.runtime.sessions import (
 )
 
 BATCH = 100
+Watch = Callable[[int, int, list[Any], list[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ def validate(
     latency_batch: int | None = 1,
     threads: int | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> ValidationReport:
     """Run both models on all images, or inputs by name, in ONNX Runtime with default options, and compare every output.
 
     normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
     latency_batch: images of a run that is timed (inputs by name are timed as they are), None for no timing.
     threads: threads of ONNX Runtime in the runs that are timed (default: as it likes).
+    watch: called after each batch with its first input, how many it holds, and the outputs of both models, in one order.
     Raises ModelError when a model is refused, DataError when the images or labels do not fit.
     """
     if latency_batch is not None and latency_batch < 1:
@@ -90,7 +93,9 @@ def validate(
     names = [[item.name for item in model.session.get_outputs()] for model in models]
     tally = Tally((names[0], names[1]), images, size)
     for start, count, batch in parts:
-        tally.add(batch, models[0].run(batch), models[1].run(batch), start, count)
+        outputs = tally.add(batch, models[0].run(batch), models[1].run(batch), start, count)
+        if watch is not None:
+            watch(start, count, *outputs)
         if progress is not None:
             progress("validating", start + count, len(images))
     timed = Timed() if latency_batch is None else _latency(models, once, threads)

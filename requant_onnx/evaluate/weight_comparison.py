@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
 from requant_onnx.convert.report import sqnr_db
 from requant_onnx.evaluate.pairing import Pair, find_pairs
-from requant_onnx.files.load import LoadedModel, ModelLike
+from requant_onnx.files.load import LoadedModel, ModelLike, is_large
 from requant_onnx.graph.readers import WeightReader
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
@@ -25,12 +25,14 @@ from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
+from requant_onnx.runtime.sensitivity import output_errors
 from requant_onnx.runtime.sessions import load_runnable, open_session, run_session
 from requant_onnx.runtime.stream import Chunk
 
 ALPHAS = np.linspace(0.3, 1.0, 71)
 BINS = 96
 MAX_ROWS, MAX_VALUES = 512, 1 << 20  # of a weight, for its curve and histograms; a regular sample of the rows
+ALONE = 16  # inputs on which weights are judged alone
 TENSOR_BYTES = 1 << 27  # of layer outputs compared at a time
 
 
@@ -66,6 +68,7 @@ class ComparedWeight:
     counterpart in the reference, or inside an integer kernel that does not say how it is decoded.
 
     sqnr_db: of the decoded weight; output_sqnr_db: of what its node gives, nan where that was not compared.
+    alone_sqnr_db: of the outputs of the reference with this weight of the candidate in it and all others its own, nan as before.
     alpha: (least, mean, largest) range factor of the channels as they are; scales: (channels,) or (1,).
     grid: its kind; densities: in weight space, and in the space of its transform (of the square root for a uniform grid).
     """
@@ -82,6 +85,7 @@ class ComparedWeight:
     alpha: tuple[float, float, float] | None = None
     curve: Curve | None = None
     densities: tuple[Density, Density] | None = None
+    alone_sqnr_db: float = math.nan
 
 
 def dissect(
@@ -96,22 +100,32 @@ def dissect(
     Raises ModelError, DataError as quantize_model.
     """
     float_model, quantized = load_runnable(reference).proto, load_runnable(candidate).proto
-    pairs = find_pairs(float_model, quantized)
+    pairs, folded = find_pairs(float_model, quantized)
     names = {pair.output.reference: pair.output.candidate for _, pair in pairs if pair is not None and pair.output is not None}
     chunks = [] if calibration is None else calibration_chunks(float_model, calibration)
     outputs = output_sqnr(float_model, quantized, names, chunks) if chunks else {}
+    alone = {} if calibration is None else _alone(folded, [pair for _, pair in pairs if pair is not None], calibration)
     weights = []
     for done, (reader, pair) in enumerate(pairs, 1):
         if pair is None:
             shape = tuple(n if isinstance(n, int) else -1 for n in reader.node.inputs[reader.operand].shape or ())
             weights.append(ComparedWeight(reader.weight, reader.op, shape, "unknown", math.nan, math.nan))
         else:
-            weights.append(
-                _anatomy(reader, pair, math.nan if pair.output is None else outputs.get(pair.output.reference, math.nan))
-            )
+            made = _anatomy(reader, pair, math.nan if pair.output is None else outputs.get(pair.output.reference, math.nan))
+            weights.append(replace(made, alone_sqnr_db=alone.get(pair.replaces[0], math.nan) if pair.replaces else math.nan))
         if progress is not None:
             progress(reader.weight, done, len(pairs))
     return tuple(weights)
+
+
+def _alone(reference: onnx.ModelProto, pairs: Sequence[Pair], calibration: Calibration) -> dict[str, float]:
+    """Output SQNR in dB of the reference with one weight of the candidate, by the name of that weight."""
+    replaced = dict(pair.replaces for pair in pairs if pair.replaces is not None)
+    if not replaced or is_large(reference):
+        return {}
+    chunks = calibration_chunks(reference, replace(calibration, count=min(calibration.count, ALONE)))
+    errors = output_errors(reference, ({name: values} for name, values in replaced.items()), replaced.keys(), chunks)
+    return {name: sqnr_db(1.0, error) for name, error in zip(replaced, errors, strict=True)}
 
 
 def output_sqnr(

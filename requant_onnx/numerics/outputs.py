@@ -95,7 +95,7 @@ class OutputTally:
             self._add_mask(a, b)
         elif self._kind == "text":
             self._count += images
-            self._same += sum(x == y for x, y in zip(_strings(a, images), _strings(b, images), strict=True))
+            self._same += sum(x == y for x, y in zip(strings_of(a, images), strings_of(b, images), strict=True))
 
     def _add_scores(self, a: Float64Array, b: Float64Array) -> None:
         tops = a.argmax(1)
@@ -227,7 +227,7 @@ def _classes(mask: Float64Array) -> Int64Array:
     return np.asarray(mask[:, 0] > edge, np.int64)
 
 
-def _strings(output: Float64Array, images: int) -> list[tuple[int, ...]]:
+def strings_of(output: Float64Array, images: int) -> list[tuple[int, ...]]:
     """The best path of each image by CTC's rule: repeats joined, then blanks dropped (Graves et al. 2006)."""
     rows = output if output.shape[0] == images else output.swapaxes(0, 1)
     strings = []

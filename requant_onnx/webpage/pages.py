@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from requant_onnx.convert.report import QuantReport
 from requant_onnx.errors import ConfigError
-from requant_onnx.evaluate.page_data import study
+from requant_onnx.evaluate.page_data import Asked, study
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.files.load import ModelLike, source_of
 from requant_onnx.inputs.calibration import Calibration
@@ -22,6 +22,8 @@ def html_report(
     normalization: Normalization | None = None,
     *,
     calibration: Calibration | None = None,
+    data: str = "",
+    used: bool = False,
     conversion: QuantReport | None = None,
     settings: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
@@ -30,6 +32,7 @@ def html_report(
 
     images: images on which the models are compared, with labels for accuracy.  calibration: other inputs instead of images, noise
     of a size or inputs by name.  Without both: noise, where the model takes images of a known size.
+    data: name of these inputs, for the reader.  used: whether they were used to make the candidate, which the page then says.
     conversion: report of the conversion, if there was one.  settings: (title, text) of the settings that made the file.
     Raises ModelError, DataError as `validate`; ConfigError where the extra `report` is not installed.
     """
@@ -38,7 +41,7 @@ def html_report(
 
     if images is not None:
         calibration = Calibration(images, normalization, len(images))
-    studied = study(source_of(reference), source_of(candidate), calibration, progress)
+    studied = study(source_of(reference), source_of(candidate), Asked(calibration, data, used), progress)
     return render(replace(studied, conversion=conversion, settings=settings), progress)
 
 

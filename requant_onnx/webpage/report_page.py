@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,24 +15,31 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from PIL import Image
 
-from requant_onnx.convert.report import WeightReport
-from requant_onnx.evaluate.page_data import Study
+from requant_onnx.convert.report import ValidationReport, WeightReport
+from requant_onnx.evaluate.page_data import Shown, Study
 from requant_onnx.evaluate.weight_comparison import ComparedWeight
+from requant_onnx.numerics.arrays import UInt8Array
 from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import WeightFate
 from requant_onnx.runtime.version import runtime_version
 from requant_onnx.text import shape_text
 from requant_onnx.webpage.figures import charts_of, growth_chart
+from requant_onnx.webpage.network import draw
+from requant_onnx.webpage.terms import TERMS
+
+THUMBNAIL = 160  # pixels, the longer side of the image of an example
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.  title: heading.  text: whether it holds text."""
+    """A column of a table.  title: heading.  text: whether it holds text.  term: that of the glossary which explains it."""
 
     title: str
     text: bool = False
+    term: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,24 +62,64 @@ def render(study: Study, progress: Progress | None = None) -> str:
         rows.append(_row(number, weight, fate, report, study.conversion is not None))
         if progress is not None:
             progress("drawing", number + 1, len(study.weights))
+    answers = study.answers
     return fill(
         "page.html",
         title=Path(study.names[1]).name,
-        subtitle=f"Quantized weights beside {study.names[0]}: what became of each, and what it costs.",
+        subtitle=f"Quantized weights next to {study.names[0]}: what became of each, and what it costs.",
+        data="" if answers is None else answers.data,
+        verdict=study.verdict,
         cards=_cards(study),
         notes=_notes(study),
+        network=draw(study.flow, study.weights),
+        examples=[] if answers is None else [_example(shown) for shown in answers.examples],
+        changes=[] if answers is None else answers.changes,
+        outputs=[] if answers is None or len(answers.validation.outputs) < 2 else _outputs(answers.validation),
         growth=growth_chart(study.weights),
         columns=_columns(study.conversion is not None),
         rows=rows,
         left=[f"{item.name} ({item.op}) {item.reason}" for item in study.conversion.skipped] if study.conversion else [],
+        ranges=study.ranges,
         weights=details,
         settings=[{"title": title, "text": text} for title, text in study.settings],
     )
 
 
+def _example(shown: Shown) -> dict[str, Any]:
+    """An example for the page.  image: as a data URI, "" where there is none."""
+    example = shown.example
+    same = f"both {example.answers[0]}" if example.answers[0] else "values only"
+    answers = f"float {example.answers[0]}, converted {example.answers[1]}" if example.differs else same
+    sqnr = "no SQNR" if math.isnan(example.sqnr_db) else f"{_decibels(example.sqnr_db)} SQNR"
+    text = f"input {example.index}: {answers}, {f'right is {example.label}, ' if example.label else ''}{sqnr}"
+    return {"text": text, "image": "" if shown.pixels is None else _data_uri(shown.pixels), "differs": example.differs}
+
+
+def _data_uri(pixels: UInt8Array) -> str:
+    """A small image.  pixels: (h, w, 1 or 3)."""
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if max(pixels.shape[:2]) <= THUMBNAIL // 2 else "JPEG")
+    kind = "png" if buffer.getvalue().startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _outputs(report: ValidationReport) -> list[tuple[str, ...]]:
+    """A row for each output."""
+    rows: list[tuple[str, ...]] = []
+    for output in report.outputs:
+        agreement = "" if output.agreement is None else f"{output.agreement:.2%} of {output.count:,} {output.what}"
+        sqnr = "" if output.sqnr_db is None else _decibels(output.sqnr_db)
+        more = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in output.extra.items())
+        rows.append((output.name, output.kind, sqnr, agreement, more))
+    return rows
+
+
 def fill(name: str, **values: Any) -> str:
     """Fill a template."""
     templates = Environment(loader=PackageLoader("requant_onnx", "webpage"), autoescape=True, trim_blocks=True)
+    templates.globals["terms"] = TERMS
     page: str = templates.get_template(name).render(
         version=version("requant_onnx"),
         css=Markup(_text("page.css")),
@@ -88,7 +137,7 @@ def _text(name: str) -> str:
 def _cards(study: Study) -> list[dict[str, str]]:
     before, after = study.bytes
     cards = [("file size", f"{after:,} B", f"of {before:,} B, {before / max(1, after):.2f} x smaller")]
-    result = study.validation
+    result = None if study.answers is None else study.answers.validation
     if result is not None and result.top1 is not None:
         change, error = (result.top1[1] - result.top1[0]) * 100, 100 * (result.top1_error or 0.0)
         note = f"of {result.top1[0]:.2%}, {change:+.2f} points, standard error {error:.2f}"
@@ -109,23 +158,30 @@ def _cards(study: Study) -> list[dict[str, str]]:
     else:
         quantized = sum(weight.outcome == "grid" for weight in study.weights)
         cards.append(("weights", f"{quantized}", f"of {len(study.weights)} lie on a grid"))
-    return [{"label": label, "value": value, "note": note} for label, value, note in cards]
+    return [{"label": label, "value": value, "note": note, "term": _term(label)} for label, value, note in cards]
+
+
+def _term(label: str) -> str:
+    """The term of the glossary that a label ends with."""
+    return next((term for term in TERMS if label.endswith(term)), "")
 
 
 def _notes(study: Study) -> list[str]:
-    notes = [*study.notes, *(study.validation.notes if study.validation else ())]
+    result = None if study.answers is None else study.answers.validation
+    notes = [*study.notes, *(result.notes if result else ())]
     notes += study.conversion.notes if study.conversion else ()
-    if study.validation is not None and study.validation.top1 is None:
-        notes.append("the images have no labels: this says how alike the models answer, not how well")
+    if result is not None and result.top1 is None:
+        notes.append("the inputs have no labels: this says how alike the models answer, not how well")
     notes = [f"outputs of layers were compared on {study.inputs}", *notes] if study.inputs else notes
     return [note[:1].upper() + note[1:].rstrip(".") + "." for note in notes]
 
 
 def _columns(converted: bool) -> list[Column]:
-    titles = [Column("weight", True), Column("op", True), Column("shape"), Column("bits"), Column("transform", True)]
-    titles += [Column("mean alpha"), Column("weight SQNR, dB"), Column("output SQNR, dB")]
+    titles = [Column("weight", True), Column("op", True), Column("shape"), Column("bits"), Column("transform", True, "transform")]
+    titles += [Column("mean alpha", term="alpha"), Column("weight SQNR, dB", term="SQNR")]
+    titles += [Column("output SQNR, dB", term="output SQNR"), Column("alone, dB", term="alone")]
     titles += [Column("bytes before"), Column("after")] if converted else []
-    return [*titles, Column("in ONNX Runtime", True)]
+    return [*titles, Column("in ONNX Runtime", True, "folded at load")]
 
 
 def _report_of(weight: ComparedWeight, fate: WeightFate | None, reports: Sequence[WeightReport]) -> WeightReport | None:
@@ -147,6 +203,7 @@ def _row(
         Cell("", "") if weight.alpha is None else Cell(f"{weight.alpha[1]:.3f}", weight.alpha[1]),
         _number(weight.sqnr_db),
         _number(weight.output_sqnr_db),
+        _number(weight.alone_sqnr_db),
     ]
     if converted:
         cells += [Cell(f"{n:,}", n) for n in (report.bytes_before, report.bytes_after)] if report else [Cell(""), Cell("")]
@@ -174,6 +231,8 @@ def _detail(number: int, weight: ComparedWeight, fate: WeightFate | None, report
         "unknown": "not compared",
     }
     facts += [("weight SQNR", kinds[weight.outcome]), ("output SQNR", _decibels(weight.output_sqnr_db))]
+    if not math.isnan(weight.alone_sqnr_db):
+        facts += [("output SQNR of the model, this weight alone", _decibels(weight.alone_sqnr_db))]
     if report is not None:
         facts += [("form", report.form), ("method", report.method), ("bytes", f"{report.bytes_before:,} to {report.bytes_after:,}")]
         tried = ", ".join(f"{step} {error:.2e}" for step, error in report.output_errors.items())

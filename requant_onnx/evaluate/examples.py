@@ -1,0 +1,130 @@
+"""The inputs that two models answer most differently, and the answers that changed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from requant_onnx.convert.report import sqnr_db
+from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
+from requant_onnx.numerics.detections import find_detections
+from requant_onnx.numerics.outputs import kind_of, strings_of
+
+WORST = 8  # examples kept
+CHANGES = 12  # pairs of answers listed
+
+
+@dataclass(frozen=True)
+class Example:
+    """An input.  index: in the data.  answers: of the reference and of the candidate, in words, "" where there are none.
+
+    label: the right answer in words, "" where it is not known.  differs: whether the answers are different.
+    sqnr_db: of its outputs, all together.
+    """
+
+    index: int
+    answers: tuple[str, str]
+    label: str
+    differs: bool
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Inputs whose answer became another.  label: "" where none is known."""
+
+    label: str
+    reference: str
+    candidate: str
+    count: int
+
+
+class _Answers(NamedTuple):
+    """The answers to the inputs of a batch.  texts: in words.  keys: what is compared.  are_classes: whether keys are classes."""
+
+    texts: list[str]
+    keys: list[Any]
+    are_classes: bool = False
+
+
+class Examples:
+    """Watches the outputs of two models, batch by batch."""
+
+    def __init__(self, labels: Int64Array | None, size: tuple[int, int] | None) -> None:
+        """labels: of all inputs, where known.  size: height and width of the images, where the models take any."""
+        self._labels, self._size = labels, size
+        self._worst: list[Example] = []
+        self._changes: Counter[tuple[str, str, str]] = Counter()
+
+    def add(self, start: int, count: int, first: Sequence[Any], second: Sequence[Any]) -> None:
+        """Look at one batch.  start: the first input of it.  count: inputs.  first, second: the outputs of both models."""
+        one, other = (_answers(outputs, count, self._size) for outputs in (first, second))
+        for k, sqnr in enumerate(_sqnr(first, second, count)):
+            label = "" if self._labels is None else f"class {self._labels[start + k]}"
+            differs = one.keys[k] != other.keys[k]
+            if differs and one.are_classes:
+                self._changes[label, f"class {one.keys[k]}", f"class {other.keys[k]}"] += 1
+            self._worst.append(Example(start + k, (one.texts[k], other.texts[k]), label, differs, sqnr))
+        self._worst.sort(key=lambda example: (not example.differs, example.sqnr_db, example.index))
+        del self._worst[WORST:]
+
+    @property
+    def worst(self) -> tuple[Example, ...]:
+        """Those whose answers differ first, the least SQNR first; none where the outputs are the same."""
+        return tuple(example for example in self._worst if example.differs or example.sqnr_db < math.inf)
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The pairs of answers that changed most often."""
+        return tuple(Change(*pair, count) for pair, count in self._changes.most_common(CHANGES))
+
+
+def _sqnr(first: Sequence[Any], second: Sequence[Any], count: int) -> list[float]:
+    """The SQNR of each input in dB, over all outputs that have one row for each; of one input, over all outputs."""
+    power, error = np.zeros(count), np.zeros(count)
+    for a, b in zip(first, second, strict=True):
+        if _has_rows(a, count) and np.shape(a) == np.shape(b) and a.dtype.kind in "fiu":
+            with np.errstate(invalid="ignore", over="ignore"):
+                x, y = (np.asarray(values, np.float64).reshape(count, -1) for values in (a, b))
+                power += np.square(x).sum(1)
+                error += np.square(x - y).sum(1)
+    return [sqnr_db(float(p), float(e)) for p, e in zip(power, error, strict=True)]
+
+
+def _has_rows(values: Any, count: int) -> bool:
+    return isinstance(values, np.ndarray) and (count == 1 or (values.ndim > 0 and len(values) == count))
+
+
+def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None) -> _Answers:
+    arrays = [values for values in outputs if isinstance(values, np.ndarray) and values.dtype.kind in "fiu"]
+    found = find_detections(arrays, count, size) if len(arrays) == len(outputs) and arrays else None
+    if found is not None:
+        each = [tuple(sorted(part.classes.tolist())) for part in found]
+        return _Answers([_listed(classes) for classes in each], list(each))
+    kind = kind_of(arrays[0], count, size) if arrays and arrays[0] is outputs[0] else ""
+    if kind == "scores":
+        scores = np.asarray(arrays[0], np.float64).reshape(count, -1)
+        tops, shares = scores.argmax(1).tolist(), _shares(scores).max(1).tolist()
+        return _Answers([f"class {top} ({share:.0%})" for top, share in zip(tops, shares, strict=True)], tops, True)
+    if kind == "text":
+        texts = strings_of(np.asarray(arrays[0], np.float64), count)
+        return _Answers([" ".join(map(str, text)) or "(nothing)" for text in texts], list(texts))
+    return _Answers([""] * count, [0] * count)
+
+
+def _listed(classes: tuple[int, ...]) -> str:
+    counts = Counter(classes)
+    return f"{len(classes)} objects" + (f": {', '.join(f'{n} of class {c}' for c, n in sorted(counts.items()))}" if counts else "")
+
+
+def _shares(scores: Float64Array) -> Float64Array:
+    """Scores as probabilities: as they are where they are some, else their softmax."""
+    if scores.min() >= 0.0 and np.allclose(scores.sum(1), 1.0, atol=1e-2):
+        return scores
+    shifted: AnyArray = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(1, keepdims=True))

@@ -1,0 +1,108 @@
+"""Whether a converted model can be shipped, as far as its data tells, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from requant_onnx.convert.report import GOOD_AGREEMENT, GOOD_DB, LEAST_DB, FileSizes, ValidationReport
+from requant_onnx.text import decibels
+
+SMALL_DROP, LARGE_DROP = 0.5, 2.0  # points of top-1: good up to the first, no longer to be shipped beyond the second
+LEAST_AGREEMENT = 0.9
+SLOWER = 1.1  # relative latency
+
+
+class Level(Enum):
+    """How good a figure is."""
+
+    GOOD = "good"
+    DOUBTFUL = "doubtful"
+    BAD = "bad"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One finding, as a sentence."""
+
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst of the reasons decides."""
+
+    reasons: tuple[Reason, ...]
+
+    @property
+    def level(self) -> Level:
+        """The worst level of all reasons."""
+        levels = {reason.level for reason in self.reasons}
+        return next(level for level in (Level.BAD, Level.DOUBTFUL, Level.GOOD) if level in levels)
+
+    @property
+    def sentence(self) -> str:
+        """The answer to "can I ship this?"."""
+        return {
+            Level.GOOD: "Yes, as far as this data tells.",
+            Level.DOUBTFUL: "Not before you have looked at what is doubtful below.",
+            Level.BAD: "No.",
+        }[self.level]
+
+
+def judge(validation: ValidationReport | None, sizes: FileSizes, doubts: tuple[str, ...] = ()) -> Verdict:
+    """The verdict.  validation: None where nothing could be compared.  doubts: what else is wrong with the data, as sentences."""
+    ratio = sizes.reference / max(1, sizes.candidate)
+    if ratio > 1:
+        reasons = [Reason(Level.GOOD, f"The file is {ratio:.2f} times smaller.")]
+    else:
+        reasons = [Reason(Level.BAD, f"The file is not smaller: {sizes.candidate:,} bytes, and {sizes.reference:,} before.")]
+    reasons += [Reason(Level.DOUBTFUL, text) for text in doubts]
+    if validation is None:
+        return Verdict((*reasons, Reason(Level.DOUBTFUL, "The answers were not compared.")))
+    reasons += [reason for reason in (_accuracy(validation), _agreement(validation)) if reason is not None]
+    reasons += [*_outputs(validation), *_latency(validation)]
+    return Verdict(tuple(reasons))
+
+
+def _accuracy(report: ValidationReport) -> Reason | None:
+    if report.top1 is None:
+        return None
+    change, error = 100 * (report.top1[1] - report.top1[0]), 100 * (report.top1_error or 0.0)
+    text = f"Top-1 accuracy changes by {change:+.2f} points (standard error {error:.2f}), from {report.top1[0]:.2%}."
+    if change >= -SMALL_DROP:
+        return Reason(Level.GOOD, text)
+    return Reason(Level.DOUBTFUL if change >= -max(LARGE_DROP, 2 * error) else Level.BAD, text)
+
+
+def _agreement(report: ValidationReport) -> Reason | None:
+    if report.agreement is None:
+        return None
+    error = report.agreement_error or 0.0
+    text = f"{report.agreement:.2%} of the {report.agreement_of} answers are those of the float model (standard error {error:.2%})."
+    if report.agreement + error >= GOOD_AGREEMENT:
+        return Reason(Level.GOOD, text)
+    lost = report.agreement + error < LEAST_AGREEMENT and report.top1 is None  # labels say more than agreement
+    return Reason(Level.BAD if lost else Level.DOUBTFUL, text)
+
+
+def _outputs(report: ValidationReport) -> list[Reason]:
+    known = [(output.sqnr_db, output.name) for output in report.outputs if output.sqnr_db is not None]
+    if not known:
+        return [] if report.agreement is not None else [Reason(Level.DOUBTFUL, "No output is a tensor of numbers.")]
+    least, name = min(known)
+    text = f"The output SQNR is {decibels(least)}" + (f" for the worst of {len(known)} outputs, {name}." if len(known) > 1 else ".")
+    if not least >= LEAST_DB:  # NaN too
+        return [Reason(Level.BAD, text)]
+    return [Reason(Level.GOOD if least >= GOOD_DB else Level.DOUBTFUL, text)]
+
+
+def _latency(report: ValidationReport) -> list[Reason]:
+    if report.latency_ratio is None:
+        return []
+    ratio = report.latency_ratio
+    if ratio <= SLOWER:
+        return [Reason(Level.GOOD, f"A run takes {ratio:.2f} times as long as before, on this machine.")]
+    advice = "weights that are decoded at every run are named below, and --form folded decodes them once, at load"
+    return [Reason(Level.DOUBTFUL, f"A run takes {ratio:.2f} times as long as before, on this machine: {advice}.")]
