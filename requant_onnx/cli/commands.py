@@ -204,6 +204,7 @@ def run_validate(args: argparse.Namespace) -> None:
             normalization,
             latency_batch=None if args.no_latency else batch,
             threads=threads,
+            task=args.task,
             progress=progress,
         )
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}

@@ -18,6 +18,7 @@ from requant_onnx.cli.toml_options import options_of, read_options
 from requant_onnx.config import ENUMS, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
+from requant_onnx.numerics.heads import HEADS
 
 DEFAULT = QuantConfig()
 INT8_LEVELS = "for --form int8, the largest int8 weight; 64 is exact on every CPU, 127 finer on CPUs with VNNI: "
@@ -56,7 +57,11 @@ one line of JSON a model is in OUT_DIR/requant.jsonl; the same command again goe
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant validate net.onnx net8.onnx --data images:imagenet/val --resize 256 --crop 224
   requant validate net.onnx net8.onnx --data inputs.npz --fail-below agreement=99,sqnr=20,latency=1.1
-pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
+  requant validate yolox.onnx yolox8.onnx --data images:photos --fit --task detect:yolox --mean 0 --std 0.00392156862745098
+pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098
+heads of detectors, for --task detect:HEAD (r: recognized by itself):
+"""
+    + "\n".join(f"  {name:<16}{'r ' if head.is_recognized else '  '}{head.what}" for name, head in HEADS.items()),
     "restore": """example:
   requant restore net4.onnx float.onnx""",
     "inspect": """examples:
@@ -312,6 +317,7 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="use only the first N images")
+    parser.add_argument("--task", metavar="detect:HEAD", help="the head of the detectors, where it is not recognized, see below")
     parser.add_argument("--latency-batch", metavar="N", help="images of a run that is timed (default: 1)")
     parser.add_argument("--threads", metavar="N", help="threads of ONNX Runtime in runs that are timed (default: as it likes)")
     parser.add_argument("--no-latency", action="store_true", help="time nothing")

@@ -31,15 +31,24 @@ class Timed:
 class Tally:
     """Running sums over the batches."""
 
-    def __init__(self, names: tuple[list[str], list[str]], images: ImageSet | FeedSet, size: tuple[int, int] | None) -> None:
-        """names: of the outputs of the two models.  size: height and width of the images, where there are any."""
+    def __init__(
+        self,
+        names: tuple[list[str], list[str]],
+        images: ImageSet | FeedSet,
+        size: tuple[int, int] | None,
+        head: str | None = None,
+    ) -> None:
+        """names: of the outputs of the two models.  size: height and width of the images, where there are any.
+
+        head: of detectors, a key of HEADS, where it is named.
+        """
         self._images, self._size = images, size
         if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
             text = f"the reference has the outputs {names[0]} and the candidate {names[1]}"
             raise DataError(f"{text}; compare models of the same outputs")
         self._order = [names[1].index(name) if name in names[1] else k for k, name in enumerate(names[0])]
         self._outputs = [OutputTally(name) for name in names[0]]
-        self._detections = DetectionTally()
+        self._detections = DetectionTally(head)
         self._broken = [0, 0]
         self._right: list[list[bool]] = [[], []]
         self._classes = 0

@@ -20,6 +20,7 @@ from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.feeds import Feed, FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.heads import head_of
 from requant_onnx.numerics.outputs import images_in
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
@@ -59,6 +60,7 @@ def validate(
     *,
     latency_batch: int | None = 1,
     threads: int | None = None,
+    task: str | None = None,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Run both models on all images, or inputs by name, in ONNX Runtime with default options, and compare every output.
@@ -66,8 +68,10 @@ def validate(
     normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
     latency_batch: images of a run that is timed (inputs by name are timed as they are), None for no timing.
     threads: threads of ONNX Runtime in the runs that are timed (default: as it likes).
-    Raises ModelError when a model is refused, DataError when the images or labels do not fit.
+    task: detect:HEAD names the head of detectors where it is not recognized (numerics/heads.py lists them).
+    Raises ModelError when a model is refused, DataError when images, labels or head do not fit, ConfigError for an unknown task.
     """
+    head = None if task is None else head_of(task)
     if latency_batch is not None and latency_batch < 1:
         raise DataError(f"the latency is measured on 1 image or more, not {latency_batch}")
     reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
@@ -88,7 +92,7 @@ def validate(
         parts = ((start, min(len(x), len(images) - start), x) for start, x in _batches(images, how, opened))
         size = images.x.shape[2:]
     names = [[item.name for item in model.session.get_outputs()] for model in models]
-    tally = Tally((names[0], names[1]), images, size)
+    tally = Tally((names[0], names[1]), images, size, head)
     for start, count, batch in parts:
         tally.add(batch, models[0].run(batch), models[1].run(batch), start, count)
         if progress is not None:
