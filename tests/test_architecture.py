@@ -43,6 +43,7 @@ HOMES = {
     "onnxruntime": {"runtime"},
     "PIL": {"inputs"},
     "platformdirs": {"evaluate"},
+    "pycocotools": {"evaluate"},
     "rich": {"cli"},
     "shtab": {"cli"},
     "threadpoolctl": {"convert"},

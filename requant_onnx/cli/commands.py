@@ -26,6 +26,7 @@ from requant_onnx.cli.values import (
     function_of,
     images_of,
     is_noise,
+    labels_of,
     limit_of,
     list_of,
     noise_of,
@@ -195,6 +196,7 @@ def run_validate(args: argparse.Namespace) -> None:
     threads = None if args.threads is None else whole_of(args.threads, "--threads")
     if batch < 1 or (threads is not None and threads < 1):
         raise ConfigError("--latency-batch and --threads are 1 or more")
+    labels_of(args)
     images, normalization = _images_to_compare(args, args.reference, args.data)
     with progress_bar(args, "validating") as progress:
         report = validate(

@@ -57,6 +57,7 @@ one line of JSON a model is in OUT_DIR/requant.jsonl; the same command again goe
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant validate net.onnx net8.onnx --data images:imagenet/val --resize 256 --crop 224
   requant validate net.onnx net8.onnx --data inputs.npz --fail-below agreement=99,sqnr=20,latency=1.1
+  requant validate yolo.onnx yolo8.onnx --data images:val2017 --fit --labels instances_val2017.json --mean 0 --std 1
   requant validate yolox.onnx yolox8.onnx --data images:photos --fit --task detect:yolox --mean 0 --std 0.00392156862745098
 pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098
 heads of detectors, for --task detect:HEAD (r: recognized by itself):
@@ -317,6 +318,13 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
     )
     _add_images(parser, "of the images")
     parser.add_argument("--limit", metavar="N", help="use only the first N images")
+    labels = parser.add_argument(
+        "--labels",
+        metavar="FILE.json",
+        type=Path,
+        help="for detectors on images:DIR: boxes in COCO's format, for mAP and AP50; class k of the models is the k-th category id",
+    )
+    labels.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.add_argument("--task", metavar="detect:HEAD", help="the head of the detectors, where it is not recognized, see below")
     parser.add_argument("--latency-batch", metavar="N", help="images of a run that is timed (default: 1)")
     parser.add_argument("--threads", metavar="N", help="threads of ONNX Runtime in runs that are timed (default: as it likes)")
@@ -325,7 +333,7 @@ def _add_validate(run: Command, parser: argparse.ArgumentParser) -> None:
         "--fail-below",
         metavar="FIGURE=NUMBER,...",
         help="exit with code 4 unless the candidate is as good: agreement=99,top1=90,top1-drop=0.5,sqnr=20,worst-sqnr=20,found=95, "
-        "latency=1.1 (at most, relative to the reference), ratio=7,bytes=150000",
+        "map-drop=0.5,latency=1.1 (at most, relative to the reference), ratio=7,bytes=150000",
     )
     _add_provider(parser)
     _add_common(run, parser)

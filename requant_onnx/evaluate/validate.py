@@ -98,8 +98,9 @@ def validate(
         if progress is not None:
             progress("validating", start + count, len(images))
     timed = Timed() if latency_batch is None else _latency(models, once, threads)
-    notes = (*_notes(candidate.proto), *tally.notes(how))
-    return tally.report(FileSizes(models[0].bytes, models[1].bytes), timed, notes)
+    precision = tally.precision()
+    notes = (*_notes(candidate.proto), *tally.notes(how, precision))
+    return tally.report(FileSizes(models[0].bytes, models[1].bytes), timed, notes, precision)
 
 
 def _check_images(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization | None) -> Normalization:
