@@ -43,6 +43,7 @@ HOMES = {
     "onnxruntime": {"runtime"},
     "PIL": {"inputs", "webpage"},
     "platformdirs": {"evaluate"},
+    "pycocotools": {"evaluate"},
     "rich": {"cli"},
     "shtab": {"cli"},
     "threadpoolctl": {"convert"},

@@ -28,6 +28,7 @@ from requant_onnx.cli.values import (
     function_of,
     images_of,
     is_noise,
+    labels_of,
     limit_of,
     list_of,
     noise_of,
@@ -215,6 +216,7 @@ def run_validate(args: argparse.Namespace) -> None:
     threads = None if args.threads is None else whole_of(args.threads, "--threads")
     if batch < 1 or (threads is not None and threads < 1):
         raise ConfigError("--latency-batch and --threads are 1 or more")
+    labels_of(args)
     images, normalization = _images_to_compare(args, args.reference, args.data)
     with progress_bar(args, "validating") as progress:
         report = validate(
@@ -224,6 +226,7 @@ def run_validate(args: argparse.Namespace) -> None:
             normalization,
             latency_batch=None if args.no_latency else batch,
             threads=threads,
+            task=args.task,
             progress=progress,
         )
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
@@ -238,6 +241,7 @@ def run_validate(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """requant report: write a page on each weight."""
     check_page(args.output, args.force, args.reference, args.candidate)
+    labels_of(args)
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
     if args.data is None and args.limit is None:
         calibration = replace(calibration, count=PAGE_INPUTS)
@@ -248,6 +252,7 @@ def run_report(args: argparse.Namespace) -> None:
             args.candidate,
             calibration=calibration if asked else None,
             data=args.data or "",
+            task=args.task,
             progress=progress,
         )
     write_atomically(args.output, page.encode())

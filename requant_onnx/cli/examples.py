@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from requant_onnx.cli.goals import GOALS
+from requant_onnx.numerics.heads import HEADS
 
 EXAMPLES = {
     None: """examples:
@@ -37,7 +38,12 @@ one line of JSON a model is in OUT_DIR/requant.jsonl; the same command again goe
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant validate net.onnx net8.onnx --data images:imagenet/val --resize 256 --crop 224
   requant validate net.onnx net8.onnx --data inputs.npz --fail-below agreement=99,sqnr=20,latency=1.1
-pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098""",
+  requant validate yolo.onnx yolo8.onnx --data images:val2017 --fit --labels instances_val2017.json --mean 0 --std 1
+  requant validate yolox.onnx yolox8.onnx --data images:photos --fit --task detect:yolox --mean 0 --std 0.00392156862745098
+pixels become (pixel / 255 - mean) / std; for a model that takes raw 0..255: --mean 0 --std 0.00392156862745098
+heads of detectors, for --task detect:HEAD (r: recognized by itself):
+"""
+    + "\n".join(f"  {name:<16}{'r ' if head.is_recognized else '  '}{head.what}" for name, head in HEADS.items()),
     "restore": """example:
   requant restore net4.onnx float.onnx""",
     "inspect": """examples:

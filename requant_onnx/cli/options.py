@@ -248,11 +248,12 @@ def _add_validate(run: Command, parser: Parser) -> None:
     )
     _add_images(data, "of the images")
     data.add_argument("--limit", metavar="N", help="use only the first N images")
+    _add_detection(data)
     parser.titled("what has to hold").add_argument(
         "--fail-below",
         metavar="FIGURE=NUMBER,...",
         help="exit with code 4 unless the candidate is as good: agreement=99,top1=90,top1-drop=0.5,sqnr=20,worst-sqnr=20,found=95, "
-        "latency=1.1 (at most, relative to the reference), ratio=7,bytes=150000",
+        "map-drop=0.5,latency=1.1 (at most, relative to the reference), ratio=7,bytes=150000",
     )
     timing = parser.titled("timing")
     timing.add_argument("--latency-batch", metavar="N", help="images of a run that is timed (default: 1)")
@@ -262,11 +263,27 @@ def _add_validate(run: Command, parser: Parser) -> None:
     _add_common(run, parser)
 
 
+def _add_detection(data: Container) -> None:
+    labels = data.add_argument(
+        "--labels",
+        metavar="FILE.json",
+        type=Path,
+        help="for detectors on images:DIR: boxes in COCO's format, for mAP and AP50; class k of the models is the k-th category id",
+    )
+    labels.complete = shtab.FILE  # type: ignore[attr-defined]
+    data.add_argument(
+        "--task",
+        metavar="detect:HEAD",
+        help="head of detectors, where it is not recognized; requant validate --help lists them",
+    )
+
+
 def _add_report(run: Command, parser: Parser) -> None:
     _add_file(parser, "reference", "REF.onnx", "float model")
     _add_file(parser, "candidate", "CANDIDATE.onnx", "model to compare with it, made by any tool")
     _add_file(parser, "output", "OUT.html", "page; an existing file is replaced only with --force")
     _add_data(parser)
+    _add_detection(parser.titled(DATA))
     parser.titled(OUTPUT).add_argument("--force", action="store_true", help="replace OUT.html if it exists")
     _add_provider(parser)
     _add_common(run, parser, json=False)

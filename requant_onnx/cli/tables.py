@@ -97,6 +97,9 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     table = Grid(f"{report.images:,} {report.kind}", "reference", "candidate", "")
     if report.top1 is not None and report.top1_error is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), _change(report.top1, report.top1_error))
+    if report.mean_ap is not None and report.ap50 is not None:
+        table.add_row("mAP", *(f"{value:.2%}" for value in report.mean_ap), _change(report.mean_ap, report.mean_ap_error or 0.0))
+        table.add_row("AP50", *(f"{value:.2%}" for value in report.ap50), f"{100 * (report.ap50[1] - report.ap50[0]):+.2f} points")
     table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
     if report.latency_ms is not None and report.latency_ratio is not None:
         latency = f"latency, batch {report.latency_batch}"
@@ -112,13 +115,13 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         _print_outputs(console, report.outputs)
     for note in report.notes:
         console.print(escape(f"note: {note}"))
-    if report.top1 is None:
+    if report.top1 is None and report.mean_ap is None:
         console.print(f"the {report.kind} have no labels: this says how alike the models answer, not how well")
 
 
-def _change(top1: Compared, error: float) -> str:
+def _change(shares: Compared, error: float) -> str:
     """A change of accuracy with its standard error, and whether it is within that."""
-    change = 100 * (top1[1] - top1[0])
+    change = 100 * (shares[1] - shares[0])
     within = ", within it" if abs(change) <= 100 * error else ""
     return f"{change:+.2f} points, standard error {100 * error:.2f}{within}"
 

@@ -180,12 +180,21 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     if not spec.startswith("images:"):
         _refuse(args, SIZES, f"is for images:DIR, not for '{spec}';")
         return load_images(spec, split)
-    images = load_images(spec, split, _pipeline(args))
+    images = load_images(spec, split, _pipeline(args), labels_of(args))
     unreadable = images.x.unreadable if isinstance(images.x, FolderImages) else ()
     if unreadable:
         count = len(images) + len(unreadable)
         print(f"note: {len(unreadable)} of {count} images are damaged and were skipped, '{unreadable[0]}' first", file=sys.stderr)
     return images
+
+
+def labels_of(args: argparse.Namespace) -> Path | None:
+    """The file of labelled boxes, of commands that take one.  Raises ConfigError where the data are no folder of images."""
+    labels: Path | None = getattr(args, "labels", None)
+    if labels is None or whole_spec(args.data or "noise").startswith("images:"):
+        return labels
+    _refuse(args, ("labels",), f"is for images:DIR, not for '{args.data or 'noise'}';")
+    return None
 
 
 def whole_spec(spec: str) -> str:

@@ -215,6 +215,8 @@ class ValidationReport:
     sqnr_db: of the first output that is a tensor of numbers.  bytes: file sizes.  outputs: every output, and detections.
     latency_ms: lower quartiles of one run at `latency_batch` images; latency_spread: interquartile range over these;
     latency_ratio: candidate over reference, the median over blocks of runs.  None where nothing was timed.
+    mean_ap, ap50: of detectors, COCO's AP@[.5:.95] and AP at an overlap of 0.5, in 0..1, None without labelled boxes.
+    mean_ap_error: standard error of the change of mean_ap, by resampling the images.
     notes: sentences on what the figures include.
     """
 
@@ -233,6 +235,9 @@ class ValidationReport:
     notes: tuple[str, ...]
     kind: str = "images"
     outputs: tuple[OutputReport, ...] = ()
+    mean_ap: Compared | None = None
+    mean_ap_error: float | None = None
+    ap50: Compared | None = None
 
     def __repr__(self) -> str:
         """Short: all fields are in to_dict()."""
@@ -243,8 +248,8 @@ class ValidationReport:
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [(self.kind, f"{self.images:,}")]
-        if self.top1 is not None:
-            rows.append(("top-1", f"{self.top1[0]:.2%} to {self.top1[1]:.2%}"))
+        for name, pair in (("top-1", self.top1), ("mAP", self.mean_ap), ("AP50", self.ap50)):
+            rows += [] if pair is None else [(name, f"{pair[0]:.2%} to {pair[1]:.2%}")]
         if self.agreement is not None:
             rows.append((f"{self.agreement_of} agreement", f"{self.agreement:.2%}"))
         if self.sqnr_db is not None:

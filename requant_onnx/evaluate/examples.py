@@ -12,7 +12,8 @@ import numpy as np
 
 from requant_onnx.convert.report import sqnr_db
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
-from requant_onnx.numerics.detections import find_detections
+from requant_onnx.numerics.detections import ALIKE
+from requant_onnx.numerics.heads import find_candidates
 from requant_onnx.numerics.outputs import kind_of, strings_of
 
 WORST = 8  # examples kept
@@ -55,15 +56,18 @@ class _Answers(NamedTuple):
 class Examples:
     """Watches the outputs of two models, batch by batch."""
 
-    def __init__(self, labels: Int64Array | None, size: tuple[int, int] | None) -> None:
-        """labels: of all inputs, where known.  size: height and width of the images, where the models take any."""
-        self._labels, self._size = labels, size
+    def __init__(self, labels: Int64Array | None, size: tuple[int, int] | None, head: str | None = None) -> None:
+        """labels: of all inputs, where known.  size: height and width of the images, where the models take any.
+
+        head: of detectors, where it is told.
+        """
+        self._labels, self._size, self._head = labels, size, head
         self._worst: list[Example] = []
         self._changes: Counter[tuple[str, str, str]] = Counter()
 
     def add(self, start: int, count: int, first: Sequence[Any], second: Sequence[Any]) -> None:
         """Look at one batch.  start: the first input of it.  count: inputs.  first, second: the outputs of both models."""
-        one, other = (_answers(outputs, count, self._size) for outputs in (first, second))
+        one, other = (_answers(outputs, count, self._size, self._head) for outputs in (first, second))
         for k, sqnr in enumerate(_sqnr(first, second, count)):
             label = "" if self._labels is None else f"class {self._labels[start + k]}"
             differs = one.keys[k] != other.keys[k]
@@ -100,11 +104,11 @@ def _has_rows(values: Any, count: int) -> bool:
     return isinstance(values, np.ndarray) and (count == 1 or (values.ndim > 0 and len(values) == count))
 
 
-def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None) -> _Answers:
+def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None, head: str | None) -> _Answers:
     arrays = [values for values in outputs if isinstance(values, np.ndarray) and values.dtype.kind in "fiu"]
-    found = find_detections(arrays, count, size) if len(arrays) == len(outputs) and arrays else None
+    found = find_candidates(outputs, count, size, head)
     if found is not None:
-        each = [tuple(sorted(part.classes.tolist())) for part in found]
+        each = [tuple(sorted(part.above(ALIKE).classes.tolist())) for part in found]
         return _Answers([_listed(classes) for classes in each], list(each))
     kind = kind_of(arrays[0], count, size) if arrays and arrays[0] is outputs[0] else ""
     if kind == "scores":

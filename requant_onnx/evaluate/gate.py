@@ -31,6 +31,10 @@ def _found(report: ValidationReport) -> float | None:
     return 100 * shares[0] if shares else None
 
 
+def _map_drop(report: ValidationReport) -> float | None:
+    return None if report.mean_ap is None else 100 * (report.mean_ap.reference - report.mean_ap.candidate)
+
+
 FIGURES: dict[str, Figure] = {
     "agreement": Figure("the agreement, in per cent,", lambda r: None if r.agreement is None else 100 * r.agreement, False),
     "top1": Figure("the top-1 accuracy, in per cent,", lambda r: None if r.top1 is None else 100 * r.top1[1], False),
@@ -40,6 +44,7 @@ FIGURES: dict[str, Figure] = {
     "latency": Figure("the latency, relative to the reference,", lambda r: r.latency_ratio, True),
     "ratio": Figure("the size of the reference, relative to the candidate,", lambda r: r.bytes[0] / max(1, r.bytes[1]), False),
     "bytes": Figure("the size of the candidate, in bytes,", lambda r: float(r.bytes[1]), True),
+    "map-drop": Figure("the loss of mAP, in points,", _map_drop, True),
     "found": Figure("the share of detections found again, in per cent,", _found, False),
 }
 """What --fail-below bounds."""

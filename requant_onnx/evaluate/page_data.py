@@ -24,6 +24,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import UInt8Array
+from requant_onnx.numerics.heads import head_of
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
@@ -82,11 +83,15 @@ class Study:
 
 @dataclass(frozen=True)
 class Asked:
-    """What models are compared on.  data: its name, as the user gave it.  used: whether the conversion used it too."""
+    """What models are compared on.  data: its name, as the user gave it.  used: whether the conversion used it too.
+
+    task: as in `validate`.
+    """
 
     calibration: Calibration | None = None
     data: str = ""
     used: bool = False
+    task: str | None = None
 
 
 def study(reference: ModelLike, candidate: ModelLike, asked: Asked, progress: Progress | None = None) -> Study:
@@ -100,7 +105,7 @@ def study(reference: ModelLike, candidate: ModelLike, asked: Asked, progress: Pr
     answers, layers, inputs = None, None, ""
     if chosen is not None:
         data, normalization = chosen
-        answers = _answers(models, data, normalization, _named(asked, data, normalization), notes, progress)
+        answers = _answers(models, data, normalization, asked, notes, progress)
         if isinstance(data, FeedSet):
             layers, inputs = Calibration(feeds=data.rows, count=min(COMPARED, len(data))), f"{min(COMPARED, len(data))} inputs"
         else:
@@ -154,19 +159,20 @@ def _answers(
     models: tuple[LoadedModel, LoadedModel],
     data: ImageSet | FeedSet,
     normalization: Normalization | None,
-    name: str,
+    asked: Asked,
     notes: list[str],
     progress: Progress | None,
 ) -> Answers | None:
     """None, and a note, where the models cannot be compared as they are: their weights can be all the same."""
-    examples = Examples(data.y, None if isinstance(data, FeedSet) else data.x.shape[2:])
+    head = None if asked.task is None else head_of(asked.task)
+    examples = Examples(data.y, None if isinstance(data, FeedSet) else data.x.shape[2:], head)
     try:
-        report = validate(*models, data, normalization, progress=progress, watch=examples.add)
+        report = validate(*models, data, normalization, task=asked.task, progress=progress, watch=examples.add)
     except ModelError as error:
         notes.append(f"answers were not compared: {error}")
         return None
     shown = [Shown(example, _pixels(data, example.index)) for example in examples.worst]
-    return Answers(name, report, shown, examples.changes)
+    return Answers(_named(asked, data, normalization), report, shown, examples.changes)
 
 
 def _pixels(data: ImageSet | FeedSet, index: int) -> UInt8Array | None:

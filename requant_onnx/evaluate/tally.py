@@ -10,12 +10,15 @@ import numpy as np
 
 from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
 from requant_onnx.errors import DataError
+from requant_onnx.evaluate.mean_ap import Precision, PrecisionTally
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import AnyArray, Int64Array
+from requant_onnx.numerics.heads import HEADS
 from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in
 
 CHANCE = 3.0  # standard errors above chance, below which an accuracy is taken for a mistake in the inputs
+POOR = 0.05  # an AP50 of the reference, below which labels or head are taken for wrong ones
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,27 @@ class Timed:
 class Tally:
     """Running sums over the batches."""
 
-    def __init__(self, names: tuple[list[str], list[str]], images: ImageSet | FeedSet, size: tuple[int, int] | None) -> None:
-        """names: of the outputs of the two models.  size: height and width of the images, where there are any."""
+    def __init__(
+        self,
+        names: tuple[list[str], list[str]],
+        images: ImageSet | FeedSet,
+        size: tuple[int, int] | None,
+        head: str | None = None,
+    ) -> None:
+        """names: of the outputs of the two models.  size: height and width of the images, where there are any.
+
+        head: of detectors, a key of HEADS, where it is named.
+        """
         self._images, self._size = images, size
         if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
             text = f"the reference has the outputs {names[0]} and the candidate {names[1]}"
             raise DataError(f"{text}; compare models of the same outputs")
         self._order = [names[1].index(name) if name in names[1] else k for k, name in enumerate(names[0])]
         self._outputs = [OutputTally(name) for name in names[0]]
-        self._detections = DetectionTally()
+        self._detections = DetectionTally(head)
+        self._precision: PrecisionTally | None = None
+        if isinstance(images, ImageSet) and images.objects is not None and size is not None:
+            self._precision = PrecisionTally(images.objects, size, ids=head is not None and HEADS[head].ids)
         self._broken = [0, 0]
         self._right: list[list[bool]] = [[], []]
         self._classes = 0
@@ -55,7 +70,13 @@ class Tally:
         images = count if size is not None else images_in(batch.values())[0]
         for tally, one, other in zip(self._outputs, first, second, strict=True):
             tally.add(one, other, images, self._size)
-        self._detections.add(first, second, images, self._size)
+        found = self._detections.add(first, second, images, self._size)
+        if self._precision is not None:
+            if found is None:
+                shapes = ", ".join("x".join(map(str, np.shape(y))) for y in first)
+                text = f"the labels are boxes, and the outputs, of shapes {shapes}, are no head that is recognized"
+                raise DataError(f"{text}; name it with --task detect:HEAD, or drop the labels")
+            self._precision.add(found)
         self._broken = [n + _broken(outputs) for n, outputs in zip(self._broken, (first, second), strict=True)]
         if self._outputs[0].is_scores and np.shape(first[0]) != np.shape(second[0]):
             raise DataError(
@@ -80,22 +101,31 @@ class Tally:
         for right, y in zip(self._right, scores, strict=True):
             right.extend((y.argmax(1) == labels).tolist())
 
-    def notes(self, how: Normalization) -> tuple[str, ...]:
+    def precision(self) -> Precision | None:
+        """The mAP, where there are labelled boxes; it takes a while."""
+        return None if self._precision is None else self._precision.report()
+
+    def notes(self, how: Normalization, precision: Precision | None) -> tuple[str, ...]:
         """A sentence for each model that gives NaN or infinity, and where the reference is hardly better than chance."""
         named = zip(("reference", "candidate"), self._broken, strict=True)
         what = "inputs" if isinstance(self._images, FeedSet) else "images"
         notes = [f"the {name} gives NaN or infinite scores for {count} {what}" for name, count in named if count]
+        listed = " and std ".join(", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
+        if precision is not None and precision.ap50.reference < POOR:
+            notes.append(
+                f"the reference itself has an AP50 of {precision.ap50.reference:.2%}: check the labels, the head (--task), and the "
+                f"normalization, which had mean {listed}"
+            )
         if self._right[0]:
             share, chance = float(np.mean(self._right[0])), 1 / self._classes
             if share < chance + CHANCE * math.sqrt(chance * (1 - chance) / len(self._right[0])):
-                listed = " and std ".join(", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
                 notes.append(
                     f"the reference itself is right for {share:.2%}, hardly more than chance: check the labels, and the "
                     f"normalization, which had mean {listed}"
                 )
         return tuple(notes)
 
-    def report(self, sizes: FileSizes, timed: Timed, notes: tuple[str, ...]) -> ValidationReport:
+    def report(self, sizes: FileSizes, timed: Timed, notes: tuple[str, ...], precision: Precision | None) -> ValidationReport:
         """The sums as figures."""
         detections = self._detections.report()
         outputs = [tally.report(answers=detections is None) for tally in self._outputs]
@@ -119,6 +149,9 @@ class Tally:
             notes=notes,
             kind="inputs" if isinstance(self._images, FeedSet) else "images",
             outputs=(*outputs, *([detections] if detections else [])),
+            mean_ap=None if precision is None else precision.mean_ap,
+            mean_ap_error=None if precision is None else precision.error,
+            ap50=None if precision is None else precision.ap50,
         )
 
 

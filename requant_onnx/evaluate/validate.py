@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.feeds import Feed, FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
 from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.heads import head_of
 from requant_onnx.numerics.outputs import images_in
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
@@ -60,6 +61,7 @@ def validate(
     *,
     latency_batch: int | None = 1,
     threads: int | None = None,
+    task: str | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> ValidationReport:
@@ -69,38 +71,59 @@ def validate(
     latency_batch: images of a run that is timed (inputs by name are timed as they are), None for no timing.
     threads: threads of ONNX Runtime in the runs that are timed (default: as it likes).
     watch: called after each batch with its first input, how many it holds, and the outputs of both models, in one order.
-    Raises ModelError when a model is refused, DataError when the images or labels do not fit.
+    task: detect:HEAD names the head of detectors where it is not recognized (numerics/heads.py lists them).
+    Raises ModelError when a model is refused, DataError when images, labels or head do not fit, ConfigError for an unknown task.
     """
+    head = None if task is None else head_of(task)
     if latency_batch is not None and latency_batch < 1:
         raise DataError(f"the latency is measured on 1 image or more, not {latency_batch}")
     reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
-    sources = (reference.source, candidate.source)
     if len(images) == 0:
         raise DataError(f"there are no {'inputs' if isinstance(images, FeedSet) else 'images'}; give at least one")
-    how, once = normalization or Normalization(), cast(Any, None)
-    if isinstance(images, FeedSet):
-        models = (_fed(sources[0], "the reference"), _fed(sources[1], "the candidate"))
-        parts: Iterator[tuple[int, int, Any]] = ((k, 1, feed) for k, feed in enumerate(images.rows))
-        size, once = images_in(images.rows[0].values())[1], images.rows[0]
-    else:
-        opened = (_classifier(sources[0], "the reference"), _classifier(sources[1], "the candidate"))
-        how = _check_images(opened, images, normalization)
-        models = (_of_images(opened[0], sources[0]), _of_images(opened[1], sources[1]))
-        free = _common_batch(opened, free=latency_batch or 1)
-        once = next(batches(images.first(free), how, free, fixed=True))[1]
-        parts = ((start, min(len(x), len(images) - start), x) for start, x in _batches(images, how, opened))
-        size = images.x.shape[2:]
-    names = [[item.name for item in model.session.get_outputs()] for model in models]
-    tally = Tally((names[0], names[1]), images, size)
-    for start, count, batch in parts:
-        outputs = tally.add(batch, models[0].run(batch), models[1].run(batch), start, count)
+    opened = _open((reference.source, candidate.source), images, normalization, latency_batch or 1)
+    names = [[item.name for item in model.session.get_outputs()] for model in opened.models]
+    tally = Tally((names[0], names[1]), images, opened.size, head)
+    for start, count, batch in opened.batches:
+        outputs = tally.add(batch, opened.models[0].run(batch), opened.models[1].run(batch), start, count)
         if watch is not None:
             watch(start, count, *outputs)
         if progress is not None:
             progress("validating", start + count, len(images))
-    timed = Timed() if latency_batch is None else _latency(models, once, threads)
-    notes = (*_notes(candidate.proto), *tally.notes(how))
-    return tally.report(FileSizes(models[0].bytes, models[1].bytes), timed, notes)
+    timed = Timed() if latency_batch is None else _latency(opened.models, opened.timed, threads)
+    precision = tally.precision()
+    notes = (*_notes(candidate.proto), *tally.notes(opened.normalization, precision))
+    return tally.report(FileSizes(*(model.bytes for model in opened.models)), timed, notes, precision)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two models, open, and what they are run on.
+
+    batches: first input, how many are in it, and the batch.  timed: the batch to measure the latency on.
+    size: height and width of the images, where there are any.  normalization: how pixels become inputs.
+    """
+
+    models: tuple[_Opened, _Opened]
+    batches: Iterator[tuple[int, int, Any]]
+    timed: Any
+    size: tuple[int, int] | None
+    normalization: Normalization
+
+
+def _open(sources: tuple[Source, Source], images: ImageSet | FeedSet, normalization: Normalization | None, timed: int) -> _Pair:
+    """Open both models.  timed: images of a run that is timed.  Raises as `validate`."""
+    roles = ("the reference", "the candidate")
+    if isinstance(images, FeedSet):
+        fed = (_fed(sources[0], roles[0]), _fed(sources[1], roles[1]))
+        feeds = ((k, 1, feed) for k, feed in enumerate(images.rows))
+        return _Pair(fed, feeds, images.rows[0], images_in(images.rows[0].values())[1], normalization or Normalization())
+    opened = (_classifier(sources[0], roles[0]), _classifier(sources[1], roles[1]))
+    how = _check_images(opened, images, normalization)
+    models = (_of_images(opened[0], sources[0]), _of_images(opened[1], sources[1]))
+    free = _common_batch(opened, free=timed)
+    once = next(batches(images.first(free), how, free, fixed=True))[1]
+    parts = ((start, min(len(x), len(images) - start), x) for start, x in _batches(images, how, opened))
+    return _Pair(models, parts, once, images.x.shape[2:], how)
 
 
 def _check_images(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization | None) -> Normalization:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from requant_onnx.convert.report import GOOD_AGREEMENT, GOOD_DB, LEAST_DB, FileSizes, ValidationReport
+from requant_onnx.convert.report import GOOD_AGREEMENT, GOOD_DB, LEAST_DB, Compared, FileSizes, ValidationReport
 from requant_onnx.text import decibels
 
 SMALL_DROP, LARGE_DROP = 0.5, 2.0  # points of top-1: good up to the first, no longer to be shipped beyond the second
@@ -61,16 +61,23 @@ def judge(validation: ValidationReport | None, sizes: FileSizes, doubts: tuple[s
     reasons += [Reason(Level.DOUBTFUL, text) for text in doubts]
     if validation is None:
         return Verdict((*reasons, Reason(Level.DOUBTFUL, "The answers were not compared.")))
-    reasons += [reason for reason in (_accuracy(validation), _agreement(validation)) if reason is not None]
+    found = (_accuracy(validation), _precision(validation), _agreement(validation))
+    reasons += [reason for reason in found if reason is not None]
     reasons += [*_outputs(validation), *_latency(validation)]
     return Verdict(tuple(reasons))
 
 
 def _accuracy(report: ValidationReport) -> Reason | None:
-    if report.top1 is None:
-        return None
-    change, error = 100 * (report.top1[1] - report.top1[0]), 100 * (report.top1_error or 0.0)
-    text = f"Top-1 accuracy changes by {change:+.2f} points (standard error {error:.2f}), from {report.top1[0]:.2%}."
+    return None if report.top1 is None else _of_change("Top-1 accuracy", report.top1, report.top1_error)
+
+
+def _precision(report: ValidationReport) -> Reason | None:
+    return None if report.mean_ap is None else _of_change("The mAP", report.mean_ap, report.mean_ap_error)
+
+
+def _of_change(title: str, both: Compared, standard_error: float | None) -> Reason:
+    change, error = 100 * (both[1] - both[0]), 100 * (standard_error or 0.0)
+    text = f"{title} changes by {change:+.2f} points (standard error {error:.2f}), from {both[0]:.2%}."
     if change >= -SMALL_DROP:
         return Reason(Level.GOOD, text)
     return Reason(Level.DOUBTFUL if change >= -max(LARGE_DROP, 2 * error) else Level.BAD, text)
@@ -83,7 +90,8 @@ def _agreement(report: ValidationReport) -> Reason | None:
     text = f"{report.agreement:.2%} of the {report.agreement_of} answers are those of the float model (standard error {error:.2%})."
     if report.agreement + error >= GOOD_AGREEMENT:
         return Reason(Level.GOOD, text)
-    lost = report.agreement + error < LEAST_AGREEMENT and report.top1 is None  # labels say more than agreement
+    labeled = report.top1 is not None or report.mean_ap is not None  # labels say more than agreement
+    lost = report.agreement + error < LEAST_AGREEMENT and not labeled
     return Reason(Level.BAD if lost else Level.DOUBTFUL, text)
 
 

@@ -37,20 +37,21 @@ class Pipeline:
 
     def apply(self, image: Any) -> Any:
         """Resize and crop an image of Pillow."""
-        if self.resize is not None:
-            image = self._resized(image, self.resize)
+        size, left, top = self.places(image.size)
+        if size != image.size:
+            image = image.resize(size, _pillow().Image.Resampling.BILINEAR)
         if self.crop is not None:
             height, width = self.crop
-            left, top = (round((have - want) / 2.0) for have, want in zip(image.size, (width, height), strict=True))
             image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
         return image
 
-    @staticmethod
-    def _resized(image: Any, side: int) -> Any:
-        short, long = min(image.size), max(image.size)
-        other = int(side * long / short)
-        size = (side, other) if image.size[0] <= image.size[1] else (other, side)
-        return image if size == image.size else image.resize(size, _pillow().Image.Resampling.BILINEAR)
+    def places(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
+        """Where pixels go: (width, height) after resizing, and left and top of the crop in that.  size: (width, height) before."""
+        if self.resize is not None:
+            other = int(self.resize * max(size) / min(size))
+            size = (self.resize, other) if size[0] <= size[1] else (other, self.resize)
+        height, width = self.crop or (size[1], size[0])
+        return size, round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,16 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
     height, width, _ = _decoded(paths[0], pipeline).shape
     known = np.array([label for (_, label), good in zip(labeled, readable, strict=True) if good], np.int64) if labeled else None
     return FolderImages(paths, pipeline, (height, width), unreadable), known
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of an image, of which little is read.  Raises DataError."""
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:
+            return int(image.width), int(image.height)
+    except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read the image '{path}' ({str(error).splitlines()[0]}); repair or remove it") from None
 
 
 def _is_whole(path: Path) -> bool:

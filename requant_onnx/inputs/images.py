@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.inputs.annotations import ObjectLabels, load_objects
 from requant_onnx.inputs.feeds import BY_NAME, opened_npz
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline, open_folder
 from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array, UInt8Array
@@ -48,10 +49,12 @@ class ImageSet:
     x: uint8 pixels 0..255 or float32 values that are already normalized, (n, c, h, w), n >= 1.
     FolderImages behave like such an array.
     y: class indices, (n,) int64, or None.
+    objects: the objects in each image, for detectors, or None.
     """
 
     x: Images
     y: Int64Array | None
+    objects: ObjectLabels | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -93,7 +96,8 @@ class ImageSet:
             x: Images = self.x.subset(which if isinstance(which, slice) else which.tolist())
         else:
             x = self.x[which]
-        return ImageSet(x, None if self.y is None else self.y[which])
+        objects = None if self.objects is None else self.objects.subset(which)
+        return ImageSet(x, None if self.y is None else self.y[which], objects)
 
 
 @dataclass(frozen=True)
@@ -137,22 +141,30 @@ def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed:
         yield start, normalization.apply(x)
 
 
-def load_images(spec: str | PathLike[str], split: str = "test", pipeline: Pipeline | None = None) -> ImageSet:
+def load_images(
+    spec: str | PathLike[str],
+    split: str = "test",
+    pipeline: Pipeline | None = None,
+    labels: str | PathLike[str] | None = None,
+) -> ImageSet:
     """Load `cifar10:DIR`, `cifar100:DIR` (the split, train or test), `FILE.npz` (`x`, optionally `y`), `images:DIR` or just `DIR`.
 
     pipeline: resize and crop for images:DIR, whose images are labeled where each class has a subdirectory (image_folder.py).
+    labels: for images:DIR, a file of boxes in COCO's format (annotations.py) instead.
     Raises DataError when the files are missing, damaged, empty or of another shape.
     """
     spec = str(spec)
     dataset, colon, folder = spec.partition(":")
+    photos = folder if dataset == "images" and folder else spec if Path(spec).is_dir() else None
+    if photos is None and labels is not None:
+        raise DataError(f"labelled boxes are for images:DIR, not for '{spec}'; give a folder of images")
     if colon and dataset in _LABEL_BYTES:
         return load_cifar(dataset, Path(folder), split)
     if spec.endswith(".npz"):
         return _load_npz(Path(spec))
-    if dataset == "images" and folder:
-        return ImageSet(*open_folder(Path(folder), pipeline or Pipeline()))
-    if Path(spec).is_dir():
-        return ImageSet(*open_folder(Path(spec), pipeline or Pipeline()))
+    if photos is not None:
+        x, y = open_folder(Path(photos), pipeline or Pipeline())
+        return ImageSet(x, y) if labels is None else ImageSet(x, None, load_objects(Path(labels), x))
     raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
 
 

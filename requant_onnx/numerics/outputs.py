@@ -4,7 +4,7 @@ scores        (n, classes), also (n, classes, 1, 1): the same largest score; amo
 mask          (n, classes, h, w) with h and w of the image or a quarter of them, at least: the same class at a pixel, mean IoU;
               (n, 1, h, w): the same side of 1/2 where all values lie in 0..1, else of 0
 text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC's rule, class 0 the blank
-detections    see detections.py: detections of the reference that the candidate has too, and how many it has beside them
+detections    see heads.py: detections of the reference that the candidate has too, and how many it has beside them
 texts         arrays of strings: equal ones
 values        all others: errors only
 """
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
-from requant_onnx.numerics.detections import OVERLAPS, find_detections, matched
+from requant_onnx.numerics.detections import ALIKE, OVERLAPS, Candidates, matched
+from requant_onnx.numerics.heads import find_candidates
 
 SCALES = 4  # of a mask, at most so many times smaller than the image along each axis
 CHANNELS = (1, 3, 4)  # of an image
@@ -150,27 +151,27 @@ class OutputTally:
 class DetectionTally:
     """Running sums over the detections of all images."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: str | None = None) -> None:
+        """head: a key of HEADS; None for those that are recognized."""
         self.recognized = True
-        self._reference = self._candidate = self._images = 0
+        self._head = head
+        self._reference = self._candidate = 0
         self._found = dict.fromkeys(OVERLAPS, 0)
 
-    def add(self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None) -> None:
-        """Compare one batch.  reference, candidate: all outputs."""
-        pair = [self._of(outputs, images, size) for outputs in (reference, candidate)]
+    def add(
+        self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None
+    ) -> tuple[list[Candidates], list[Candidates]] | None:
+        """Compare one batch.  reference, candidate: all outputs.  Returns what they say of each image, None where it is unknown."""
+        pair = [find_candidates(y, images, size, self._head) if self.recognized else None for y in (reference, candidate)]
         if pair[0] is None or pair[1] is None:
             self.recognized = False
-            return
-        for one, other in zip(pair[0], pair[1], strict=True):
-            self._images += 1
+            return None
+        for one, other in zip(*([each.above(ALIKE) for each in found] for found in pair if found is not None), strict=True):
             self._reference += len(one.scores)
             self._candidate += len(other.scores)
             for overlap in OVERLAPS:
                 self._found[overlap] += matched(one, other, overlap)
-
-    def _of(self, outputs: Sequence[Any], images: int, size: tuple[int, int] | None) -> Any:
-        arrays = [x for x in outputs if isinstance(x, np.ndarray) and x.dtype.kind in "fiu"]
-        return find_detections(arrays, images, size) if self.recognized and len(arrays) == len(outputs) else None
+        return pair[0], pair[1]
 
     def report(self) -> OutputReport | None:
         """Detections found again with an overlap of 0.5; None where the outputs are no recognized head, or nothing was detected."""

@@ -24,6 +24,7 @@ def html_report(
     calibration: Calibration | None = None,
     data: str = "",
     used: bool = False,
+    task: str | None = None,
     conversion: QuantReport | None = None,
     settings: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
@@ -41,7 +42,7 @@ def html_report(
 
     if images is not None:
         calibration = Calibration(images, normalization, len(images))
-    studied = study(source_of(reference), source_of(candidate), Asked(calibration, data, used), progress)
+    studied = study(source_of(reference), source_of(candidate), Asked(calibration, data, used, task), progress)
     return render(replace(studied, conversion=conversion, settings=settings), progress)
 
 

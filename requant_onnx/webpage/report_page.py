@@ -142,6 +142,10 @@ def _cards(study: Study) -> list[dict[str, str]]:
         change, error = (result.top1[1] - result.top1[0]) * 100, 100 * (result.top1_error or 0.0)
         note = f"of {result.top1[0]:.2%}, {change:+.2f} points, standard error {error:.2f}"
         cards.append(("top-1 accuracy", f"{result.top1[1]:.2%}", note))
+    if result is not None and result.mean_ap is not None:
+        change, error = (result.mean_ap[1] - result.mean_ap[0]) * 100, 100 * (result.mean_ap_error or 0.0)
+        note = f"of {result.mean_ap[0]:.2%}, {change:+.2f} points, standard error {error:.2f}"
+        cards.append(("mAP", f"{result.mean_ap[1]:.2%}", note))
     if result is not None:
         if result.agreement is not None:
             note = f"of {result.images:,} {result.kind}, standard error {result.agreement_error:.2%}"
@@ -170,7 +174,7 @@ def _notes(study: Study) -> list[str]:
     result = None if study.answers is None else study.answers.validation
     notes = [*study.notes, *(result.notes if result else ())]
     notes += study.conversion.notes if study.conversion else ()
-    if result is not None and result.top1 is None:
+    if result is not None and result.top1 is None and result.mean_ap is None:
         notes.append("the inputs have no labels: this says how alike the models answer, not how well")
     notes = [f"outputs of layers were compared on {study.inputs}", *notes] if study.inputs else notes
     return [note[:1].upper() + note[1:].rstrip(".") + "." for note in notes]

@@ -10,6 +10,7 @@ TERMS = {
     "agreement": "The share of inputs for which both models give the same answer. It needs no labels, and does not tell whether "
     "the answer is right.",
     "top-1 accuracy": "The share of images whose highest score is that of the right class.",
+    "mAP": "Mean average precision of detections, over classes and over overlaps from 0.5 to 0.95, as COCO defines it.",
     "standard error": "How far a figure would scatter with other inputs of the same kind; a change within it is no change.",
     "latency": "Time of one run: lower quartiles over interleaved blocks of runs on the machine that made this page.",
     "coverage": "The share of the bytes of all float constants that was converted.",

@@ -1,0 +1,142 @@
+"""Outputs of detectors as boxes: one function for each kind of head, which gives None where the outputs are no such head.
+
+N anchors: the cells of strides 8, 16 and 32, once or three times (P6 nets add 64).
+Cells of YOLOX (Ge et al. 2021, arXiv 2107.08430): center (t + cell) * stride, size exp(t) * stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from requant_onnx.numerics.arrays import AnyArray, Float64Array
+from requant_onnx.numerics.detections import Candidates
+
+STRIDES = (8, 16, 32, 64)
+LONGEST = 30.0  # of the logarithms of sizes; exp of a broken one would be infinite
+
+
+class Batch(NamedTuple):
+    """images: in the batch.  size: height and width of them, None where the model takes none.  told: whether the head is named."""
+
+    images: int
+    size: tuple[int, int] | None
+    told: bool
+
+
+def anchors_of(height: int, width: int) -> set[int]:
+    """How many anchors heads of the YOLO family have on such images."""
+    cells = [-(-height // stride) * -(-width // stride) for stride in STRIDES]
+    return {times * sum(cells[:levels]) for times in (1, 3) for levels in (3, 4)}
+
+
+def _anchor_rows(outputs: Sequence[AnyArray], batch: Batch, axis: int, fewest: int) -> Float64Array | None:
+    """The first output with a row of `fewest` values or more for each anchor, (n, N, values).  axis: usually of the anchors."""
+    expected = set() if batch.size is None else anchors_of(*batch.size)
+    for output in outputs:
+        if output.ndim != 3 or output.shape[0] != batch.images:
+            continue
+        usual, other = (output.swapaxes(1, 2), output) if axis == 2 else (output, output.swapaxes(1, 2))
+        if usual.shape[1] not in expected:
+            if not batch.told:
+                continue
+            usual = max(usual, other, key=lambda rows: rows.shape[1])
+        if usual.shape[2] >= fewest:
+            return usual.astype(np.float64)
+    return None
+
+
+def yolo(axis: int, objectness: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """Center, size and scores of each anchor, decoded.  axis: of the anchors.  objectness: whether it comes before the scores."""
+    rows = _anchor_rows(outputs, batch, axis, 6 if objectness else 5)
+    return None if rows is None else [_of_rows(each, objectness) for each in rows]
+
+
+def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """Center, size, objectness and scores of each cell, not decoded: then some sizes are negative, which decoded ones never are."""
+    rows = _anchor_rows(outputs, batch, 1, 6)
+    if rows is None or batch.size is None or not (batch.told or (rows[..., 2:4] < 0.0).any()):
+        return None
+    for strides in (STRIDES[:3], STRIDES):
+        cells = np.concatenate([_cells(*batch.size, stride) for stride in strides])
+        if len(cells) == rows.shape[1]:
+            stride = cells[:, 2:]
+            center, size = (rows[..., :2] + cells[:, :2]) * stride, np.exp(np.minimum(rows[..., 2:4], LONGEST)) * stride
+            return [_of_rows(each, True) for each in np.concatenate([center, size, rows[..., 4:]], -1)]
+    return None
+
+
+def _cells(height: int, width: int, stride: int) -> Float64Array:
+    """(x, y, stride) of each cell, row by row."""
+    y, x = np.mgrid[: -(-height // stride), : -(-width // stride)]
+    return np.stack([x.ravel(), y.ravel(), np.full(x.size, stride)], 1).astype(np.float64)
+
+
+def _of_rows(rows: Float64Array, objectness: bool) -> Candidates:
+    """Rows of center, size and scores, one for each anchor, which names its best class."""
+    scores = rows[:, 5:] * rows[:, 4:5] if objectness else rows[:, 4:]
+    return _best(_corners(rows[:, :4]), scores)
+
+
+def _corners(boxes: Float64Array) -> Float64Array:
+    center, half = boxes[:, :2], boxes[:, 2:] / 2
+    return np.concatenate([center - half, center + half], 1)
+
+
+def _best(boxes: Float64Array, scores: Float64Array) -> Candidates:
+    return Candidates(boxes, scores.max(1), scores.argmax(1).astype(np.int64), True)
+
+
+def listed(score: int, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """One output that lists corners, score and class.  score: its column, behind the corners; the class is in the other one."""
+    if len(outputs) != 1 and not batch.told:
+        return None
+    for output in outputs:
+        parts = _parts(output.astype(np.float64), batch.images)
+        if parts is None:
+            continue
+        pairs = [(part[:, score], part[:, 9 - score]) for part in parts]
+        if all((classes == np.rint(classes)).all() and (scores <= 1.0).all() for scores, classes in pairs):
+            found = zip(parts, pairs, strict=True)
+            return [Candidates(part[:, :4], scores, classes.astype(np.int64), False) for part, (scores, classes) in found]
+    return None
+
+
+def _parts(rows: Float64Array, images: int) -> list[Float64Array] | None:
+    """The six columns of a list, image by image."""
+    if rows.ndim == 3 and rows.shape[-1] == 6 and len(rows) == images:
+        return list(rows)
+    if rows.ndim == 2 and rows.shape[-1] == 7:
+        return [rows[rows[:, 0] == k, 1:] for k in range(images)]
+    return [rows] if rows.ndim == 2 and rows.shape[-1] == 6 and images == 1 else None
+
+
+def boxes(order: Sequence[int], centered: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """An output of boxes beside one of scores, with or without one of labels.  order: the columns of x, y, x, y."""
+    found = [output for output in outputs if output.ndim in (2, 3) and output.shape[-1] == 4]
+    if len(found) != 1:
+        return None
+    places, n = found[0].shape[:-1], batch.images
+    if (len(places) == 1 and n != 1) or (len(places) == 2 and places[0] != n):
+        return None
+    rows = found[0].reshape(n, -1, 4).astype(np.float64)[..., list(order)]
+    corners = [_corners(each) if centered else each for each in rows]
+    named = _scores_and_labels([output for output in outputs if output.shape == places])
+    by_class = [output for output in outputs if output.shape[:-1] == places and output.shape[-1] > 1 and output is not found[0]]
+    if named is not None:
+        scores, labels = (each.reshape(n, -1).astype(np.float64) for each in named)
+        return [Candidates(*each, False) for each in zip(corners, scores, np.rint(labels).astype(np.int64), strict=True)]
+    if len(by_class) == 1:
+        shape = (n, -1, by_class[0].shape[-1])
+        return [_best(*each) for each in zip(corners, by_class[0].astype(np.float64).reshape(shape), strict=True)]
+    return None
+
+
+def _scores_and_labels(pair: Sequence[AnyArray]) -> tuple[AnyArray, AnyArray] | None:
+    """Which of two outputs are the scores: labels are whole numbers, and the larger ones where nothing was found."""
+    if len(pair) != 2:
+        return None
+    scores, labels = sorted(pair, key=lambda y: (y.dtype.kind in "iu", bool((y == np.rint(y)).all()), y.max(initial=0)))
+    return (scores, labels) if scores.dtype.kind == "f" and (labels == np.rint(labels)).all() else None

@@ -1,0 +1,94 @@
+"""The heads of detectors: one row of HEADS for each kind.
+
+Recognized are only those whose shapes can hardly be anything else; the others have to be told, and a head that is told may have any
+number of anchors, and its axes in either order.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from requant_onnx.errors import ConfigError, DataError
+from requant_onnx.numerics.arrays import AnyArray
+from requant_onnx.numerics.boxes import Batch, boxes, listed, yolo, yolox
+from requant_onnx.numerics.detections import Candidates
+
+TASK = "detect:"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A kind of head.  what: its outputs, in words.  read: None where the outputs are no such head.
+
+    ids: whether its classes are the category ids of annotations, not their places.  is_recognized: also where it is not told.
+    """
+
+    what: str
+    read: Callable[[Sequence[AnyArray], Batch], list[Candidates] | None]
+    ids: bool = False
+    is_recognized: bool = False
+
+
+XYXY, YXYX = (0, 1, 2, 3), (1, 0, 3, 2)
+HEADS = {
+    "yolov8": Head("(n, 4 + classes, N): center, size, scores; YOLOv8, v9, v11", partial(yolo, 2, False), is_recognized=True),
+    "yolox": Head("as yolov5, of cells of strides 8, 16 and 32, sizes as logarithms", yolox, is_recognized=True),
+    "yolov5": Head("(n, N, 5 + classes): center, size, objectness, scores; YOLOv5, v7", partial(yolo, 1, True), is_recognized=True),
+    "nms": Head(
+        "(n, k, 6), (k, 6) or (k, 7): corners, score, class, the image first where there are 7",
+        partial(listed, 4),
+        is_recognized=True,
+    ),
+    "nms-class-first": Head("as nms, with the class before the score; YOLOv7 with NMS in it", partial(listed, 5)),
+    "boxes": Head(
+        "corners (n, k, 4) beside scores and labels (n, k), or scores (n, k, classes)",
+        partial(boxes, XYXY, False),
+        is_recognized=True,
+    ),
+    "boxes-ids": Head("as boxes, the labels being category ids; torchvision", partial(boxes, XYXY, False), ids=True),
+    "boxes-center": Head("as boxes, with center and size in place of corners", partial(boxes, XYXY, True)),
+    "tf-boxes": Head("as boxes-ids, in the order y, x, y, x; TensorFlow", partial(boxes, YXYX, False), ids=True),
+}
+"""The heads by name, in the order in which they are tried."""
+
+
+def head_of(task: str) -> str:
+    """The head that a task names.  Raises ConfigError.
+
+    >>> head_of("detect:yolox")
+    'yolox'
+    """
+    name = task.removeprefix(TASK)
+    if name == task or name not in HEADS:
+        near = difflib.get_close_matches(name, HEADS, 1)
+        hint = f"is it '{TASK}{near[0]}'?" if near else f"give {TASK}HEAD, with one of {', '.join(HEADS)}"
+        raise ConfigError(f"the task '{task}' is not known; {hint}")
+    return name
+
+
+def find_candidates(
+    outputs: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None
+) -> list[Candidates] | None:
+    """What the outputs say of each image; None where they are no recognized head.
+
+    outputs: of the model, in order.  images: in the batch.  size: height and width of the images, where the model takes any.
+    head: a key of HEADS.  Raises DataError where the outputs cannot be that head.
+    """
+    arrays = [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind in "fiu"]
+    if head is not None:
+        found = HEADS[head].read(arrays, Batch(images, size, True))
+        if found is None:
+            shapes = ", ".join("x".join(map(str, np.shape(y))) or "()" for y in outputs)
+            of = "" if size is None else f" on images of {size[0]}x{size[1]}"
+            raise DataError(f"the outputs have the shapes {shapes}{of} and are no head '{head}', which is {HEADS[head].what}")
+        return found
+    if len(arrays) < len(outputs):
+        return None
+    rows = (row.read(arrays, Batch(images, size, False)) for row in HEADS.values() if row.is_recognized)
+    return next((found for found in rows if found is not None), None)

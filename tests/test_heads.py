@@ -1,0 +1,167 @@
+"""Heads of detectors, told or recognized: boxes by hand, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from conftest import parse
+
+from requant_onnx import ConfigError, DataError, ImageSet, validate
+from requant_onnx.numerics.boxes import anchors_of
+from requant_onnx.numerics.detections import ALIKE, JUDGED, MOST, Candidates, Detections
+from requant_onnx.numerics.heads import HEADS, find_candidates, head_of
+
+SIZE = (64, 32)  # 32 cells of stride 8, 8 of 16, 2 of 32
+ANCHORS = 42
+
+
+def found(head: str | None, *outputs: np.ndarray, size: tuple[int, int] | None = SIZE) -> Detections:
+    each = find_candidates(list(outputs), 1, size, head)
+    assert each is not None
+    assert len(each) == 1
+    return each[0].above(ALIKE)
+
+
+def rows(*values: list[float], anchors: int = ANCHORS) -> np.ndarray:
+    """(1, anchors, len(values[0])): zeros behind the values."""
+    head = np.zeros((1, anchors, len(values[0])), np.float32)
+    head[0, : len(values)] = values
+    return head
+
+
+CENTERED = [20.0, 30.0, 8.0, 12.0]
+CORNERS = [16.0, 24.0, 24.0, 36.0]
+V8, V5 = rows([*CENTERED, 0.1, 0.9, 0.2]), rows([*CENTERED, 0.9, 0.1, 1.0, 0.2])
+LISTED = np.array([[*CORNERS, 0.9, 1], [0, 0, 5, 5, 0.1, 0]], np.float32)
+SCORES, LABELS = LISTED[None, :, 4], LISTED[None, :, 5]
+SWAPPED = LISTED[:, [0, 1, 2, 3, 5, 4]]
+BY_CLASS = np.array([[[0.1, 0.9, 0.2], [0.0, 0.0, 0.1]]], np.float32)
+BOXES = LISTED[None, :, :4]
+IN_CENTER = np.array([[CENTERED, [2.5, 2.5, 5, 5]]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("head", "outputs"),
+    [
+        ("yolov8", [V8.swapaxes(1, 2)]),
+        ("yolov8", [V8]),
+        ("yolov8", [V8[:, :10].swapaxes(1, 2)]),  # another number of anchors
+        ("yolov5", [V5]),
+        ("yolov5", [V5.swapaxes(1, 2)]),
+        ("nms", [LISTED]),
+        ("nms", [np.zeros((1, 3), np.float32), LISTED[None]]),  # among other outputs
+        ("nms", [np.insert(LISTED, 0, 0, 1)]),
+        ("nms-class-first", [np.insert(SWAPPED, 0, 0, 1)]),
+        ("boxes", [BOXES, SCORES, LABELS]),
+        ("boxes", [BY_CLASS, BOXES]),
+        ("boxes-ids", [LABELS.astype(np.int64), SCORES, BOXES]),
+        ("boxes-center", [BY_CLASS, IN_CENTER]),
+        ("tf-boxes", [BOXES[..., [1, 0, 3, 2]], LABELS, SCORES, np.ones(1, np.float32)]),
+        (None, [V8.swapaxes(1, 2)]),
+        (None, [V5]),
+        (None, [LISTED]),
+        (None, [BOXES, LABELS, SCORES]),
+    ],
+)
+def test_heads_by_hand(head: str | None, outputs: list[np.ndarray]) -> None:
+    each = found(head, *outputs)
+    np.testing.assert_allclose(each.boxes, [CORNERS])
+    np.testing.assert_allclose(each.scores, [0.9], rtol=1e-6)
+    assert each.classes.tolist() == [1]
+
+
+def test_cells_of_yolox_by_hand() -> None:
+    """Anchor 5 is the cell (1, 1) of stride 8, four a row; anchor 33 the cell (1, 0) of stride 16, anchor 41 (0, 1) of 32."""
+    head = np.full((1, ANCHORS, 6), -3.0, np.float32)
+    head[..., 4:] = 0.0
+    head[0, 5] = [0.5, 0.25, math.log(2), 0.0, 0.9, 1.0]
+    head[0, 33] = [0.0, 0.0, math.log(0.5), math.log(0.25), 0.8, 1.0]
+    head[0, 41] = [0.5, 0.5, 0.0, 0.0, 0.7, 1.0]
+    each = found("yolox", head)
+    np.testing.assert_allclose(each.boxes, [[4, 6, 20, 14], [12, -2, 20, 2], [0, 32, 32, 64]], rtol=1e-6)
+    np.testing.assert_allclose(each.scores, [0.9, 0.8, 0.7], rtol=1e-6)
+    head[0, 5, 2] = 1e4  # a broken model
+    assert len(found("yolox", head).boxes) == 3
+
+
+def test_what_a_told_head_cannot_be_is_refused() -> None:
+    cases = [
+        ("yolov8", [np.zeros((1, 10), np.float32)], r"shapes 1x10 on images of 64x32 and are no head 'yolov8', which is \(n, 4"),
+        ("yolox", [V5[:, :40]], "1x40x8 on images of 64x32"),  # too few cells
+        ("nms", [V5], "1x42x8"),
+        ("nms", [LISTED + 0.5], "2x6"),  # classes that are no whole numbers
+        ("nms-class-first", [LISTED], "no head 'nms-class-first'"),
+        ("boxes", [BOXES, BOXES], "1x2x4, 1x2x4"),
+        ("tf-boxes", [BOXES], "1x2x4"),
+        ("boxes", [BOXES, SCORES, SCORES * 0.5], "1x2x4, 1x2, 1x2"),
+    ]
+    for head, outputs, message in cases:
+        with pytest.raises(DataError, match=message):
+            find_candidates(outputs, 1, SIZE, head)
+    with pytest.raises(DataError, match="shapes 1x42x8 and are"):
+        find_candidates([V5], 1, None, "yolox")
+
+
+def test_only_what_can_hardly_be_anything_else_is_recognized() -> None:
+    for outputs in ([V8[:, :10]], [np.zeros((1, 10))], [LISTED, LISTED], [SWAPPED], [BOXES], [V8.swapaxes(1, 2), np.array(["a"])]):
+        assert find_candidates(outputs, 1, SIZE) is None
+    assert anchors_of(*SIZE) >= {ANCHORS, 3 * ANCHORS}
+    assert {name for name, head in HEADS.items() if head.is_recognized} == {"yolov8", "yolox", "yolov5", "nms", "boxes"}
+
+
+def test_sizes_that_are_logarithms_tell_that_a_head_is_not_decoded() -> None:
+    rows = np.abs(np.random.default_rng(0).normal(size=(1, ANCHORS, 7)))
+    decoded, logarithms = find_candidates([rows], 1, SIZE), find_candidates([rows - [0, 0, 2, 2, 0, 0, 0]], 1, SIZE)
+    for found_so, head, given in ((decoded, "yolov5", rows), (logarithms, "yolox", rows - [0, 0, 2, 2, 0, 0, 0])):
+        told = find_candidates([given], 1, SIZE, head)
+        assert found_so is not None
+        assert told is not None
+        np.testing.assert_array_equal(found_so[0].boxes, told[0].boxes)
+
+
+def test_an_image_without_objects_is_one() -> None:
+    """Detectors of TensorFlow then give scores of 0, which are whole numbers, and labels of 1."""
+    nothing, ones = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
+    for outputs in ([BOXES, ones, nothing], [BOXES, nothing, ones]):
+        assert len(found("tf-boxes", *outputs).scores) == 0
+    assert len(found("nms", np.zeros((0, 7), np.float32)).scores) == 0
+
+
+def test_weak_doubled_and_broken_ones_are_dropped() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 6], [np.nan, 0, 1, 1], [50, 50, 60, 60]])
+    scores, classes = np.array([0.5, 0.9, 0.8, 0.9, 0.1]), np.array([0, 0, 1, 0, 0])
+    strong = Candidates(boxes, scores, classes, True).above(ALIKE)  # the first overlaps the second by 0.6
+    assert (strong.scores.tolist(), strong.classes.tolist()) == ([0.9, 0.8], [0, 1])
+    assert Candidates(boxes, scores, classes, True).above(JUDGED).scores.tolist() == [0.9, 0.8, 0.5, 0.1]
+    assert Candidates(boxes, scores, classes, False).above(ALIKE).scores.tolist() == [0.9, 0.8, 0.5]
+    many = np.arange(2 * MOST) / (2 * MOST)
+    assert Candidates(np.zeros((2 * MOST, 4)), many, np.zeros(2 * MOST, int), False).above(ALIKE).scores.min() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("detect:yolovx", "is it 'detect:yolox'?"),
+        ("detect:qqq", "give detect:HEAD, with one of yolov8, yolox, yolov5, nms"),
+        ("detect", "give detect:HEAD"),
+        ("yolov8", "is it 'detect:yolov8'?"),
+        ("segment:yolov8", "the task 'segment:yolov8' is not known"),
+    ],
+)
+def test_unknown_tasks(task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        head_of(task)
+
+
+def test_a_told_head_is_compared() -> None:
+    """Ten anchors are those of no image of 64x64, and so are recognized by nobody."""
+    text = "net (float[1, 3, 64, 64] x) => (float[1, 10, 8] y) { m = ReduceMean<keepdims = 0>(x) s = Mul(m, e) y = Add(h, s) }"
+    model = parse(text, h=V5[:, :10], e=np.zeros(1, np.float32))
+    images = ImageSet(np.zeros((2, 3, 64, 64), np.uint8), None)
+    assert validate(model, model, images, latency_batch=None).agreement_of == ""
+    report = validate(model, model, images, latency_batch=None, task="detect:yolov5")
+    assert (report.agreement, report.agreement_of, report.outputs[-1].count) == (1.0, "detections", 2)
+    with pytest.raises(DataError, match="are no head 'boxes'"):
+        validate(model, model, images, task="detect:boxes")
