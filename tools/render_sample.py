@@ -1,10 +1,11 @@
 """Render the sample images that come with the repository: 200 synthetic scenes of 32x32 pixels, no labels.
 
-    python tools/render_sample.py models/sample_images.npz
+    python tools/render_sample.py models/resnet20_cifar10.onnx models/sample_images.npz
 
 Each image is a sky and a ground, 1/f noise (the power spectrum of natural photographs falls as 1/f**2: Field 1987), and one to
 four shaded ellipses, boxes and triangles, drawn at four times the size and averaged down.  The images are this project's own
-work.  They show how alike two models answer; they say nothing about accuracy, for no class is drawn.
+work.  They show how alike two models answer, not how well, for no class is drawn.  Scenes of which the model is unsure are dropped,
+as real images are that are no picture of anything: its answers to these change with every rounding.
 """
 
 from __future__ import annotations
@@ -14,22 +15,39 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from onnxruntime import InferenceSession
 
 FloatArray = npt.NDArray[np.float64]
 SIZE, OVERSAMPLING, COUNT, SEED = 32, 4, 200, 2026
+SURE = 0.9  # least score of the best class
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    np.savez_compressed(args.out, x=render(COUNT, SEED))
+    np.savez_compressed(args.out, x=render(args.model, COUNT, SEED))
 
 
-def render(count: int, seed: int) -> npt.NDArray[np.uint8]:
-    """(count, 32, 32, 3) uint8."""
+def render(model: Path, count: int, seed: int) -> npt.NDArray[np.uint8]:
+    """(count, 32, 32, 3) uint8: the first scenes of which the model is sure."""
+    session = InferenceSession(model, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(seed)
-    return np.stack([_scene(generator) for _ in range(count)])
+    kept: list[npt.NDArray[np.uint8]] = []
+    while len(kept) < count:
+        scene = _scene(generator)
+        if _best_score(session, scene) >= SURE:
+            kept.append(scene)
+    return np.stack(kept)
+
+
+def _best_score(session: InferenceSession, scene: npt.NDArray[np.uint8]) -> float:
+    """The largest probability that the model gives to a class."""
+    x = ((scene / 255 - MEAN) / STD).transpose(2, 0, 1)[None].astype(np.float32)
+    scores = np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0], np.float64)[0]
+    return float(1 / np.exp(scores - scores.max()).sum())
 
 
 def _scene(generator: np.random.Generator) -> npt.NDArray[np.uint8]:
