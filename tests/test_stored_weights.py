@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ import pytest
 from conftest import laplace, parse
 from onnx import TensorProto, helper, numpy_helper
 
-from requant_onnx import Budget, Calibration, EdgeLayers, Form, Int8Speed, ModelError, QuantConfig, quantize_model
+from requant_onnx import BiasType, Budget, Calibration, EdgeLayers, Form, Int8Speed, ModelError, QuantConfig, quantize_model
 from requant_onnx.convert.layerwise import Belief
 from requant_onnx.convert.steps import check_belief
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
@@ -216,3 +217,27 @@ def test_sequences_and_sparse_initializers_are_calibrated(config: QuantConfig) -
     assert {weight.name for weight in report.converted} == set(weights)
     error = relative_error(outputs_of(model, HELD_OUT), outputs_of(made, HELD_OUT))
     assert error < 0.1
+
+
+def test_biases_stay_float32_where_float16_changes_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large biases that the next layer takes out again: rounded to float16 they are the largest error of the model."""
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] y) {
+        a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)
+        y = Conv(a, w2, b2)
+    }"""
+    w2 = laplace(128, 128, 1, 1, seed=1)
+    w2 -= w2.mean(1, keepdims=True)
+    weights = {"w1": laplace(128, 3, 3, 3), "w2": w2, "b1": 1000 + laplace(128, seed=2), "b2": laplace(128, seed=3)}
+    config, calibration = QuantConfig(bits=8, form=Form.FOLDED), Calibration(count=16)
+    _, careful = quantize_model(parse(text, **weights), config, calibration=calibration)
+    monkeypatch.setattr("requant_onnx.graph.decode.vectors.PART", 1e12)
+    made, report = quantize_model(parse(text, **weights), config, calibration=calibration)
+    assert report.vectors.count == 0
+    assert any("biases stay float32" in note for note in report.notes)
+    assert not any("biases stay float32" in note for note in careful.notes)
+    assert report.check is not None
+    assert careful.check is not None
+    assert report.check.sqnr_db == pytest.approx(careful.check.sqnr_db, abs=3)
+    assert {item.data_type for item in made.graph.initializer if item.name in ("b1", "b2")} == {onnx.TensorProto.FLOAT}
+    _, asked = quantize_model(parse(text, **weights), replace(config, biases=BiasType.HALF), calibration=calibration)
+    assert asked.vectors.count == 2

@@ -216,7 +216,7 @@ def _add_calibration(parser: Parser) -> None:
         metavar="SPEC",
         help="inputs, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
         "split), DIR or images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW "
-        "where the model leaves the size free), none, or auto (default): noise where the model takes images of one size",
+        "where the model leaves the size free), none, or auto (default): noise where the model takes images",
     )
     inputs.add_argument(
         "--calibrate-limit", metavar="N", help=f"number of calibration inputs, drawn at random (default: {DEFAULT_COUNT})"

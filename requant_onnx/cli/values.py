@@ -15,7 +15,7 @@ from requant_onnx.choices import Form, Refinement, Space, Transform
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.evaluate.target import Evaluate, Target
-from requant_onnx.files.load import input_shapes, takes_images
+from requant_onnx.files.load import input_shapes, noise_size
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, DEFAULT_MEMORY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
@@ -109,14 +109,15 @@ def _bits(args: argparse.Namespace) -> int | Budget | None:
 
 
 def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfig, Calibration | None]:
-    """The calibration where none is asked for: noise where it helps and the model takes images of one size.
+    """The calibration where none is asked for: noise where it helps and the model takes images.
 
     Many bits need no more than the correction of biases, on a few images.
     """
     refined = config.refinement is not Refinement.NONE and not (
         config.refinement.sees_outputs and config.rounding is Space.TRANSFORMED
     )
-    if not (refined or config.form is Form.INT8) or not takes_images(model_of(args)):
+    size = noise_size(model_of(args))
+    if not (refined or config.form is Form.INT8) or size is None:
         return config, calibration_of(argparse.Namespace(**{**vars(args), "calibrate": "none"}))
     fine = isinstance(config.bits, int) and config.bits >= FINE_BITS and config.form is not Form.INT8
     if fine and args.refinement is None:
@@ -124,7 +125,7 @@ def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfi
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
     count = FEW_IMAGES if fine else SOME_IMAGES
     count = count if args.calibrate_limit is None else whole_of(args.calibrate_limit, "--calibrate-limit")
-    return config, noise_of(args, "noise", count, seed)
+    return config, noise_of(args, f"noise:{size[0]}x{size[1]}", count, seed)
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from requant_onnx.choices import BiasType
 from requant_onnx.convert.layerwise import Belief, quantize_layers
 from requant_onnx.convert.nearest import Result, quantize_all
 from requant_onnx.convert.plan import PlannedWeight
@@ -17,6 +18,7 @@ from requant_onnx.convert.prepare import Prepared
 from requant_onnx.convert.write import Biases, Built, drain, write
 from requant_onnx.errors import ModelError
 from requant_onnx.files.load import is_large
+from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.layers import find_layers
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.progress import Progress
@@ -46,12 +48,28 @@ def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Prog
     Raises ModelError where the finished model does not give what the refinement believed.
     """
     quantized = quantize(prepared, planned, progress, threads)
-    model, report = write(prepared, drain(quantized.results), quantized.biases)
-    report = replace(report, notes=(*report.notes, *quantized.notes))
-    complete = not report.activations and len(report.converted) == len(planned) and not is_large(model)
-    if quantized.belief is not None and complete:
-        check_belief(model, quantized.belief)
-    return model, report
+    belief = quantized.belief
+    if belief is None or is_large(prepared.model):
+        model, report = write(prepared, drain(quantized.results), quantized.biases)
+        return model, replace(report, notes=(*report.notes, *quantized.notes))
+    untouched = onnx.ModelProto()
+    untouched.CopyFrom(prepared.model)
+    model, report = write(prepared, quantized.results, quantized.biases)
+    complete = not report.activations and len(report.converted) == len(planned)
+    notes = quantized.notes
+    try:
+        if complete:
+            check_belief(model, belief)
+    except ModelError:
+        if not report.vectors.count:
+            raise
+        exact = replace(prepared, graph=ModelGraph.of(untouched), config=replace(prepared.config, biases=BiasType.FLOAT))
+        with_floats, float_report = write(exact, quantized.results, quantized.biases)
+        check_belief(with_floats, belief)
+        if prepared.config.biases is BiasType.AUTO:
+            model, report = with_floats, replace(float_report, config=report.config)
+            notes = (*notes, "biases stay float32: as float16 they add more than a quarter to the error of the outputs")
+    return model, replace(report, notes=(*report.notes, *notes))
 
 
 def check_belief(model: onnx.ModelProto, belief: Belief) -> None:

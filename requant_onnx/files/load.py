@@ -164,17 +164,25 @@ def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
     return _parse(Path(path))
 
 
+USUAL = 320  # pixels of a side that a model leaves free
 IMAGE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.UINT8)
 
 
-def takes_images(path: Path) -> bool:
-    """Whether the one input of a model takes images of one size, (n, c, h, w) or (n, h, w, c), with 1 to 4 channels."""
+def noise_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of images for the one input of a model, (n, c, h, w) or (n, h, w, c), with 1 to 4 channels; None for others.
+
+    A size that the model leaves free is USUAL, which nets that take any size can divide by their strides.
+    """
     shapes = list(input_shapes(path).items())
-    if len(shapes) != 1 or len(shapes[0][1]) != 4 or None in shapes[0][1][1:]:
-        return False
+    if len(shapes) != 1 or len(shapes[0][1]) != 4:
+        return None
     (name, (_, *rest)) = shapes[0]
     kinds = [item.type.tensor_type.elem_type for item in load_skeleton(path).graph.input if item.name == name]
-    return kinds[0] in IMAGE_TYPES and (rest[0] in range(1, 5) or rest[2] in range(1, 5))
+    first, last = rest[0] in range(1, 5), rest[2] in range(1, 5)
+    if kinds[0] not in IMAGE_TYPES or not (first or last):
+        return None
+    height, width = rest[1:] if first else rest[:2]
+    return height or USUAL, width or USUAL
 
 
 def input_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
