@@ -4,7 +4,6 @@ Names are imported when they are first used, so that the package itself is there
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import a public name from the module where it lives (PEP 562)."""
     if name == "__version__":
-        return version("requant_onnx")
+        return importlib.import_module("importlib.metadata").version("requant_onnx")
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'requant_onnx' has no attribute '{name}'")

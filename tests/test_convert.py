@@ -130,7 +130,7 @@ def test_per_channel_scales_lie_on_the_channel_axis() -> None:
 
 
 def test_a_weight_that_would_not_shrink_is_skipped() -> None:
-    converted, report = quantize_model(parse("net (float[n, 1] x) => (float[n, 1] y) { y = MatMul(x, w) }", w=laplace(1, 1)))
+    converted, report = quantize_model(parse("net (float[n, 2] x) => (float[n, 1] y) { y = MatMul(x, w) }", w=laplace(2, 1)))
     assert "would not get smaller" in report.skipped[0].reason
     assert [node.op_type for node in converted.graph.node] == ["MatMul"]
 

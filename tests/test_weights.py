@@ -130,3 +130,39 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
     w[1, 2, 0, 0] = value
     with pytest.raises(ModelError, match="the weight 'w' holds 1 NaN or infinite"):
         quantize_model(parse(IO + "{ y = Conv(x, w) }", w=w))
+
+
+def test_kernels_written_by_hand_stay_exact_and_are_no_last_layer() -> None:
+    """The head of a YOLO: distances are means of 0..15 over their probabilities, by a Conv that nobody trained (DFL)."""
+    model = parse(
+        """net (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] boxes, float[n, 5, 8, 8] scores) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, w1)
+            b = Conv(a, w2)
+            c = Conv(b, w3)
+            p = Softmax<axis = 1>(c)
+            boxes = Conv(p, dfl)
+            scores = Conv(b, w4)
+        }""",
+        w1=laplace(8, 3, 3, 3), w2=laplace(16, 8, 1, 1, seed=1), w3=laplace(16, 16, 1, 1, seed=2), w4=laplace(5, 16, 1, 1, seed=3),
+        dfl=np.tile(np.arange(16, dtype=np.float32).reshape(1, 16, 1, 1), (4, 1, 1, 1)),
+    )  # fmt: skip
+    view = find_weights(ModelGraph.of(model))
+    assert [(weight.name, weight.is_edge) for weight in view.weights] == [("w1", True), ("w2", False), ("w3", True), ("w4", True)]
+    assert [item.name for item in view.skipped] == ["dfl"]
+    assert view.skipped[0].reason == "holds whole multiples of one number, as fixed kernels do"
+
+
+def test_a_layer_on_a_way_of_its_own_to_an_output_is_a_last_one() -> None:
+    model = parse(
+        """net (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] features, float[n, 5, 8, 8] y) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, w1)
+            b = Conv(a, w2)
+            features = Relu(b)
+            c = Conv(features, w3)
+            d = Conv(c, w4)
+            y = Identity(d)
+        }""",
+        w1=laplace(8, 3, 3, 3), w2=laplace(8, 8, 1, 1, seed=1), w3=laplace(8, 8, 1, 1, seed=2), w4=laplace(5, 8, 1, 1, seed=3),
+    )  # fmt: skip
+    weights = find_weights(ModelGraph.of(model)).weights
+    assert [(weight.name, weight.is_edge) for weight in weights] == [("w1", True), ("w2", True), ("w3", False), ("w4", True)]

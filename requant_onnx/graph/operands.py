@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from requant_onnx.graph.constants import ModelGraph, find_root, from_constants, is_standard
 from requant_onnx.graph.operators import OPERATORS, Operator
+from requant_onnx.numerics.arrays import GenericArray
+
+LARGEST_FIXED, LARGEST_COUNT, EXACTLY = 1024, 127, 1e-6  # elements of a kernel written by hand, multiples in it, and their error
 
 
 def operator_of(node: gs.Node) -> Operator | None:
@@ -34,9 +39,34 @@ def bias_input(node: gs.Node) -> gs.Tensor | None:
     return node.inputs[operator.bias] if node.inputs[operator.bias].name else None
 
 
+def is_fixed_kernel(values: GenericArray) -> bool:
+    """Whether a small weight was written by hand: whole multiples of one number, as in 0..15, one-hot and low-pass kernels.
+
+    >>> is_fixed_kernel(np.arange(16)), is_fixed_kernel(np.array([1, 2, 1]) / 4), is_fixed_kernel(np.array([0.3, 0.7]))
+    (True, True, False)
+    """
+    if values.size > LARGEST_FIXED:
+        return False
+    sizes = np.unique(np.abs(values.astype(np.float64)))
+    sizes = sizes[sizes > 0.0]
+    if not sizes.size or not np.isfinite(sizes).all():
+        return False
+    counts = sizes / sizes[0]
+    return bool(counts[-1] <= LARGEST_COUNT and np.abs(counts - np.rint(counts)).max() < EXACTLY)
+
+
+def _is_trained(node: gs.Node) -> bool:
+    """Whether a node has a weight, and not one that was written by hand."""
+    operand = weight_operand(node)
+    root = None if operand is None else find_root(node.inputs[operand])
+    if root is None or math.prod(root.shape) > LARGEST_FIXED:
+        return operand is not None
+    return not is_fixed_kernel(root.load())
+
+
 def edge_nodes(graph: gs.Graph) -> set[int]:
-    """ids of the nodes with a weight that have no other one before them, or none behind them."""
-    weighted = {id(node) for node in graph.nodes if weight_operand(node) is not None}
+    """ids of the nodes with a trained weight that have no other one before them, or none behind them on some way to an output."""
+    weighted = {id(node) for node in graph.nodes if _is_trained(node)}
     behind: set[int] = set()  # tensors computed from the output of a weighted node
     first = set()
     for node in graph.nodes:
@@ -45,14 +75,14 @@ def edge_nodes(graph: gs.Graph) -> set[int]:
             first.add(id(node))
         if reached or id(node) in weighted:
             behind.update(id(tensor) for tensor in node.outputs)
-    ahead: set[int] = set()  # tensors that a weighted node is computed from
+    ahead = {id(tensor) for tensor in graph.outputs}  # tensors from which a way to an output has no weighted node
     last = set()
     for node in reversed(graph.nodes):
-        needed = any(id(tensor) in ahead for tensor in node.outputs)
-        if id(node) in weighted and not needed:
-            last.add(id(node))
-        if needed or id(node) in weighted:
-            ahead.update(id(tensor) for tensor in reads_of(node))
+        if any(id(tensor) in ahead for tensor in node.outputs):
+            if id(node) in weighted:
+                last.add(id(node))
+            else:
+                ahead.update(id(tensor) for tensor in reads_of(node))
     return first | last
 
 

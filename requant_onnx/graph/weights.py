@@ -26,7 +26,7 @@ from requant_onnx.graph.constants import (
     stored_axis,
 )
 from requant_onnx.graph.holders import Holder, holder_of
-from requant_onnx.graph.operands import edge_nodes, operator_of, weight_operand
+from requant_onnx.graph.operands import LARGEST_FIXED, edge_nodes, is_fixed_kernel, operator_of, weight_operand
 from requant_onnx.graph.operators import KERNELS, OPERATORS
 from requant_onnx.numerics.arrays import Float32Array
 
@@ -193,7 +193,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
         raise ModelError(
             f"the weight '{root.name}' of {node.op} '{node.name}' has a shape that does not fit its node; export the model again"
         )
-    reason = _refusal(root, interface)
+    reason = _refusal(root, interface) or _why_fixed(root)
     if reason is not None:
         yield SkippedWeight(root.name, node.op, root.shape, reason), tensor
         return
@@ -254,6 +254,12 @@ def _why_exact(root: Root) -> str | None:
     if counts[-1] < LATTICE_POINTS and abs(counts - np.rint(counts)).max() < LATTICE:
         return f"holds numbers in steps of {step:.6g}, as coordinates and masks do, which have to be exact"
     return None
+
+
+def _why_fixed(root: Root) -> str | None:
+    """Why a small kernel that nobody trained stays exact; None for others."""
+    small = math.prod(root.shape) <= LARGEST_FIXED
+    return "holds whole multiples of one number, as fixed kernels do" if small and is_fixed_kernel(root.load()) else None
 
 
 def _why_computed(tensor: gs.Tensor) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_skele
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.numerics.arrays import GenericArray
+from requant_onnx.runtime.cpu import adds_exactly
 from requant_onnx.text import first_line
 
 Session: TypeAlias = onnxruntime.InferenceSession
@@ -92,6 +94,9 @@ def optimized_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, 
     return onnxruntime.__version__, onnx.load(folder / "optimized.onnx", load_external_data=False)
 
 
+PRECISION = "session.x64quantprecision"
+
+
 def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
     """An InferenceSession on the provider in use (default: the CPU) with the options that suit the form of a converted model.
 
@@ -105,9 +110,13 @@ def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = 
     form = next((form for form in Form if form.value == settings.get("form")), None)
     for entry in () if form is None else FORMS[form].session_options:
         options.add_session_config_entry(*entry)
-    if form is not None and FORMS[form].on_integers and settings.get("int8_levels") == Int8Levels.FULL.value:
-        options.add_session_config_entry("session.x64quantprecision", "1")
     name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
+    full = form is not None and FORMS[form].on_integers and settings.get("int8_levels") == Int8Levels.FULL.value
+    if full and not adds_exactly():
+        options.add_session_config_entry(PRECISION, "1")
+        with contextlib.suppress(LoadError):  # ONNX Runtime 1.32 fails at the second node that reads one weight
+            return start_session(serialized(source, name), name, options, provider_in_use())
+        options.add_session_config_entry(PRECISION, "0")
     return start_session(serialized(source, name), name, options, provider_in_use())
 
 
