@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from requant_onnx.graph.weights import SkippedWeight
-from requant_onnx.numerics.outputs import OutputReport
+from requant_onnx.numerics.outputs import SAME, OutputReport
 from requant_onnx.text import decibels
 
 
@@ -139,7 +139,7 @@ class SelfCheck:
             many = "the worst of its outputs has" if len(self.outputs) > 1 else "its output has"
             parts.append(f"{many} an SQNR of {decibels(self.sqnr_db)}")
         if self.answers is not None and self.answers.agreement is not None:
-            parts.append(f"{self.answers.agreement:.1%} of the {self.answers.what} answers are those of the float model")
+            parts.append(f"{self.answers.agreement:.1%} {SAME[self.answers.what]}")
         return f"on {self.inputs}, {' and '.join(parts) or 'no output could be compared'}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None, h
 
 
 def _listed(classes: tuple[int, ...]) -> str:
-    counts = Counter(classes)
-    return f"{len(classes)} objects" + (f": {', '.join(f'{n} of class {c}' for c, n in sorted(counts.items()))}" if counts else "")
+    each = ", ".join(f"{n} of class {c}" for c, n in sorted(Counter(classes).items()))
+    return f"{len(classes)} object{'' if len(classes) == 1 else 's'}" + (f": {each}" if each else "")
 
 
 def _shares(scores: Float64Array) -> Float64Array:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from requant_onnx.convert.report import GOOD_AGREEMENT, GOOD_DB, LEAST_DB, Compared, FileSizes, ValidationReport
+from requant_onnx.numerics.outputs import SAME
 from requant_onnx.text import decibels
 
 SMALL_DROP, LARGE_DROP = 0.5, 2.0  # points of top-1: good up to the first, no longer to be shipped beyond the second
@@ -87,7 +88,7 @@ def _agreement(report: ValidationReport) -> Reason | None:
     if report.agreement is None:
         return None
     error = report.agreement_error or 0.0
-    text = f"{report.agreement:.2%} of the {report.agreement_of} answers are those of the float model (standard error {error:.2%})."
+    text = f"{report.agreement:.2%} {SAME[report.agreement_of]} (standard error {error:.2%})."
     if report.agreement + error >= GOOD_AGREEMENT:
         return Reason(Level.GOOD, text)
     labeled = report.top1 is not None or report.mean_ap is not None  # labels say more than agreement

@@ -28,6 +28,16 @@ MOST_CLASSES = 1 << 12  # of a mask
 FEWEST_STEPS, ALPHABET = 4, 10  # of a text
 
 
+SAME = {
+    "top-1": "of the top-1 answers are those of the float model",
+    "pixels": "of the pixels have the class that the float model gives them",
+    "strings": "of the strings are those of the float model",
+    "texts": "of the texts are those of the float model",
+    "detections": "of the float model's detections are found again",
+}
+"""What an agreement is the share of, by `OutputReport.what`."""
+
+
 @dataclass(frozen=True)
 class OutputReport:
     """How alike one output of two models is.
