@@ -195,6 +195,7 @@ def _add_aims(parser: argparse.ArgumentParser) -> None:
         "--bits", metavar="N", help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight"
     )
     parser.add_argument("--size", metavar="SIZE", help="for --bits auto: the best file of at most this size, for instance 180kB")
+    _add_choice(parser, "optimize_for", "AIM", "which bytes count, those of the file or of a download of it: ")
     parser.add_argument(
         "--target-sqnr",
         metavar="DB",
