@@ -105,6 +105,25 @@ class BiasType(Choice):
     FLOAT = "float32"
 
 
+class OptimizeFor(Choice):
+    """Which bytes count: those of the file, or those that are downloaded where it is sent compressed, by brotli as web servers do
+    (`download` alone), by gzip or by zstd.  Then codes are chosen that compress well, and a size is that of the compressed file."""
+
+    FILE = "file"
+    BROTLI = "download:br"
+    GZIP = "download:gz"
+    ZSTD = "download:zst"
+
+    @property
+    def compresses(self) -> bool:
+        """Whether bytes are counted behind a compressor."""
+        return self is not OptimizeFor.FILE
+
+    @classmethod
+    def _missing_(cls, value: object) -> OptimizeFor | None:
+        return cls.BROTLI if value == "download" else None
+
+
 class Space(Choice):
     """Where distances are measured: between weights `w`, or between transformed weights `v = sign(w) * |w|**a`."""
 

@@ -24,6 +24,7 @@ from requant_onnx.choices import (
     Granularity,
     Int8Levels,
     Int8Speed,
+    OptimizeFor,
     RangeMode,
     Refinement,
     Runtime,
@@ -87,6 +88,7 @@ class QuantConfig:
     activation_range, int8_levels, int8_speed: of the int8 form.
     int8_min_sqnr: of the int8 form, dB that the outputs keep; nodes whose activations cost more stay float.  -inf: no limit.
     overrides: settings of single layers, the last rule that sets one wins; also texts, or a table from patterns to settings.
+    optimize_for: which bytes count; for downloads, bits are those that a weight takes on average, compressed.
     """
 
     bits: int | Budget = 8
@@ -107,6 +109,7 @@ class QuantConfig:
     int8_speed: Int8Speed = Int8Speed.AUTO
     int8_min_sqnr: float = 15.0
     overrides: Rules = ()
+    optimize_for: OptimizeFor = OptimizeFor.FILE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", rules_of(self.overrides))
@@ -137,6 +140,10 @@ class QuantConfig:
             if not rule.keep:
                 changed = {name: value for name in ("bits", "form") if (value := getattr(rule, name)) is not None}
                 replace(self, overrides=(), **changed)  # raises where the runtime does not read it
+        if self.optimize_for.compresses and self.form is Form.INT8:
+            raise ConfigError(
+                f"the int8 form has no rounding for downloads; drop --optimize-for {self.optimize_for}, or --form int8"
+            )
         if self.form not in row.forms:
             forms = " or ".join(map(str, row.forms))
             raise ConfigError(f"the {self.form} form is not for {row.title} (--runtime {self.runtime}); choose --form {forms}")
@@ -229,6 +236,7 @@ OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int
 """Settings that only one form has."""
 
 ENUMS: dict[str, type[Choice]] = {
+    "optimize_for": OptimizeFor,
     "granularity": Granularity,
     "range_mode": RangeMode,
     "edge_layers": EdgeLayers,

@@ -33,6 +33,7 @@ BASE = FLOORS[0]
 ROOMS = tuple(room for floor in FLOORS[1:-1] for room in floor)
 HOMES = {
     "argparse": {"cli"},
+    "brotli": {"files"},
     "csv": {"cli"},
     "distributed": {"evaluate"},
     "google": {"files"},
@@ -49,6 +50,7 @@ HOMES = {
     "threadpoolctl": {"convert"},
     "tomli": {"cli"},
     "tomllib": {"cli"},
+    "zstandard": {"files"},
     "numpy": set(ROOMS) - {"cli"},
     "onnx": {"files", "graph", "runtime", "convert", "evaluate", "cli"},
     "onnx_graphsurgeon": {"graph", "runtime"},
@@ -142,7 +144,7 @@ def test_public_names() -> None:
         "ActivationRange", "ActivationReport", "BiasType", "Budget", "Calibration", "ConfigError", "ConvertedError", "DataError",
         "EdgeLayers", "Explanation", "Form", "FrontPoint", "Granularity", "ImageSet", "InspectReport", "Int8Levels",
         "Int8Speed", "LayerRule", "ModelError",
-        "Normalization", "OutputError", "QualityError", "QuantConfig",
+        "Normalization", "OptimizeFor", "OutputError", "QualityError", "QuantConfig",
          "QuantReport", "RangeMode", "Refinement", "RequantError", "RestoreReport",
         "Runtime", "Space",
         "Transform", "ValidationReport", "WeightReport", "explain", "html_report", "inspect_model", "load_images",

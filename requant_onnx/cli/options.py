@@ -127,6 +127,7 @@ def _add_aims(parser: Parser) -> None:
         "--bits", metavar="N", help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight"
     )
     size.add_argument("--size", metavar="SIZE", help="for --bits auto: the best file of at most this size, for instance 180kB")
+    _add_choice(size, "optimize_for", "AIM", "which bytes count, those of the file or of a download of it: ")
     size.add_argument(
         "--target-sqnr",
         metavar="DB",

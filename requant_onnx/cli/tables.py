@@ -50,9 +50,15 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
     if vectors.count:
         console.print(f"vectors as float16: {vectors.count}, {vectors.bytes_before:,} -> {vectors.bytes_after:,} bytes")
     console.print(f"weights: {len(report.converted)} converted{covered}, {before:,} -> {after:,} bytes{_ratio(before, after)}")
-    console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
+    console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}{_download(sizes[0], report)}")
     if report.converted:
         console.print(escape(_check(report)))
+
+
+def _download(before: int, report: QuantReport) -> str:
+    if report.download_bytes is None:
+        return ""
+    return f"\n{report.config['optimize_for']}: {report.download_bytes:,} bytes{_ratio(before, report.download_bytes)}"
 
 
 def _check(report: QuantReport) -> str:

@@ -196,7 +196,7 @@ def open_market(
     """
     grids = {item.weight.name: _probed(item) for item in planned}
     importances, measured_errors = (
-        _sensitivities(model, planned, grids, min_scales, chunks, refinement, progress) if chunks else ({}, {})
+        sensitivities(model, planned, grids, min_scales, chunks, refinement, progress) if chunks else ({}, {})
     )
 
     def price(item: PlannedWeight) -> tuple[Offer, ...]:
@@ -241,7 +241,7 @@ def _error_at(error: float, known: Sequence[tuple[float, float]]) -> float:
     return float(low * (error / fine) ** slope)
 
 
-def _sensitivities(
+def sensitivities(
     model: onnx.ModelProto,
     planned: tuple[PlannedWeight, ...],
     grids: Mapping[str, Sequence[Grid]],

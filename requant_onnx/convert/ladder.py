@@ -2,11 +2,13 @@
 
 For each layer, second moments of its input (with all weights before it quantized) and of its float output are collected, and the
 candidates of a ladder are compared on calibration inputs held out from them: nearest, + bias correction, + error feedback,
-+ descent.  The one of least output error is taken, so that no step makes a layer worse.
++ descent.  The one of least output error is taken, so that no step makes a layer worse.  Where bits of codes count too (price.py),
+all of these weigh them, and feedback is tried on second moments that are more and less held to their diagonal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +18,16 @@ import numpy as np
 from requant_onnx.choices import Refinement
 from requant_onnx.graph.layers import Layer
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, UInt8Array
-from requant_onnx.numerics.factor import DAMPING, STRIP, Factor, factor
+from requant_onnx.numerics.factor import DAMPING, STRIP, Factor, factor, shrunk
 from requant_onnx.numerics.feedback import RowGrid, feedback, refine
 from requant_onnx.numerics.moments import Moments, Sample, fitted_bias
 from requant_onnx.numerics.parallel import run_all, slices
+from requant_onnx.numerics.price import RATE, Price, entropy
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 Pair = tuple[Float32Array, Float64Array]
+SHRINKAGES = (0.02, 0.15, 0.5)  # of second moments; held-out inputs choose one
+ESTIMATES = 2  # of what codes cost, during the descent
 HELD_OUT = 4  # every fourth chunk is for the choice between candidates, not for making them
 
 
@@ -95,15 +100,20 @@ def choose(
     moments: of the evidence, where they have been taken from it already.  min_scale: as for quantize_weight.
     """
     nearest = _candidate(layer, grids[0], quantize_weight(w, grids[0], min_scale), min_scale)
-    ladder = {"nearest": nearest}
+    ladder, worth = {"nearest": nearest}, 0.0
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
     if refinement.sees_outputs:
         pair = evidence.pair(layer.can_correct) if moments is None else moments
         start = _weighted(layer, w, grids, pair[0], min_scale)
-        ladder.update(_feedback(layer, w, start, pair, evidence, refinement))
+        if start.grid.step is None:
+            ladder.update(_feedback(layer, w, start, pair, evidence, refinement))
+        else:
+            priced, worth = _by_price(layer, w, start, pair, evidence, refinement)
+            ladder.update(priced)
     errors = {name: _error(layer, candidate, evidence) for name, candidate in ladder.items()}
-    method = min(errors, key=lambda name: errors[name])
+    costs = {name: errors[name] + (worth * entropy(each.codes) if worth else 0.0) for name, each in ladder.items()}
+    method = min(costs, key=lambda name: costs[name])
     return _finish(layer, ladder[method], evidence, method, errors)
 
 
@@ -136,6 +146,35 @@ def _feedback(
         name = min(made, key=lambda name: _error(layer, made[name], evidence))
         codes, rows = refine(wanted[name], _damped(xx), made[name].rows, made[name].codes, refit=refit)
         yield f"{name}, descent", replace(made[name], codes=codes, rows=rows)
+
+
+def _by_price(
+    layer: Layer, w: Float32Array, nearest: _Candidate, pair: Pair, evidence: Evidence, refinement: Refinement
+) -> tuple[dict[str, _Candidate], float]:
+    """The same where bits of codes count too, and the error, relative to the power of the output, that a bit is worth.
+
+    Second moments are held to their diagonal as far as inputs held out say.
+    """
+    matrices, (xx, xy), step = layer.product.matrices(w).astype(np.float64), pair, nearest.grid.step or 0.0
+    made: dict[str, _Candidate] = {}
+    least, worth, best = math.inf, 0.0, None
+    for shrinkage in SHRINKAGES:
+        h = shrunk(xx, shrinkage)
+        triangle = factor(h)
+        worth = worth or RATE * step**2 * float(triangle.variances().mean())
+        price, target = Price.of(nearest.codes, worth), _target(matrices, xx, xy, triangle)
+        codes = feedback(target, triangle, nearest.rows, price.again(feedback(target, triangle, nearest.rows, price)))
+        name, candidate = f"feedback at shrinkage {shrinkage:g}", replace(nearest, codes=codes, corrected=layer.can_correct)
+        made[name], cost = candidate, _error(layer, candidate, evidence) + worth / evidence.held.power * entropy(codes)
+        if cost < least:
+            least, best = cost, (name, candidate, h, target)
+    if refinement is Refinement.DESCENT and best is not None:
+        name, candidate, h, target = best
+        codes, rows, h = candidate.codes, candidate.rows, _damped(h)
+        for _ in range(ESTIMATES):
+            codes, rows = refine(target, h, rows, codes, refit=False, price=Price.of(codes, worth))
+        made[f"{name}, descent"] = replace(candidate, codes=codes, rows=rows)
+    return made, worth / evidence.held.power
 
 
 def _rows(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> RowGrid:

@@ -13,12 +13,14 @@ from threadpoolctl import threadpool_limits
 from requant_onnx.choices import Form, Int8Levels, Refinement, Space
 from requant_onnx.config import Budget, QuantConfig
 from requant_onnx.convert.budget import write_within
+from requant_onnx.convert.download import write_for_download
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.convert.schedule import Clock
 from requant_onnx.convert.selfcheck import self_check
 from requant_onnx.convert.steps import convert
 from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError, QualityError
+from requant_onnx.files.compressed import check_installed
 from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of, whole
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.decode.forms import FORMS
@@ -134,6 +136,8 @@ def _convert(
     """
     with threadpool_limits(limits=1, user_api="blas"), thread_limit(threads):
         prepared = prepare(source, config, calibration, excluded, clock, progress)
+        if config.optimize_for.compresses:
+            return write_for_download(prepared, calibration, progress, threads)
         if isinstance(config.bits, Budget):
             return write_within(prepared, config.bits, calibration, progress, threads)
         return convert(prepared, prepared.plan.planned, progress, threads)
@@ -183,6 +187,7 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError(
             "a time limit is for one number of bits, and --bits auto tries many; give --bits N, or drop the time limit"
         )
+    check_installed(config.optimize_for)
     if FORMS[config.form].on_integers and calibration is None:
         raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
     if isinstance(config.bits, Budget) and config.bits.sqnr_db is not None and calibration is None:

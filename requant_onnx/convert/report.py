@@ -155,6 +155,7 @@ class QuantReport:
     complaint: what the checker of onnx says against the input, which ONNX Runtime runs all the same; "" for nothing.
     check: the self-check; None where there was none, and why_unchecked says why (a sentence without its subject).
     front: with a budget, the best compromises between size and error, from the smallest file on.
+    download_bytes: of the file, as save_model writes it, behind the compressor that it was optimized for; None for none.
     """
 
     config: dict[str, Any]
@@ -170,6 +171,7 @@ class QuantReport:
     complaint: str = ""
     check: SelfCheck | None = None
     why_unchecked: str = "not asked for"
+    download_bytes: int | None = None
 
     def __repr__(self) -> str:
         """Short: all fields are in to_dict()."""

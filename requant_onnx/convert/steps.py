@@ -15,6 +15,7 @@ from requant_onnx.convert.layerwise import Belief, quantize_layers
 from requant_onnx.convert.nearest import Result, quantize_all
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.prepare import Prepared
+from requant_onnx.convert.widths import narrowed
 from requant_onnx.convert.write import Biases, Built, drain, write
 from requant_onnx.errors import ModelError
 from requant_onnx.files.load import is_large
@@ -47,7 +48,9 @@ def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Prog
 
     Raises ModelError where the finished model does not give what the refinement believed.
     """
-    quantized = quantize(prepared, planned, progress, threads)
+    quantized, aim = quantize(prepared, planned, progress, threads), prepared.config.optimize_for
+    if aim.compresses:
+        quantized.results[:] = [narrowed(result, aim) for result in quantized.results]
     belief = quantized.belief
     if belief is None or is_large(prepared.model):
         model, report = write(prepared, drain(quantized.results), quantized.biases)

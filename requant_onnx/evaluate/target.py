@@ -151,7 +151,7 @@ class _Search:
         made, report = quantize_model(self._model, config, calibration=self._calibration, threads=self._threads, check=False)
         value, error = self._measure(made)
         limit = -(self._target.max_drop or 0.0) if self._target.min_agreement is None else self._target.min_agreement
-        size = made.ByteSize()
+        size = made.ByteSize() if report.download_bytes is None else report.download_bytes
         fits = self._target.size is None or size <= self._target.size
         trial = Trial(size, bits, value, error, fits and value >= limit, fits and value - CONFIDENT * error >= limit)
         self._trials.append((trial, made, report))

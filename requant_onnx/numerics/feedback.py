@@ -7,6 +7,7 @@ The output error of one channel with the weights w, decoded to w_hat, is (w_hat 
                 w_k + sum_(j < k) e_j R_jk / R_kk
     descent     change one code at a time while that lowers the error, until none does
     scale       with the levels l fixed, the best scale is (l H w) / (l H l)
+    price       where bits of codes count too, feedback and descent lower the sum of both (price.py)
 
 All arrays begin with the groups of channels, (G, ...).  Rows are independent, and divided into the same strips for every number of
 threads; what earlier columns do to a block of later ones is one matrix product in float32.
@@ -24,6 +25,7 @@ from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array,
 from requant_onnx.numerics.factor import Factor
 from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.parallel import run_all, slices
+from requant_onnx.numerics.price import Price
 from requant_onnx.numerics.quantize import half_scale
 
 BLOCK = 128  # columns rounded before their errors are pushed into the later ones by one matrix product
@@ -57,8 +59,8 @@ class RowGrid:
         return np.asarray(self.levels(codes) * self.scale[..., None])
 
 
-def feedback(w: Float64Array, factor: Factor, grid: RowGrid) -> UInt8Array:
-    """Round with error feedback, the inputs of most power first.  w: weights, (G, rows, n)."""
+def feedback(w: Float64Array, factor: Factor, grid: RowGrid, price: Price | None = None) -> UInt8Array:
+    """Round with error feedback, the inputs of most power first.  w: weights, (G, rows, n).  price: of codes, if they have one."""
     order = np.broadcast_to(factor.order[:, None, :], w.shape)
     left = np.take_along_axis(w, order, -1)
     codes = np.empty(w.shape, np.uint8)
@@ -68,7 +70,8 @@ def feedback(w: Float64Array, factor: Factor, grid: RowGrid) -> UInt8Array:
         part, errors = _part(grid, groups, rows), np.zeros(wanted.shape, np.float32)
         for block in slices(w.shape[-1], BLOCK):
             pushed = (errors[..., : block.start] @ r[:, : block.start, block]).astype(np.float64)
-            made, errors[..., block] = _round_block(wanted[..., block], pushed, r[:, block, block].astype(np.float64), part)
+            triangle = r[:, block, block].astype(np.float64)
+            made, errors[..., block] = _round_block(wanted[..., block], pushed, triangle, part, price)
             codes[groups, rows, block] = made
 
     _in_strips(round_strip, w.shape)
@@ -77,29 +80,33 @@ def feedback(w: Float64Array, factor: Factor, grid: RowGrid) -> UInt8Array:
     return in_order
 
 
-def refine(w: Float64Array, h: Float32Array, grid: RowGrid, codes: UInt8Array, *, refit: bool) -> tuple[UInt8Array, RowGrid]:
+def refine(
+    w: Float64Array, h: Float32Array, grid: RowGrid, codes: UInt8Array, *, refit: bool, price: Price | None = None
+) -> tuple[UInt8Array, RowGrid]:
     """Lower the output error by coordinate descent from `codes`; with refit, alternate it with the best scale.
 
-    h: second moments of the inputs, (G, n, n), symmetric.
+    h: second moments of the inputs, (G, n, n), symmetric.  price: of codes, which is then lowered together with the error.
     """
     found = np.ascontiguousarray(codes).copy()
     scale = grid.scale.copy()
 
     def refine_strip(groups: slice, rows: slice) -> None:
         part = _part(replace(grid, scale=scale), groups, rows)
-        best, after = _refine(w[groups, rows], h[groups], part, found[groups, rows].copy(), refit)
+        best, after = _refine(w[groups, rows], h[groups], part, found[groups, rows].copy(), refit, price)
         found[groups, rows], scale[groups, rows] = best, after.scale
 
     _in_strips(refine_strip, w.shape)
     return found, replace(grid, scale=scale)
 
 
-def _refine(w: Float64Array, h: Float32Array, grid: RowGrid, codes: UInt8Array, refit: bool) -> tuple[UInt8Array, RowGrid]:
+def _refine(
+    w: Float64Array, h: Float32Array, grid: RowGrid, codes: UInt8Array, refit: bool, price: Price | None
+) -> tuple[UInt8Array, RowGrid]:
     for _ in range(REFITS if refit else 1):
         if refit:
             grid = refit_scale(w, h, grid, codes)
         changed = codes.copy()
-        _descend(changed, (grid.decode(codes) - w).astype(np.float32) @ h, h, grid)
+        _descend(changed, (grid.decode(codes) - w).astype(np.float32) @ h, h, grid, price)
         if (changed == codes).all():
             break
         codes = changed
@@ -136,7 +143,9 @@ def _part(grid: RowGrid, groups: slice, rows: slice) -> RowGrid:
     return replace(grid, **arrays)
 
 
-def _round_block(w: Float64Array, pushed: Float64Array, triangle: Float64Array, grid: RowGrid) -> tuple[UInt8Array, Float64Array]:
+def _round_block(
+    w: Float64Array, pushed: Float64Array, triangle: Float64Array, grid: RowGrid, price: Price | None
+) -> tuple[UInt8Array, Float64Array]:
     """Round the columns of one block in their order, (G, rows, columns).  Returns codes and errors; changes `pushed`.
 
     pushed: sum of e_j R_jk over the columns before the block.  triangle: R of the block, (G, columns, columns).
@@ -150,6 +159,8 @@ def _round_block(w: Float64Array, pushed: Float64Array, triangle: Float64Array, 
             wanted = w[j] + pushed[j] / triangle[:, j, j, None]
             code = thresholds.searchsorted(wanted / grid.scale, side="right") - grid.offset
             np.clip(code, 0, max_code, out=code)
+            if price is not None:
+                code = price.cheapest(wanted, code, grid.scale, triangle[:, j, j, None] ** 2)
             codes[j] = code
             errors[j] = w[j] - grid.scale * integers.take(code + grid.offset)
             rest = slice(j + 1, few.stop)
@@ -159,12 +170,12 @@ def _round_block(w: Float64Array, pushed: Float64Array, triangle: Float64Array, 
     return np.moveaxis(codes, 0, -1), np.moveaxis(errors, 0, -1)
 
 
-def _descend(codes: UInt8Array, gradients: Float32Array, h: Float32Array, grid: RowGrid) -> None:
-    """Change single codes to the neighboring level as long as that lowers the error.
+def _descend(codes: UInt8Array, gradients: Float32Array, h: Float32Array, grid: RowGrid, price: Price | None) -> None:
+    """Change single codes to the neighboring level as long as that lowers the error, and the price where there is one.
 
     gradients: (w_hat - w) H, (G, rows, n).  Changes codes and gradients.
     """
-    steps = _steps_of(grid)
+    steps = _steps_of(grid, price)
     for _ in range(PASSES):
         moved = False
         for block in slices(codes.shape[-1], BLOCK):
@@ -183,13 +194,23 @@ class _Steps:
 
     sizes: step to code q from the one below, (G * rows, K+2), infinite for q = 0 and K+1.
     slopes: half the slope in units of H_jj, the same shape:  s * (s H_jj - 2 slope) < -gain  where  slope > H_jj * slopes.
+    prices: half of what the step costs in bits, over its size, the same shape; None where bits cost nothing.
     """
 
     sizes: Float64Array
     slopes: Float64Array
+    prices: Float64Array | None
+
+    def limits(self, power: Float64Array, rows: Int64Array, code: Int64Array | UInt8Array) -> tuple[Float64Array, Float64Array]:
+        """Slopes below which a step up, and above which a step down from a code lowers the error and the price."""
+        with np.errstate(invalid="ignore"):  # inf * 0: neither up nor down
+            rise, fall = -power * self.slopes[rows, code + 1], power * self.slopes[rows, code]
+        if self.prices is not None:
+            rise, fall = rise - self.prices[rows, code + 1], fall - self.prices[rows, code]
+        return rise, fall
 
 
-def _steps_of(grid: RowGrid) -> _Steps:
+def _steps_of(grid: RowGrid, price: Price | None) -> _Steps:
     levels = grid.levels(
         np.broadcast_to(np.arange(grid.table.max_code + 1, dtype=np.uint8), (*grid.scale.shape, grid.table.max_code + 1))
     )
@@ -197,7 +218,9 @@ def _steps_of(grid: RowGrid) -> _Steps:
     sizes = np.full((scale.size, grid.table.max_code + 2), np.inf)
     sizes[:, 1:-1] = scale * np.diff(levels.reshape(scale.size, -1))
     with np.errstate(divide="ignore"):  # levels rounded to the same one: the step gains nothing
-        return _Steps(sizes, (sizes + SMALLEST_GAIN * scale**2 / sizes) / 2)
+        slopes = (sizes + SMALLEST_GAIN * scale**2 / sizes) / 2
+    prices = None if price is None else price.slope * np.diff(price.bits, prepend=0.0, append=0.0) / (2 * sizes)
+    return _Steps(sizes, slopes, prices)
 
 
 def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, steps: _Steps) -> Float64Array | None:
@@ -211,8 +234,7 @@ def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, step
     power = np.repeat(diagonal, count, 0)
     rows, at = np.arange(groups * count), np.arange(columns)
     here, slope = codes.reshape(rows.size, columns), slope.reshape(rows.size, columns)
-    with np.errstate(invalid="ignore"):  # inf * 0: neither up nor down
-        rise, fall = -power * steps.slopes[rows[:, None], here + 1], power * steps.slopes[rows[:, None], here]
+    rise, fall = steps.limits(power, rows[:, None], here)
     changes = None
     ready = (slope < rise) | (slope > fall)
     while True:
@@ -222,7 +244,7 @@ def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, step
             break
         rows, column, slope, rise, fall = rows[left], column[left], slope[left], rise[left], fall[left]
         one = np.arange(rows.size)
-        up = slope[one, column] < 0.0
+        up = slope[one, column] < rise[one, column]
         code = here[rows, column].astype(np.int64)
         change = np.where(up, steps.sizes[rows, code + 1], -steps.sizes[rows, code])
         code += np.where(up, 1, -1)
@@ -230,8 +252,7 @@ def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, step
         changes = np.zeros(codes.shape) if changes is None else changes
         changes.reshape(here.shape)[rows, column] += change
         slope += change[:, None] * h[rows // count, column]
-        rise[one, column] = -power[rows, column] * steps.slopes[rows, code + 1]
-        fall[one, column] = power[rows, column] * steps.slopes[rows, code]
+        rise[one, column], fall[one, column] = steps.limits(power[rows, column], rows, code)
         ready = ((slope < rise) | (slope > fall)) & (at > column[:, None])
     if changes is not None:
         codes[:] = here.reshape(codes.shape)

@@ -131,6 +131,13 @@ class Sample:
         y = sum((part.sum(1, dtype=np.float64) for part in self.y), np.zeros(()))
         return np.asarray(x), np.asarray(y), sum(part.shape[1] for part in self.x)
 
+    @property
+    def power(self) -> float:
+        """Of all outputs of a place, on average; tiny where all are 0."""
+        places = sum(part.shape[1] for part in self.y)
+        total = sum(float(np.square(part, dtype=np.float64).sum()) for part in self.y)
+        return float(max(total / places, 1e-30))
+
     def error(self, w_hat: Float64Array, bias: Float64Array) -> float:
         """The squared error over the power of the outputs.  w_hat: decoded weights, (G, rows, n).  bias: (G, rows)."""
         turned, offsets = w_hat.astype(np.float32).swapaxes(1, 2), bias.astype(np.float32)[:, None]

@@ -9,14 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int32Array, UInt8Array
-from requant_onnx.numerics.kinds import GridKind
+from requant_onnx.numerics.kinds import UNIFORM, GridKind
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
+from requant_onnx.numerics.price import RATE, REACH, ZERO, round_by_price
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.rounding import decode_rows, encode_rows
 from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
 TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # float16; it loses digits below 2**-14
+SMALLEST_STEP = 2.0**-126  # float32 without loss
+SCALES_AN_OCTAVE = 4
 LARGE_SCALE = 2.0**-10  # relative to it the lost digits, 2**-25 times 127 levels, are 0.4 % of a step
 
 
@@ -29,6 +32,8 @@ class Grid:
     limit: largest level (where an int8 kernel follows); None for no limit.
     half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
     symmetric: whether every zero point is 2**(bits-1).
+    step: value of a level where bits of codes count too (price.py): uniform levels that reach as far as the weights do; then only
+    axis and half_scales matter besides.  None: levels by the range of the weights.
     """
 
     bits: int
@@ -40,6 +45,12 @@ class Grid:
     limit: int | None = None
     half_scales: bool = False
     symmetric: bool = False
+    step: float | None = None
+
+    @classmethod
+    def by_step(cls, step: float, axis: int | None, *, half_scales: bool) -> Grid:
+        """The grid whose levels are a step apart, for codes that are compressed."""
+        return cls(8, UNIFORM, axis, search=False, half_scales=half_scales, symmetric=True, step=step)
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,8 @@ def quantize_weight(
     ([0, 5, 8, 15], 5, [-1.0, 0.0, 0.35999998450279236, 4.0])
     """
     rows = to_rows(w, grid.axis)
+    if grid.step is not None:
+        return _quantize_by_step(rows, w.shape, grid, grid.step, None if importance is None else to_rows(importance, grid.axis))
     grid = replace(grid, kind=grid.kind.fitted(rows, grid.bits))
     table, ranges = _levels_and_ranges(rows, grid)
     weights = None if importance is None else to_rows(importance, grid.axis)
@@ -121,6 +134,27 @@ def quantize_weight(
         axis=grid.axis,
         table=table,
     )
+
+
+def _quantize_by_step(
+    rows: Float32Array, shape: tuple[int, ...], grid: Grid, step: float, importance: Float32Array | None
+) -> QuantizedWeight:
+    """Codes that are cheap to store; rows whose errors count more get a smaller step.
+
+    rows: of the weight of that shape.  importance: the shape of rows, 1 on average.
+    """
+    counts = np.ones((1, 1)) if importance is None else importance.astype(np.float64)
+    least = np.abs(rows).max(1, keepdims=True).astype(np.float64) / REACH
+    wanted = np.maximum(step / np.sqrt(counts.mean(1, keepdims=True)), least)
+    if grid.axis is not None:  # a few values for all channels: they compress
+        wanted = step * np.exp2(np.ceil(SCALES_AN_OCTAVE * np.log2(wanted / step)) / SCALES_AN_OCTAVE)
+    scale = np.maximum(wanted, SMALLEST_STEP).astype(np.float32)
+    if grid.half_scales and _fits_half(scale):
+        scale = half_scale(scale)
+    codes = round_by_price(rows.astype(np.float64), scale.astype(np.float64), counts, RATE * step**2)
+    size = () if grid.axis is None else (len(rows),)
+    zeros, ones = np.full(size, ZERO, np.uint8), np.ones(size)
+    return QuantizedWeight(from_rows(codes, shape, grid.axis), scale.reshape(size), zeros, ones, grid.axis, level_table(8, UNIFORM))
 
 
 def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowRanges]:

@@ -1,0 +1,147 @@
+"""Conversions for files that are sent compressed: sizes are those behind the compressor, measured on the file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from requant_onnx.convert.ladder import HELD_OUT
+from requant_onnx.convert.plan import PlannedWeight
+from requant_onnx.convert.prepare import Prepared, copied
+from requant_onnx.convert.rates import Rated, rate_weights, unit_for
+from requant_onnx.convert.report import sqnr_db as decibels
+from requant_onnx.convert.steps import convert
+from requant_onnx.convert.write import Built
+from requant_onnx.errors import ConfigError
+from requant_onnx.files.compressed import compress
+from requant_onnx.files.load import is_large
+from requant_onnx.files.wire import pieces_of
+from requant_onnx.inputs.calibration import Calibration
+from requant_onnx.progress import Progress
+from requant_onnx.runtime.feeds import calibration_chunks
+from requant_onnx.runtime.sensitivity import outputs_of, relative_error
+from requant_onnx.runtime.stream import Chunk
+
+IMAGES = 64  # on which sensitivities are measured
+TRIES = 7
+CLOSE = 0.01  # of the size: a file this little below it is good enough
+CLOSE_DB, DB_A_BIT = 0.2, 5.0  # an SQNR this little above the target is good enough; what a bit of every weight brings, about
+FIRST = 0.93  # share of the codes in a file, to begin with
+FEWEST = 0.01  # bits of a weight
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A file.  bits: that all its codes were to take.  value: its compressed size, or its SQNR."""
+
+    bits: float
+    value: float
+    built: Built
+
+
+def write_for_download(
+    prepared: Prepared, calibration: Calibration | None, progress: Progress | None, threads: int | None
+) -> Built:
+    """Choose a step for each weight, quantize and write; with a budget, until the compressed file keeps it.
+
+    Raises ConfigError when no step does, and for models above 2 GB.
+    """
+    if is_large(prepared.model):
+        raise ConfigError("a model above 2 GB cannot be compressed in one piece; drop --optimize-for")
+    config, chunks = prepared.config, list[Chunk]()
+    free = [item for item in prepared.plan.planned if _is_free(item, prepared)]
+    if calibration is not None and free:
+        chunks = list(calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES))))
+    search = _Search(prepared, rate_weights(prepared, free, chunks, progress), progress, threads)
+    if isinstance(config.bits, int):
+        return search.built(config.bits * search.count)
+    if config.bits.size is not None:
+        return search.small_enough(config.bits.size)
+    assert calibration is not None
+    held = calibration_chunks(prepared.model, calibration)
+    return search.good_enough(config.bits.sqnr_db or 0.0, held[HELD_OUT - 1 :: HELD_OUT] or held)
+
+
+def _is_free(item: PlannedWeight, prepared: Prepared) -> bool:
+    """Whether its grid is not asked for, and its values do not reach results themselves."""
+    weight = item.weight
+    asked = [rule for rule in prepared.config.rules if rule.matches(weight.names, weight.op)]
+    return not weight.is_table and all(rule.bits is None and rule.transform is None for rule in asked)
+
+
+@dataclass(frozen=True)
+class _Search:
+    prepared: Prepared
+    weights: tuple[Rated, ...]
+    progress: Progress | None
+    threads: int | None
+
+    @property
+    def count(self) -> int:
+        """Number of weights whose step is free."""
+        return sum(each.count for each in self.weights)
+
+    def built(self, bits: float) -> Built:
+        """The file with so many bits in all codes, about.  Its report has the compressed size."""
+        unit = unit_for(self.weights, bits)
+        chosen = {each.item.weight.name: each.planned(unit) for each in self.weights}
+        planned = [chosen.get(item.weight.name, item) for item in self.prepared.plan.planned]
+        model, report = convert(copied(self.prepared), planned, self.progress, self.threads)
+        file = b"".join(pieces_of(model))
+        return model, replace(report, download_bytes=len(compress(file, self.prepared.config.optimize_for)))
+
+    def small_enough(self, size: int) -> Built:
+        """The largest file found whose compressed size is at most this."""
+
+        def measure(built: Built) -> float:
+            return float(built[1].download_bytes or 0)
+
+        tries = self._tried(8 * FIRST * size, measure, size * (1 - CLOSE / 2), size * CLOSE / 2, 1 / 8)
+        fitting = [each for each in tries if each.value <= size]
+        if not fitting:
+            least = min(int(each.value) for each in tries)
+            raise ConfigError(
+                f"the smallest file that was found takes {least:,} bytes compressed, not {size:,}; give more, or drop --keep"
+            )
+        return max(fitting, key=lambda each: each.bits).built
+
+    def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> Built:
+        """The smallest file found with that output SQNR on `chunks`."""
+        exact = outputs_of(self.prepared.model, chunks)
+
+        def measure(built: Built) -> float:
+            return decibels(1.0, relative_error(exact, outputs_of(built[0], chunks)))
+
+        tries = self._tried(
+            sqnr_db / DB_A_BIT * self.count, measure, sqnr_db + CLOSE_DB / 2, CLOSE_DB / 2, DB_A_BIT / max(1, self.count)
+        )
+        reaching = [each for each in tries if each.value >= sqnr_db]
+        if not reaching:
+            best = max(each.value for each in tries)
+            raise ConfigError(f"the best output SQNR found is {best:.1f} dB, not {sqnr_db:g}; ask for less, or see --form")
+        return min(reaching, key=lambda each: each.bits).built
+
+    def _tried(self, bits: float, measure: Callable[[Built], float], wanted: float, close: float, slope: float) -> list[_Try]:
+        """Files around the one whose value is as wanted, until one is close.  slope: of the value by the bits, about."""
+        tries: list[_Try] = []
+        for _ in range(TRIES):
+            bits = max(bits, FEWEST * self.count)
+            if any(each.bits == bits for each in tries):
+                break
+            built = self.built(bits)
+            tries.append(_Try(bits, measure(built), built))
+            if abs(tries[-1].value - wanted) <= close or not self.count:
+                break
+            bits = _next(tries, wanted, slope)
+        return tries
+
+
+def _next(tries: Sequence[_Try], wanted: float, slope: float) -> float:
+    """Bits between those that give too little and too much; until there are both, in steps by the slope, each twice as long."""
+    below = max((each for each in tries if each.value <= wanted), key=lambda each: each.value, default=None)
+    above = min((each for each in tries if each.value > wanted), key=lambda each: each.value, default=None)
+    if below is not None and above is not None:
+        return below.bits + (wanted - below.value) / (above.value - below.value) * (above.bits - below.bits)
+    last = below or above
+    assert last is not None
+    return last.bits + (wanted - last.value) / slope * 2.0 ** (len(tries) - 1)

@@ -1,0 +1,53 @@
+"""How many codes share a byte, for files that are compressed: as many as compress best.
+
+A compressor that codes bytes by Huffman's method needs one bit for each at least, so that weights of which most are zero are stored
+better by two or four in a byte; but codes of other lengths than a byte's part hide what they have in common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from requant_onnx.choices import OptimizeFor
+from requant_onnx.convert.nearest import Result
+from requant_onnx.files.compressed import compress
+from requant_onnx.graph.decode.forms import FORMS
+from requant_onnx.graph.decode.packing import PACKINGS, pack
+from requant_onnx.numerics.arrays import UInt8Array
+from requant_onnx.numerics.kinds import UNIFORM
+from requant_onnx.numerics.levels import level_table
+from requant_onnx.numerics.quantize import QuantizedWeight
+
+PIECE = 1 << 18  # codes on which widths are compared
+NARROW = (4, 2)  # bits of codes that fill a byte without a rest
+
+
+def narrowed(result: Result, aim: OptimizeFor) -> Result:
+    """The same weight in codes of the width that compresses best.  One whose grid has no step stays as it is."""
+    grid = result.planned.grid
+    if grid.step is None or FORMS[result.planned.form].dequantizes:
+        return result
+    found = [result.quantized]
+    found += [q for bits in NARROW if (q := of_width(result.quantized, bits)) is not None]
+    best = min(found, key=lambda q: len(compress(_stored(q), aim)))
+    return replace(result, quantized=best, planned=replace(result.planned, grid=replace(grid, bits=best.table.bits)))
+
+
+def of_width(q: QuantizedWeight, bits: int) -> QuantizedWeight | None:
+    """The same levels by narrower codes; None where these do not reach as far."""
+    levels, middle = q.levels(), 1 << bits - 1
+    low, high = int(levels.min()), int(levels.max())
+    zero = next((z for z in (middle, middle - 1) if low >= -z and high < (1 << bits) - z), None)
+    if zero is None:
+        return None
+    codes = (levels + zero).astype(np.uint8)
+    return replace(q, codes=codes, zero_point=np.full_like(q.zero_point, zero), table=level_table(bits, UNIFORM))
+
+
+def _stored(q: QuantizedWeight) -> bytes:
+    """The bytes of some of the codes in the file."""
+    packing = PACKINGS[q.table.bits]
+    codes: UInt8Array = q.codes.ravel()[:PIECE]
+    return pack(codes[: codes.size // packing.codes * packing.codes].reshape(-1, packing.codes), packing)[0].tobytes()

@@ -1,0 +1,44 @@
+"""How many bytes a file takes where it is sent compressed: the compressors of web servers and package indexes, at their best.
+
+Needs the extra for all but gzip: pip install 'requant_onnx[download]'.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from requant_onnx.choices import OptimizeFor
+from requant_onnx.errors import ConfigError
+
+GZIP_LEVEL, GZIP_WINDOW = 9, 31  # the window of zlib's with the header of a gzip file
+BROTLI_QUALITY, BROTLI_WINDOW = 11, 24  # the largest window that browsers take
+ZSTD_LEVEL = 19  # the highest whose window all decoders take
+EXTRA = "pip install 'requant_onnx[download]'"
+
+
+def compress(data: bytes, aim: OptimizeFor) -> bytes:
+    """The data as it is sent.  aim: not a file as it is.  Raises ConfigError where the compressor is not installed."""
+    if aim is OptimizeFor.GZIP:
+        packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP_WINDOW)
+        return packer.compress(data) + packer.flush()
+    if aim is OptimizeFor.BROTLI:
+        try:
+            import brotli  # noqa: PLC0415
+        except ImportError:
+            raise _missing("brotli", aim) from None
+        return bytes(brotli.compress(data, quality=BROTLI_QUALITY, lgwin=BROTLI_WINDOW))
+    try:
+        import zstandard  # noqa: PLC0415
+    except ImportError:
+        raise _missing("zstandard", aim) from None
+    return bytes(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data))
+
+
+def check_installed(aim: OptimizeFor) -> None:
+    """Raise ConfigError where the compressor of an aim is not installed."""
+    if aim.compresses:
+        compress(b"", aim)
+
+
+def _missing(package: str, aim: OptimizeFor) -> ConfigError:
+    return ConfigError(f"--optimize-for {aim} needs '{package}'; install it with: {EXTRA}, or choose download:gz")

@@ -1,0 +1,84 @@
+"""Rate-aware rounding: what a code costs is its error and its bits (rate-aware GPTQ: CERWU, arXiv 2505.18758).
+
+    cost(q) = (wanted - scale * (q - zero))**2 * power + slope * bits(q),    bits(q) = -log2(share of the code q)
+
+with the power of the input (R_kk**2 of feedback.py).  The bits come from the codes of the weight itself, and are estimated again
+once these have changed: what becomes rarer gets dearer.  Uniform levels with one scale for all weights that have one second moment
+matrix are nearly the best that can be done before an entropy coder, and the levels reach as far as the weights do.
+
+The slope is that of the whole: RATE * scale**2 * power.  Error falls by the square of the scale and bits by its logarithm, so two
+weights with equal scale**2 * power lose equally much for a bit, whatever their shapes are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant_onnx.numerics.arrays import Float64Array, Int64Array, UInt8Array
+
+CODES, ZERO = 256, 128  # codes of one byte, and that of the level 0
+REACH = 127  # largest level
+RATE = 0.06  # slope in units of scale**2 * power; from 0.001 to 0.08 all are as good on ResNet-20 (README, "Downloads")
+UNSEEN = 0.5  # counts of a code that no weight has
+TOWARD_ZERO = (1, 2, CODES)  # steps that a code may go for its bits, beyond the nearest level
+
+
+@dataclass(frozen=True)
+class Price:
+    """What codes cost.  bits: of each code, (256,).  slope: squared output error that a bit is worth."""
+
+    bits: Float64Array
+    slope: float
+
+    @classmethod
+    def of(cls, codes: UInt8Array, slope: float) -> Price:
+        """By the shares of codes of any shape.
+
+        >>> Price.of(np.array([128] * 95 + [129] * 31, np.uint8), 1.0).bits[[128, 129]].round(1).tolist()
+        [0.4, 2.0]
+        """
+        counts = np.bincount(codes.ravel(), minlength=CODES) + UNSEEN
+        return cls(-np.log2(counts / (codes.size + UNSEEN * (np.count_nonzero(counts > UNSEEN) + 2))), slope)
+
+    def again(self, codes: UInt8Array) -> Price:
+        """The same by other codes."""
+        return Price.of(codes, self.slope)
+
+    def cheapest(self, wanted: Float64Array, code: Int64Array, scale: Float64Array, power: Float64Array) -> Int64Array:
+        """The code of least cost of those nearest and toward zero.  code: the nearest.
+
+        wanted, scale, power: weights, value of a level and what a squared error counts, of one shape or broadcast.
+        """
+        level = code - ZERO
+        sign, size = np.sign(level), np.abs(level)
+        best, least = code, self._cost(wanted, code, scale, power)
+        for steps in TOWARD_ZERO:
+            other = ZERO + sign * np.maximum(size - steps, 0)
+            cost = self._cost(wanted, other, scale, power)
+            better = cost < least
+            best, least = np.where(better, other, best), np.where(better, cost, least)
+        return np.asarray(best)
+
+    def _cost(self, wanted: Float64Array, code: Int64Array, scale: Float64Array, power: Float64Array) -> Float64Array:
+        return np.asarray((wanted - scale * (code - ZERO)) ** 2 * power + self.slope * self.bits[code])
+
+
+def entropy(codes: UInt8Array) -> float:
+    """Bits that all codes together take at least, each by itself."""
+    counts = np.bincount(codes.ravel(), minlength=CODES)
+    shares = counts[counts > 0] / codes.size
+    return float(-codes.size * (shares * np.log2(shares)).sum())
+
+
+def round_by_price(w: Float64Array, scale: Float64Array, importance: Float64Array, slope: float) -> UInt8Array:
+    """Codes of least cost, weight by weight.  w: (rows, n).  scale: (rows, 1).  importance: what a squared error counts,
+    of the shape of w or broadcast.
+    """
+    code = np.clip(np.rint(w / scale), -REACH, REACH).astype(np.int64) + ZERO
+    power = np.broadcast_to(importance, w.shape)
+    found = code.astype(np.uint8)
+    for _ in range(2):
+        found = Price.of(found, slope).cheapest(w, code, scale, power).astype(np.uint8)
+    return found
