@@ -319,3 +319,11 @@ def test_accuracy_of_our_model_without_any_data(bits: int) -> None:
             np.concatenate([np.asarray(session.run(None, {name: x[k : k + 100]})[0]).argmax(1) for k in range(0, 1000, 100)])
         )
     assert (tops[0] == tops[1]).mean() >= {3: 0.965, 4: 0.985}[bits]
+
+
+def test_second_moments_of_few_places_are_held_to_their_diagonal() -> None:
+    """And of many are not, where that only takes time."""
+    for count, expected in ((2, True), (64, False)):
+        _, report = quantize_model(small_cnn(), QuantConfig(3), calibration=Calibration(images().first(count), count=count))
+        steps = {step for weight in report.converted[:3] for step in weight.output_errors}  # 64 places an image, 27 to 144 inputs
+        assert any("shrinkage" in step for step in steps) == expected

@@ -50,6 +50,7 @@ from requant_onnx.evaluate.sensitivity import WeightCost, sensitivity
 from requant_onnx.evaluate.target import Target, find_smallest
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.atomic import write_atomically
+from requant_onnx.files.compressed import download_sizes
 from requant_onnx.files.load import data_files, file_bytes, is_large, materialize
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
@@ -79,8 +80,9 @@ def run_convert(args: argparse.Namespace) -> None:
         report, sizes, calibration = convert_file(args, progress)
     if not report.converted:
         print(f"warning: nothing to convert in '{args.input}', so '{args.output}' is a copy of it", file=sys.stderr)
+    downloads = _downloads(args.output)
     paths = {"input": str(args.input), "output": str(args.output), "file_bytes": list(sizes), "toml": write_options(args)}
-    write_json(args.json, {**report.to_dict(), **paths})
+    write_json(args.json, {**report.to_dict(), **paths, "downloads": downloads})
     if args.html is not None:
         with progress_bar(args, "drawing") as progress:
             settings = [("requant.toml, for requant convert --config", write_options(args))]
@@ -88,9 +90,14 @@ def run_convert(args: argparse.Namespace) -> None:
                 args.input, args.output, **_page_inputs(args, calibration), conversion=report, settings=settings, progress=progress
             )
         write_atomically(args.html, page.encode())
-    tables.print_conversion(console_for(args), report, sizes)
+    tables.print_conversion(console_for(args), report, sizes, downloads)
     if args.verbose:
         tables.print_tried(console_for(args), report)
+
+
+def _downloads(path: Path) -> dict[str, int]:
+    """The bytes of a model as it is sent compressed; empty where some of them are in other files."""
+    return {} if data_files(path) else download_sizes(path.read_bytes())
 
 
 def _page_inputs(args: argparse.Namespace, calibration: Calibration | None) -> dict[str, Any]:
@@ -230,11 +237,13 @@ def run_validate(args: argparse.Namespace) -> None:
             progress=progress,
         )
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
-    write_json(args.json, {**report.to_dict(), **names})
+    both = [_downloads(path) for path in (args.reference, args.candidate)]
+    downloads = {name: (size, both[1][name]) for name, size in both[0].items() if name in both[1]}
+    write_json(args.json, {**report.to_dict(), **names, "downloads": {name: list(sizes) for name, sizes in downloads.items()}})
     console = console_for(args)
     if normalization is not None:
         console.print(f"pixels normalized with mean {_listed(normalization.mean)} and std {_listed(normalization.std)}")
-    tables.print_validation(console, report)
+    tables.print_validation(console, report, downloads)
     check_gate(report, bounds)
 
 
@@ -353,12 +362,17 @@ def _whole_file(path: Path) -> bytes:
 
 
 def _as_csv(comparison: Comparison) -> str:
-    rows = [asdict(trial) for trial in comparison.trials]
+    rows = [_flat(asdict(trial)) for trial in comparison.trials]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    downloads = row.pop("downloads")
+    return {**row, **{f"bytes_{name}": size for name, size in downloads.items()}}
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -10,6 +10,7 @@ from rich.text import Text
 GAP = 2  # spaces between columns
 NARROWEST = 16  # of the first column, which may be shortened in its middle
 DROPPED = (
+    "gzip bytes", "zstd bytes", "brotli bytes",
     "scale", "alpha", "MSE", "kernel", "largest difference", "cosine", "seconds", "skipped", "transform", "layer", "form", "shape",
     "weights", "bytes before", "x smaller", "op", "kind",
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +15,7 @@ from requant_onnx.convert.report import Compared, FrontPoint, InspectReport, Qua
 from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.evaluate.sensitivity import WeightCost
+from requant_onnx.files.compressed import PACKERS
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.numerics.outputs import OutputReport
@@ -24,8 +25,11 @@ from requant_onnx.text import decibels, shape_text
 ALIKE = 3  # skipped weights with the same reason that get a line each
 
 
-def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int]) -> None:
-    """Print one row per weight, the skipped weights with their reasons, and totals.  sizes: sizes of the two files in bytes."""
+def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int], downloads: Mapping[str, int]) -> None:
+    """Print one row per weight, the skipped weights with their reasons, and totals.
+
+    sizes: bytes of the two files.  downloads: bytes of the second, by compressor.
+    """
     if report.converted:
         table = Grid("weight", "op", "shape", "bits", "transform", "alpha", "scale", "MSE", "SQNR dB", "bytes before", "after")
         for weight in report.converted:
@@ -50,15 +54,15 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
     if vectors.count:
         console.print(f"vectors as float16: {vectors.count}, {vectors.bytes_before:,} -> {vectors.bytes_after:,} bytes")
     console.print(f"weights: {len(report.converted)} converted{covered}, {before:,} -> {after:,} bytes{_ratio(before, after)}")
-    console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}{_download(sizes[0], report)}")
+    console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
+    _print_end(console, report, downloads)
+
+
+def _print_end(console: Console, report: QuantReport, downloads: Mapping[str, int]) -> None:
+    if downloads:
+        console.print(f"download: {', '.join(f'{size:,} bytes as {PACKERS[name]}' for name, size in downloads.items())}")
     if report.converted:
         console.print(escape(_check(report)))
-
-
-def _download(before: int, report: QuantReport) -> str:
-    if report.download_bytes is None:
-        return ""
-    return f"\n{report.config['optimize_for']}: {report.download_bytes:,} bytes{_ratio(before, report.download_bytes)}"
 
 
 def _check(report: QuantReport) -> str:
@@ -98,8 +102,8 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
         console.print(escape(f"skipped: {count} constants{amount} ({ops}), each of which {reason}"))
 
 
-def print_validation(console: Console, report: ValidationReport) -> None:
-    """Print the reference next to the candidate, and how alike every output is."""
+def print_validation(console: Console, report: ValidationReport, downloads: Mapping[str, tuple[int, int]]) -> None:
+    """Print the reference next to the candidate, and how alike every output is.  downloads: bytes of both, by compressor."""
     table = Grid(f"{report.images:,} {report.kind}", "reference", "candidate", "")
     if report.top1 is not None and report.top1_error is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), _change(report.top1, report.top1_error))
@@ -107,6 +111,8 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         table.add_row("mAP", *(f"{value:.2%}" for value in report.mean_ap), _change(report.mean_ap, report.mean_ap_error or 0.0))
         table.add_row("AP50", *(f"{value:.2%}" for value in report.ap50), f"{100 * (report.ap50[1] - report.ap50[0]):+.2f} points")
     table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
+    for name, both in downloads.items():
+        table.add_row(f"as {PACKERS[name]}", *(f"{size:,}" for size in both), f"{both[0] / both[1]:.2f} x smaller")
     if report.latency_ms is not None and report.latency_ratio is not None:
         latency = f"latency, batch {report.latency_batch}"
         table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{report.latency_ratio:.2f} x the time")
@@ -151,12 +157,15 @@ def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print one row per trial, the float model first."""
     labeled = comparison.top1 is not None
-    table = Grid("recipe", "bits", "bytes", "x smaller", *(["top-1", "change"] if labeled else []), "agreement", "SQNR dB")
+    packers = list(comparison.trials[0].downloads) if comparison.trials else []
+    sizes, answers = [f"{PACKERS[name]} bytes" for name in packers], ["top-1", "change"] if labeled else []
+    table = Grid("recipe", "bits", "bytes", "x smaller", *sizes, *answers, "agreement", "SQNR dB")
     accuracy = [] if comparison.top1 is None else [f"{comparison.top1:.2%}", ""]
-    table.add_row("float", "32", f"{comparison.bytes:,}", "", *accuracy, "", "")
+    table.add_row("float", "32", f"{comparison.bytes:,}", "", *("" for _ in packers), *accuracy, "", "")
     for trial in comparison.trials:
         accuracy = [] if trial.top1 is None or trial.change is None else [f"{trial.top1:.2%}", f"{trial.change * 100:+.2f} points"]
-        cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *accuracy]
+        packed = [f"{trial.downloads[name]:,}" if name in trial.downloads else "" for name in packers]
+        cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *packed, *accuracy]
         agreement = "" if trial.agreement is None else f"{trial.agreement:.2%}"
         table.add_row(*cells, agreement, decibels(trial.sqnr_db, ""))
     table.show(console)

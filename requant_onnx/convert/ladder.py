@@ -27,6 +27,7 @@ from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weigh
 
 Pair = tuple[Float32Array, Float64Array]
 SHRINKAGES = (0.02, 0.15, 0.5)  # of second moments; held-out inputs choose one
+SHARES, FEW_PLACES = (0.0, 0.15, 0.5), 20  # the same without prices, for layers with fewer places than so many times their inputs
 ESTIMATES = 2  # of what codes cost, during the descent
 HELD_OUT = 4  # every fourth chunk is for the choice between candidates, not for making them
 
@@ -136,16 +137,21 @@ def _feedback(
     matrices = layer.product.matrices(w).astype(np.float64)
     refit = nearest.has_row_scales and not layer.product.scale_is_shared
     xx, xy = pair
-    triangle = factor(xx)
-    wanted = {"feedback": matrices, "feedback to the float output": _target(matrices, xx, xy, triangle)}
-    made: dict[str, _Candidate] = {}
-    for name, target in wanted.items():
-        made[name] = replace(nearest, codes=feedback(target, triangle, nearest.rows), corrected=layer.can_correct)
-        yield name, made[name]
+    tried: dict[str, tuple[float, _Candidate, Float64Array, float]] = {}
+    for share in SHARES if evidence.fitted.count < FEW_PLACES * xx.shape[-1] else SHARES[:1]:
+        triangle = factor(shrunk(xx, share) if share else xx)
+        wanted = {"feedback": matrices, "feedback to the float output": _target(matrices, xx, xy, triangle)}
+        for kind, target in wanted.items():
+            name = f"{kind}, shrinkage {share:g}" if share else kind
+            made = replace(nearest, codes=feedback(target, triangle, nearest.rows), corrected=layer.can_correct)
+            tried[name] = _error(layer, made, evidence), made, target, share
+            yield name, made
     if refinement is Refinement.DESCENT:
-        name = min(made, key=lambda name: _error(layer, made[name], evidence))
-        codes, rows = refine(wanted[name], _damped(xx), made[name].rows, made[name].codes, refit=refit)
-        yield f"{name}, descent", replace(made[name], codes=codes, rows=rows)
+        name = min(tried, key=lambda name: tried[name][0])
+        _, made, target, share = tried[name]
+        h = _damped(shrunk(xx, share) if share else xx)
+        codes, rows = refine(target, h, made.rows, made.codes, refit=refit)
+        yield f"{name}, descent", replace(made, codes=codes, rows=rows)
 
 
 def _by_price(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ from requant_onnx.evaluate.examples import Change, Example, Examples
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.evaluate.verdict import Verdict, judge
 from requant_onnx.evaluate.weight_comparison import ComparedWeight, dissect
-from requant_onnx.files.load import LoadedModel, ModelLike, Source
+from requant_onnx.files.compressed import download_sizes
+from requant_onnx.files.load import LoadedModel, ModelLike, Source, is_large
 from requant_onnx.graph.activations import ActivationRange, activation_ranges
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.flow import Block, flow_of
@@ -64,7 +65,7 @@ class Study:
     """Two models: what they are called, and the bytes of their files.  inputs: what outputs of layers were compared on.
 
     flow: of the candidate.  explanation, answers, conversion: None where there is none.  settings: titles and texts of how the file
-    was made.
+    was made.  downloads: bytes of the candidate as it is sent compressed, by compressor.
     """
 
     names: Names
@@ -79,6 +80,7 @@ class Study:
     inputs: str = ""
     notes: Sequence[str] = ()
     settings: Sequence[tuple[str, str]] = ()
+    downloads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def study(reference: ModelLike, candidate: ModelLike, asked: Asked, progress: Pr
         answers=answers,
         inputs=inputs,
         notes=notes,
+        downloads={} if is_large(models[1].proto) else download_sizes(models[1].proto.SerializeToString()),
     )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from requant_onnx.errors import ConfigError, DataError, ModelError
 from requant_onnx.evaluate.cache import Cache, key_of
 from requant_onnx.evaluate.jobs import run_all
 from requant_onnx.evaluate.validate import validate
+from requant_onnx.files.compressed import download_sizes
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
@@ -70,6 +71,7 @@ class Trial:
     top1, change: accuracy in 0..1 and its difference to float, None without labels.  bytes: of the file; ratio: float / bytes.
     agreement: share of answers that are those of the float model, of agreement_of; None where the outputs are no answers.
     sqnr_db: of the first output that is a tensor of numbers, NaN where there is none.
+    downloads: bytes of the file as it is sent compressed, by compressor (files/compressed.py).
     """
 
     recipe: str
@@ -81,6 +83,7 @@ class Trial:
     agreement: float | None
     sqnr_db: float
     agreement_of: str = "top-1"
+    downloads: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,14 +133,18 @@ def compare(
     if not has_scores:
         judged = work.judgments(model, made, images, normalization)
         trials = [replace(judged[case], recipe=case[0], bits=case[1]) for case in cases]
-        trials.sort(key=lambda trial: (-trial.bits, -trial.sqnr_db))
-        return Comparison(len(model), None, len(images), tuple(trials))
+        return Comparison(len(model), None, len(images), _sorted(trials, made))
     scores = work.scores({FLOAT: model, **made}, shards, normalization)
     exact = scores[FLOAT]
     hits = _hits(exact, images)
     trials = [_trial(case, len(model), len(made[case]), exact, scores[case], images, hits) for case in cases]
-    trials.sort(key=lambda trial: (-trial.bits, -trial.sqnr_db))
-    return Comparison(len(model), hits, len(images), tuple(trials))
+    return Comparison(len(model), hits, len(images), _sorted(trials, made))
+
+
+def _sorted(trials: Sequence[Trial], made: Mapping[Case, bytes]) -> tuple[Trial, ...]:
+    """By bits, then by output SQNR, with their compressed sizes."""
+    complete = [replace(trial, downloads=download_sizes(made[trial.recipe, trial.bits])) for trial in trials]
+    return tuple(sorted(complete, key=lambda trial: (-trial.bits, -trial.sqnr_db)))
 
 
 def _check(recipes: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ Needs the extra for all but gzip: pip install 'requant_onnx[download]'.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 
 from requant_onnx.choices import OptimizeFor
@@ -13,6 +14,8 @@ from requant_onnx.errors import ConfigError
 GZIP_LEVEL, GZIP_WINDOW = 9, 31  # the window of zlib's with the header of a gzip file
 BROTLI_QUALITY, BROTLI_WINDOW = 11, 24  # the largest window that browsers take
 ZSTD_LEVEL = 19  # the highest whose window all decoders take
+SHOWN_UP_TO = {OptimizeFor.GZIP: 1 << 28, OptimizeFor.BROTLI: 1 << 23, OptimizeFor.ZSTD: 1 << 25}  # bytes; a few seconds for each
+PACKERS = {"gz": "gzip", "br": "brotli", "zst": "zstd"}
 EXTRA = "pip install 'requant_onnx[download]'"
 
 
@@ -32,6 +35,16 @@ def compress(data: bytes, aim: OptimizeFor) -> bytes:
     except ImportError:
         raise _missing("zstandard", aim) from None
     return bytes(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data))
+
+
+def download_sizes(data: bytes) -> dict[str, int]:
+    """Bytes of a file as gzip, brotli and zstd send it, by "gz", "br", "zst": those that are installed, and not too slow for it."""
+    sizes = {}
+    for aim, largest in SHOWN_UP_TO.items():
+        if len(data) <= largest:
+            with contextlib.suppress(ConfigError):
+                sizes[aim.value.rpartition(":")[2]] = len(compress(data, aim))
+    return sizes
 
 
 def check_installed(aim: OptimizeFor) -> None:

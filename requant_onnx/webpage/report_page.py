@@ -20,6 +20,7 @@ from PIL import Image
 from requant_onnx.convert.report import ValidationReport, WeightReport
 from requant_onnx.evaluate.page_data import Shown, Study
 from requant_onnx.evaluate.weight_comparison import ComparedWeight
+from requant_onnx.files.compressed import PACKERS
 from requant_onnx.numerics.arrays import UInt8Array
 from requant_onnx.numerics.kinds import GridKind
 from requant_onnx.progress import Progress
@@ -137,6 +138,10 @@ def _text(name: str) -> str:
 def _cards(study: Study) -> list[dict[str, str]]:
     before, after = study.bytes
     cards = [("file size", f"{after:,} B", f"of {before:,} B, {before / max(1, after):.2f} x smaller")]
+    if study.downloads:
+        name, size = min(study.downloads.items(), key=lambda item: item[1])
+        others = [f"{bytes_:,} B as {PACKERS[other]}" for other, bytes_ in study.downloads.items() if other != name]
+        cards.append((f"download, {PACKERS[name]}", f"{size:,} B", ", ".join(others)))
     result = None if study.answers is None else study.answers.validation
     if result is not None and result.top1 is not None:
         change, error = (result.top1[1] - result.top1[0]) * 100, 100 * (result.top1_error or 0.0)
