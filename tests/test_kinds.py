@@ -131,3 +131,23 @@ def test_every_command_takes_every_kind_of_model(kind: str, tmp_path: Path, caps
     assert main(["restore", made, str(tmp_path / "back.onnx")]) == 0
     same = ["validate", made, str(tmp_path / "back.onnx"), "--data", inputs, "--no-latency", "--fail-below", "worst-sqnr=90"]
     assert main(same) == 0
+
+
+def test_a_page_on_detectors_is_told_the_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jinja2")
+    model, data = yolo()
+    onnx.save(model, tmp_path / "in.onnx")
+    np.savez(tmp_path / "data.npz", **{name: values[:4] for name, values in data.items()})  # type: ignore[arg-type]
+    command = ["report", str(tmp_path / "in.onnx"), str(tmp_path / "in.onnx"), str(tmp_path / "a.html")]
+    inputs = ["--data", str(tmp_path / "data.npz")]
+    assert main([*command, *inputs, "--task", "detect:yolov8"]) == 0
+    page = (tmp_path / "a.html").read_text()
+    assert "of the float model&#39;s detections are found again" in page
+    assert "The file is not smaller" in page
+    for more, said in (
+        ([*inputs, "--task", "detect:tf-boxes"], "are no head 'tf-boxes'"),
+        ([*inputs, "--labels", "a.json"], "--labels is for images:DIR"),
+        (["--labels", "a.json"], "--labels is for images:DIR, not for 'noise'"),
+    ):
+        assert main([*command, "--force", *more]) == 2
+        assert said in capsys.readouterr().err
