@@ -140,6 +140,11 @@ def _by_onnxruntime(task: Task, kind: str, cache: Cache) -> float:
 
 
 def _made_by_onnxruntime(task: Task, kind: str) -> float:
+    return float(np.mean(_answers(by_onnxruntime(task, kind), task.normalization, task.test) == task.test.y))
+
+
+def by_onnxruntime(task: Task, kind: str) -> onnx.ModelProto:
+    """The model as onnxruntime.quantization.quantize_static makes it, with 256 images of the train split.  kind: of QuantType."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "float.onnx", Path(folder) / "quantized.onnx"
         options = onnxruntime.SessionOptions()  # constants folded first, as its manual asks
@@ -148,8 +153,7 @@ def _made_by_onnxruntime(task: Task, kind: str) -> float:
         onnxruntime.InferenceSession(task.path, options, providers=["CPUExecutionProvider"])
         subject = Subject(task.path.stem, onnx.load(source), task.normalization, labeled=True)
         quantize_with_onnxruntime(subject, task.train.first(256), source, output, kind)
-        hits = _answers(onnx.load(output), task.normalization, task.test) == task.test.y
-    return float(np.mean(hits))
+        return onnx.load(output)
 
 
 def _answers(model: onnx.ModelProto, how: Normalization, images: ImageSet) -> np.ndarray:
