@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from accuracy_table import scores
+from matplotlib.ticker import LogLocator, NullFormatter
 from reproduce import OWN_KINDS, ROOT, Task, by_onnxruntime
 
 from requant_onnx import Calibration, Form, QuantConfig, quantize_model
@@ -106,6 +107,9 @@ def draw(found: list[Point], out: Path) -> None:
             axis.plot(*zip(*line, strict=True), "o-", color=color, ms=4, lw=1.3, label=method)
         axis.axhline(exact, color="k", lw=0.8, ls="--", label="float")
         axis.set(title=name, xlabel="download (brotli), kB", ylabel="top-1, %", xscale="log", ylim=(exact - LOWEST, exact + 0.5))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(loc="lower right", fontsize=8)
     figure.savefig(out, dpi=110)
