@@ -114,6 +114,7 @@ def test_the_paper_recipe_is_the_paper() -> None:
         "refinement": "none",
         "biases": "float32",
         "keep_inputs": False,
+        "optimize_for": "file",
     }
 
 

@@ -274,7 +274,7 @@ def test_the_command_line_says_both_sizes(tmp_path: Path, capsys: pytest.Capture
     assert main(["convert", str(tmp_path / "net.onnx"), str(tmp_path / "small.onnx"), *options, "--force-quality"]) == 0
     sent = len(compress((tmp_path / "small.onnx").read_bytes(), OptimizeFor.GZIP))
     assert sent <= 5_000
-    assert f"download:gz: {sent:,} bytes" in capsys.readouterr().out
+    assert f"{sent:,} bytes as gzip" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -150,19 +150,3 @@ def test_kernels_written_by_hand_stay_exact_and_are_no_last_layer() -> None:
     assert [(weight.name, weight.is_edge) for weight in view.weights] == [("w1", True), ("w2", False), ("w3", True), ("w4", True)]
     assert [item.name for item in view.skipped] == ["dfl"]
     assert view.skipped[0].reason == "holds whole multiples of one number, as fixed kernels do"
-
-
-def test_a_layer_on_a_way_of_its_own_to_an_output_is_a_last_one() -> None:
-    model = parse(
-        """net (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] features, float[n, 5, 8, 8] y) {
-            a = Conv<pads = [1, 1, 1, 1]>(x, w1)
-            b = Conv(a, w2)
-            features = Relu(b)
-            c = Conv(features, w3)
-            d = Conv(c, w4)
-            y = Identity(d)
-        }""",
-        w1=laplace(8, 3, 3, 3), w2=laplace(8, 8, 1, 1, seed=1), w3=laplace(8, 8, 1, 1, seed=2), w4=laplace(5, 8, 1, 1, seed=3),
-    )  # fmt: skip
-    weights = find_weights(ModelGraph.of(model)).weights
-    assert [(weight.name, weight.is_edge) for weight in weights] == [("w1", True), ("w2", True), ("w3", False), ("w4", True)]

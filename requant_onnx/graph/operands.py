@@ -65,7 +65,7 @@ def _is_trained(node: gs.Node) -> bool:
 
 
 def edge_nodes(graph: gs.Graph) -> set[int]:
-    """ids of the nodes with a trained weight that have no other one before them, or none behind them on some way to an output."""
+    """ids of the nodes with a trained weight that have no other one before them, or none behind them."""
     weighted = {id(node) for node in graph.nodes if _is_trained(node)}
     behind: set[int] = set()  # tensors computed from the output of a weighted node
     first = set()
@@ -75,14 +75,14 @@ def edge_nodes(graph: gs.Graph) -> set[int]:
             first.add(id(node))
         if reached or id(node) in weighted:
             behind.update(id(tensor) for tensor in node.outputs)
-    ahead = {id(tensor) for tensor in graph.outputs}  # tensors from which a way to an output has no weighted node
+    ahead: set[int] = set()  # tensors that a weighted node is computed from
     last = set()
     for node in reversed(graph.nodes):
-        if any(id(tensor) in ahead for tensor in node.outputs):
-            if id(node) in weighted:
-                last.add(id(node))
-            else:
-                ahead.update(id(tensor) for tensor in reads_of(node))
+        needed = any(id(tensor) in ahead for tensor in node.outputs)
+        if id(node) in weighted and not needed:
+            last.add(id(node))
+        if needed or id(node) in weighted:
+            ahead.update(id(tensor) for tensor in reads_of(node))
     return first | last
 
 
