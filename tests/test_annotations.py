@@ -1,4 +1,4 @@
-"""Labelled boxes follow their image, and are found by its name."""
+"""Labeled boxes follow their image, and are found by its name."""
 
 from __future__ import annotations
 

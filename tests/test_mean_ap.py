@@ -217,7 +217,7 @@ def test_mistakes_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
     onnx.save(plain, folder / "ref.onnx")
     assert main(command(folder, "--labels", labels, candidate="ref")) == 2
     assert "the labels are boxes, and the outputs, of shapes 1x3, are no head that is recognized" in capsys.readouterr().err
-    with pytest.raises(DataError, match=r"labelled boxes are for images:DIR, not for 'x\.npz'"):
+    with pytest.raises(DataError, match=r"labeled boxes are for images:DIR, not for 'x\.npz'"):
         load_images("x.npz", labels=labels)
 
 

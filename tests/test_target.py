@@ -88,7 +88,7 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--max-drop", "0.5"], "measured on labels; give labelled --data"),
+        (["--max-drop", "0.5"], "measured on labels; give labeled --data"),
         (["--max-drop", "0.5", "--min-agreement", "99"], "give one of the two"),
         (["--min-agreement", "101"], "up to 100"),
         (["--max-drop", "-1"], "give 0 or more"),

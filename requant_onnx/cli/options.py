@@ -35,6 +35,7 @@ from requant_onnx.inputs.calibration import DEFAULT_COUNT
 DEFAULT = QuantConfig()
 INT8_LEVELS = "the largest int8 weight; 64 is exact on every CPU, 127 finer on CPUs with VNNI: "
 INT8_SPEED = "the layers on integers: those that are faster so, by a table of costs, or all that can be: "
+USUAL_DATA = "as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)"
 Command = Callable[[argparse.Namespace], None]
 Container = Parser | argparse._ArgumentGroup  # of options
 
@@ -241,15 +242,9 @@ def _add_calibration(parser: Parser) -> None:
 def _add_validate(run: Command, parser: Parser) -> None:
     _add_file(parser, "reference", "REF.onnx", "float model")
     _add_file(parser, "candidate", "CANDIDATE.onnx", "model to compare with it, made by any tool")
-    data = parser.titled(DATA)
-    data.add_argument(
-        "--data",
-        metavar="SPEC",
-        help="cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one subfolder per class), FILE.npz (x, y) or noise",
-    )
-    _add_images(data, "of the images")
-    data.add_argument("--limit", metavar="N", help="use only the first N images")
-    _add_detection(data)
+    what = "cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one subfolder per class), FILE.npz (x, y) or noise"
+    _add_data(parser, what)
+    _add_detection(parser.titled(DATA))
     parser.titled("what has to hold").add_argument(
         "--fail-below",
         metavar="FIGURE=NUMBER,...",
@@ -290,13 +285,9 @@ def _add_report(run: Command, parser: Parser) -> None:
     _add_common(run, parser, json=False)
 
 
-def _add_data(parser: Parser) -> None:
+def _add_data(parser: Parser, what: str = USUAL_DATA) -> None:
     data = parser.titled(DATA)
-    data.add_argument(
-        "--data",
-        metavar="SPEC",
-        help="as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)",
-    )
+    data.add_argument("--data", metavar="SPEC", help=what)
     _add_images(data, "of the images")
     data.add_argument("--limit", metavar="N", help="use only the first N images")
 

@@ -190,7 +190,7 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
 
 
 def labels_of(args: argparse.Namespace) -> Path | None:
-    """The file of labelled boxes, of commands that take one.  Raises ConfigError where the data are no folder of images."""
+    """The file of labeled boxes, of commands that take one.  Raises ConfigError where the data are no folder of images."""
     labels: Path | None = getattr(args, "labels", None)
     if labels is None or whole_spec(args.data or "noise").startswith("images:"):
         return labels

@@ -217,7 +217,7 @@ class ValidationReport:
     sqnr_db: of the first output that is a tensor of numbers.  bytes: file sizes.  outputs: every output, and detections.
     latency_ms: lower quartiles of one run at `latency_batch` images; latency_spread: interquartile range over these;
     latency_ratio: candidate over reference, the median over blocks of runs.  None where nothing was timed.
-    mean_ap, ap50: of detectors, COCO's AP@[.5:.95] and AP at an overlap of 0.5, in 0..1, None without labelled boxes.
+    mean_ap, ap50: of detectors, COCO's AP@[.5:.95] and AP at an overlap of 0.5, in 0..1, None without labeled boxes.
     mean_ap_error: standard error of the change of mean_ap, by resampling the images.
     notes: sentences on what the figures include.
     """

@@ -37,7 +37,7 @@ class Precision:
 
 
 class PrecisionTally:
-    """The detections of two models on labelled images."""
+    """The detections of two models on labeled images."""
 
     def __init__(self, labels: ObjectLabels, size: tuple[int, int], *, ids: bool) -> None:
         """size: height and width of the images.  ids: whether classes are category ids.  Raises ConfigError without the extra."""

@@ -102,7 +102,7 @@ class Tally:
             right.extend((y.argmax(1) == labels).tolist())
 
     def precision(self) -> Precision | None:
-        """The mAP, where there are labelled boxes; it takes a while."""
+        """The mAP, where there are labeled boxes; it takes a while."""
         return None if self._precision is None else self._precision.report()
 
     def notes(self, how: Normalization, precision: Precision | None) -> tuple[str, ...]:

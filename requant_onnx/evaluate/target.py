@@ -35,7 +35,7 @@ Evaluate = Callable[[onnx.ModelProto], float]
 class Target:
     """What the file has to keep.  One of:
 
-    max_drop: points of top-1 accuracy on labelled images that may be lost; with a function to evaluate, its own units.
+    max_drop: points of top-1 accuracy on labeled images that may be lost; with a function to evaluate, its own units.
     min_agreement: per cent of the answers that have to be those of the float model.
     size: bytes that the file may take at most, besides.
     """
@@ -113,7 +113,7 @@ class _Search:
         if evaluate is None and data is None:
             raise ConfigError("a target needs data to be measured on; give --data, or a function to evaluate")
         if evaluate is None and target.max_drop is not None and (data is None or data.y is None):
-            raise ConfigError("a drop of accuracy is measured on labels; give labelled --data, or --min-agreement")
+            raise ConfigError("a drop of accuracy is measured on labels; give labeled --data, or --min-agreement")
         if evaluate is not None and target.max_drop is None:
             raise ConfigError("a function to evaluate goes with a largest drop of its score; give --max-drop")
         self._model, self._config, self._target = model, config, target

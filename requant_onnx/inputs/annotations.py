@@ -24,7 +24,7 @@ FORMAT = "give a file with 'images' (id, file_name), 'annotations' (image_id, ca
 
 @dataclass(frozen=True)
 class Objects:
-    """The labelled objects of one image.  boxes: corners x1, y1, x2, y2 in pixels, (k, 4).  categories, crowds: (k,)."""
+    """The labeled objects of one image.  boxes: corners x1, y1, x2, y2 in pixels, (k, 4).  categories, crowds: (k,)."""
 
     boxes: Float64Array
     categories: Int64Array

@@ -75,10 +75,7 @@ class Calibration:
         return NOISE_HEADROOM if self.is_noise else 1.0
 
     def unseen(self, count: int) -> tuple[Calibration, bool]:
-        """At most `count` inputs that this calibration does not use, and True; or of its own, and False, for lack of others.
-
-        Images of its own come without labels: an accuracy on them tells nothing.
-        """
+        """At most `count` inputs that this calibration does not use, and True; or of its own, and False, for lack of others."""
         if self.is_noise:
             return replace(self, count=count, seed=self.seed + OTHER_SEED), True
         if self.feeds:
@@ -87,7 +84,7 @@ class Calibration:
             return replace(self, feeds=feeds, count=len(feeds)), bool(rest)
         assert self.images is not None
         others = self.images.not_drawn(self.count, self.seed)
-        images = others if len(others) else replace(self.images.drawn(self.count, self.seed), y=None)
+        images = others if len(others) else self.images.drawn(self.count, self.seed)
         return replace(self, images=images, count=min(count, len(images)), seed=self.seed + OTHER_SEED), bool(len(others))
 
     def __post_init__(self) -> None:

@@ -157,7 +157,7 @@ def load_images(
     dataset, colon, folder = spec.partition(":")
     photos = folder if dataset == "images" and folder else spec if Path(spec).is_dir() else None
     if photos is None and labels is not None:
-        raise DataError(f"labelled boxes are for images:DIR, not for '{spec}'; give a folder of images")
+        raise DataError(f"labeled boxes are for images:DIR, not for '{spec}'; give a folder of images")
     if colon and dataset in _LABEL_BYTES:
         return load_cifar(dataset, Path(folder), split)
     if spec.endswith(".npz"):
