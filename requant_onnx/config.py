@@ -75,7 +75,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (README, "Defaults").
+    """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (convert/README.md, "Defaults").
 
     bits: of each weight, or a budget to choose them by.
     objective: the space whose mean squared error alpha minimizes.

@@ -1,4 +1,4 @@
-"""Compile the C++ lines of the README, run converted files with them, and compare with ONNX Runtime in Python.  Needs g++ and npm.
+"""Compile the C++ lines of the page on forms, and compare their answers with those in Python.  Needs g++ and npm.
 
     python tools/check_cpp.py
 
@@ -20,6 +20,7 @@ import numpy as np
 from requant_onnx import Calibration, Form, QuantConfig, Refinement, load_session, quantize_model, save_model
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "requant_onnx" / "graph" / "decode" / "README.md"
 LIBRARY = ("onnxruntime-node@1.30.0", "package/bin/napi-v6/linux/x64/libonnxruntime.so.1")
 INSIDE = "package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64/onnxruntime.framework/Headers/"
 HEADERS = ("com.github.asus4.onnxruntime@0.4.9", INSIDE)
@@ -62,8 +63,8 @@ def unpack(package: str, inside: str, folder: Path) -> None:
 
 
 def write_program(folder: Path) -> None:
-    """The README's lines, with pixels from a file."""
-    code = re.search(r"```cpp\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The lines of the page on forms, with pixels from a file."""
+    code = re.search(r"```cpp\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert code is not None
     lines = code[1].splitlines()
     includes = [line for line in lines if line.startswith("#")]

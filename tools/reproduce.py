@@ -1,6 +1,6 @@
-"""REQuant's experiments (arXiv 2510.04044) on the models there are, beside the paper's own figures, as Markdown.
+"""REQuant's experiments (arXiv 2510.04044) on the models at hand, next to the paper's own figures, as Markdown.
 
-    python tools/reproduce.py --data DIR                                  # the models in models/, into tools/results.md
+    python tools/reproduce.py --data DIR                                  # the models in models/, in tools/results.md
     python tools/reproduce.py --data DIR models/*.onnx resnet18_cifar10.onnx other_cifar100.onnx=imagenet
 
 8, 6 and 4 bits; one scale a weight, first and last layer at the same bits without the transform, float activations: the full
@@ -51,19 +51,19 @@ PUBLISHED: dict[tuple[str, str], dict[tuple[str, int], float]] = {
 }
 """Top-1 in per cent that the paper gives, for its own training runs."""
 
-PAGE = """# The paper's experiments on these models
+START, END = "<!-- reproduce: written by python tools/reproduce.py, from here -->", "<!-- reproduce: to here -->"
+SECTION = """{made}
 
-{made}
-
-Top-1 in per cent on the 10,000 test images. *In italics, and only there: the figures of the paper (arXiv 2510.04044), of its own
-training runs of the same network; everything else was measured here.* One scale a weight, float activations, first and last layer
-at the same bits without the transform. ONNX Runtime's quantizer (`quantize_static`, QDQ, 256 train images) has one scale a channel,
-and quantizes activations to 8 bits too; it has no 6 bits. The default of this tool has one scale a channel, 8 bits in the first and
-last layer, and is refined on 256 train images.
+Top-1 accuracy in percent on the 10,000 test images. *Figures in italics, and only these, are from the paper (arXiv 2510.04044),
+from its own training runs of the same network; all others were measured here.* The first columns have one scale per weight and
+float activations, and the first and last layers have the same bits without the transform. ONNX Runtime's quantizer
+(`quantize_static`, QDQ, 256 images of the train split) has one scale per channel, and also quantizes activations to 8 bits; it
+has no 6 bits. The default of this tool has one scale per channel and 8 bits in the first and last layers, and is refined on 256
+images of the train split.
 
 {table}
 
-## Does range and transform together beat either alone?
+### Does range and transform together beat either alone?
 
 The paper's ablation claims it. Here, by more than two standard errors of the difference:
 
@@ -166,14 +166,14 @@ def _percent(top1: float | None) -> str:
     return f"{top1 * 100:.2f}"
 
 
-def page(lines: list[str], command: str) -> str:
-    """The whole file."""
+def section(lines: list[str], command: str) -> str:
+    """The section of results.md."""
     table = [_row(*HEAD), "|---" * len(HEAD) + "|", *(line for line in lines if line[0] == "|")]
     today = datetime.datetime.now(datetime.timezone.utc).date()
     packages = ", ".join(f"{name} {version(name)}" for name in ("requant_onnx", "onnxruntime", "onnx", "numpy"))
     made = f"Made on {today} by `{command}` with {packages}, Python {platform.python_version()}."
     verdicts = [line for line in lines if line[0] == "-"]
-    return PAGE.format(made=made, table="\n".join(table), verdicts="\n".join(verdicts))
+    return SECTION.format(made=made, table="\n".join(table), verdicts="\n".join(verdicts))
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 and CIFAR-100 (default: the cache, else a download)")
     parser.add_argument("--limit", type=int, help="only the first N test images")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
-    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results.md", help="page whose section is replaced")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)  # its quantizer advises what has been done
     models = args.models or sorted(str(path) for path in (ROOT / "models").glob("*.onnx"))
@@ -195,7 +195,9 @@ def main() -> None:
                 print(line, flush=True)
                 lines.append(line)
     named = " ".join(Path(text).name for text in args.models)
-    args.out.write_text(page(lines, f"python tools/reproduce.py {named}".strip()), "utf-8")
+    before, _, rest = args.out.read_text("utf-8").partition(START)
+    made = section(lines, f"python tools/reproduce.py {named}".strip()).strip()
+    args.out.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -257,18 +257,23 @@ def page(results: dict[tuple[str, Runtime], dict[str, list[str]]]) -> str:
     """The matrix as a page."""
     return f"""# Files in other runtimes
 
-{date.today():%Y-%m-%d}, by `tools/check_runtimes --all --write tools/runtimes.md`.
+Made on {date.today():%Y-%m-%d} by `tools/check_runtimes --all --write tools/runtimes.md`.
 
-ResNet-20 and MobileNet for CIFAR-10, and a net of mixed operators, in every form at 8, 4, 3 and 2 bits, converted for the runtime
-of the second column.  The answers are compared with those of ONNX Runtime {onnxruntime.__version__}: the root mean square of the
-difference is at most {TOLERANCE[Form.FOLDED]:g} of that of the scores, and {TOLERANCE[Form.INT8]:g} in the int8 form, for
-runtimes round activations to 8 bits in ways of their own.
+The files are a ResNet-20 and a MobileNet for CIFAR-10 and a network of mixed operators, in every form at 8, 4, 3 and 2 bits,
+converted for the `--runtime` of the second column. Their answers are compared with those of
+ONNX Runtime {onnxruntime.__version__}: the root
+mean square of the difference is at most {TOLERANCE[Form.FOLDED]:g} of that of the scores. In the int8 form it is at most
+{TOLERANCE[Form.INT8]:g}, because runtimes round activations to 8 bits in different ways.
 
 {table(results)}
 
-*right*: all three models.  *refuses*: an error, no answer.  *broken*: ONNX Runtime 1.23 and 1.24 compute QLinearConv wrongly on
-CPUs with AMX ([its issue 26324](https://github.com/microsoft/onnxruntime/issues/26324), fixed in 1.25).  Not tested:
-onnxruntime-web on WebGPU, for which there is no GPU here, and TensorRT, whose rules `tests/test_runtimes.py` checks without it.
+- *right*: all three models give the right answers.
+- *refuses*: the runtime reports an error and gives no answer.
+- *broken*: ONNX Runtime 1.23 and 1.24 compute QLinearConv incorrectly on CPUs with AMX
+  ([issue 26324](https://github.com/microsoft/onnxruntime/issues/26324), fixed in 1.25).
+
+Not tested: onnxruntime-web on WebGPU, because the tests have no GPU, and TensorRT, whose rules `tests/test_runtimes.py` checks
+without TensorRT.
 """
 
 

@@ -36,7 +36,7 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.sensitivity import output_errors
 from requant_onnx.runtime.stream import Chunk
 
-BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README, "Bits ...")
+BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README.md, "Bits ...")
 ROUNDS = 12
 MAX_POINTS = 4_000
 Picks = tuple[int, ...]
@@ -190,7 +190,7 @@ def open_market(
     threads: int | None,
 ) -> Market:
     """Measure every offer.  chunks: of calibration inputs; without, errors of all weights count by the square of their relative
-    size, and their transform is not a choice, for the weights alone do not tell which is better (README, "Defaults").
+    size, and their transform is not a choice, for the weights alone do not tell which is better (README.md, "Defaults").
 
     min_scales: least scales, by weight.  refinement: what rounding will do later.
     """

@@ -1,1 +1,1 @@
-"""Two models judged: on images, weight by weight, and many recipes against each other."""
+"""Comparisons: of two models on images or weight by weight, and of many recipes."""

@@ -1,1 +1,1 @@
-"""ONNX on disk: load and check, external data, the wire format, and writing whole or not at all."""
+"""ONNX on disk: load and check, external data, the wire format, and writing files completely or not at all."""

@@ -1,1 +1,1 @@
-"""What a model means: its operators, constants, weights and layers; onnx to write, onnx_graphsurgeon to navigate."""
+"""The structure of a model: operators, constants, weights and layers; onnx to write, onnx_graphsurgeon to navigate."""

@@ -1,1 +1,1 @@
-"""What models are fed: images and labels, folders of images, synthetic images, and the inputs of a calibration."""
+"""The inputs of models: images and labels, directories of images, synthetic images, and calibration inputs."""

@@ -19,7 +19,7 @@ SPARE = 32  # feeds kept beyond those asked for, for the self-check
 OTHER_SEED = 104729  # added to the seed, for noise that a calibration has not seen
 NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
 GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
-NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: README, "int8")
+NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: tools/results.md)
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from requant_onnx.numerics.arrays import Float64Array, Int64Array, UInt8Array
 
 CODES, ZERO = 256, 128  # codes of one byte, and that of the level 0
 REACH = 127  # largest level
-RATE = 0.06  # slope in units of scale**2 * power; from 0.001 to 0.08 all are as good on ResNet-20 (README, "Downloads")
+RATE = 0.06  # slope in units of scale**2 * power; from 0.001 to 0.08 all are as good on ResNet-20 (convert/README.md, "Downloads")
 UNSEEN = 0.5  # counts of a code that no weight has
 TOWARD_ZERO = (1, 2, CODES)  # steps that a code may go for its bits, beyond the nearest level
 

@@ -1,1 +1,1 @@
-"""ONNX Runtime, used here only: sessions, running a model on its inputs or node by node, and what becomes of each weight."""
+"""Everything that uses ONNX Runtime: sessions, running a model whole or node by node, and what happens to each weight."""
