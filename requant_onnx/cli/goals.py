@@ -15,11 +15,11 @@ class Goal(NamedTuple):
 GOALS = {
     "web": Goal("a small download for onnxruntime-web, at float speed", {"runtime": "web", "form": "folded", "bits": "4"}),
     "download": Goal(
-        "the smallest download, where files are sent compressed by brotli, at float speed",
+        "the smallest download from a server that compresses with brotli, at float speed",
         {"runtime": "web", "form": "folded", "bits": "3", "optimize-for": "download:br"},
     ),
-    "server": Goal("speed on CPUs: integer kernels where they are faster", {"form": "int8", "bits": "8", "int8-levels": "auto"}),
-    "edge": Goal("a small file at float speed, with answers that hardly change", {"form": "folded", "bits": "5"}),
+    "server": Goal("speed on a CPU: integer kernels where they are faster", {"form": "int8", "bits": "8", "int8-levels": "auto"}),
+    "edge": Goal("a small file at float speed whose answers hardly change", {"form": "folded", "bits": "5"}),
     "archive": Goal("the smallest file whose outputs keep 35 dB", {"form": "folded", "bits": "auto", "target-sqnr": "35"}),
     "exact": Goal("answers that do not change: 8 bits, fully refined", {"form": "folded", "bits": "8", "refinement": "descent"}),
 }

@@ -12,6 +12,7 @@ from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.many import run_convert_many
 from requant_onnx.cli.options import parser_of
 from requant_onnx.cli.parser import parse
+from requant_onnx.cli.topics import run_help
 from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, QualityError, RequantError
 from requant_onnx.runtime.sessions import use_custom_ops, use_provider
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inspect=commands.run_inspect,
         explain=commands.run_explain,
         restore=commands.run_restore,
+        show_topic=run_help,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of weights that the terminal cannot show

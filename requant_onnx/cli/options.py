@@ -33,9 +33,11 @@ from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.calibration import DEFAULT_COUNT
 
 DEFAULT = QuantConfig()
-INT8_LEVELS = "the largest int8 weight; 64 is exact on every CPU, 127 finer on CPUs with VNNI: "
-INT8_SPEED = "the layers on integers: those that are faster so, by a table of costs, or all that can be: "
-USUAL_DATA = "as in validate; default: noise, which shows no accuracy (noise:HxW where the model leaves the size free)"
+INT8_LEVELS = (
+    "the largest int8 weight; 64 is exact on every CPU, 127 is finer on CPUs with VNNI, auto is what is exact on this CPU: "
+)
+INT8_SPEED = "which layers run on integers: those that a table of costs predicts to be faster, or all that can: "
+USUAL_DATA = "inputs, as in validate (default: noise, which shows no accuracy; noise:HxW where the model leaves the size free)"
 Command = Callable[[argparse.Namespace], None]
 Container = Parser | argparse._ArgumentGroup  # of options
 
@@ -49,22 +51,26 @@ def parser_of(
     inspect: Command,
     explain: Command,
     restore: Command,
+    show_topic: Command,
 ) -> argparse.ArgumentParser:
     """Make the parser; `args.run` is the function of the chosen command, `args.parser` the parser of that command."""
     parser = _command(Parser, None, prog="requant", description="Low-bit weights for exported ONNX CNNs, without retraining.")
     parser.add_argument("--version", action="version", version=f"requant {version('requant_onnx')}")
-    shtab.add_argument_to(parser, ["--print-completion"], help="print the completion script of a shell, for its start-up files")
+    shtab.add_argument_to(parser, ["--print-completion"], help="print the completion script of a shell, to be read at its start")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(convert, _command(commands.add_parser, "convert", help="write a model with quantized weights"))
-    _add_convert_many(convert_many, _command(commands.add_parser, "convert-many", help="convert all models of a folder"))
-    _add_validate(validate, _command(commands.add_parser, "validate", help="compare two models on images"))
-    _add_report(report, _command(commands.add_parser, "report", help="write a web page on what became of each weight"))
+    _add_convert_many(convert_many, _command(commands.add_parser, "convert-many", help="convert all models of a directory"))
+    _add_validate(validate, _command(commands.add_parser, "validate", help="compare two models on the same inputs"))
+    _add_report(report, _command(commands.add_parser, "report", help="write a web page that shows what became of each weight"))
     _add_compare(
-        compare, _command(commands.add_parser, "compare", help="try recipes and bits on a model, and list what each costs")
+        compare, _command(commands.add_parser, "compare", help="try recipes and widths on a model, and list what each costs")
     )
-    _add_inspect(inspect, _command(commands.add_parser, "inspect", help="list the weights of a model and what convert would do"))
-    _add_model(explain, _command(commands.add_parser, "explain", help="say what ONNX Runtime does with each weight of a model"))
+    _add_inspect(
+        inspect, _command(commands.add_parser, "inspect", help="list the weights of a model, and what convert would do with them")
+    )
+    _add_model(explain, _command(commands.add_parser, "explain", help="show what ONNX Runtime does with each weight of a model"))
     _add_restore(restore, _command(commands.add_parser, "restore", help="write the plain float model of a quantized one"))
+    _add_help(show_topic, _command(commands.add_parser, "help", help="list the topics of the documentation, or show one"))
     return parser
 
 
@@ -76,25 +82,27 @@ def _command(make: Any, name: str | None, **options: Any) -> Parser:
 
 
 def _add_convert(run: Command, parser: Parser) -> None:
-    _add_file(parser, "input", "IN.onnx", "exported model")
+    _add_file(parser, "input", "IN.onnx", "model to convert")
     _add_file(parser, "output", "OUT.onnx", "converted model; an existing file is replaced only with --force")
     _add_conversion(parser)
     output = parser.titled(OUTPUT)
     output.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
-    page = output.add_argument("--html", metavar="FILE", type=Path, help="also write a web page on what became of each weight")
+    page = output.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a web page that shows what became of each weight"
+    )
     page.complete = shtab.FILE  # type: ignore[attr-defined]
     _add_common(run, parser)
 
 
 def _add_convert_many(run: Command, parser: Parser) -> None:
-    what = "folder, of which all .onnx files are converted, or a pattern in quotes, such as 'zoo/*/fp32/*.onnx'"
+    what = "directory whose .onnx files are all converted, or a pattern in quotes, such as 'zoo/*/fp32/*.onnx'"
     parser.add_argument("source", metavar="DIR_OR_GLOB", help=what)
-    folder = parser.add_argument("output", metavar="OUT_DIR", type=Path, help="folder of the results, made if it is missing")
+    folder = parser.add_argument("output", metavar="OUT_DIR", type=Path, help="directory of the results, created if it is missing")
     folder.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     _add_conversion(parser)
     _add_jobs(parser)
     output = parser.titled(OUTPUT)
-    output.add_argument("--force", action="store_true", help="convert again what is there already, and replace it")
+    output.add_argument("--force", action="store_true", help="also convert models whose output exists, and replace it")
     _add_common(run, parser, json=False)
 
 
@@ -107,7 +115,9 @@ def _add_conversion(parser: Parser) -> None:
     _add_method(parser)
     _add_integers(parser)
     parser.titled(OUTPUT).add_argument(
-        "--external-data", action="store_true", help="write weights to OUT.onnx.data next to OUT.onnx, as models above 2 GB need"
+        "--external-data",
+        action="store_true",
+        help="write the weights to OUT.onnx.data next to OUT.onnx, which models above 2 GB need",
     )
     _add_provider(parser)
 
@@ -120,19 +130,21 @@ def _add_aims(parser: Parser) -> None:
         dest="goal",
         metavar="GOAL",
         choices=tuple(GOALS),
-        help=f"{', '.join(GOALS)}: options that go together, see below; other options override them",
+        help=f"set of options for one purpose, listed below ({', '.join(GOALS)}); other options override it",
     )
     _add_choice(aim, "runtime", "RT", "runtime that reads the file: ")
-    _add_choice(aim, "form", "F", "how weights are stored and decoded: ")
+    _add_choice(aim, "form", "F", "how the weights are stored and decoded: ")
     size.add_argument(
-        "--bits", metavar="N", help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto: chosen for each weight"
+        "--bits",
+        metavar="N",
+        help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto, which chooses them for each weight",
     )
-    size.add_argument("--size", metavar="SIZE", help="for --bits auto: the best file of at most this size, for instance 180kB")
-    _add_choice(size, "optimize_for", "AIM", "which bytes count, those of the file or of a download of it: ")
+    size.add_argument("--size", metavar="SIZE", help="for --bits auto: make the best file of at most this size, for example 180kB")
+    _add_choice(size, "optimize_for", "AIM", "which bytes count: those of the file, or those of a compressed download: ")
     size.add_argument(
         "--target-sqnr",
         metavar="DB",
-        help="for --bits auto: the smallest file found whose outputs keep this SQNR on the calibration inputs, for instance 20",
+        help="for --bits auto: make the smallest file found whose outputs keep this SQNR on calibration inputs, for example 20",
     )
 
 
@@ -140,20 +152,26 @@ def _add_quality(parser: Parser) -> None:
     """Add the options that say what a file has to keep."""
     quality = parser.titled(QUALITY)
     quality.add_argument(
-        "--max-drop", metavar="POINTS", help="largest loss of top-1 accuracy on labeled --data, or of the score of --evaluate"
+        "--max-drop", metavar="POINTS", help="largest loss of top-1 accuracy on the labeled --data, or of the score of --evaluate"
     )
     quality.add_argument(
         "--min-agreement",
         metavar="PERCENT",
-        help="least share of answers that are those of the float model, on --data (default: inputs that --calibrate does not use)",
+        help="smallest share of answers that agree with the float model, on --data (default: inputs that --calibrate does not use)",
     )
-    quality.add_argument("--data", metavar="SPEC", help="what --max-drop and --min-agreement are judged on, as in validate")
+    quality.add_argument(
+        "--data", metavar="SPEC", help="inputs on which --max-drop and --min-agreement are measured, as in validate"
+    )
     quality.add_argument("--limit", metavar="N", help="use only the first N images of --data")
     quality.add_argument(
-        "--evaluate", metavar="MODULE:FUNCTION", help="for --max-drop: a function from a ModelProto to a score, higher is better"
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        help="for --max-drop: function that turns a ModelProto into a score; a higher score is better",
     )
-    quality.add_argument("--best-effort", action="store_true", help="write the best file tried where none keeps the target")
-    quality.add_argument("--force-quality", action="store_true", help="write a file even where the self-check finds it broken")
+    quality.add_argument(
+        "--best-effort", action="store_true", help="if no file keeps the target, write the best file that was tried"
+    )
+    quality.add_argument("--force-quality", action="store_true", help="write the file even if the self-check finds it broken")
 
 
 def _add_layers(parser: Parser) -> None:
@@ -162,45 +180,45 @@ def _add_layers(parser: Parser) -> None:
         "--keep",
         metavar="PATTERN",
         action="append",
-        help="keep the weights in float whose name, or that of a node which reads them, matches: a glob, re:REGEX, or op:TYPE; "
-        "may be given again",
+        help="keep weights in float if their name, or the name of a node that reads them, matches a glob, re:REGEX or op:TYPE; "
+        "may be repeated",
     )
     layers.add_argument(
         "--layer",
         metavar="PATTERN=SETTINGS",
         action="append",
-        help="settings of the weights that match, for instance 'head.*=bits:8,form:folded'; also transform:T and granularity:G; "
-        "may be given again, and the last one that sets something wins",
+        help="settings of the weights that match, for example 'head.*=bits:8,form:folded'; also transform:T and granularity:G; "
+        "may be repeated, and the last option that sets a value wins",
     )
-    _add_choice(layers, "edge_layers", "E", "first and last layers: ")
+    _add_choice(layers, "edge_layers", "E", "treatment of the first and last layers: ")
 
 
 def _add_method(parser: Parser) -> None:
     method = parser.titled(METHOD)
-    _add_choice(method, "granularity", "G", "weights that share a scale: ")
-    method.add_argument("--transform", metavar="T", help=f"{TRANSFORMS} (default: {DEFAULT.transform})")
-    _add_choice(method, "range_mode", "R", option="--range")
-    _add_choice(method, "objective", "S", "space of the error that alpha minimizes: ")
+    _add_choice(method, "granularity", "G", "which weights share a scale: ")
+    method.add_argument("--transform", metavar="T", help=f"transform of the weights: {TRANSFORMS} (default: {DEFAULT.transform})")
+    _add_choice(method, "range_mode", "R", "range of the levels, searched or full: ", option="--range")
+    _add_choice(method, "objective", "S", "space in which alpha minimizes the error: ")
     _add_choice(method, "rounding", "S", "space in which the nearest level is chosen: ")
-    _add_choice(method, "biases", "B", "biases and other vectors: ")
-    method.add_argument("--symmetric", action="store_true", help="put every zero point of weights in the middle of the codes")
+    _add_choice(method, "biases", "B", "type of biases and other vectors: ")
+    method.add_argument("--symmetric", action="store_true", help="put the zero points of all weights in the middle of the codes")
     method.add_argument(
         "--keep-inputs",
         action="store_true",
-        help="keep weights in float that are inputs of the graph too, which a caller may replace",
+        help="keep weights in float that are also inputs of the graph, which a caller may replace",
     )
-    method.add_argument("--recipe", metavar="NAME", help="paper: REQuant exactly as published; other options override it")
+    method.add_argument("--recipe", metavar="NAME", help="paper, which is REQuant exactly as published; other options override it")
 
 
 def _add_integers(parser: Parser) -> None:
     integers = parser.titled(INTEGERS)
-    _add_choice(integers, "activation_range", "R", "range of activations: ")
+    _add_choice(integers, "activation_range", "R", "how the range of an activation is chosen: ")
     _add_choice(integers, "int8_levels", "L", INT8_LEVELS)
     _add_choice(integers, "int8_speed", "S", INT8_SPEED)
     integers.add_argument(
         "--int8-min-sqnr",
         metavar="DB",
-        help="nodes whose 8-bit activations cost the outputs more stay float (default: 15; none: no limit)",
+        help="output SQNR that 8-bit activations must keep; nodes that reduce it below stay in float (default: 15; none: no limit)",
     )
 
 
@@ -216,45 +234,47 @@ def _add_calibration(parser: Parser) -> None:
     inputs.add_argument(
         "--calibrate",
         metavar="SPEC",
-        help="inputs, without labels, for better rounding, for --bits auto, and for --form int8: cifar10:DIR, cifar100:DIR (train "
-        "split), DIR or images:DIR, FILE.npz (x, or each input of the model by its name), noise, which needs no data (noise:HxW "
-        "where the model leaves the size free), none, or auto (default): noise where the model takes images",
+        help="unlabeled inputs for better rounding, for --bits auto and for --form int8: cifar10:DIR or cifar100:DIR (train "
+        "split), DIR or images:DIR, FILE.npz (x, or each input of the model by its name), noise (noise:HxW where the model "
+        "leaves the size free), none, or auto, which is noise if the model takes images (default: auto)",
     )
     inputs.add_argument(
-        "--calibrate-limit", metavar="N", help=f"number of calibration inputs, drawn at random (default: {DEFAULT_COUNT})"
+        "--calibrate-limit", metavar="N", help=f"number of calibration inputs, which are drawn at random (default: {DEFAULT_COUNT})"
     )
     _add_images(inputs, "of the calibration images")
     inputs.add_argument(
         "--time-limit",
         metavar="TIME",
-        help="about how long the conversion may take, for instance 90s, 5min or 1h: layers whose refinement gains least for its "
-        "time go without it (default: no limit)",
+        help="approximate time that the conversion may take, for example 90s, 5min or 1h; the layers that gain least for their "
+        "time are not refined (default: no limit)",
     )
-    _add_choice(refining, "refinement", "R", "use of the inputs of --calibrate: ")
+    _add_choice(refining, "refinement", "R", "how rounding uses the calibration inputs: ")
     refining.add_argument(
         "--memory",
         metavar="SIZE",
-        help="memory for activations while weights are refined (default: 256MiB); where they take more, layers see fewer inputs",
+        help="memory for activations during refinement; with too little, layers see fewer inputs (default: 256MiB)",
     )
-    refining.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
+    refining.add_argument("--seed", metavar="N", help="seed of the random choice of inputs and of the noise (default: 0)")
 
 
 def _add_validate(run: Command, parser: Parser) -> None:
     _add_file(parser, "reference", "REF.onnx", "float model")
     _add_file(parser, "candidate", "CANDIDATE.onnx", "model to compare with it, made by any tool")
-    what = "cifar10:DIR, cifar100:DIR (test split), images:DIR (for accuracy, one subfolder per class), FILE.npz (x, y) or noise"
+    what = (
+        "cifar10:DIR or cifar100:DIR (test split), images:DIR (accuracy needs a subdirectory per class), FILE.npz (x, y) or noise"
+    )
     _add_data(parser, what)
     _add_detection(parser.titled(DATA))
-    parser.titled("what has to hold").add_argument(
+    parser.titled("what has to hold, for exit code 0").add_argument(
         "--fail-below",
         metavar="FIGURE=NUMBER,...",
-        help="exit with code 4 unless the candidate is as good: agreement=99,top1=90,top1-drop=0.5,sqnr=20,worst-sqnr=20,found=95, "
-        "map-drop=0.5,latency=1.1 (at most, relative to the reference), ratio=7,bytes=150000",
+        help="exit with code 4 unless the candidate keeps these bounds: agreement=99,top1=90,top1-drop=0.5,sqnr=20,worst-sqnr=20,"
+        "found=95,map-drop=0.5,latency=1.1 (relative to the reference),ratio=7,bytes=150000",
     )
     timing = parser.titled("timing")
-    timing.add_argument("--latency-batch", metavar="N", help="images of a run that is timed (default: 1)")
-    timing.add_argument("--threads", metavar="N", help="threads of ONNX Runtime in runs that are timed (default: as it likes)")
-    timing.add_argument("--no-latency", action="store_true", help="time nothing")
+    timing.add_argument("--latency-batch", metavar="N", help="images in a timed run (default: 1)")
+    timing.add_argument("--threads", metavar="N", help="threads of ONNX Runtime in timed runs (default: its own choice)")
+    timing.add_argument("--no-latency", action="store_true", help="do not measure latency")
     _add_provider(parser)
     _add_common(run, parser)
 
@@ -264,20 +284,20 @@ def _add_detection(data: Container) -> None:
         "--labels",
         metavar="FILE.json",
         type=Path,
-        help="for detectors on images:DIR: boxes in COCO's format, for mAP and AP50; class k of the models is the k-th category id",
+        help="for detectors on images:DIR: boxes in COCO format, for mAP and AP50; class k of the models is the k-th category id",
     )
     labels.complete = shtab.FILE  # type: ignore[attr-defined]
     data.add_argument(
         "--task",
         metavar="detect:HEAD",
-        help="head of detectors, where it is not recognized; requant validate --help lists them",
+        help="head of the detectors, if it is not recognized; requant validate --help lists the heads",
     )
 
 
 def _add_report(run: Command, parser: Parser) -> None:
     _add_file(parser, "reference", "REF.onnx", "float model")
     _add_file(parser, "candidate", "CANDIDATE.onnx", "model to compare with it, made by any tool")
-    _add_file(parser, "output", "OUT.html", "page; an existing file is replaced only with --force")
+    _add_file(parser, "output", "OUT.html", "web page; an existing file is replaced only with --force")
     _add_data(parser)
     _add_detection(parser.titled(DATA))
     parser.titled(OUTPUT).add_argument("--force", action="store_true", help="replace OUT.html if it exists")
@@ -293,25 +313,29 @@ def _add_data(parser: Parser, what: str = USUAL_DATA) -> None:
 
 
 def _add_compare(run: Command, parser: Parser) -> None:
-    _add_file(parser, "model", "IN.onnx", "exported model")
+    _add_file(parser, "model", "IN.onnx", "model to convert")
     tried = parser.titled("what is tried")
-    tried.add_argument("--bits", metavar="N,N", help="bits per weight to try, 2 to 8 (default: 8,6,4,3)")
-    tried.add_argument("--recipes", metavar="NAME,NAME", help="recipes to try, see below (default: max,paper,best)")
+    tried.add_argument("--bits", metavar="N,N", help="widths to try, in bits per weight from 2 to 8 (default: 8,6,4,3)")
+    tried.add_argument("--recipes", metavar="NAME,NAME", help="recipes to try, listed below (default: max,paper,best)")
     _add_choice(tried, "runtime", "RT", "runtime that reads the file: ")
-    _add_choice(tried, "form", "F", "how weights are stored and decoded: ")
+    _add_choice(tried, "form", "F", "how the weights are stored and decoded: ")
     _add_data(parser)
     inputs = parser.titled(INPUTS)
-    inputs.add_argument("--calibrate", metavar="SPEC", help="inputs for best and for --form int8, as in convert (default: noise)")
     inputs.add_argument(
-        "--calibrate-limit", metavar="N", help=f"number of calibration inputs, drawn at random (default: {DEFAULT_COUNT})"
+        "--calibrate",
+        metavar="SPEC",
+        help="calibration inputs for the recipe best and for --form int8, as in convert (default: noise)",
     )
-    inputs.add_argument("--seed", metavar="N", help="seed for drawing images and for noise (default: 0)")
+    inputs.add_argument(
+        "--calibrate-limit", metavar="N", help=f"number of calibration inputs, which are drawn at random (default: {DEFAULT_COUNT})"
+    )
+    inputs.add_argument("--seed", metavar="N", help="seed of the random choice of inputs and of the noise (default: 0)")
     _add_jobs(parser)
     running, output = parser.titled(RUNNING), parser.titled(OUTPUT)
     running.add_argument(
-        "--cache", metavar="DIR", type=Path, help="folder of the results, 2 GB at most (default: in the user's cache)"
+        "--cache", metavar="DIR", type=Path, help="directory of cached results, at most 2 GB (default: in the user's cache)"
     )
-    running.add_argument("--no-cache", action="store_true", help="neither store results nor use those of earlier runs")
+    running.add_argument("--no-cache", action="store_true", help="do not cache results, and do not use cached ones")
     output.add_argument("--force", action="store_true", help="replace the files of --csv and --html if they exist")
     for name in ("csv", "html"):
         output.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"also write the table as {name.upper()}")
@@ -323,7 +347,7 @@ def _add_provider(parser: Parser) -> None:
     parser.titled(RUNNING).add_argument(
         "--provider",
         metavar="NAME",
-        help="execution provider of ONNX Runtime that models run on, for instance cuda or openvino (default: cpu)",
+        help="execution provider of ONNX Runtime on which models run, for example cuda or openvino (default: cpu)",
     )
 
 
@@ -331,20 +355,27 @@ def _add_jobs(parser: Parser) -> None:
     running = parser.titled(RUNNING)
     running.add_argument("--jobs", metavar="N", help="number of processes on this machine (default: one per core)")
     running.add_argument(
-        "--dask", metavar="ADDRESS", help="address of the scheduler of a Dask cluster to run on instead, tcp://HOST:PORT"
+        "--dask", metavar="ADDRESS", help="run on a Dask cluster instead; address of its scheduler, tcp://HOST:PORT"
     )
 
 
+def _add_help(run: Command, parser: Parser) -> None:
+    parser.add_argument("topic", metavar="TOPIC", nargs="?", help="topic to show (default: list the topics)")
+    parser.set_defaults(run=run, parser=parser, config=None, custom_ops=None)
+
+
 def _add_model(run: Command, parser: Parser) -> None:
-    _add_file(parser, "model", "MODEL.onnx", "model")
+    _add_file(parser, "model", "MODEL.onnx", "model to read")
     _add_common(run, parser)
 
 
 def _add_inspect(run: Command, parser: Parser) -> None:
-    _add_file(parser, "model", "MODEL.onnx", "model")
+    _add_file(parser, "model", "MODEL.onnx", "model to read")
     sensitivity = parser.titled("sensitivity")
     sensitivity.add_argument(
-        "--sensitivity", action="store_true", help="also list what each weight alone costs the output at 8, 6, 4, 3 and 2 bits"
+        "--sensitivity",
+        action="store_true",
+        help="also list the output SQNR with only one weight quantized, for each weight, at 8, 6, 4, 3 and 2 bits",
     )
     sensitivity.add_argument("--data", metavar="SPEC", help="inputs for --sensitivity, as in validate (default: noise)")
     sensitivity.add_argument("--limit", metavar="N", help="use only the first N images")
@@ -355,13 +386,13 @@ def _add_inspect(run: Command, parser: Parser) -> None:
 
 def _add_images(group: Container, whose: str) -> None:
     """Add the options that turn images into inputs.  whose: the images, as a phrase that begins with 'of'."""
-    usual = "default: that of the CIFAR train split, that of ImageNet for images:DIR"
-    group.add_argument("--mean", metavar="R,G,B", help=f"mean {whose} ({usual}, 0 for FILE.npz)")
-    group.add_argument("--std", metavar="R,G,B", help=f"standard deviation {whose} ({usual}, 1 for FILE.npz)")
+    usual = "default: that of the CIFAR train split; for images:DIR, that of ImageNet"
+    group.add_argument("--mean", metavar="R,G,B", help=f"mean {whose} ({usual}; for FILE.npz, 0)")
+    group.add_argument("--std", metavar="R,G,B", help=f"standard deviation {whose} ({usual}; for FILE.npz, 1)")
     group.add_argument("--resize", metavar="N", help="for images:DIR: resize the shorter side to N pixels (default: no resizing)")
-    group.add_argument("--crop", metavar="N", help="for images:DIR: crop the center to N pixels, 224 or HxW (default: no cropping)")
+    group.add_argument("--crop", metavar="N", help="for images:DIR: crop the center to N pixels or to HxW (default: no cropping)")
     group.add_argument(
-        "--fit", action="store_true", help="for images:DIR: crop to the size that the model takes, and resize to 8/7 of it before"
+        "--fit", action="store_true", help="for images:DIR: resize to 8/7 of the size that the model takes, then crop to that size"
     )
 
 
@@ -377,18 +408,18 @@ def _add_common(run: Command, parser: Parser, *, json: bool = True) -> None:
             "--json",
             metavar="FILE",
             type=Path,
-            help="also write the report to this file; - writes it to standard output, and no tables",
+            help="also write the report as JSON to this file; with -, write only the report, to standard output",
         ).complete = shtab.FILE  # type: ignore[attr-defined]
     amount = output.add_mutually_exclusive_group()
     amount.add_argument("-q", "--quiet", action="store_true", help="print errors and warnings only")
-    amount.add_argument("-v", "--verbose", action="store_true", help="print more: what was tried, and what was chosen")
+    amount.add_argument("-v", "--verbose", action="store_true", help="also print what was tried and what was chosen")
     config = parser.add_argument(
-        "--config", metavar="FILE.toml", type=Path, help="read options from a file; the command line overrides them"
+        "--config", metavar="FILE.toml", type=Path, help="read options from this file; the command line overrides them"
     )
     config.complete = shtab.FILE  # type: ignore[attr-defined]
-    parser.add_argument("--help-all", action=FullHelp, nargs=0, help="show all options, and exit")
+    parser.add_argument("--help-all", action=FullHelp, nargs=0, help="show all options and exit")
     library = parser.titled(RUNNING).add_argument(
-        "--custom-ops", metavar="FILE", action="append", help="library of custom operators that the model needs; may be given again"
+        "--custom-ops", metavar="FILE", action="append", help="library of custom operators that the model needs; may be repeated"
     )
     library.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.set_defaults(run=run, parser=parser)

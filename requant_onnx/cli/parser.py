@@ -14,15 +14,15 @@ from requant_onnx.cli.toml_options import options_of, read_options
 from requant_onnx.errors import ConfigError
 
 AIM = "what the file is for"
-SIZE = "how small"
-QUALITY = "how good (the smallest file that keeps a promise; exit code 3 where none does)"
-INPUTS = "what it is calibrated on"
+SIZE = "how small the file has to be"
+QUALITY = "how good (finds the smallest file that keeps a target; exit code 3 if none does)"
+INPUTS = "what the model is calibrated on"
 DATA = "what the models are compared on"
-LAYERS = "single layers"
+LAYERS = "settings of single layers"
 OUTPUT = "what is written and printed"
-METHOD = "the method"
-REFINING = "how inputs are used"
-INTEGERS = "for --form int8"
+METHOD = "the quantization method"
+REFINING = "how calibration inputs are used"
+INTEGERS = "integer kernels, for --form int8"
 RUNNING = "where and how models run"
 HIDDEN = (METHOD, REFINING, INTEGERS, RUNNING)
 """Titles of groups that only --help-all shows."""
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         sentence = re.sub(r"^argument [^:]+: (?=--)", "", message)
         if sentence != message:
             raise ConfigError(sentence)
-        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 class FullHelp(argparse.Action):

@@ -43,7 +43,7 @@ def read_options(path: Path, command: str, parsers: Mapping[str, argparse.Argume
     except OSError as error:
         raise ConfigError(f"cannot read '{path}' ({error.strerror or error}); check the path") from None
     except ValueError as error:  # not UTF-8, or not TOML
-        raise ConfigError(f"'{path}' is not TOML ({error}); write it as in the README") from None
+        raise ConfigError(f"'{path}' is not TOML ({error}); requant help files shows how it is written") from None
     known = _options(parsers[command])
     anywhere = {**{name: action for parser in parsers.values() for name, action in _options(parser).items()}, **known}
     shared = {key: value for key, value in content.items() if not isinstance(value, dict) or key == "layer"}

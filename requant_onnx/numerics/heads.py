@@ -38,22 +38,22 @@ class Head:
 XYXY, YXYX = (0, 1, 2, 3), (1, 0, 3, 2)
 HEADS = {
     "yolov8": Head("(n, 4 + classes, N): center, size, scores; YOLOv8, v9, v11", partial(yolo, 2, False), is_recognized=True),
-    "yolox": Head("as yolov5, of cells of strides 8, 16 and 32, sizes as logarithms", yolox, is_recognized=True),
+    "yolox": Head("like yolov5, in units of cells of strides 8, 16 and 32, with sizes as logarithms", yolox, is_recognized=True),
     "yolov5": Head("(n, N, 5 + classes): center, size, objectness, scores; YOLOv5, v7", partial(yolo, 1, True), is_recognized=True),
     "nms": Head(
-        "(n, k, 6), (k, 6) or (k, 7): corners, score, class, the image first where there are 7",
+        "(n, k, 6), (k, 6) or (k, 7): corners, score, class; with 7 values, the image comes first",
         partial(listed, 4),
         is_recognized=True,
     ),
-    "nms-class-first": Head("as nms, with the class before the score; YOLOv7 with NMS in it", partial(listed, 5)),
+    "nms-class-first": Head("like nms, with the class before the score; YOLOv7 with built-in NMS", partial(listed, 5)),
     "boxes": Head(
-        "corners (n, k, 4) beside scores and labels (n, k), or scores (n, k, classes)",
+        "corners (n, k, 4), with scores and labels (n, k), or with scores (n, k, classes)",
         partial(boxes, XYXY, False),
         is_recognized=True,
     ),
-    "boxes-ids": Head("as boxes, the labels being category ids; torchvision", partial(boxes, XYXY, False), ids=True),
-    "boxes-center": Head("as boxes, with center and size in place of corners", partial(boxes, XYXY, True)),
-    "tf-boxes": Head("as boxes-ids, in the order y, x, y, x; TensorFlow", partial(boxes, YXYX, False), ids=True),
+    "boxes-ids": Head("like boxes, where the labels are category ids; torchvision", partial(boxes, XYXY, False), ids=True),
+    "boxes-center": Head("like boxes, with center and size instead of corners", partial(boxes, XYXY, True)),
+    "tf-boxes": Head("like boxes-ids, in the order y, x, y, x; TensorFlow", partial(boxes, YXYX, False), ids=True),
 }
 """The heads by name, in the order in which they are tried."""
 
