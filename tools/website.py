@@ -1,6 +1,6 @@
 """Build a website of all pages of the documentation.  Needs: pip install '.[docs]'
 
-    python tools/website.py OUT        # then open OUT/index.html, or serve OUT with any web server
+    python tools/website.py OUT        # then serve OUT with any web server, or open OUT/index.html (without search)
 
 The pages keep their paths, so links between them work there as in the repository; files to which they link come along.  A link or
 an anchor that leads nowhere ends the build.  Nothing is loaded from other servers.
