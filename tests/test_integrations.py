@@ -5,7 +5,6 @@ Olive and Ultralytics are not installed for this, as they need PyTorch: what the
 
 from __future__ import annotations
 
-import argparse
 import ast
 import configparser
 import os
@@ -22,21 +21,10 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from conftest import ROOT, missing, small_cnn, wheel_of
+from conftest import ROOT, missing, parsed, small_cnn, wheel_of
 from integrations.requant_ultralytics import on_export_end, quantize_exported
 
-from requant_onnx.cli.options import parser_of
-from requant_onnx.cli.parser import parse
-
 QUICK = ("--for", "web", "--calibrate-limit", "8", "--force-quality")
-COMMANDS = ("convert", "convert_many", "validate", "report", "compare", "inspect", "explain", "restore")
-
-
-def parsed(command: str) -> argparse.Namespace:
-    """A command line as requant reads it; SystemExit where it does not."""
-    words = shlex.split(command)
-    assert words[0] == "requant"
-    return parse(parser_of(**dict.fromkeys(COMMANDS, print)), words[1:])
 
 
 def loaded(path: str) -> Any:

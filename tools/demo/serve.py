@@ -2,6 +2,7 @@
 
     python tools/demo/serve.py                     # then open http://localhost:8000
     python tools/demo/serve.py --for download      # the file of another goal of requant convert
+    python tools/demo/serve.py --converted my.onnx # a file of your own, made from models/resnet20_cifar10.onnx
 
 Converts models/resnet20_cifar10.onnx, compresses both files (gzip, and brotli where it is installed), installs onnxruntime-web from
 npm into tools/demo/build, and serves all of it.  Nothing else is downloaded, and the page loads nothing from elsewhere.
@@ -78,22 +79,22 @@ def install_runtime(build: Path = BUILD) -> Path:
     return package / "dist"
 
 
-def convert(goal: str, folder: Path, options: Sequence[str]) -> list[dict[str, str | int]]:
-    """Write the two models and their compressed files to a directory.  Returns what the page says of them."""
-    shutil.copyfile(MODEL, folder / "float.onnx")
-    code = requant(["convert", str(MODEL), str(folder / "converted.onnx"), "--for", goal, "--force", "--quiet", *options])
+def convert(goal: str, output: Path, options: Sequence[str]) -> None:
+    """Convert the model of the demo.  Raises DemoError."""
+    code = requant(["convert", str(MODEL), str(output), "--for", goal, "--force", "--quiet", *options])
     if code:
         raise DemoError(f"requant convert --for {goal} failed with exit code {code}")
-    described: list[dict[str, str | int]] = []
-    for name, title in (("float", "float, 32 bits"), ("converted", f"requant, --for {goal}")):
-        data = (folder / f"{name}.onnx").read_bytes()
-        (folder / f"{name}.onnx.gz").write_bytes(compress(data, OptimizeFor.GZIP))
-        try:
-            (folder / f"{name}.onnx.br").write_bytes(compress(data, OptimizeFor.BROTLI))
-        except ConfigError as error:
-            print(f"note: no brotli, gzip instead: {error}")
-        described.append({"id": name, "title": title, "url": f"{name}.onnx", "bytes": len(data)})
-    return described
+
+
+def describe(name: str, title: str, folder: Path) -> dict[str, str | int]:
+    """Compress a model of the site, and return what the page says of it."""
+    data = (folder / f"{name}.onnx").read_bytes()
+    (folder / f"{name}.onnx.gz").write_bytes(compress(data, OptimizeFor.GZIP))
+    try:
+        (folder / f"{name}.onnx.br").write_bytes(compress(data, OptimizeFor.BROTLI))
+    except ConfigError as error:
+        print(f"note: no brotli, gzip instead: {error}")
+    return {"id": name, "title": title, "url": f"{name}.onnx", "bytes": len(data)}
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -105,15 +106,35 @@ def png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def build_site(folder: Path, runtime: Path, goal: str = "web", options: Sequence[str] = ()) -> Site:
-    """Make every file that the page needs.  options: more of them for requant convert.  Raises DemoError."""
+def build_site(folder: Path, runtime: Path, goal: str = "web", options: Sequence[str] = (), converted: Path | None = None) -> Site:
+    """Make every file that the page needs.  Raises DemoError.
+
+    options: more of them for requant convert.  converted: a file made from the model of the demo, which is shown instead.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    models = convert(goal, folder, options)
+    shutil.copyfile(MODEL, folder / "float.onnx")
+    if converted is None:
+        convert(goal, folder / "converted.onnx", options)
+    elif converted.is_file():
+        shutil.copyfile(converted, folder / "converted.onnx")
+    else:
+        raise DemoError(f"'{converted}' is no file; give a model that was made from {MODEL.name}")
+    made = f"requant, --for {goal}" if converted is None else converted.name
+    models = [describe("float", "float, 32 bits", folder), describe("converted", made, folder)]
     pictures = [f"image{index}.png" for index in SHOWN]
     x = np.load(IMAGES)["x"]
     for name, index in zip(pictures, SHOWN, strict=True):
         (folder / name).write_bytes(png(x[index]))
-    shown = {"models": models, "images": pictures, "classes": CLASSES, "mean": MEAN, "std": STD, "version": NPM_VERSION}
+    command = f"requant convert --for {goal}" if converted is None else "requant convert"
+    shown = {
+        "models": models,
+        "command": command,
+        "images": pictures,
+        "classes": CLASSES,
+        "mean": MEAN,
+        "std": STD,
+        "version": NPM_VERSION,
+    }
     (folder / "demo.json").write_text(json.dumps(shown))
     files = {"/": FOLDER / "index.html", "/demo.json": folder / "demo.json"}
     for item in models:
@@ -174,9 +195,11 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too, which get gzip instead of brotli")
     parser.add_argument("--for", dest="goal", choices=tuple(GOALS), default="web", help="goal of requant convert (default: web)")
+    parser.add_argument("--converted", metavar="FILE", type=Path, help="converted model to show, instead of one by --for")
     args = parser.parse_args()
     try:
-        server = server_of(build_site(BUILD / "site", install_runtime(), args.goal), args.host, args.port)
+        site = build_site(BUILD / "site", install_runtime(), args.goal, converted=args.converted)
+        server = server_of(site, args.host, args.port)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
