@@ -165,6 +165,8 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
     with pytest.raises(serve.DemoError, match="give another --port"):
         serve.server_of({}, port=int(server.server_address[1]))
     server.server_close()
+    with pytest.raises(serve.DemoError, match="give another --port"):
+        serve.server_of({}, port=70000)
 
 
 def test_a_converted_file_that_is_missing_is_one_sentence(tmp_path: Path) -> None:

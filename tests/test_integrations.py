@@ -151,6 +151,11 @@ def test_the_action_converts_and_validates(gate: str, code: int, tmp_path: Path)
 def test_the_inputs_of_the_action_reach_its_scripts_as_variables_only() -> None:
     """Inputs within scripts would be run as commands."""
     action = loaded(".github/actions/requant/action.yml")
+    text = (ROOT / ".github" / "actions" / "requant" / "action.yml").read_text("utf-8")
+    example = yaml.safe_load("\n".join(line[1:] for line in text.splitlines() if line.startswith("#   ")))[0]
+    assert example["uses"].endswith(f"@v{metadata()['version']}")
+    parsed(f"requant convert {example['with']['model']} {example['with']['output']} {example['with']['options']}")
+    parsed(f"requant validate {example['with']['model']} {example['with']['output']} {example['with']['validate']}")
     used = set()
     for step in action["runs"]["steps"]:
         assert "${{" not in step["run"]

@@ -185,8 +185,9 @@ def server_of(site: Site, host: str = "127.0.0.1", port: int = 0) -> ThreadingHT
     """A server, at a free port by default; its caller runs serve_forever().  Raises DemoError."""
     try:
         return ThreadingHTTPServer((host, port), type("Handler", (_Handler,), {"site": site}))
-    except OSError as error:
-        raise DemoError(f"cannot listen at {host}:{port} ({error.strerror or error}); give another --port") from None
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DemoError(f"cannot listen at {host}:{port} ({reason}); give another --port") from None
 
 
 def main() -> int:
