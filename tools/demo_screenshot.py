@@ -74,6 +74,7 @@ def main(path: str) -> int:
         for width, scheme in ((WIDE, "light"), (WIDE, "dark"), (NARROW, "light")):
             open_page(browser, url, width, scheme)
             shots.append(shot(browser))
+            print(f"{width} px, {scheme}: {browser.find_element('id', 'slowdown').text} the time of a run")
     finally:
         browser.quit()
         server.shutdown()
