@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from requant_onnx.choices import (
         ActivationRange,
         BiasType,
@@ -151,16 +152,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import a public name from the module where it lives (PEP 562)."""
-    if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("requant_onnx")
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module 'requant_onnx' has no attribute '{name}'")
-    value: object = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a module that has it has every name, to a type checker
+
+    def __getattr__(name: str) -> object:
+        """Import a public name from the module where it lives (PEP 562)."""
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("requant_onnx")
+        home = next((module for module, names in _HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module 'requant_onnx' has no attribute '{name}'")
+        value: object = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,9 @@ Missing data skips the tests that need it, visibly; with REQUIRE_DATA=1 it fails
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from cifar import find_cifar
 from threadpoolctl import threadpool_limits
 
 from requant_onnx import ImageSet, Normalization, QuantReport, ValidationReport, load_images, quantize_model, validate
+from requant_onnx.cli.options import parser_of
+from requant_onnx.cli.parser import parse as parse_options
 from requant_onnx.convert.report import InspectReport
 from requant_onnx.graph.float_constants import VECTOR
 from requant_onnx.graph.weights import SkippedWeight, View
@@ -26,6 +30,7 @@ from requant_onnx.graph.weights import SkippedWeight, View
 ROOT = Path(__file__).parents[1]
 OWN_MODEL = ROOT / "models" / "resnet20_cifar10.onnx"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several that pytest-xdist has started
+COMMANDS = ("convert", "convert_many", "validate", "report", "compare", "inspect", "explain", "restore")
 OWN_NORMALIZATION = Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 MODEL_NAMES = (
     "resnet20_cifar10",
@@ -45,6 +50,13 @@ def parse(text: str, *, opset: Any = 18, ir: Any = 8, **weights: Any) -> onnx.Mo
     model: onnx.ModelProto = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> {text}')
     model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in weights.items())
     return model
+
+
+def parsed(command: str) -> argparse.Namespace:
+    """A command line that a file shows, as requant reads it; SystemExit where it does not."""
+    words = shlex.split(command, comments=True)
+    assert words[0] == "requant"
+    return parse_options(parser_of(**dict.fromkeys(COMMANDS, print)), words[1:])
 
 
 def laplace(*shape: int, seed: int = 0) -> np.ndarray:

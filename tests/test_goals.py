@@ -44,3 +44,27 @@ def test_help_lists_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
         main(["convert", "--help"])
     printed = capsys.readouterr().out
     assert all(goal.title in printed for goal in GOALS.values())
+
+
+def test_transformers_js_finds_the_file_in_the_directory_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "repo").mkdir()
+    onnx.save(small_cnn(), tmp_path / "net.onnx")
+    quick = ("--for", "transformers.js", "--calibrate-limit", "8", "--force-quality")
+    assert main(["convert", str(tmp_path / "net.onnx"), str(tmp_path / "repo"), *quick]) == 0
+    assert 'model_q4.onnx: dtype "q4"' in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "net.onnx"), str(tmp_path / "repo"), *quick]) == 2  # it exists
+    onnx.save(small_cnn(), tmp_path / "repo" / "onnx" / "vision_model.onnx")
+    command = ["convert", str(tmp_path / "repo" / "onnx" / "vision_model.onnx"), str(tmp_path / "repo"), *quick]
+    assert main([*command, "--bits", "8"]) == 0
+    names = {path.name for path in (tmp_path / "repo" / "onnx").iterdir()}
+    assert names == {"model_q4.onnx", "vision_model.onnx", "vision_model_quantized.onnx"}
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_transformers_js_needs_the_directory_of_a_model(is_file: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "net.onnx")
+    if is_file:
+        (tmp_path / "repo").mkdir()
+        (tmp_path / "repo" / "onnx").touch()
+    assert main(["convert", str(tmp_path / "net.onnx"), str(tmp_path / "repo"), "--for", "transformers.js"]) == 2
+    assert "give the directory of a model" in capsys.readouterr().err

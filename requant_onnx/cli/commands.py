@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from requant_onnx.choices import Form
 from requant_onnx.cli import tables
-from requant_onnx.cli.goals import GOALS, lines_of
+from requant_onnx.cli.goals import GOALS, dtype_of, lines_of, place_for_transformers_js
 from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line
 from requant_onnx.cli.toml_options import write_options
@@ -41,7 +41,7 @@ from requant_onnx.config import QuantConfig
 from requant_onnx.convert import pipeline
 from requant_onnx.convert.report import QuantReport, as_json
 from requant_onnx.convert.restore import restore_model
-from requant_onnx.errors import ConfigError, DataError, ModelError, QualityError
+from requant_onnx.errors import ConfigError, DataError, ModelError, OutputError, QualityError
 from requant_onnx.evaluate.cache import Cache, default_folder
 from requant_onnx.evaluate.gate import check_gate, parse_gate
 from requant_onnx.evaluate.jobs import open_executor
@@ -69,6 +69,8 @@ TARGET_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with 
 
 def run_convert(args: argparse.Namespace) -> None:
     """requant convert: write a model with quantized weights, its report and its page."""
+    if args.goal == "transformers.js" and args.output.suffix != ".onnx":
+        args.output = _transformers_js_output(args)
     check_output(args.input, args.output, args.force)
     data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
     check_json(args.json, args.input, args.output, *data)
@@ -93,6 +95,16 @@ def run_convert(args: argparse.Namespace) -> None:
     tables.print_conversion(console_for(args), report, sizes, downloads)
     if args.verbose:
         tables.print_tried(console_for(args), report)
+
+
+def _transformers_js_output(args: argparse.Namespace) -> Path:
+    """The file in the directory of a model, and a sentence on how it is loaded."""
+    output = place_for_transformers_js(args.bits, args.input, args.output)
+    if not args.output.is_dir() or (output.parent.exists() and not output.parent.is_dir()):
+        raise OutputError(f"'{output.parent}' cannot be a directory; give the directory of a model, or a path that ends in .onnx")
+    output.parent.mkdir(exist_ok=True)
+    console_for(args).print(escape(f'writes {output}: dtype "{dtype_of(args.bits)}" in transformers.js'), soft_wrap=True)
+    return output
 
 
 def _downloads(path: Path) -> dict[str, int]:

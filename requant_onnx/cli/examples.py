@@ -14,6 +14,7 @@ EXAMPLES = {
     "convert": """examples:
   requant convert net.onnx net8.onnx
   requant convert net.onnx small.onnx --for web
+  requant convert repo/onnx/model.onnx repo --for transformers.js
   requant convert net.onnx net4.onnx --bits 4 --json report.json
   requant convert net.onnx small.onnx --bits 4 --form folded --calibrate images.npz
   requant convert net.onnx small.onnx --bits auto --size 180kB --form folded --calibrate noise
@@ -26,7 +27,7 @@ EXAMPLES = {
 goals for --for, and the options that each sets:
 """
     + "\n".join(
-        f"  {name:<9}{goal.title}\n           {' '.join(f'--{option} {value}' for option, value in goal.options.items())}"
+        f"  {name:<16}{goal.title}\n                  {' '.join(f'--{option} {value}' for option, value in goal.options.items())}"
         for name, goal in GOALS.items()
     ),
     "convert-many": """examples:

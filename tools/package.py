@@ -1,0 +1,45 @@
+"""What setuptools does here in a way of its own; setup.cfg names the commands.
+
+The source distribution holds the tests too, with the models and tools that they need: setuptools reads such a list from a file
+MANIFEST.in at the top only.  The description for package indexes is the README without links to files, which do not exist there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools.command.egg_info import egg_info
+from setuptools.command.sdist import sdist
+
+DIRECTORIES = (".ci", ".github", "models", "requant_onnx", "tests", "tools")
+FILES = (".gitignore", ".pre-commit-hooks.yaml", "CHANGELOG.md")
+GENERATED = {"__pycache__", "build"}  # as .gitignore says
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[([^\]]+)\]\((?!https?://|#)[^)\s]+\)")
+
+
+def without_links_to_files(text: str) -> str:
+    """Markdown in which links to files are their text, and pictures their description."""
+    return "".join(part if part.startswith("```") else LINK.sub(r"\1", part) for part in FENCED.split(text))
+
+
+class EggInfo(egg_info):  # type: ignore[misc]
+    """The command that both distributions have their metadata from."""
+
+    def run(self) -> None:
+        metadata = self.distribution.metadata
+        metadata.long_description = without_links_to_files(metadata.long_description)
+        super().run()
+
+
+class Sdist(sdist):  # type: ignore[misc]
+    """The command that writes the source distribution."""
+
+    def make_distribution(self) -> None:
+        found = [path for name in DIRECTORIES for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        kept = [path for path in found if not GENERATED.intersection(path.parts) and path.suffix != ".pyc"]
+        self.filelist.extend([str(path) for path in kept] + [name for name in FILES if Path(name).exists()])
+        self.filelist.sort()
+        self.filelist.remove_duplicates()
+        super().make_distribution()
