@@ -164,12 +164,12 @@ class Market:
         return tuple(front.choices_at(point))
 
 
-def _best_of(offers: Sequence[Offer], bits: int) -> int:
+def _best_of(offers: Sequence[Offer], bits: float) -> int:
     """The offer of least output error of those nearest in bits."""
     return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].output_error))
 
 
-def _nearest(offers: Sequence[Offer], bits: int, kind: GridKind, whole: bool) -> int:
+def _nearest(offers: Sequence[Offer], bits: float, kind: GridKind, whole: bool) -> int:
     """The offer most alike."""
 
     def distance(k: int) -> tuple[float, ...]:
@@ -225,7 +225,8 @@ def open_market(
 def _probed(item: PlannedWeight) -> tuple[Grid, ...]:
     """The grids on which output errors are measured: the first, and the same of fewest bits."""
     fewest = min((item.grid, *item.others), key=lambda grid: grid.bits).bits
-    coarse = next((g for g in item.others if g == replace(item.grid, bits=fewest)), item.grid)
+    alike = (g for g in item.others if g.bits == fewest and (g.kind, g.axis) == (item.grid.kind, item.grid.axis))
+    coarse = next(alike, item.grid)
     return (item.grid, coarse) if coarse.bits < item.grid.bits else (item.grid,)
 
 

@@ -31,12 +31,12 @@ class Grid:
     search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
     limit: largest level (where an int8 kernel follows); None for no limit.
     half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
-    symmetric: whether every zero point is 2**(bits-1).
+    symmetric: whether every zero point is that in the middle.
     step: value of a level where bits of codes count too (price.py): uniform levels that reach as far as the weights do; then only
     axis and half_scales matter besides.  None: levels by the range of the weights.
     """
 
-    bits: int
+    bits: float
     kind: GridKind
     axis: int | None
     search: bool = True
@@ -57,7 +57,7 @@ class Grid:
 class QuantizedWeight:
     """The codes of a weight with the parameters that decode them.
 
-    codes: uint8, values 0 .. 2**bits - 1, the shape of the weight.
+    codes: uint8, values 0 .. K (levels.py), the shape of the weight.
     scale, zero_point, alpha: float32 (positive), uint8 and float64, each () or (channels,) along `axis`.
     """
 

@@ -20,7 +20,7 @@ import onnx
 
 from requant_onnx.choices import Form
 from requant_onnx.graph.decode.nodes import Level, onnx_type, write_codes, write_levels, write_scale
-from requant_onnx.graph.decode.packing import BYTE
+from requant_onnx.graph.decode.packing import BYTE, PACKINGS
 from requant_onnx.graph.decode.writer import Constants, Decode, DecodeWriter, Scales
 from requant_onnx.numerics.kinds import GridKind, LevelDecode
 from requant_onnx.numerics.quantize import QuantizedWeight
@@ -44,7 +44,7 @@ class Target:
     half: bool = True
     grouped: bool = True
 
-    def stores_natively(self, bits: int) -> bool:
+    def stores_natively(self, bits: float) -> bool:
         """Whether codes of this width have a tensor type that DequantizeLinear reads."""
         return bits == BYTE or (bits == 4 and self.native4 and self.opset >= INT4_OPSET)
 
@@ -66,7 +66,7 @@ class Coded:
     def payload(self) -> int:
         """Bytes of codes, scales and zero points, about."""
         q = self.quantized
-        return int(q.codes.size * q.table.bits // 8 + q.scale.size * (3 if q.has_half_scale else 5))
+        return PACKINGS[q.table.bits].bytes_of(q.codes.size) + q.scale.size * (3 if q.has_half_scale else 5)
 
 
 def reads_codes(form: Form, decode: LevelDecode) -> bool:
@@ -74,7 +74,7 @@ def reads_codes(form: Form, decode: LevelDecode) -> bool:
     return FORMS[form].dequantizes_codes and decode is LevelDecode.IDENTITY
 
 
-def required_opset(form: Form, bits: int, kind: GridKind, native4: bool) -> int:
+def required_opset(form: Form, bits: float, kind: GridKind, native4: bool) -> int:
     """The opset that the decode of such a weight needs.  native4: see Target."""
     if not FORMS[form].dequantizes:
         return SPLIT_OPSET

@@ -37,7 +37,7 @@ Level = type[np.int8] | type[np.int16] | type[np.int32] | type[np.float32] | typ
 """Element types of tables."""
 
 
-def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: int, middle: int) -> str:
+def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: float, middle: int) -> str:
     """Codes of less than 8 bits in their shape: as uint8, or, less `middle` where that is not 0, as int8."""
     packing = PACKINGS[bits]
     numbers = _digits(writer, packing.base, packing.codes)
@@ -101,8 +101,9 @@ class _Window:
         low, high, middle = int(q.zero_point.min()), int(q.zero_point.max()), q.table.symmetric_zero_point
         if low == high:
             return cls(low, 1)
-        half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k))
-        return cls(middle - half, 2 * half)
+        odd = q.table.max_code + 1 - 2 * middle  # 1 where as many levels are above the middle as below it
+        half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k) + odd)
+        return cls(middle - half, 2 * half + odd)
 
     @property
     def is_single(self) -> bool:

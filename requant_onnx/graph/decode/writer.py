@@ -140,7 +140,7 @@ class DecodeWriter:
         self.initializers.append(tensor_proto(values, name))
         return name
 
-    def own_codes(self, suffix: str, values: UInt8Array, bits: int, middle: int = 0) -> str:
+    def own_codes(self, suffix: str, values: UInt8Array, bits: float, middle: int = 0) -> str:
         """Values in the type of their width: UINT4 for 4 bits, else UINT8; INT4 and INT8, less `middle`, where that is not 0."""
         if bits != 4:
             return self.own(suffix, (values.astype(np.int16) - middle).astype(np.int8) if middle else values)
