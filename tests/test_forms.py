@@ -130,6 +130,19 @@ def test_weights_decoded_together_are_exact(form: Form, bits: float, exponent: f
     assert native or max(len(group) for group in groups) >= 2
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_two_bits_reach_further_to_either_side_without_zero_points(exponent: float, axis: int) -> None:
+    """Channels that reach one level further up have a negative scale in the folded form."""
+    w = laplace(12, 12, 3) + np.float32(0.3) * np.array([-1, 1] * 6, np.float32).reshape([-1 if k == axis else 1 for k in range(3)])
+    q = quantize_weight(w, Grid(2, PowerGrid(exponent), axis, half_scales=True))
+    assert set(q.zero_point.tolist()) == {1, 2}
+    made = decode(q, Form.FOLDED, Target(19))
+    assert not [item.name for item in made.initializers if item.name.endswith(".z")]
+    np.testing.assert_array_equal(run_decode(made, 19, onnx.TensorProto.FLOAT, w.shape), q.dequantize())
+    np.testing.assert_array_equal(q.mirrored().dequantize(), q.dequantize())
+
+
 def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("requant_onnx.graph.decode.forms.GROUP_ELEMENTS", 100)
     q = quantize_weight(laplace(4, 10), Grid(3, PowerGrid(1.0), 0))

@@ -58,7 +58,7 @@ class QuantizedWeight:
     """The codes of a weight with the parameters that decode them.
 
     codes: uint8, values 0 .. K (levels.py), the shape of the weight.
-    scale, zero_point, alpha: float32 (positive), uint8 and float64, each () or (channels,) along `axis`.
+    scale, zero_point, alpha: float32 (positive, unless mirrored), uint8 and float64, each () or (channels,) along `axis`.
     """
 
     codes: UInt8Array
@@ -72,6 +72,19 @@ class QuantizedWeight:
     def has_half_scale(self) -> bool:
         """Whether there is more than one scale, and float16 holds each exactly."""
         return bool(self.scale.size > 1 and (_to_half(self.scale) == self.scale).all())
+
+    def mirrored(self) -> QuantizedWeight:
+        """The same weights with one zero point for all channels, where some of negative scale can have that; else as it is.
+
+        Levels are odd: L[q - z] = -L[(K - q) - (K - z)].
+        """
+        k, zero_point = self.table.max_code, self.zero_point.astype(np.int64)
+        low = zero_point < k - zero_point
+        if not np.ptp(zero_point) or np.ptp(np.where(low, k - zero_point, zero_point)):
+            return self
+        codes = np.where(self.broadcast(low), np.uint8(k) - self.codes, self.codes)
+        one = np.where(low, k - zero_point, zero_point).astype(np.uint8)
+        return replace(self, codes=codes, zero_point=one, scale=np.where(low, -self.scale, self.scale))
 
     def broadcast(self, parameter: npt.NDArray[T]) -> npt.NDArray[T]:
         """A scale or zero point with the rank of the weight: (oc,) -> (oc, 1, 1, 1)."""

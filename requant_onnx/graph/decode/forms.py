@@ -153,7 +153,7 @@ def _stack(group: Sequence[Coded]) -> _Stack:
 
 
 def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
-    q, single = stack.quantized, len(group) == 1
+    q, single = stack.quantized.mirrored(), len(group) == 1
     cast = group[0].emit != onnx.TensorProto.FLOAT
     levels, dtype = write_levels(writer, q, np.float32, plain=target.signed)
     if dtype is not np.float32:
