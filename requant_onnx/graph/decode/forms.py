@@ -175,17 +175,17 @@ def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, targ
         bits = q.table.bits if target.stores_natively(q.table.bits) else BYTE
         middle = q.table.symmetric_zero_point if target.signed else 0
         if bits == q.table.bits:
-            codes = writer.own_codes("codes", q.codes, bits, middle)
+            codes = writer.own_codes("q", q.codes, bits, middle)
         else:
             codes = write_codes(writer, q.codes, q.table.bits, middle)
         for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
-            zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits, middle)
-            _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
+            zero_point = writer.own_codes("z", weight.quantized.zero_point, bits, middle)
+            _write_dequantize(writer, weight, piece, writer.own("s", weight.quantized.scale), zero_point)
         return
     levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target), plain=target.signed)
     for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
         zeros = writer.shared(np.zeros(weight.quantized.scale.shape, dtype))
-        _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zeros)
+        _write_dequantize(writer, weight, piece, writer.own("s", weight.quantized.scale), zeros)
 
 
 def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
@@ -204,7 +204,7 @@ def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, tar
     scales = writer.split(write_scale(writer, q, q.scale, target.half), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
         # of its own: with session.x64quantprecision, ONNX Runtime replaces each, and fails at the second time for a shared one
-        zeros = writer.own("zero", np.zeros(weight.quantized.scale.shape, np.int8))
+        zeros = writer.own("z", np.zeros(weight.quantized.scale.shape, np.int8))
         scalar = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64))) if stack.added_axis else scale
         _write_dequantize(writer, weight, piece, scalar, zeros)
 

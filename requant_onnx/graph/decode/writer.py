@@ -113,7 +113,7 @@ class Constants:
         return str(self._nodes[key].output[0])
 
     def _next_name(self) -> str:
-        return self.names.take(f"d.c{len(self.by_name)}")
+        return self.names.take(f"c{len(self.by_name)}")
 
 
 @dataclass
@@ -135,7 +135,7 @@ class DecodeWriter:
         return Decode(tuple(self.nodes), tuple(self.initializers), self.used, self.used_nodes, self.scales)
 
     def own(self, suffix: str, values: GenericArray) -> str:
-        """An initializer of this decode."""
+        """An initializer of this decode: q for codes, l for levels, s for scales, z for zero points, v for vectors."""
         name = self.constants.names.take(f"{self._prefix}.{suffix}")
         self.initializers.append(tensor_proto(values, name))
         return name
