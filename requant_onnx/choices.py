@@ -13,7 +13,26 @@ from typing import TypeVar
 
 from requant_onnx.errors import ConfigError
 
-MIN_BITS, MAX_BITS = 2, 8
+LEVELS: dict[float, int] = {
+    1.6: 3,
+    2: 4,
+    2.33: 5,
+    2.67: 6,
+    3: 8,
+    3.33: 10,
+    3.67: 12,
+    4: 16,
+    4.5: 22,
+    5: 32,
+    5.5: 45,
+    6: 64,
+    7: 128,
+    8: 256,
+}
+"""Bits of a weight -> levels, that is different codes.  Between whole numbers: as many as fit where several codes share 8 to 14
+bits (graph/decode/packing.py), and in steps so fine that more would hardly matter."""
+MAX_BITS = 8
+CLOSE_BITS = 0.01  # 2.333 and 7/3 are 2.33
 EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transform
 TRANSFORMS = "auto, sqrt, none or power:A with A in 1/3 .. 1"  # the texts that Transform.parse reads
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
@@ -178,6 +197,23 @@ class Runtime(Choice):
     TENSORRT = "tensorrt"
     WEB = "web"
     MOBILE = "mobile"
+
+
+def width_of(bits: object) -> float | None:
+    """The width of LEVELS that is meant, an int where it is whole; None where it is none of them.
+
+    >>> width_of(4.0), width_of(7 / 3), width_of(2.5)
+    (4, 2.33, None)
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int | float):
+        return None
+    return next((width for width in LEVELS if abs(width - bits) < CLOSE_BITS), None)
+
+
+def widths_in_words() -> str:
+    """All widths, for sentences: 1.6, 2, ... or 8."""
+    *most, last = map(str, LEVELS)
+    return f"{', '.join(most)} or {last}"
 
 
 E = TypeVar("E", bound=Choice)

@@ -15,7 +15,6 @@ from typing import Any
 from requant_onnx.choices import (
     AUTO_TRANSFORM,
     MAX_BITS,
-    MIN_BITS,
     ActivationRange,
     BiasType,
     Choice,
@@ -31,6 +30,8 @@ from requant_onnx.choices import (
     Space,
     Transform,
     parse_choice,
+    width_of,
+    widths_in_words,
 )
 from requant_onnx.errors import ConfigError
 from requant_onnx.rules import LayerRule, Rules, rules_of
@@ -77,7 +78,7 @@ class Budget:
 class QuantConfig:
     """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (convert/README.md, "Defaults").
 
-    bits: of each weight, or a budget to choose them by.
+    bits: of each weight, one of LEVELS, or a budget to choose them by.
     objective: the space whose mean squared error alpha minimizes.
     rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
     runtime: what the file is written for; see RUNTIMES.
@@ -91,7 +92,7 @@ class QuantConfig:
     optimize_for: which bytes count; for downloads, bits are those that a weight takes on average, compressed.
     """
 
-    bits: int | Budget = 8
+    bits: float | Budget = 8
     granularity: Granularity = Granularity.PER_CHANNEL
     transform: Transform = AUTO_TRANSFORM
     range_mode: RangeMode = RangeMode.SEARCH
@@ -118,9 +119,11 @@ class QuantConfig:
                 object.__setattr__(self, name, parse_choice(kind, getattr(self, name), name))
         if isinstance(self.transform, str):
             object.__setattr__(self, "transform", Transform.parse(self.transform))
-        whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
-        if not isinstance(self.bits, Budget) and not (whole and MIN_BITS <= self.bits <= MAX_BITS):
-            raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits!r}")
+        if not isinstance(self.bits, Budget):
+            width = width_of(self.bits)
+            if width is None:
+                raise ConfigError(f"bits must be one of {widths_in_words()}, not {self.bits!r}")
+            object.__setattr__(self, "bits", width)
         for name, kind in {**ENUMS, "transform": Transform, "symmetric": bool, "keep_inputs": bool}.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
@@ -147,7 +150,7 @@ class QuantConfig:
         if self.form not in row.forms:
             forms = " or ".join(map(str, row.forms))
             raise ConfigError(f"the {self.form} form is not for {row.title} (--runtime {self.runtime}); choose --form {forms}")
-        if isinstance(self.bits, int) and self.bits not in row.bits:
+        if not isinstance(self.bits, Budget) and self.bits not in row.bits:
             widths = " or ".join(map(str, row.bits))
             raise ConfigError(f"{row.title} (--runtime {self.runtime}) reads no codes of {self.bits} bits; choose --bits {widths}")
         if self.biases is BiasType.HALF and not row.half:
@@ -182,7 +185,7 @@ class QuantConfig:
         return self.symmetric or RUNTIMES[self.runtime].symmetric
 
     @classmethod
-    def paper(cls, bits: int | Budget = 8) -> QuantConfig:
+    def paper(cls, bits: float | Budget = 8) -> QuantConfig:
         """REQuant as published (arXiv 2510.04044): per tensor, square root, searched alpha, rounding in transformed
         space, first and last layer without the transform, biases in float32."""
         return cls(

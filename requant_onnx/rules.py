@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from requant_onnx.choices import MAX_BITS, MIN_BITS, Form, Granularity, Transform, parse_choice
+from requant_onnx.choices import Form, Granularity, Transform, parse_choice, width_of, widths_in_words
 from requant_onnx.errors import ConfigError
 
 Rules: TypeAlias = "Sequence[LayerRule | str] | Mapping[str, Any]"
@@ -32,7 +32,7 @@ class LayerRule:
 
     pattern: str
     keep: bool = False
-    bits: int | None = None
+    bits: float | None = None
     form: Form | None = None
     transform: Transform | None = None
     granularity: Granularity | None = None
@@ -45,8 +45,11 @@ class LayerRule:
                 re.compile(self.pattern[3:])
             except re.error as error:
                 raise ConfigError(f"'{self.pattern}' is no regular expression ({error})") from None
-        if self.bits is not None and not (type(self.bits) is int and MIN_BITS <= self.bits <= MAX_BITS):
-            raise ConfigError(f"the layer rule for '{self.pattern}' sets bits {self.bits!r}; give {MIN_BITS} to {MAX_BITS}")
+        if self.bits is not None:
+            width = width_of(self.bits)
+            if width is None:
+                raise ConfigError(f"the layer rule for '{self.pattern}' sets bits {self.bits!r}; give {widths_in_words()}")
+            object.__setattr__(self, "bits", width)
         if self.keep and any((self.bits, self.form, self.transform, self.granularity)):
             raise ConfigError(f"the layer rule for '{self.pattern}' keeps weights in float and converts them; give one of the two")
 
@@ -74,7 +77,7 @@ class LayerRule:
             if name == KEEP and value in ("", True):
                 given["keep"] = True
             elif name == "bits":
-                given[name] = int(value) if re.fullmatch(r"\d+", str(value)) else value
+                given[name] = float(value) if re.fullmatch(r"\d+(\.\d+)?", str(value)) else value
             elif name == "transform":
                 given[name] = value if isinstance(value, Transform) else Transform.parse(str(value))
             elif name in ("form", "granularity"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from requant_onnx.choices import MAX_BITS, MIN_BITS, Form, Runtime
+from requant_onnx.choices import LEVELS, Form, Runtime
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RuntimeRow:
 
     title: str
     forms: tuple[Form, ...] = (Form.QDQ, Form.FOLDED, Form.INT8)
-    bits: tuple[int, ...] = tuple(range(MIN_BITS, MAX_BITS + 1))
+    bits: tuple[float, ...] = tuple(LEVELS)
     native4: bool = False
     signed: bool = False
     symmetric: bool = False

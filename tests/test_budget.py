@@ -38,7 +38,7 @@ def net() -> onnx.ModelProto:
     return parse(text, **weights, little=np.float32(0.01))
 
 
-def bits_of(config: QuantConfig, calibration: Calibration | None = None) -> dict[str, int]:
+def bits_of(config: QuantConfig, calibration: Calibration | None = None) -> dict[str, float]:
     return {weight.name: weight.bits for weight in quantize_model(net(), config, calibration=calibration)[1].converted}
 
 
@@ -56,6 +56,16 @@ def test_the_file_is_never_above_the_budget(form: Form, calibration: Calibration
         made, report = quantize_model(net(), QuantConfig(Budget(size=int(size)), form=form), calibration=calibration)
         assert 0.85 * size < len(made.SerializeToString()) <= size
         assert {weight.bits for weight in report.converted} - {7, 8}
+
+
+@pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
+def test_budgets_are_spent_on_widths_between_whole_numbers(form: Form) -> None:
+    """Below what 2 bits take, too; and no byte more than there is."""
+    sizes = [quantize_model(net(), QuantConfig(bits, form=form))[0].ByteSize() for bits in (1.6, 2, 3)]
+    for size in (sum(sizes[:2]) // 2, sum(sizes[1:]) // 2):
+        made, report = quantize_model(net(), QuantConfig(Budget(size=size), form=form))
+        assert 0.9 * size < len(made.SerializeToString()) <= size
+    assert {weight.bits % 1 for weight in report.converted} != {0}
 
 
 @pytest.mark.slow

@@ -165,8 +165,8 @@ def expect_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "1"], "bits must be a whole number from 2 to 8, not 1"),
-        (["--bits", "four"], "--bits 'four' is not a whole number"),
+        (["--bits", "1"], "--bits '1' is not one of 1.6, 2, 2.33, 2.67, 3, 3.33, 3.67, 4, 4.5, 5, 5.5, 6, 7 or 8"),
+        (["--bits", "four"], "--bits 'four' is not one of 1.6, 2, 2.33"),
         (["--granularity", "per-row"], "--granularity 'per-row' is not one of per-tensor, per-channel"),
         (["--transform", "log"], "the transform 'log' is not understood"),
         (["--transform", "power:x"], "the transform 'power:x' is not understood"),

@@ -86,7 +86,7 @@ def test_names_that_the_model_uses_already_are_avoided() -> None:
     assert len(report.converted) == 1
 
 
-def bits_and_transforms(edge_layers: EdgeLayers) -> list[tuple[str, int, str]]:
+def bits_and_transforms(edge_layers: EdgeLayers) -> list[tuple[str, float, str]]:
     config = QuantConfig(bits=4, transform=Transform(0.5), edge_layers=edge_layers)
     return [(weight.name, weight.bits, weight.transform) for weight in quantize_model(small_cnn(), config)[1].converted]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,16 @@ from onnx import helper
 from onnxruntime import InferenceSession, SessionOptions
 
 from requant_onnx import Granularity, QuantConfig, Transform, quantize_model
-from requant_onnx.choices import Form
+from requant_onnx.choices import LEVELS, Form
 from requant_onnx.graph.decode.forms import Coded, Target, bytes_of_each, decode_of, group_weights, required_opset, wide_level_type
+from requant_onnx.graph.decode.packing import PACKINGS
 from requant_onnx.graph.decode.writer import Constants, Decode
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 EITHER = (False, True)
+FRACTIONS = [bits for bits in LEVELS if bits % 1]
 
 
 def as_graph(decode: Decode, outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
@@ -52,16 +55,20 @@ def decode(q: QuantizedWeight, form: Form, target: Target, emit: int = onnx.Tens
     return decode_of([Coded("w", q, emit, form)], target, Constants(FreshNames(small_cnn())))
 
 
-def grid(bits: int, exponent: float, axis: int | None, form: Form) -> Grid:
+def grid(bits: float, exponent: float, axis: int | None, form: Form) -> Grid:
     limits = {Form.INT8: 64 if exponent < 1.0 or bits < 8 else 127}
     return Grid(bits, PowerGrid(exponent), axis, limit=limits.get(form), half_scales=form is not Form.QDQ)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75, 1 / 3])
-@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("bits", "exponent", "axis"),
+    [
+        *itertools.product(range(2, 9), (1.0, 0.5, 0.75, 1 / 3), (None, 0, 1)),
+        *itertools.product(FRACTIONS, (1.0, 0.75), (None, 0)),
+    ],
+)
 @pytest.mark.parametrize("form", Form)
-def test_decode_is_exact(bits: int, exponent: float, axis: int | None, form: Form) -> None:
+def test_decode_is_exact(bits: float, exponent: float, axis: int | None, form: Form) -> None:
     """Skewed weights have their zero point at an end of the range, slanted ones one for each channel; 5 * 7 * 3 of them do not fill
     their last byte, channels of 8 * 3 in rows or columns fill bytes of their own."""
     for shape, skew, uint4 in itertools.product(((5, 7, 3), (8, 5, 4), (8, 7, 3)), (0.0, 1.0, None), EITHER):
@@ -84,8 +91,8 @@ def test_float16_readers_get_float16(form: Form) -> None:
 
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("uint4", EITHER)
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read(bits: int, uint4: bool, form: Form) -> None:
+@pytest.mark.parametrize("bits", LEVELS)
+def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read(bits: float, uint4: bool, form: Form) -> None:
     q = quantize_weight(laplace(64, 64, 3, 3), grid(bits, 0.5, 0, form))
     made = decode(q, form, Target(21, uint4))
     nodes = (*made.shared_nodes.values(), *made.nodes)
@@ -93,14 +100,18 @@ def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read
         name for node in nodes for name in node.input
     }
     payload = sum(len(item.raw_data) for item in made.initializers)
-    assert payload <= 1.03 * q.codes.size * bits / 8 + 5 * 64  # scales and zero points of 64 channels
+    assert payload <= 1.03 * PACKINGS[bits].bytes_of(q.codes.size) + 5 * 64  # scales and zero points of 64 channels
 
 
 @pytest.mark.parametrize("form", Form)
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75])
-@pytest.mark.parametrize("axis", [None, 0, 1])
-def test_weights_decoded_together_are_exact(form: Form, bits: int, exponent: float, axis: int | None) -> None:
+@pytest.mark.parametrize(
+    ("bits", "exponent", "axis"),
+    [
+        *itertools.product((3, 4, 8), (1.0, 0.5, 0.75), (None, 0, 1)),
+        *itertools.product((1.6, 2.33, 3.67), (1.0,), (None, 0)),
+    ],
+)
+def test_weights_decoded_together_are_exact(form: Form, bits: float, exponent: float, axis: int | None) -> None:
     """Weights of several numbers of channels; per tensor of one shape."""
     channels = (5, 7, 1) if axis is not None else (5, 5, 5)
     shapes = {f"w{k}": (n, 6, 3) if axis != 1 else (6, n, 3) for k, n in enumerate(channels)}
@@ -120,6 +131,20 @@ def test_weights_decoded_together_are_exact(form: Form, bits: int, exponent: flo
     assert native or max(len(group) for group in groups) >= 2
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_two_bits_reach_further_to_either_side_without_zero_points(exponent: float, axis: int) -> None:
+    """Channels that reach one level further up have a negative scale in the folded form."""
+    w = laplace(12, 40, 12)
+    q = quantize_weight(w, Grid(2, PowerGrid(exponent), axis, half_scales=True))
+    assert set(q.zero_point.tolist()) == {1, 2}
+    made = decode(q, Form.FOLDED, Target(19))
+    assert q.mirrored().scale.min() < 0 < q.scale.min()
+    assert not [item.name for item in made.initializers if item.name.endswith(".z")]
+    np.testing.assert_array_equal(run_decode(made, 19, onnx.TensorProto.FLOAT, w.shape), q.dequantize())
+    np.testing.assert_array_equal(q.mirrored().dequantize(), q.dequantize())
+
+
 def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("requant_onnx.graph.decode.forms.GROUP_ELEMENTS", 100)
     q = quantize_weight(laplace(4, 10), Grid(3, PowerGrid(1.0), 0))
@@ -127,10 +152,10 @@ def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> 
     assert [len(group) for group in group_weights(coded, Target(19))] == [2, 2, 1]
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", LEVELS)
 @pytest.mark.parametrize("exponent", [1.0, 0.75, 0.5])
 @pytest.mark.parametrize("limit", [64, 127])
-def test_int8_levels_keep_the_limit(bits: int, exponent: float, limit: int) -> None:
+def test_int8_levels_keep_the_limit(bits: float, exponent: float, limit: int) -> None:
     """Exact, that is no rounded table, where the integers fit (4 bits with the square root: 64 at most)."""
     q = quantize_weight(
         laplace(6, 50) + np.linspace(-1, 1, 6, dtype=np.float32)[:, None], Grid(bits, PowerGrid(exponent), 0, limit=limit)
@@ -139,9 +164,9 @@ def test_int8_levels_keep_the_limit(bits: int, exponent: float, limit: int) -> N
     assert abs(levels).max() <= limit
     np.testing.assert_array_equal(q.dequantize(), levels.astype(np.float32) * q.scale[:, None])
     if exponent == 1.0:
-        assert (q.table.limit is None) == (2 ** (bits - 1) <= limit)
+        assert (q.table.limit is None) == (LEVELS[bits] // 2 <= limit)
     if exponent == 0.5:
-        assert (q.table.limit is None) == (4 ** (bits - 1) <= limit)
+        assert (q.table.limit is None) == ((LEVELS[bits] // 2) ** 2 <= limit)
 
 
 def test_integer_type_of_levels_beyond_int8() -> None:
@@ -159,8 +184,8 @@ def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("transform", ["none", "sqrt", "power:0.75"])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_onnx_runtime_folds_the_folded_form(bits: int, transform: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", LEVELS)
+def test_onnx_runtime_folds_the_folded_form(bits: float, transform: str, tmp_path: Path) -> None:
     config = QuantConfig(bits, transform=Transform.parse(transform), form=Form.FOLDED)
     assert operators(quantize_model(small_cnn(), config)[0], tmp_path) == operators(small_cnn(), tmp_path)
 
@@ -176,7 +201,7 @@ def test_qdq_leaves_one_dequantizelinear_a_weight(bits: int, tmp_path: Path) -> 
 def test_decodes_share_their_constants_and_use_standard_operators_only() -> None:
     converted, _ = quantize_model(small_cnn(), QuantConfig(3, Granularity.PER_TENSOR, form=Form.FOLDED))
     assert {node.domain for node in converted.graph.node} == {""}
-    names = [item.name for item in converted.graph.initializer if item.name.startswith("d.c")]
+    names = [item.name for item in converted.graph.initializer if re.fullmatch(r"c\d+", item.name)]
     assert len(names) == len(set(names))
     used = [name for node in converted.graph.node for name in node.input if name in names]
     assert len(used) > len(names)

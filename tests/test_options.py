@@ -90,7 +90,7 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("bits = 9", "bits"),
         ("help = true", "belongs on the command line"),
         ("csv = 'a.csv'", "belongs on the command line, --csv"),
-        ("[convert]\nbits = 'x'", "not a whole number"),
+        ("[convert]\nbits = 'x'", "not one of 1.6, 2, 2.33"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(model: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,29 +7,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from requant_onnx.graph.decode.packing import PACKINGS, Packing, pack, unpack
+from requant_onnx.choices import LEVELS
+from requant_onnx.graph.decode.packing import PACKINGS, digits, pack, unpack
 
 
-@given(bits=st.integers(2, 8), count=st.integers(0, 70), seed=st.integers(0, 99))
-def test_round_trip_at_the_true_size(bits: int, count: int, seed: int) -> None:
+@given(bits=st.sampled_from(list(PACKINGS)), count=st.integers(0, 70), seed=st.integers(0, 99))
+def test_round_trip_at_the_true_size(bits: float, count: int, seed: int) -> None:
     packing = PACKINGS[bits]
-    codes = np.random.default_rng(seed).integers(0, 2**bits, (count, *packing.block, packing.codes)).astype(np.uint8)
+    codes = np.random.default_rng(seed).integers(0, packing.base, (count, *packing.block, packing.codes)).astype(np.uint8)
     parts = pack(codes, packing)
     np.testing.assert_array_equal(unpack(parts, packing), codes)
-    assert sum(part.nbytes for part in parts) * 8 == codes.size * bits
+    assert sum(part.nbytes for part in parts) == packing.bytes_of(codes.size)
 
 
 @pytest.mark.parametrize("bits", PACKINGS)
-def test_an_index_has_the_bits_of_its_codes_and_no_more(bits: int) -> None:
+def test_an_index_has_the_bits_of_its_codes_and_no_more(bits: float) -> None:
     packing = PACKINGS[bits]
-    assert packing.base == 2**bits
-    assert 8 + sum(packing.fields) == bits * packing.codes
-    assert packing.block_codes * bits % 8 == 0
+    index = 8 + sum(packing.fields)
+    assert packing.base == LEVELS[bits]
+    assert packing.size <= 2**index
+    assert round(index / packing.codes, 2) == bits
+    assert packing.block_codes * index // packing.codes % 8 == 0
+    assert int(bits) != bits or packing.size == 2**index
 
 
-def test_five_ternary_codes_fit_a_byte() -> None:
-    """Packing is by digits, not by bits."""
-    packing = Packing(5, 3)
-    codes = np.random.default_rng(0).integers(0, 3, (20, 5)).astype(np.uint8)
-    assert sum(part.nbytes for part in pack(codes, packing)) == 20
+@pytest.mark.parametrize("bits", PACKINGS)
+def test_every_index_is_read_back(bits: float) -> None:
+    """The largest too, in each place of a block."""
+    packing = PACKINGS[bits]
+    codes = np.resize(digits(packing.base, packing.codes)[::-1].astype(np.uint8), (packing.size, *packing.block, packing.codes))
     np.testing.assert_array_equal(unpack(pack(codes, packing), packing), codes)
+
+
+@pytest.mark.parametrize("bits", PACKINGS)
+def test_no_table_is_large_and_no_width_has_room_for_another_level(bits: float) -> None:
+    packing = PACKINGS[bits]
+    assert packing.size <= 2**14
+    assert (packing.base + 1) ** packing.codes > 2 ** (8 + sum(packing.fields))

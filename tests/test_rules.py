@@ -14,7 +14,7 @@ from requant_onnx.cli.main import main
 NOISE = Calibration(count=8)
 
 
-def bits_of(report: QuantReport) -> dict[str, int]:
+def bits_of(report: QuantReport) -> dict[str, float]:
     return {weight.name: weight.bits for weight in report.converted}
 
 
@@ -95,8 +95,8 @@ def test_the_command_line_and_a_file_say_the_same(tmp_path: Path) -> None:
         (["--keep", "stages.O.conv1*"], "matches no weight of the model; near to it are 'stages.8.conv1.weight'"),
         (["--keep", "op:Convolution"], "near to it are 'op:Conv'"),
         (["--layer", "fc.weight"], "sets nothing"),
-        (["--layer", "fc*=bits:9"], "give 2 to 8"),
-        (["--layer", "fc*=bits:few"], "give 2 to 8"),
+        (["--layer", "fc*=bits:9"], "give 1.6, 2, 2.33"),
+        (["--layer", "fc*=bits:few"], "give 1.6, 2, 2.33"),
         (["--layer", "fc*=speed:9"], "sets 'speed'"),
         (["--layer", "fc*=form:fast"], "is not one of"),
         (["--layer", "fc*=form:int8"], "choose --form int8"),

@@ -127,7 +127,7 @@ def renamed(model: onnx.ModelProto, names: dict[str, str]) -> onnx.ModelProto:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_unnamed_nodes_and_names_like_ours(config: QuantConfig) -> None:
     model = parse(IMAGES + "{ a = Relu(x) b = Conv(a, w) c = Relu(b) y = Identity(c) }", w=W)
-    report = check(renamed(model, {"a": "d1.codes", "b": "d.c0", "c": "d1.0"}), config)
+    report = check(renamed(model, {"a": "d1.q", "b": "c0", "c": "d1.0"}), config)
     assert not skipped_weights(report)
 
 

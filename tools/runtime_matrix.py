@@ -1,4 +1,5 @@
-"""Convert three models in every form at 8, 4, 3 and 2 bits, run the files in other runtimes, and compare with ONNX Runtime.
+"""Convert three models in every form at 8, 4, 3 and 2 bits, one of them also at 2.33 and 1.6, run the files in other runtimes, and
+compare with ONNX Runtime.
 
     tools/check_runtimes                         what CI runs; writes nothing
     tools/check_runtimes --all                   also runtimes that are not promised
@@ -34,7 +35,8 @@ from requant_onnx.runtimes import RUNTIMES
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(__file__).parent
 NPM_VERSION = "1.30.0"
-WIDTHS = (8, 4, 3, 2)
+WIDTHS = (8, 4, 3, 2.33, 2, 1.6)
+FRACTIONS = "mixed"  # the subject that has them too: the smallest, whose channels fill no block
 TOLERANCE = {Form.QDQ: 0.02, Form.FOLDED: 0.02, Form.INT8: 0.2}
 """Of the root mean square of the answers.  ONNX Runtime's MatMulNBits and OpenVINO's fully connected layers round their inputs to 8
 bits, by default; kernels on integers round all activations, and one that rounds the other way moves what follows.  Garbage is off
@@ -84,7 +86,7 @@ class Case:
     subject: str
     target: Runtime
     form: Form
-    bits: int
+    bits: float
     path: Path
     input: Path
     dims: tuple[int, ...]
@@ -126,7 +128,7 @@ def write_cases(folder: Path, targets: set[Runtime]) -> list[Case]:
         x.tofile(folder / f"{name}.f32")
         for target in sorted(targets, key=str):
             for form in RUNTIMES[target].forms:
-                for bits in WIDTHS:
+                for bits in (bits for bits in WIDTHS if name == FRACTIONS or bits % 1 == 0):
                     path = folder / f"{name}-{target}-{form}-{bits}.onnx"
                     calibration = Calibration(count=16) if form is Form.INT8 else None
                     config = QuantConfig(bits, form=form, runtime=target, refinement=Refinement.NONE, int8_speed=Int8Speed.ALL)
@@ -259,8 +261,8 @@ def page(results: dict[tuple[str, Runtime], dict[str, list[str]]]) -> str:
 
 Made on {date.today():%Y-%m-%d} by `tools/check_runtimes --all --write tools/runtimes.md`.
 
-The files are a ResNet-20 and a MobileNet for CIFAR-10 and a network of mixed operators, in every form at 8, 4, 3 and 2 bits,
-converted for the `--runtime` of the second column. Their answers are compared with those of
+The files are a ResNet-20 and a MobileNet for CIFAR-10 and a network of mixed operators, in every form at 8, 4, 3 and 2 bits
+(the last also at 2.33 and 1.6 bits), converted for the `--runtime` of the second column. Their answers are compared with those of
 ONNX Runtime {onnxruntime.__version__}: the root
 mean square of the difference is at most {TOLERANCE[Form.FOLDED]:g} of that of the scores. In the int8 form it is at most
 {TOLERANCE[Form.INT8]:g}, because runtimes round activations to 8 bits in different ways.

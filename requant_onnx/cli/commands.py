@@ -22,6 +22,7 @@ from requant_onnx.cli.terminal import console_for, progress_bar, status_line
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import (
     automatic,
+    bits_of,
     calibration_of,
     config_of,
     feeds_of,
@@ -316,7 +317,7 @@ def run_compare(args: argparse.Namespace) -> None:
     check_apart(args.json, args.html, args.csv)
     if args.cache is not None:
         check_cache(args.cache)
-    widths = [whole_of(text, "--bits") for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
+    widths = [bits_of(text) for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
     form = Form.QDQ if args.form is None else args.form
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args) or Calibration()

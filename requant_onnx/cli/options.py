@@ -10,7 +10,7 @@ from typing import Any
 
 import shtab
 
-from requant_onnx.choices import TRANSFORMS, Choice, parse_choice
+from requant_onnx.choices import TRANSFORMS, Choice, parse_choice, widths_in_words
 from requant_onnx.cli.examples import EXAMPLES
 from requant_onnx.cli.goals import GOALS
 from requant_onnx.cli.parser import (
@@ -137,7 +137,7 @@ def _add_aims(parser: Parser) -> None:
     size.add_argument(
         "--bits",
         metavar="N",
-        help=f"bits per weight, 2 to 8 (default: {DEFAULT.bits}), or auto, which chooses them for each weight",
+        help=f"bits per weight: {widths_in_words()} (default: {DEFAULT.bits}), or auto, which chooses them for each weight",
     )
     size.add_argument("--size", metavar="SIZE", help="for --bits auto: make the best file of at most this size, for example 180kB")
     _add_choice(size, "optimize_for", "AIM", "which bytes count: those of the file, or those of a compressed download: ")
@@ -315,7 +315,7 @@ def _add_data(parser: Parser, what: str = USUAL_DATA) -> None:
 def _add_compare(run: Command, parser: Parser) -> None:
     _add_file(parser, "model", "IN.onnx", "model to convert")
     tried = parser.titled("what is tried")
-    tried.add_argument("--bits", metavar="N,N", help="widths to try, in bits per weight from 2 to 8 (default: 8,6,4,3)")
+    tried.add_argument("--bits", metavar="N,N", help="widths to try, in bits per weight, as in convert (default: 8,6,4,3)")
     tried.add_argument("--recipes", metavar="NAME,NAME", help="recipes to try, listed below (default: max,paper,best)")
     _add_choice(tried, "runtime", "RT", "runtime that reads the file: ")
     _add_choice(tried, "form", "F", "how the weights are stored and decoded: ")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from requant_onnx.choices import Form, Refinement, Space, Transform
+from requant_onnx.choices import Form, Refinement, Space, Transform, width_of, widths_in_words
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.evaluate.target import Evaluate, Target
@@ -91,14 +91,14 @@ def function_of(text: str) -> Evaluate:
     return cast("Evaluate", function)
 
 
-def _bits(args: argparse.Namespace) -> int | Budget | None:
+def _bits(args: argparse.Namespace) -> float | Budget | None:
     if args.max_drop is not None or args.min_agreement is not None:
         return None
     if args.bits != "auto":
         for name in ("size", "target_sqnr"):
             if getattr(args, name) is not None and name not in args.from_file:
                 raise ConfigError(f"{_flag(name)} is for --bits auto; give --bits auto, or drop {_flag(name)}")
-        return None if args.bits is None else whole_of(args.bits, "--bits")
+        return None if args.bits is None else bits_of(args.bits)
     if (args.size is None) == (args.target_sqnr is None):
         raise ConfigError("--bits auto needs what to aim at: either --size, for instance 180kB, or --target-sqnr, for instance 20")
     if args.size is None:
@@ -119,7 +119,7 @@ def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfi
     size = noise_size(model_of(args))
     if not (refined or config.form is Form.INT8) or size is None:
         return config, calibration_of(argparse.Namespace(**{**vars(args), "calibrate": "none"}))
-    fine = isinstance(config.bits, int) and config.bits >= FINE_BITS and config.form is not Form.INT8
+    fine = not isinstance(config.bits, Budget) and config.bits >= FINE_BITS and config.form is not Form.INT8
     if fine and args.refinement is None:
         config = dataclasses.replace(config, refinement=Refinement.BIAS)
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
@@ -292,6 +292,21 @@ def whole_of(text: str, option: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{option} '{text}' is not a whole number") from None
+
+
+def bits_of(text: str) -> float:
+    """Parse a width.  Raises ConfigError.
+
+    >>> bits_of("1.6"), bits_of("4")
+    (1.6, 4)
+    """
+    try:
+        width = width_of(float(text))
+    except ValueError:
+        width = None
+    if width is None:
+        raise ConfigError(f"--bits '{text}' is not one of {widths_in_words()}")
+    return width
 
 
 def seconds_of(text: str | None) -> float | None:

@@ -4,8 +4,8 @@ Errors of different weights add up in the output, nearly, each about in proporti
 
     output_error(grid) = output_error(reference grid) * (error(grid) / error(reference grid))**slope
 
-with the error of every grid exact, and the output error measured on the reference grid (slope 1 for smaller errors) and on that
-of fewest bits, which gives the slope between.  Bytes are those of the decode in the file; what weights decoded together share is
+with the error of every grid exact, and the output error measured on the reference grid (slope 1 for smaller errors) and on those
+of fewest bits, which give the slopes between.  Bytes are those of the decode in the file; what weights decoded together share is
 divided among them, and the choice is made again with the new shares until it stays: a multiple-choice knapsack each time.
 """
 
@@ -95,6 +95,15 @@ class Market:
             for item, offers, k in zip(self.planned, self.offers, picks, strict=True)
         )
 
+    def of_whole_bits(self) -> tuple[Market, tuple[tuple[int, ...], ...]]:
+        """The offers without the widths between whole numbers, and their places here; all where a weight has no other."""
+        places = []
+        for offers in self.offers:
+            whole = tuple(k for k, offer in enumerate(offers) if offer.grid.bits % 1 == 0)
+            places.append(whole or tuple(range(len(offers))))
+        left = tuple(tuple(offers[k] for k in kept) for offers, kept in zip(self.offers, places, strict=True))
+        return Market(self.planned, left), tuple(places)
+
     def smallest(self) -> Picks:
         """The picks of least bytes, about."""
         return min(self._settled(lambda _: 0), key=self.bytes)
@@ -164,12 +173,12 @@ class Market:
         return tuple(front.choices_at(point))
 
 
-def _best_of(offers: Sequence[Offer], bits: int) -> int:
+def _best_of(offers: Sequence[Offer], bits: float) -> int:
     """The offer of least output error of those nearest in bits."""
     return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].output_error))
 
 
-def _nearest(offers: Sequence[Offer], bits: int, kind: GridKind, whole: bool) -> int:
+def _nearest(offers: Sequence[Offer], bits: float, kind: GridKind, whole: bool) -> int:
     """The offer most alike."""
 
     def distance(k: int) -> tuple[float, ...]:
@@ -223,22 +232,26 @@ def open_market(
 
 
 def _probed(item: PlannedWeight) -> tuple[Grid, ...]:
-    """The grids on which output errors are measured: the first, and the same of fewest bits."""
-    fewest = min((item.grid, *item.others), key=lambda grid: grid.bits).bits
-    coarse = next((g for g in item.others if g == replace(item.grid, bits=fewest)), item.grid)
-    return (item.grid, coarse) if coarse.bits < item.grid.bits else (item.grid,)
+    """The grids on which output errors are measured: the first, the same of fewest whole bits, and the same of fewest."""
+    fewer = [g for g in item.others if g.bits < item.grid.bits and (g.kind, g.axis) == (item.grid.kind, item.grid.axis)]
+    whole = min((g for g in fewer if g.bits % 1 == 0), key=lambda g: g.bits, default=None)
+    least = min(fewer, key=lambda g: g.bits, default=None)
+    return tuple(dict.fromkeys(g for g in (item.grid, whole, least) if g is not None))
 
 
 def _error_at(error: float, known: Sequence[tuple[float, float]]) -> float:
     """The output error: in proportion to the error of the weight, and between two known points by a power law.
 
-    known: (error of the weight, output error).
+    known: (error of the weight, output error), from the least on.
     """
-    (fine, low), (coarse, high) = known[0], known[-1]
-    if error <= fine or min(fine, low) <= 0.0 or coarse <= fine:
+    fine, low = known[0]
+    if error <= fine or min(fine, low) <= 0.0:
         return low * error / fine if fine > 0.0 else 0.0
-    slope = max(0.0, math.log(max(high, low) / low) / math.log(coarse / fine))
-    return float(low * (error / fine) ** slope)
+    for (fine, low), (coarse, high) in itertools.pairwise(known):
+        if coarse > fine and (error <= coarse or coarse == known[-1][0]):
+            slope = max(0.0, math.log(max(high, low) / low) / math.log(coarse / fine))
+            return float(low * (error / fine) ** slope)
+    return low * error / fine
 
 
 def sensitivities(

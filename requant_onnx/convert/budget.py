@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from requant_onnx.config import Budget
@@ -84,28 +85,45 @@ class _Search:
     def small_enough(self, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
         """The file of least output error that is at most so large.
 
-        chunks: on which it is compared with the best file of one grid for all, for the additive model is not the network.
+        chunks: on which it is compared with the best files of whole bits and of one grid for all, for the additive model, which
+        has chosen, is not the network.
         """
+        found = [self._small_enough(size)]
+        if not chunks:
+            return found[0]
+        found += [*self._of_whole_bits(size), *self._alike(*found[0], size)]
+        exact = outputs_of(self.prepared.model, chunks)
+        return min(found, key=lambda each: relative_error(exact, outputs_of(each[1][0], chunks)))
+
+    def _small_enough(self, size: int) -> tuple[Picks, Built]:
+        """The file of least output error by the additive model."""
         limit = size
         for _ in range(TRIES):
             picks = self._fitting(limit)
             built = self._built(picks)
             excess = built[0].ByteSize() - size
             if excess <= 0:
-                return self._better(picks, built, size, chunks) if chunks else (picks, built)
+                return picks, built
             limit -= excess
         raise ConfigError(f"no choice of bits found for a file of {size:,} bytes; give a little more")
 
-    def _better(self, picks: Picks, built: Built, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
-        """These, or one grid for all if that has the better outputs."""
+    def _of_whole_bits(self, size: int) -> Iterator[tuple[Picks, Built]]:
+        """The same without the widths between whole numbers; nothing where there are none, or are too large."""
+        market, places = self.market.of_whole_bits()
+        if market.offers == self.market.offers:
+            return
+        with contextlib.suppress(ConfigError):
+            picks, built = replace(self, market=market)._small_enough(size)
+            yield tuple(kept[k] for kept, k in zip(places, picks, strict=True)), built
+
+    def _alike(self, picks: Picks, built: Built, size: int) -> Iterator[tuple[Picks, Built]]:
+        """The best file of one grid for all, unless it is this one."""
         room = self.market.bytes(picks) + size - built[0].ByteSize() + SLACK
         for alike in self.market.alike_within(room)[:TRIES]:
             other = self._built(alike)
             if other[0].ByteSize() <= size and alike != picks:
-                exact = outputs_of(self.prepared.model, chunks)
-                errors = [relative_error(exact, outputs_of(model, chunks)) for model, _ in (built, other)]
-                return (picks, built) if errors[0] <= errors[1] else (alike, other)
-        return picks, built
+                yield alike, other
+                return
 
     def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
         """The smallest file with that output SQNR on `chunks`, of those tried."""

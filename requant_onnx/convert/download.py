@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from requant_onnx.config import Budget
 from requant_onnx.convert.ladder import HELD_OUT
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.prepare import Prepared, copied
@@ -53,7 +54,7 @@ def write_for_download(
     if calibration is not None and free:
         chunks = list(calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES))))
     search = _Search(prepared, rate_weights(prepared, free, chunks, progress), progress, threads)
-    if isinstance(config.bits, int):
+    if not isinstance(config.bits, Budget):
         return search.built(config.bits * search.count)
     if config.bits.size is not None:
         return search.small_enough(config.bits.size)

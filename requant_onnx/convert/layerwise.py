@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from requant_onnx.choices import Refinement
+from requant_onnx.choices import LEVELS, Refinement
 from requant_onnx.convert.ladder import HELD_OUT, Evidence, RefinedLayer, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight
@@ -167,7 +167,7 @@ def _cost(layer: Layer, plan: PlannedWeight, running: float, clock: Clock) -> Co
 def _error_at_full_range(plan: PlannedWeight) -> float:
     """The squared error of uniform levels over the full range, a twelfth of the squared step, over the power; 1 at most."""
     rows = to_rows(plan.weight.load(), plan.grid.axis)
-    step = np.ptp(rows, 1).astype(np.float64) / (2**plan.grid.bits - 1)
+    step = np.ptp(rows, 1).astype(np.float64) / (LEVELS[plan.grid.bits] - 1)
     power = np.square(rows, dtype=np.float64).mean()
     return float(min(1.0, (step**2).mean() / 12 / power)) if power > 0.0 else 0.0
 

@@ -212,7 +212,7 @@ def _odd(model: LoadedModel) -> tuple[str, ...]:
 def _notes(model: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
     """What could be better: calibration inputs at few bits, and the right ones."""
     if calibration is None:
-        blind = isinstance(config.bits, int) and config.refinement is not Refinement.NONE
+        blind = not isinstance(config.bits, Budget) and config.refinement is not Refinement.NONE
         coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
         return ("few bits cost less accuracy with --calibrate: images, or noise, which needs no data",) if coarse else ()
     pixels = any(item.type.tensor_type.elem_type == onnx.TensorProto.UINT8 for item in model.graph.input)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from requant_onnx.choices import AUTO_BITS, EXPONENTS, MAX_BITS, EdgeLayers, Form, Granularity, Int8Levels, RangeMode, Space
+from requant_onnx.choices import AUTO_BITS, EXPONENTS, LEVELS, MAX_BITS, EdgeLayers, Form, Granularity, Int8Levels, RangeMode, Space
 from requant_onnx.config import Budget, QuantConfig
 from requant_onnx.graph.decode.forms import FORMS, required_opset
 from requant_onnx.graph.weights import SkippedWeight, View, Weight
@@ -18,6 +18,10 @@ EDGE_BITS = 8
 REFERENCE_BITS = 4
 SHORT_CHANNEL = 600  # weights; in longer ones, scales take less than 2 % of the codes
 MOST, FEW = 1 / 2, 4  # share of all weights that is most of them, in a model of at least so many
+TERNARY, BALANCED = (
+    3,
+    (3, 5),
+)  # levels alike in all kinds of grids; that reach as far to both sides, and gain nothing by zero points
 SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 
 
@@ -96,7 +100,9 @@ def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) 
             round_in_weights=config.rounding is Space.WEIGHT,
             limit=_limit(config) if FORMS[form].on_integers else None,
             half_scales=row.half and (FORMS[form].half_scales or weight.lookup_axis is not None),
-            symmetric=config.is_symmetric or (bits == MAX_BITS and row.signed and not FORMS[form].dequantizes),
+            symmetric=config.is_symmetric
+            or LEVELS[bits] in BALANCED
+            or (bits == MAX_BITS and row.signed and not FORMS[form].dequantizes),
         )
         for bits in ([EDGE_BITS] if weight.is_table or not _has_pairs(weight, config) else _widths(config, is_edge, form))
         for granularity in _granularities(weight, config)
@@ -123,8 +129,9 @@ def _has_pairs(weight: Weight, config: QuantConfig) -> bool:
     return RUNTIMES[config.runtime].checked or weight.shape[-1] % 2 == 0
 
 
-def _widths(config: QuantConfig, is_edge: bool, form: Form) -> list[int]:
+def _widths(config: QuantConfig, is_edge: bool, form: Form) -> list[float]:
     """Bits, the one to measure by first where they are to be chosen."""
+    asked: list[float]
     if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT:
         asked = [EDGE_BITS]
     elif isinstance(config.bits, Budget):
@@ -147,10 +154,11 @@ def _granularities(weight: Weight, config: QuantConfig) -> list[Granularity]:
     return [config.granularity]
 
 
-def _kinds(config: QuantConfig, bits: int, is_edge: bool) -> list[GridKind]:
+def _kinds(config: QuantConfig, bits: float, is_edge: bool) -> list[GridKind]:
     """Edge layers are never transformed (REQuant, arXiv 2510.04044); the automatic transform is one of several, uniform first."""
     if is_edge:
         return [UNIFORM]
     if config.transform.exponent is not None:
         return [PowerGrid(config.transform.exponent)]
-    return [PowerGrid(exponent) for exponent in EXPONENTS] if FORMS[config.form].any_grid and bits <= AUTO_BITS else [UNIFORM]
+    differ = bits <= AUTO_BITS and LEVELS[bits] != TERNARY
+    return [PowerGrid(exponent) for exponent in EXPONENTS] if FORMS[config.form].any_grid and differ else [UNIFORM]

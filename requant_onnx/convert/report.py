@@ -53,7 +53,7 @@ class WeightReport:
     op: str
     shape: tuple[int, ...]
     form: str
-    bits: int
+    bits: float
     transform: str
     axis: int | None
     alpha: Bounds

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from requant_onnx.choices import OptimizeFor
+from requant_onnx.choices import LEVELS, OptimizeFor
 from requant_onnx.convert.nearest import Result
 from requant_onnx.files.compressed import compress
 from requant_onnx.graph.decode.forms import FORMS
@@ -19,6 +19,7 @@ from requant_onnx.numerics.arrays import UInt8Array
 from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table
 from requant_onnx.numerics.quantize import QuantizedWeight
+from requant_onnx.numerics.ranges import symmetric_zero_point
 
 PIECE = 1 << 18  # codes on which widths are compared
 NARROW = (4, 2)  # bits of codes that fill a byte without a rest
@@ -35,11 +36,11 @@ def narrowed(result: Result, aim: OptimizeFor) -> Result:
     return replace(result, quantized=best, planned=replace(result.planned, grid=replace(grid, bits=best.table.bits)))
 
 
-def of_width(q: QuantizedWeight, bits: int) -> QuantizedWeight | None:
+def of_width(q: QuantizedWeight, bits: float) -> QuantizedWeight | None:
     """The same levels by narrower codes; None where these do not reach as far."""
-    levels, middle = q.levels(), 1 << bits - 1
+    levels, middle = q.levels(), symmetric_zero_point(bits)
     low, high = int(levels.min()), int(levels.max())
-    zero = next((z for z in (middle, middle - 1) if low >= -z and high < (1 << bits) - z), None)
+    zero = next((z for z in (middle, middle - 1) if low >= -z and high < LEVELS[bits] - z), None)
     if zero is None:
         return None
     codes = (levels + zero).astype(np.uint8)

@@ -41,15 +41,15 @@ from requant_onnx.runtime.version import runtime_version
 SHARD = 500  # images of a work item
 BATCH = 100
 
-Case: TypeAlias = "tuple[str, int]"
+Case: TypeAlias = "tuple[str, float]"
 FLOAT: Case = ("float", 32)
 
 
-def _one_scale(bits: int, exponent: float, mode: RangeMode) -> QuantConfig:
+def _one_scale(bits: float, exponent: float, mode: RangeMode) -> QuantConfig:
     return replace(QuantConfig.paper(bits), transform=Transform(exponent), range_mode=mode)
 
 
-RECIPES: dict[str, Callable[[int], QuantConfig]] = {
+RECIPES: dict[str, Callable[[float], QuantConfig]] = {
     "max": lambda bits: _one_scale(bits, 1.0, RangeMode.MAX),
     "range": lambda bits: _one_scale(bits, 1.0, RangeMode.SEARCH),
     "transform": lambda bits: _one_scale(bits, 0.5, RangeMode.MAX),
@@ -75,7 +75,7 @@ class Trial:
     """
 
     recipe: str
-    bits: int
+    bits: float
     bytes: int
     ratio: float
     top1: float | None
@@ -102,7 +102,7 @@ class Comparison:
 
 def compare(
     model: bytes,
-    bits: Sequence[int],
+    bits: Sequence[float],
     recipes: Sequence[str],
     images: ImageSet | FeedSet,
     normalization: Normalization | None,

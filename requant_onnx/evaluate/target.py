@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from requant_onnx.choices import MAX_BITS, MIN_BITS
 from requant_onnx.config import Budget, QuantConfig
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import QuantReport
@@ -25,6 +24,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.progress import Progress
+from requant_onnx.runtimes import RUNTIMES
 
 CONFIDENT = 1.645  # standard errors: 95 % on one side
 MIXED_TRIES = 3
@@ -124,15 +124,16 @@ class _Search:
         self._too_small = 0  # the largest size that no choice of bits reaches
 
     def run(self) -> Found:
-        low, high = MIN_BITS, MAX_BITS
+        widths = RUNTIMES[self._config.runtime].bits
+        low, high = 0, len(widths) - 1
         while low < high:  # the fewest bits that hold, if any do
             middle = (low + high) // 2
-            if self._try(replace(self._config, bits=middle), str(middle)).holds:
+            if self._try(replace(self._config, bits=widths[middle]), str(widths[middle])).holds:
                 high = middle
             else:
                 low = middle + 1
-        if not any(trial.bits == str(high) for trial, *_ in self._trials):
-            self._try(replace(self._config, bits=high), str(high))
+        if not any(trial.bits == str(widths[high]) for trial, *_ in self._trials):
+            self._try(replace(self._config, bits=widths[high]), str(widths[high]))
         for _ in range(MIXED_TRIES if self._calibration is not None else 0):
             held = [trial.bytes for trial, *_ in self._trials if trial.holds]
             failed = [trial.bytes for trial, *_ in self._trials if held and not trial.holds and trial.bytes < min(held)]
@@ -147,7 +148,7 @@ class _Search:
 
     def _try(self, config: QuantConfig, bits: str) -> Trial:
         if self._progress is not None:
-            self._progress(f"trying {bits} bits", len(self._trials), 3 + MIXED_TRIES)
+            self._progress(f"trying {bits} bits", len(self._trials), 4 + MIXED_TRIES)
         made, report = quantize_model(self._model, config, calibration=self._calibration, threads=self._threads, check=False)
         value, error = self._measure(made)
         limit = -(self._target.max_drop or 0.0) if self._target.min_agreement is None else self._target.min_agreement

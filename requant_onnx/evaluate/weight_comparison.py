@@ -79,7 +79,7 @@ class ComparedWeight:
     outcome: str
     sqnr_db: float
     output_sqnr_db: float
-    bits: int = 32
+    bits: float = 32
     grid: GridKind | None = None
     scales: Float64Array | None = None
     alpha: tuple[float, float, float] | None = None

@@ -12,10 +12,22 @@ from requant_onnx.files.walk import all_graphs, reads_in
 from requant_onnx.graph.constants import PASS_THROUGH
 from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 
+VARINTS = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))  # types of numbers that are mostly small
+SMALL_BYTES = 1024  # of a tensor of which a few bytes are worth it
+
 
 def tensor_proto(values: GenericArray, name: str) -> onnx.TensorProto:
-    """A TensorProto with raw data (integers in typed fields are varints, larger than floats)."""
-    return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+    """A TensorProto with raw data (in typed fields integers are varints, most of them larger), or as `compact` makes it."""
+    return compact(numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name))
+
+
+def compact(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The same tensor, or one with its integers as varints, where it is small, and smaller so: most are shapes and axes."""
+    if tensor.data_type not in VARINTS or not 0 < len(tensor.raw_data) <= SMALL_BYTES:
+        return tensor
+    values = numpy_helper.to_array(tensor)
+    shorter = helper.make_tensor(tensor.name, tensor.data_type, values.shape, values.ravel().tolist())
+    return shorter if shorter.ByteSize() < tensor.ByteSize() else tensor
 
 
 def proto_of_4_bits(values: UInt8Array, name: str, *, signed: bool) -> onnx.TensorProto:

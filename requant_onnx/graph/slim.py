@@ -1,11 +1,12 @@
 """Drop what no runtime needs from a finished model.
 
-These are types that shape inference gives again, attributes at their defaults, names of nodes that their outputs repeat, and where
+These are types that shape inference gives again, attributes at their defaults, names of nodes that say nothing, and where
 in the exporter's source a node came from.  Few-bit files are small, and these are a tenth of them.  https://onnx.ai/onnx/api/shape_inference.html
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import onnx
@@ -14,7 +15,7 @@ from onnx.shape_inference import InferenceError, infer_shapes
 from requant_onnx.files.load import is_large, opset_of
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import is_standard_proto
-from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.edit import compact, delete_where
 
 KNOWN_BY_SHAPE = 1024  # bytes of an initializer whose values no inference reads
 
@@ -34,16 +35,24 @@ def slim(model: onnx.ModelProto) -> None:
     """Drop them.  Changes the model, but nothing that a runtime computes with it."""
     opset = opset_of(model)
     for graph in all_graphs(model.graph):
+        for tensor in graph.initializer:
+            tensor.CopyFrom(compact(tensor))
         for item in graph.value_info:
             del item.metadata_props[:]
         for node in graph.node:
             if is_standard_proto(node):
                 node.ClearField("doc_string")
                 del node.metadata_props[:]
-                if node.output and node.output[0].startswith(node.name):
+                if node.output and _says_nothing(node.name, node):
                     node.ClearField("name")
                 _drop_defaults(node, opset)
     _drop_inferred(model)
+
+
+def _says_nothing(name: str, node: onnx.NodeProto) -> bool:
+    """Whether the name of a node repeats its output, or is its operator with a number, as exporters give a name."""
+    name = name.removeprefix("node_")
+    return node.output[0].startswith(name) or re.fullmatch(rf"{node.op_type}(_\d+)?", name, re.IGNORECASE) is not None
 
 
 def _drop_defaults(node: onnx.NodeProto, opset: int) -> None:

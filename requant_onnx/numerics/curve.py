@@ -6,7 +6,7 @@ thresholds t_j and the levels m_0 .. m_K has the squared error
     sum (u - m_q)**2  =  sum u**2  -  2 A  +  B,
     A = m_K P(n) + sum_j (m_j - m_j+1) P(t_j),     B = m_K**2 n + sum_j (m_j**2 - m_j+1**2) N(t_j),
 
-where P(t) sums and N(t) counts the elements below t: one binary search for each of the 2**bits - 1 thresholds, whatever the number
+where P(t) sums and N(t) counts the elements below t: one binary search for each of the K thresholds, whatever the number
 of weights.  An element with the importance h counts h times in every sum (a histogram's bin, or a diagonal Hessian).
 """
 
@@ -34,7 +34,7 @@ class Curves:
     sums, squares: running sums of h * u and h * u**2, (rows, n+1); of long rows, squares are None.
     total: sums of h * u**2, (rows, 1).
     counts: running sums of h, (rows, n+1), or None with h.
-    thresholds, levels: whole tables, (2K,) and (2K+1,), in units of their scale, K = 2**bits - 1.
+    thresholds, levels: whole tables, (2K,) and (2K+1,), in units of their scale.
     start: first level of each row, (rows,).  steps: steps at alpha = 1, (rows,).  power: 1/a.  in_weights: whether u is w.
     is_nearest: whether a weight goes to the level of least error.
     """
@@ -56,7 +56,7 @@ class Curves:
 
     @property
     def max_code(self) -> int:
-        """K = 2**bits - 1."""
+        """K, one less than there are levels."""
         return self.thresholds.size // 2
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from requant_onnx.choices import LEVELS
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
 from requant_onnx.numerics.kinds import PowerGrid
 from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
@@ -45,7 +46,7 @@ def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None
         return None
     sampled = sorted(levels, key=len)[-SAMPLED:]
     tolerance = HALF_TOLERANCE if half else TOLERANCE
-    for table in _tables(max(2, int(most).bit_length())):  # with zero there are most + 1 levels
+    for table in _tables(most + 1):  # with zero
         if all(_scale(values, table, tolerance) is not None for values in sampled):
             scales = [_scale(values, table, tolerance) for values in levels]
             if None not in scales:
@@ -54,7 +55,8 @@ def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None
 
 
 def _tables(fewest: int) -> Iterator[LevelTable]:
-    for bits in range(fewest, 9):
+    """Tables of at least so many levels."""
+    for bits in (width for width, levels in LEVELS.items() if levels >= fewest):
         for kind in KINDS:
             yield level_table(bits, kind)
             yield from (table for limit in LIMITS if (table := limited_table(bits, kind, limit)).limit is not None)

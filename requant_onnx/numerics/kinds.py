@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from requant_onnx.choices import LEVELS
 from requant_onnx.numerics.arrays import Float64Array, Int64Array
 
 MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
@@ -71,22 +72,22 @@ class PowerGrid:
         """The step in transformed space that belongs to the scale of a weight."""
         return scale**self.exponent
 
-    def unit(self, bits: int) -> int:
+    def unit(self, bits: float) -> int:
         """The factor of integer levels: 1 where the levels are integers, else the largest with which they fit into 24 bits."""
         whole = abs(self.power - round(self.power)) < 1e-9
-        return 1 if whole else int(MAX_LEVEL / (2**bits - 1) ** self.power)
+        return 1 if whole else int(MAX_LEVEL / (LEVELS[bits] - 1) ** self.power)
 
-    def fitted(self, rows: npt.NDArray[np.floating], bits: int) -> PowerGrid:  # noqa: ARG002
+    def fitted(self, rows: npt.NDArray[np.floating], bits: float) -> PowerGrid:  # noqa: ARG002
         """The kind for these weights: a kind whose levels are learned learns them here.  rows: (rows, n)."""
         return self
 
-    def transformed_levels(self, bits: int) -> Float64Array:
+    def transformed_levels(self, bits: float) -> Float64Array:
         """(2K+1,) levels in transformed space in units of the step: -K .. K."""
-        return np.arange(1 - 2**bits, 2**bits, dtype=np.float64)
+        return np.arange(1 - LEVELS[bits], LEVELS[bits], dtype=np.float64)
 
-    def levels(self, bits: int) -> Int64Array:
-        """The integer levels of k = -K .. K, (2K+1,), K = 2**bits - 1."""
-        k = np.arange(1 - 2**bits, 2**bits)
+    def levels(self, bits: float) -> Int64Array:
+        """The integer levels of k = -K .. K, (2K+1,), K = LEVELS[bits] - 1."""
+        k = np.arange(1 - LEVELS[bits], LEVELS[bits])
         return np.rint(self.unit(bits) * np.sign(k) * np.abs(k, dtype=np.float64) ** self.power).astype(np.int64)
 
     def distance(self, other: PowerGrid) -> float:

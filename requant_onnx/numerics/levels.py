@@ -2,8 +2,8 @@
 
     v_hat = scale_v * k,   w_hat = restore(v_hat) = scale * L[k],   k = q - zero_point      (kinds.py)
 
-`k` runs over -K .. K with K = 2**bits - 1, so that one table serves every zero point 0 .. K.  Where |L| must not exceed a limit
-(an int8 kernel) and even L[h] of the symmetric zero point h = 2**(bits-1) does, the table is rounded: rint(L[k] * limit / L[h]).
+`k` runs over -K .. K with K + 1 levels, so that one table serves every zero point 0 .. K.  Where |L| must not exceed a limit
+(an int8 kernel) and even L[h] of the symmetric zero point h does, the table is rounded: rint(L[k] * limit / L[h]).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from requant_onnx.choices import LEVELS
 from requant_onnx.numerics.arrays import Float64Array, Int64Array
 from requant_onnx.numerics.kinds import GridKind, LevelDecode
+from requant_onnx.numerics.ranges import symmetric_zero_point
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class LevelTable:
     limit: largest level, to which the table was rounded; None for an exact table.
     """
 
-    bits: int
+    bits: float
     kind: GridKind
     unit: float
     integers: Int64Array
@@ -34,8 +36,8 @@ class LevelTable:
 
     @property
     def max_code(self) -> int:
-        """K = 2**bits - 1."""
-        return int(2**self.bits - 1)
+        """K, one less than there are levels."""
+        return LEVELS[self.bits] - 1
 
     @property
     def decode(self) -> LevelDecode:
@@ -54,15 +56,15 @@ class LevelTable:
 
     @property
     def symmetric_zero_point(self) -> int:
-        """The zero point 2**(bits-1), with which the levels reach equally far to both sides, except for one level."""
-        return int(2 ** (self.bits - 1))
+        """The zero point with which the levels reach equally far to both sides, except for one level where their number is even."""
+        return symmetric_zero_point(self.bits)
 
     def reach(self, zero_point: Int64Array) -> Int64Array:
         """The largest |level| at each zero point."""
         return np.asarray(self.integers[self.max_code + np.maximum(zero_point, self.max_code - zero_point)])
 
     @property
-    def _key(self) -> tuple[int, GridKind, int | None]:
+    def _key(self) -> tuple[float, GridKind, int | None]:
         return self.bits, self.kind, self.limit
 
     def thresholds(self, in_weight_space: bool) -> Float64Array:
@@ -83,7 +85,7 @@ class LevelTable:
 
 
 @lru_cache(maxsize=64)
-def level_table(bits: int, kind: GridKind) -> LevelTable:
+def level_table(bits: float, kind: GridKind) -> LevelTable:
     """The exact table of one grid.
 
     >>> from requant_onnx.numerics.kinds import PowerGrid
@@ -96,7 +98,7 @@ def level_table(bits: int, kind: GridKind) -> LevelTable:
 
 
 @lru_cache(maxsize=64)
-def limited_table(bits: int, kind: GridKind, limit: int) -> LevelTable:
+def limited_table(bits: float, kind: GridKind, limit: int) -> LevelTable:
     """The table of one grid whose levels are at most `limit` at the symmetric zero point: the exact one, or else a rounded one.
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT

@@ -31,12 +31,12 @@ class Grid:
     search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
     limit: largest level (where an int8 kernel follows); None for no limit.
     half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
-    symmetric: whether every zero point is 2**(bits-1).
+    symmetric: whether every zero point is that in the middle.
     step: value of a level where bits of codes count too (price.py): uniform levels that reach as far as the weights do; then only
     axis and half_scales matter besides.  None: levels by the range of the weights.
     """
 
-    bits: int
+    bits: float
     kind: GridKind
     axis: int | None
     search: bool = True
@@ -57,8 +57,8 @@ class Grid:
 class QuantizedWeight:
     """The codes of a weight with the parameters that decode them.
 
-    codes: uint8, values 0 .. 2**bits - 1, the shape of the weight.
-    scale, zero_point, alpha: float32 (positive), uint8 and float64, each () or (channels,) along `axis`.
+    codes: uint8, values 0 .. K (levels.py), the shape of the weight.
+    scale, zero_point, alpha: float32 (positive, unless mirrored), uint8 and float64, each () or (channels,) along `axis`.
     """
 
     codes: UInt8Array
@@ -72,6 +72,19 @@ class QuantizedWeight:
     def has_half_scale(self) -> bool:
         """Whether there is more than one scale, and float16 holds each exactly."""
         return bool(self.scale.size > 1 and (_to_half(self.scale) == self.scale).all())
+
+    def mirrored(self) -> QuantizedWeight:
+        """The same weights with one zero point for all channels, where some of negative scale can have that; else as it is.
+
+        Levels are odd: L[q - z] = -L[(K - q) - (K - z)].
+        """
+        k, zero_point = self.table.max_code, self.zero_point.astype(np.int64)
+        low = zero_point < k - zero_point
+        if not np.ptp(zero_point) or np.ptp(np.where(low, k - zero_point, zero_point)):
+            return self
+        codes = np.where(self.broadcast(low), np.uint8(k) - self.codes, self.codes)
+        one = np.where(low, k - zero_point, zero_point).astype(np.uint8)
+        return replace(self, codes=codes, zero_point=one, scale=np.where(low, -self.scale, self.scale))
 
     def broadcast(self, parameter: npt.NDArray[T]) -> npt.NDArray[T]:
         """A scale or zero point with the rank of the weight: (oc,) -> (oc, 1, 1, 1)."""

@@ -1,7 +1,7 @@
 """The transformed range of each row of weights (REQuant, arXiv 2510.04044, with alpha removed from the zero point).
 
     v = transform(w),   v_min = min(0, min v),   v_max = max(0, max v)
-    step = (v_max - v_min) / (2**bits - 1),   zero_point = rint(-v_min / step)
+    step = (v_max - v_min) / K,   zero_point = rint(-v_min / step)     with K + 1 levels
 
 The quantizer for alpha has the step `alpha * step` and the *same* zero point: alpha cancels in `-alpha*v_min / (alpha*step)`.
 """
@@ -12,19 +12,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from requant_onnx.choices import LEVELS
 from requant_onnx.numerics.arrays import Float64Array, Int64Array
 from requant_onnx.numerics.kinds import GridKind
 
 
 @dataclass(frozen=True)
 class RowRanges:
-    """The ranges of rows.  step: (rows,) float64, 0 for a row of zeros.  zero_point: (rows,) int64 in 0 .. 2**bits - 1."""
+    """The ranges of rows.  step: (rows,) float64, 0 for a row of zeros.  zero_point: (rows,) int64 in 0 .. K."""
 
     step: Float64Array
     zero_point: Int64Array
 
 
-def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKind) -> RowRanges:
+def symmetric_zero_point(bits: float) -> int:
+    """The middle code; of an even number of levels, that with one level more below it than above.
+
+    >>> symmetric_zero_point(1.6), symmetric_zero_point(2)
+    (1, 2)
+    """
+    return LEVELS[bits] // 2
+
+
+def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: float, kind: GridKind) -> RowRanges:
     """The step at alpha = 1 and the zero point of each row.  w_min, w_max: extremes of the weights, (rows,).
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
@@ -33,18 +43,18 @@ def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKi
     """
     v_min = np.minimum(kind.transform(w_min), 0.0)
     v_max = np.maximum(kind.transform(w_max), 0.0)
-    step = (v_max - v_min) / (2**bits - 1)
+    step = (v_max - v_min) / (LEVELS[bits] - 1)
     divisor = np.where(step > 0.0, step, 1.0)  # a row of zeros keeps zero point 0
     return RowRanges(step, np.rint(-v_min / divisor).astype(np.int64))
 
 
-def symmetric_ranges(w_min: Float64Array, w_max: Float64Array, bits: int, kind: GridKind) -> RowRanges:
-    """The ranges with the zero point 2**(bits-1) in every row, and the smallest step with which the levels span the row.
+def symmetric_ranges(w_min: Float64Array, w_max: Float64Array, bits: float, kind: GridKind) -> RowRanges:
+    """The ranges with the symmetric zero point in every row, and the smallest step with which the levels span the row.
 
     >>> from requant_onnx.numerics.kinds import UNIFORM
     >>> symmetric_ranges(np.array([-1.0]), np.array([4.0]), 4, UNIFORM)
     RowRanges(step=array([0.57142857]), zero_point=array([8]))
     """
-    half = 2 ** (bits - 1)
-    step = np.maximum(-kind.transform(w_min) / half, kind.transform(w_max) / (half - 1))
+    half = symmetric_zero_point(bits)
+    step = np.maximum(-kind.transform(w_min) / half, kind.transform(w_max) / (LEVELS[bits] - 1 - half))
     return RowRanges(np.maximum(step, 0.0), np.full(len(step), half, np.int64))

@@ -25,7 +25,7 @@ def encode_rows(rows: AnyArray, scales: Float64Array, zero_points: Int64Array, t
 
 
 def decode_rows(codes: UInt8Array, values: Float32Array) -> Float32Array:
-    """The value of each code, (rows, n).  codes: (rows, n).  values: value of every code, (rows, 2**bits)."""
+    """The value of each code, (rows, n).  codes: (rows, n).  values: value of every code, (rows, K+1)."""
     decoded = np.empty(codes.shape, np.float32)
     for code, row, value in zip(codes, values, decoded, strict=True):
         for piece in slices(code.size, PIECE):

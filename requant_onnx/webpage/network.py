@@ -82,7 +82,7 @@ def _box(block: Block, weights: Sequence[ComparedWeight], x: int, y: int) -> Box
     bits = weight.bits if weight.outcome == "grid" else None
     parts = [block.op, "" if bits is None else f"{bits} bits", _sqnr(weight.output_sqnr_db)]
     note = ", ".join(part for part in parts if part)
-    strength = None if bits is None else 100 * (9 - bits) / 7
+    strength = None if bits is None else min(100, 100 * (9 - bits) / 7)
     return Box(x, y, block.title, short, note, _strength(weight.output_sqnr_db), strength, f"weight-{block.reader}")
 
 

@@ -20,7 +20,7 @@ import onnx
 
 from requant_onnx.choices import Form
 from requant_onnx.graph.decode.nodes import Level, onnx_type, write_codes, write_levels, write_scale
-from requant_onnx.graph.decode.packing import BYTE
+from requant_onnx.graph.decode.packing import BYTE, PACKINGS
 from requant_onnx.graph.decode.writer import Constants, Decode, DecodeWriter, Scales
 from requant_onnx.numerics.kinds import GridKind, LevelDecode
 from requant_onnx.numerics.quantize import QuantizedWeight
@@ -44,7 +44,7 @@ class Target:
     half: bool = True
     grouped: bool = True
 
-    def stores_natively(self, bits: int) -> bool:
+    def stores_natively(self, bits: float) -> bool:
         """Whether codes of this width have a tensor type that DequantizeLinear reads."""
         return bits == BYTE or (bits == 4 and self.native4 and self.opset >= INT4_OPSET)
 
@@ -66,7 +66,7 @@ class Coded:
     def payload(self) -> int:
         """Bytes of codes, scales and zero points, about."""
         q = self.quantized
-        return int(q.codes.size * q.table.bits // 8 + q.scale.size * (3 if q.has_half_scale else 5))
+        return PACKINGS[q.table.bits].bytes_of(q.codes.size) + q.scale.size * (3 if q.has_half_scale else 5)
 
 
 def reads_codes(form: Form, decode: LevelDecode) -> bool:
@@ -74,7 +74,7 @@ def reads_codes(form: Form, decode: LevelDecode) -> bool:
     return FORMS[form].dequantizes_codes and decode is LevelDecode.IDENTITY
 
 
-def required_opset(form: Form, bits: int, kind: GridKind, native4: bool) -> int:
+def required_opset(form: Form, bits: float, kind: GridKind, native4: bool) -> int:
     """The opset that the decode of such a weight needs.  native4: see Target."""
     if not FORMS[form].dequantizes:
         return SPLIT_OPSET
@@ -153,7 +153,7 @@ def _stack(group: Sequence[Coded]) -> _Stack:
 
 
 def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
-    q, single = stack.quantized, len(group) == 1
+    q, single = stack.quantized.mirrored(), len(group) == 1
     cast = group[0].emit != onnx.TensorProto.FLOAT
     levels, dtype = write_levels(writer, q, np.float32, plain=target.signed)
     if dtype is not np.float32:
@@ -175,17 +175,17 @@ def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, targ
         bits = q.table.bits if target.stores_natively(q.table.bits) else BYTE
         middle = q.table.symmetric_zero_point if target.signed else 0
         if bits == q.table.bits:
-            codes = writer.own_codes("codes", q.codes, bits, middle)
+            codes = writer.own_codes("q", q.codes, bits, middle)
         else:
             codes = write_codes(writer, q.codes, q.table.bits, middle)
         for weight, piece in zip(group, _write_split(writer, codes, stack), strict=True):
-            zero_point = writer.own_codes("zero_point", weight.quantized.zero_point, bits, middle)
-            _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zero_point)
+            zero_point = writer.own_codes("z", weight.quantized.zero_point, bits, middle)
+            _write_dequantize(writer, weight, piece, writer.own("s", weight.quantized.scale), zero_point)
         return
     levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target), plain=target.signed)
     for weight, piece in zip(group, _write_split(writer, levels, stack), strict=True):
         zeros = writer.shared(np.zeros(weight.quantized.scale.shape, dtype))
-        _write_dequantize(writer, weight, piece, writer.own("scale", weight.quantized.scale), zeros)
+        _write_dequantize(writer, weight, piece, writer.own("s", weight.quantized.scale), zeros)
 
 
 def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
@@ -204,7 +204,7 @@ def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, tar
     scales = writer.split(write_scale(writer, q, q.scale, target.half), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
         # of its own: with session.x64quantprecision, ONNX Runtime replaces each, and fails at the second time for a shared one
-        zeros = writer.own("zero", np.zeros(weight.quantized.scale.shape, np.int8))
+        zeros = writer.own("z", np.zeros(weight.quantized.scale.shape, np.int8))
         scalar = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64))) if stack.added_axis else scale
         _write_dequantize(writer, weight, piece, scalar, zeros)
 

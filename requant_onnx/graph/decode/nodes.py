@@ -37,7 +37,7 @@ Level = type[np.int8] | type[np.int16] | type[np.int32] | type[np.float32] | typ
 """Element types of tables."""
 
 
-def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: int, middle: int) -> str:
+def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: float, middle: int) -> str:
     """Codes of less than 8 bits in their shape: as uint8, or, less `middle` where that is not 0, as int8."""
     packing = PACKINGS[bits]
     numbers = _digits(writer, packing.base, packing.codes)
@@ -57,9 +57,9 @@ def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level, *, plain
     if bits == BYTE or (plain and bits == BYTE - 1):
         levels = q.levels()
         if levels.min() >= -128 and levels.max() <= 127:
-            return writer.own("levels", levels.astype(np.int8)), np.int8
+            return writer.own("l", levels.astype(np.int8)), np.int8
         if bits == BYTE and q.table.decode is LevelDecode.IDENTITY:
-            k = writer.node("Cast", writer.own("codes", q.codes), to=onnx_type(wide))
+            k = writer.node("Cast", writer.own("q", q.codes), to=onnx_type(wide))
             return writer.node("Sub", k, _zero_points(writer, q, wide)), wide
     dtype = window.level_type(q.table, wide)
     if window.is_single:
@@ -84,8 +84,8 @@ def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level, *, plain
 def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array, half: bool) -> str:
     """The scales as float32, stored as float16 where that holds them exactly, and may be.  scale: those of q, of any shape."""
     if half and q.has_half_scale:
-        return writer.node("Cast", writer.own("scale", scale.astype(np.float16)), to=onnx.TensorProto.FLOAT)
-    return writer.own("scale", scale)
+        return writer.node("Cast", writer.own("s", scale.astype(np.float16)), to=onnx.TensorProto.FLOAT)
+    return writer.own("s", scale)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ class _Window:
         low, high, middle = int(q.zero_point.min()), int(q.zero_point.max()), q.table.symmetric_zero_point
         if low == high:
             return cls(low, 1)
-        half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k))
-        return cls(middle - half, 2 * half)
+        odd = q.table.max_code + 1 - 2 * middle  # 1 where as many levels are above the middle as below it
+        half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k) + odd)
+        return cls(middle - half, 2 * half + odd)
 
     @property
     def is_single(self) -> bool:
@@ -131,7 +132,7 @@ class _Rows:
             table = writer.shared_node("Mul", _digits(writer, packing.base, packing.codes), writer.shared(np.int32(size)))
             return _look_up(writer, positions, packing, table)
         # a Mul right behind the Cast looks like a dequantization to OpenVINO, which it does not fold
-        stored = writer.node("Cast", writer.own("zero_point", positions), to=onnx.TensorProto.INT32)
+        stored = writer.node("Cast", writer.own("z", positions), to=onnx.TensorProto.INT32)
         return writer.node("Gather", _range(writer, self.window.count * size, size), stored)
 
 
@@ -164,7 +165,7 @@ class _Lookup:
     def _bytes(self, packed: UInt8Array, block: Sequence[int]) -> str:
         if self.leading:
             packed = np.ascontiguousarray(_to_the_front(packed, len(block)))
-        return self.writer.node("Cast", self.writer.own("codes", packed), to=onnx.TensorProto.INT32)
+        return self.writer.node("Cast", self.writer.own("q", packed), to=onnx.TensorProto.INT32)
 
     def _with_rows(self, index: str, rows: _Rows | None, size: int, block: Sequence[int]) -> str:
         if rows is None:
@@ -222,7 +223,7 @@ def _cut(writer: DecodeWriter, tensor: str, excess: int, shape: Sequence[int]) -
 def _zero_points(writer: DecodeWriter, q: QuantizedWeight, dtype: Level) -> str:
     if _Window.of(q).is_single:
         return writer.shared(q.zero_point.flat[0].astype(dtype))
-    return writer.node("Cast", writer.own("zero_point", q.broadcast(q.zero_point)), to=onnx_type(dtype))
+    return writer.node("Cast", writer.own("z", q.broadcast(q.zero_point)), to=onnx_type(dtype))
 
 
 def _rows(writer: DecodeWriter, q: QuantizedWeight, window: _Window, size: int, shape: Sequence[int]) -> str:
@@ -236,7 +237,7 @@ def _rows(writer: DecodeWriter, q: QuantizedWeight, window: _Window, size: int, 
         packing = PACKINGS[bits]
         table = writer.shared_node("Mul", _digits(writer, packing.base, packing.codes), writer.shared(np.int32(size)))
         return _look_up(writer, positions.reshape([len(positions) if n == -1 else n for n in shape]), packing, table)
-    stored = writer.own("zero_point", positions.reshape(shape))
+    stored = writer.own("z", positions.reshape(shape))
     return writer.node("Mul", writer.node("Cast", stored, to=onnx.TensorProto.INT32), writer.shared(np.int32(size)))
 
 

@@ -1,12 +1,14 @@
-"""Codes of 2 to 8 bits at their true size in uint8 tensors: a few codes make an index, and a table says what an index stands for.
+"""Codes of less than 8 bits at their true size in uint8 tensors: a few codes make an index, and a table says what an index is for.
 
-    bits            2    3    4    5    6    7       8
-    codes an index  4    4    2    2    2    2       1
-    fields          8    8,4  8    8,2  8,4  8,4,2   8
+    bits            2    3    4    5    6    7       8        1.6  2.33    2.67  3.33  3.67    4.5   5.5
+    levels          4    8    16   32   64   128     256      3    5       6     10    12      22    45
+    codes an index  4    4    2    2    2    2       1        5    6       3     3     3       2     2
+    fields          8    8,4  8    8,2  8,4  8,4,2   8        8    8,4,2   8     8,2   8,2,1   8,1   8,2,1
 
-The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B = 2**bits.  Its lowest 8 bits are a byte, and what
-is above them is in fields of 4 and 2 bits, of which other bytes hold 2 or 4 each, the first in the lowest bits.  Indices that fill
-a byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7.
+The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B levels.  Its lowest 8 bits are a byte, and what
+is above them is in fields of 4, 2 and 1 bits, of which other bytes hold 2, 4 or 8 each, the first in the lowest bits.  Indices that
+fill a byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7, 8 for 4.5.  A table has at most 2**14 entries, for
+runtimes compute and keep it when they load a model; in so many, 7 levels, say, are stored no better than 8 are.
 
 A decode is a lookup by Gather, which every runtime does alike; bit operators differ (OpenVINO's BitShift saturates).
 """
@@ -20,6 +22,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from requant_onnx.choices import LEVELS
 from requant_onnx.numerics.arrays import Int32Array, UInt8Array
 
 BYTE = 8
@@ -30,6 +33,9 @@ class Packing:
     """How codes of one width are stored.
 
     codes: that make an index.  base: the number of different codes.  fields: bits above the lowest 8 of an index, by field.
+
+    >>> PACKINGS[1.6].bytes_of(1000), PACKINGS[2.33].bytes_of(1000)
+    (200, 291)
     """
 
     codes: int
@@ -40,6 +46,10 @@ class Packing:
     def size(self) -> int:
         """The number of different indices."""
         return int(self.base**self.codes)
+
+    def bytes_of(self, count: int) -> int:
+        """The bytes of so many codes, about."""
+        return count * (BYTE + sum(self.fields)) // (BYTE * self.codes)
 
     @property
     def shifts(self) -> tuple[int, ...]:
@@ -62,14 +72,21 @@ class Packing:
         return self.block[: len(self.fields) - field - 1]
 
 
-PACKINGS = {
-    2: Packing(4, 4),
-    3: Packing(4, 8, (4,)),
-    4: Packing(2, 16),
-    5: Packing(2, 32, (2,)),
-    6: Packing(2, 64, (4,)),
-    7: Packing(2, 128, (4, 2)),
-    8: Packing(1, 256),
+PACKINGS: dict[float, Packing] = {
+    1.6: Packing(5, LEVELS[1.6]),
+    2: Packing(4, LEVELS[2]),
+    2.33: Packing(6, LEVELS[2.33], (4, 2)),
+    2.67: Packing(3, LEVELS[2.67]),
+    3: Packing(4, LEVELS[3], (4,)),
+    3.33: Packing(3, LEVELS[3.33], (2,)),
+    3.67: Packing(3, LEVELS[3.67], (2, 1)),
+    4: Packing(2, LEVELS[4]),
+    4.5: Packing(2, LEVELS[4.5], (1,)),
+    5: Packing(2, LEVELS[5], (2,)),
+    5.5: Packing(2, LEVELS[5.5], (2, 1)),
+    6: Packing(2, LEVELS[6], (4,)),
+    7: Packing(2, LEVELS[7], (4, 2)),
+    8: Packing(1, LEVELS[8]),
 }
 """By bits."""
 

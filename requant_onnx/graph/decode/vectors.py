@@ -90,7 +90,7 @@ def decode_vectors(writer: DecodeWriter, vectors: Mapping[str, Float32Array]) ->
     if not vectors:
         return None
     joined = np.concatenate([values.ravel() for values in vectors.values()]).astype(np.float16)
-    numbers = writer.node("Cast", writer.own("vectors", joined), to=onnx.TensorProto.FLOAT)
+    numbers = writer.node("Cast", writer.own("v", joined), to=onnx.TensorProto.FLOAT)
     flat: list[str | None] = [name if values.ndim == 1 else None for name, values in vectors.items()]
     pieces = writer.split(numbers, [values.size for values in vectors.values()], 0, flat)
     for (name, values), piece in zip(vectors.items(), pieces, strict=True):

@@ -113,7 +113,7 @@ class Constants:
         return str(self._nodes[key].output[0])
 
     def _next_name(self) -> str:
-        return self.names.take(f"d.c{len(self.by_name)}")
+        return self.names.take(f"c{len(self.by_name)}")
 
 
 @dataclass
@@ -135,12 +135,12 @@ class DecodeWriter:
         return Decode(tuple(self.nodes), tuple(self.initializers), self.used, self.used_nodes, self.scales)
 
     def own(self, suffix: str, values: GenericArray) -> str:
-        """An initializer of this decode."""
+        """An initializer of this decode: q for codes, l for levels, s for scales, z for zero points, v for vectors."""
         name = self.constants.names.take(f"{self._prefix}.{suffix}")
         self.initializers.append(tensor_proto(values, name))
         return name
 
-    def own_codes(self, suffix: str, values: UInt8Array, bits: int, middle: int = 0) -> str:
+    def own_codes(self, suffix: str, values: UInt8Array, bits: float, middle: int = 0) -> str:
         """Values in the type of their width: UINT4 for 4 bits, else UINT8; INT4 and INT8, less `middle`, where that is not 0."""
         if bits != 4:
             return self.own(suffix, (values.astype(np.int16) - middle).astype(np.int8) if middle else values)
