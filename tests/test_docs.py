@@ -112,7 +112,7 @@ def test_other_commands_exist() -> None:
         if command.startswith("requant ") or re.fullmatch(known, command):
             continue
         extra = re.fullmatch(r"pip install (?:--quiet |-e )*'(?:\.|requant_onnx)\[(\w+)\]'", command)
-        tool = re.fullmatch(r"(?:python )?(tools/\w+(?:\.py)?)( .*)?", command)
+        tool = re.fullmatch(r"(?:python )?(tools/[\w/]+(?:\.py)?)( .*)?", command)
         if extra:
             assert extra[1] in extras, f"{where}: {command}"
         else:
@@ -127,7 +127,9 @@ def test_other_commands_exist() -> None:
 def test_options_in_the_text_exist(path: Path) -> None:
     known = {option for parser in commands().values() for option in parser._option_string_actions}
     known |= {"--version", "--print-completion"}
-    tools = "".join(tool.read_text("utf-8") for tool in (ROOT / "tools").iterdir() if tool.is_file() and tool.suffix in ("", ".py"))
+    tools = "".join(
+        tool.read_text("utf-8") for tool in (ROOT / "tools").rglob("*") if tool.is_file() and tool.suffix in ("", ".py")
+    )
     for code in inline_code(path) if path.name != "CHANGELOG.md" else []:
         for option in re.findall(r"(?<!\S)--[a-z0-9][\w-]*", code):
             assert option in known or option in tools, code
