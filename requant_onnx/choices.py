@@ -92,11 +92,18 @@ class Refinement(Choice):
 
 
 class ActivationRange(Choice):
-    """How the range of an activation is chosen: all values seen, least squared error, or all but the outermost percentile."""
+    """How the range of an activation is chosen: by least error of the model's outputs, all values seen, least squared error of the
+    activation itself, or all values but the outermost percentile.  On noise, `output` is `minmax`, with room for larger values."""
 
+    OUTPUT = "output"
     MIN_MAX = "minmax"
     MSE = "mse"
     PERCENTILE = "percentile"
+
+    @property
+    def minimizes_error(self) -> bool:
+        """Whether the range starts from, or is, that of least squared error."""
+        return self in (ActivationRange.OUTPUT, ActivationRange.MSE)
 
 
 class Int8Levels(Choice):

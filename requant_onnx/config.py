@@ -105,7 +105,7 @@ class QuantConfig:
     refinement: Refinement = Refinement.DESCENT
     biases: BiasType = BiasType.AUTO
     keep_inputs: bool = False
-    activation_range: ActivationRange = ActivationRange.MIN_MAX
+    activation_range: ActivationRange = ActivationRange.OUTPUT
     int8_levels: Int8Levels = Int8Levels.SAFE
     int8_speed: Int8Speed = Int8Speed.AUTO
     int8_min_sqnr: float = 15.0

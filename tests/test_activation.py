@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx
 import pytest
-from conftest import small_cnn
+from conftest import parse, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from requant_onnx import Form, Int8Speed, QuantConfig, quantize_model
 from requant_onnx.choices import ActivationRange
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.synthetic import noise_images
-from requant_onnx.numerics.activation import HALF, Histogram, activation_grid
+from requant_onnx.numerics.activation import HALF, ActivationGrid, Histogram, activation_grid
+from requant_onnx.runtime.activation_ranges import alphas_by_output
 from requant_onnx.runtime.feeds import watch_activations
 
 values = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e6, 1e6, width=32))
@@ -95,3 +100,43 @@ def test_batches_are_bounded_by_the_memory_of_what_is_watched(monkeypatch: pytes
     found = watch_activations(small_cnn(), ["b"], Calibration(count=8), lambda done, total: sizes.append((done, total)))
     assert sizes == [(3, 8), (6, 8), (8, 8)]
     assert found["b"].seen == 8 * one // 4
+
+
+def outliers_without_weight() -> tuple[onnx.ModelProto, list[dict[str, np.ndarray]]]:
+    """A model that multiplies its second channel, where values are 100 times as large, with next to nothing; and inputs."""
+    model = parse("net (float[n, 2] x) => (float[n, 1] y) { y = MatMul(x, w) }", w=np.array([[1.0], [1e-4]], np.float32))
+    x = np.random.default_rng(0).normal(size=(4, 64, 2)).astype(np.float32) * np.array([1, 100], np.float32)
+    return model, [{"x": part} for part in x]
+
+
+def test_a_range_by_output_clips_what_does_not_matter_and_a_range_by_its_own_error_does_not() -> None:
+    model, chunks = outliers_without_weight()
+    histogram = histogram_of(*(chunk["x"] for chunk in chunks))
+
+    def grid_at(_name: str, alpha: float) -> ActivationGrid:
+        return activation_grid(histogram, ActivationRange.OUTPUT, alpha=alpha)
+
+    own = activation_grid(histogram, ActivationRange.MSE)
+    start = float(own.scale / grid_at("x", 1.0).scale)
+    alpha = alphas_by_output(model, {"x": start}, grid_at, chunks, corrected=False)["x"]
+    assert start > 0.5
+    assert alpha < 0.1
+    y, made = (
+        np.concatenate([run(chunk["x"]) @ [1.0, 1e-4] for chunk in chunks]) for run in (np.asarray, grid_at("x", alpha).rounded)
+    )
+    coarse = np.concatenate([own.rounded(chunk["x"]) @ [1.0, 1e-4] for chunk in chunks])
+    assert np.square(made - y).mean() < 0.05 * np.square(coarse - y).mean()
+
+
+def test_rounded_values_lie_on_the_grid() -> None:
+    grid = ActivationGrid(np.float32(0.5), np.uint8(2))
+    assert grid.rounded(np.array([-9.0, -0.6, 0.2, 0.3, 500.0], np.float32)).tolist() == [-1.0, -0.5, 0.0, 0.5, 126.5]
+
+
+def test_on_noise_ranges_by_output_are_those_of_all_values() -> None:
+    config = QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL)
+    made = [
+        quantize_model(small_cnn(), replace(config, activation_range=method), calibration=Calibration(count=8))[1].activations
+        for method in (ActivationRange.OUTPUT, ActivationRange.MIN_MAX)
+    ]
+    assert made[0] == made[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx
 
-from requant_onnx.choices import Granularity, Int8Speed
+from requant_onnx.choices import ActivationRange, Granularity, Int8Speed, Refinement
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
@@ -20,14 +20,17 @@ from requant_onnx.graph.integer.plan import GENERIC, IntegerPlan, plan_integers
 from requant_onnx.graph.integer.worth import COSTS, FAST, SLOWER, VNNI, slower_on_integers, watched_tensors
 from requant_onnx.graph.weights import View
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.numerics.activation import ActivationGrid, activation_grid
+from requant_onnx.numerics.activation import ActivationGrid, Histogram, activation_grid
 from requant_onnx.numerics.arrays import Float64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.activation_loss import activation_loss
+from requant_onnx.runtime.activation_ranges import alphas_by_output
 from requant_onnx.runtime.feeds import activation_sizes, calibration_chunks, watch_activations
 from requant_onnx.runtimes import RUNTIMES
 
 LOSS_INPUTS = 16  # on which the loss by activations is measured
+RANGE_INPUTS, FEWEST_INPUTS, TRIALS = 64, 4, 5  # on which ranges of activations are compared; trials of each range, about
+RANGE_ELEMENTS = 1 << 34  # of activations that are computed for that, at most: half a minute
 MARGIN_DB = 1.0  # that the weights may take of the least SQNR
 
 
@@ -72,17 +75,7 @@ def watch_integers(
         return Integers(plan)
     report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
     histograms = watch_activations(model.proto, sorted(set(plan.source.values())), calibration, report)
-    grid_of = {
-        name: activation_grid(
-            h,
-            config.activation_range,
-            calibration.headroom,
-            plan.ceilings.get(name, math.inf),
-            symmetric=RUNTIMES[config.runtime].symmetric,
-            signed=RUNTIMES[config.runtime].signed,
-        )
-        for name, h in histograms.items()
-    }
+    grid_of = _grids(model.proto, histograms, plan, config, calibration)
     unfit = _unfit(model.proto, grid_of, config, calibration)
     if unfit:
         plan = _without(model, plan, unfit, config)
@@ -90,6 +83,38 @@ def watch_integers(
     per_channel = config.granularity is Granularity.PER_CHANNEL
     biases = biases_of(model, plan) if RUNTIMES[config.runtime].int32_biases else []
     return Integers(plan, grids, tuple(biases), min_scales_of(biases, grids, per_channel=per_channel))
+
+
+def _grids(
+    model: onnx.ModelProto, histograms: Mapping[str, Histogram], plan: IntegerPlan, config: QuantConfig, calibration: Calibration
+) -> dict[str, ActivationGrid]:
+    """The grid of each watched activation.  Noise reaches less far than images do, and does not tell what may be clipped."""
+    row, method = RUNTIMES[config.runtime], config.activation_range
+    if method is ActivationRange.OUTPUT and calibration.is_noise:
+        method = ActivationRange.MIN_MAX
+
+    def grid_at(name: str, alpha: float | None = None) -> ActivationGrid:
+        ceiling = plan.ceilings.get(name, math.inf)
+        kinds = {"symmetric": row.symmetric, "signed": row.signed}
+        return activation_grid(histograms[name], method, calibration.headroom, ceiling, alpha, **kinds)
+
+    grids = {name: grid_at(name) for name in histograms}
+    count = _inputs_for_ranges(histograms, calibration) if method is ActivationRange.OUTPUT and not is_large(model) else 0
+    if not count:
+        return grids
+    starts = {name: min(1.0, float(grid.scale / grid_at(name, 1.0).scale)) for name, grid in grids.items()}
+    every = calibration_chunks(model, calibration)
+    chunks = every[:: math.ceil(len(every) / max(1, len(every) * count // calibration.count))]
+    corrected = config.refinement is not Refinement.NONE
+    alphas = alphas_by_output(model, starts, grid_at, chunks, corrected=corrected)
+    return {name: grid_at(name, alpha) for name, alpha in alphas.items()}
+
+
+def _inputs_for_ranges(histograms: Mapping[str, Histogram], calibration: Calibration) -> int:
+    """On how many inputs ranges are compared: on fewer, or none, where that would take too long."""
+    elements = sum(h.seen for h in histograms.values()) // calibration.count
+    most = RANGE_ELEMENTS // max(1, TRIALS * len(histograms) * elements // 2)
+    return 0 if most < FEWEST_INPUTS else min(most, RANGE_INPUTS, calibration.count)
 
 
 def _unfit(

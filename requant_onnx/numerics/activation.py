@@ -16,7 +16,7 @@ from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.numerics.kinds import UNIFORM
 from requant_onnx.numerics.levels import level_table
 from requant_onnx.numerics.parallel import slices
-from requant_onnx.numerics.ranges import row_ranges, symmetric_ranges
+from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 
 HALF = 1 << 13  # bins to either side of zero
@@ -44,6 +44,12 @@ class ActivationGrid:
     def high(self) -> float:
         """The largest value."""
         return float(self.scale) * (int(np.iinfo(self.zero_point.dtype).max) - int(self.zero_point))
+
+    def rounded(self, x: Float32Array) -> Float32Array:
+        """Values on the grid, of any shape."""
+        bounds, zero_point = np.iinfo(self.zero_point.dtype), np.float32(self.zero_point)
+        codes = np.clip(np.rint(x / self.scale) + zero_point, bounds.min, bounds.max)
+        return np.asarray((codes - zero_point) * self.scale, np.float32)
 
 
 @dataclass
@@ -96,6 +102,7 @@ def activation_grid(
     method: ActivationRange,
     headroom: float = 1.0,
     ceiling: float = np.inf,
+    alpha: float | None = None,
     *,
     symmetric: bool = False,
     signed: bool = False,
@@ -103,6 +110,7 @@ def activation_grid(
     """Choose the grid for the counted values; its scale is 1 when all are zero.
 
     headroom: factor on the range, where values larger than the counted ones are expected.  ceiling: upper bound of the range.
+    alpha: factor on the range of all values, where it is known; else the method says.
     symmetric: whether the zero point is in the middle.  signed: whether codes are -128 .. 127.
     """
     low, high = histogram.low, histogram.high
@@ -110,10 +118,8 @@ def activation_grid(
         low, high = _percentile(histogram)
     make_ranges = symmetric_ranges if symmetric else row_ranges
     ranges = make_ranges(np.array([low]), np.array([high]), BITS, UNIFORM)
-    alpha = 1.0
-    if method is ActivationRange.MSE:
-        middles, counts = histogram.centers()
-        alpha = float(search_alpha(middles[None], ranges, level_table(BITS, UNIFORM), counts[None])[0])
+    if alpha is None:
+        alpha = least_squares_alpha(histogram, ranges) if method.minimizes_error else 1.0
     scale = np.float32(headroom * alpha * ranges.step[0])
     codes_above = 255 - int(ranges.zero_point[0])
     if float(scale) * codes_above > ceiling:
@@ -121,6 +127,12 @@ def activation_grid(
     code = int(ranges.zero_point[0])
     zero_point = np.int8(code - 128) if signed else np.uint8(code)
     return ActivationGrid(scale if scale > 0.0 else np.float32(1.0), zero_point)
+
+
+def least_squares_alpha(histogram: Histogram, ranges: RowRanges) -> float:
+    """The factor on a range, in (0, 1], with which the counted values have the least squared error."""
+    middles, counts = histogram.centers()
+    return float(search_alpha(middles[None], ranges, level_table(BITS, UNIFORM), counts[None])[0])
 
 
 def _percentile(histogram: Histogram) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Only tensors that a later node reads are kept; inputs are run in chunks, so that
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,22 @@ class Stream:
         session, feeds = self._session([node], [node.output[0]], {})
         for chunk in self.values:
             yield run_session(session, "the model", None, {name: chunk[name] for name in feeds})[0]
+
+    def rest(self) -> Callable[[Chunk], list[Any]]:
+        """A function from the tensors of a chunk, or others in their place, to the outputs of the model.  Nothing is advanced."""
+        nodes = [node for node in self._model.graph.node[self._done :] if not self._is_constant(node)]
+        made = {name for node in nodes for name in node.output}
+        names = [item.name for item in self._model.graph.output]
+        wanted = [name for name in names if name in made]
+        session, feeds = self._session(nodes, wanted, {}) if wanted else (None, [])
+
+        def run(chunk: Chunk) -> list[Any]:
+            feed = {name: chunk[name] for name in feeds}
+            given = {} if session is None else zip(wanted, run_session(session, "the model", None, feed), strict=True)
+            values = {**chunk, **dict(given)}
+            return [values[name] for name in names if name in values]
+
+        return run
 
     def _is_constant(self, node: onnx.NodeProto) -> bool:
         return any(name in self._constant for name in node.output)
