@@ -6,6 +6,7 @@ Missing data skips the tests that need it, visibly; with REQUIRE_DATA=1 it fails
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import shlex
 import tempfile
@@ -30,7 +31,6 @@ from requant_onnx.graph.weights import SkippedWeight, View
 ROOT = Path(__file__).parents[1]
 OWN_MODEL = ROOT / "models" / "resnet20_cifar10.onnx"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several that pytest-xdist has started
-COMMANDS = ("convert", "convert_many", "validate", "report", "compare", "inspect", "explain", "restore")
 OWN_NORMALIZATION = Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 MODEL_NAMES = (
     "resnet20_cifar10",
@@ -56,7 +56,7 @@ def parsed(command: str) -> argparse.Namespace:
     """A command line that a file shows, as requant reads it; SystemExit where it does not."""
     words = shlex.split(command, comments=True)
     assert words[0] == "requant"
-    return parse_options(parser_of(**dict.fromkeys(COMMANDS, print)), words[1:])
+    return parse_options(parser_of(**dict.fromkeys(inspect.signature(parser_of).parameters, print)), words[1:])
 
 
 def laplace(*shape: int, seed: int = 0) -> np.ndarray:
