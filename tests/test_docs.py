@@ -28,6 +28,7 @@ BLOCKS = [block for path in PAGES for block in blocks(path)]
 RUN_ELSEWHERE = {"cpp": "tools/check_cpp.py", "javascript": "tools/check_runtimes", "yaml": "its commands are checked"}
 SHELL = ("bash", "console", "yaml", "text", "")  # languages of blocks whose lines may be commands
 SLOW = ("--max-drop", "--size", "compare", "convert-many", "report", "--for archive")  # words of commands that are parsed only
+SOURCES = [*(ROOT / "tools").glob("check*"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tools").glob("*/*.py")]
 EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -127,9 +128,7 @@ def test_other_commands_exist() -> None:
 def test_options_in_the_text_exist(path: Path) -> None:
     known = {option for parser in commands().values() for option in parser._option_string_actions}
     known |= {"--version", "--print-completion"}
-    tools = "".join(
-        tool.read_text("utf-8") for tool in (ROOT / "tools").rglob("*") if tool.is_file() and tool.suffix in ("", ".py")
-    )
+    tools = "".join(tool.read_text("utf-8") for tool in SOURCES)
     for code in inline_code(path) if path.name != "CHANGELOG.md" else []:
         for option in re.findall(r"(?<!\S)--[a-z0-9][\w-]*", code):
             assert option in known or option in tools, code

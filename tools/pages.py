@@ -34,7 +34,7 @@ def pages() -> list[Path]:
     """All Markdown pages of the repository, the front page first."""
     found = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / ".github").glob("*.md")]
     for folder in ("requant_onnx", "models", "tools"):
-        found += sorted((ROOT / folder).rglob("*.md"))
+        found += sorted(page for page in (ROOT / folder).rglob("*.md") if "build" not in page.parts)  # packages from npm
     return found
 
 
