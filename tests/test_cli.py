@@ -308,7 +308,7 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
         (["--form", "int8", "--calibrate", "noise:big"], "write it as noise:224x224"),
         (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),
         (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127, auto"),
-        (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of minmax, mse, percentile"),
+        (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of output, minmax, mse, percentile"),
         (["--calibrate", "none", "--mean", "0.5"], "--mean is for --calibrate; give --calibrate, or drop --mean"),
         (["--mean", "0.5"], "both --mean and --std"),
     ]

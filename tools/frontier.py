@@ -1,13 +1,13 @@
-"""What a model loses at each size, by the methods there are: a table and a plot.
+"""The accuracy of models over the size of their files, by method: a table and a plot.
 
     python tools/frontier.py --data DIR                        # the models in models/, into tools/frontier.md and frontier.png
     python tools/frontier.py --data DIR models/resnet20_cifar10.onnx --limit 2000
 
-Sizes are those of the file and of its download (brotli, quality 11); agreement with float and top-1 on all test images.
+The sizes are those of the file and of its download (brotli, quality 11). Agreement with float and top-1 are on all test images.
 
-    max        one scale a weight, full range
-    paper      REQuant as published: square root, searched range, one scale a weight
-    ort        ONNX Runtime's quantizer, 256 train images; its activations have 8 bits too, and its weights 8 or 4
+    max        full range, one scale per weight
+    paper      REQuant as published: square root, searched range, one scale per weight
+    ort        ONNX Runtime's quantizer, 256 train images; it quantizes activations to 8 bits, too, and weights to 8 or 4
     refined    the default of this tool, folded, 256 train images
     download   the same with --optimize-for download:br
 
@@ -38,6 +38,7 @@ from requant_onnx.files.compressed import compress
 
 IMAGES = 256  # of the train split
 WIDTHS = (8, 6, 5, 4, 3, 2)
+FRACTIONS = (2.33, 1.6)  # of bits, for this tool only
 DOWNLOADS = (5, 4, 3, 2)  # bits of a weight, compressed
 METHODS = {"max": "C7", "paper": "C1", "ort": "C3", "refined": "C0", "download": "C2"}
 LOWEST = 10.0  # points below float that the plot shows
@@ -49,20 +50,21 @@ class Point:
 
     model: str
     method: str
-    bits: int
+    bits: float
     packed: int
     brotli: int
     agreement: float
     top1: float
 
 
-def candidates(task: Task) -> Iterator[tuple[str, int, onnx.ModelProto]]:
+def candidates(task: Task) -> Iterator[tuple[str, float, onnx.ModelProto]]:
     """(method, bits, model) of every file."""
     images = Calibration(task.train, task.normalization, IMAGES)
     for bits in WIDTHS:
         for recipe in ("max", "paper"):
             yield recipe, bits, quantize_model(task.path, RECIPES[recipe](bits), check=False)[0]
-        yield "refined", bits, quantize_model(task.path, QuantConfig(bits, form=Form.FOLDED), calibration=images, check=False)[0]
+    for width in (*WIDTHS, *FRACTIONS):
+        yield "refined", width, quantize_model(task.path, QuantConfig(width, form=Form.FOLDED), calibration=images, check=False)[0]
     for bits, kind in OWN_KINDS.items():
         yield "ort", bits, by_onnxruntime(task, kind)
     for bits in DOWNLOADS:
@@ -76,7 +78,7 @@ def points(task: Task) -> Iterator[Point]:
     x, labels = task.normalization.apply(task.test.pixels), task.test.y
     exact = scores(onnx.load(task.path), x).argmax(1)
 
-    def measured(method: str, bits: int, model: onnx.ModelProto, tops: np.ndarray) -> Point:
+    def measured(method: str, bits: float, model: onnx.ModelProto, tops: np.ndarray) -> Point:
         data = model.SerializeToString()
         brotli = len(compress(data, OptimizeFor.BROTLI))
         return Point(task.path.stem, method, bits, len(data), brotli, float((tops == exact).mean()), float((tops == labels).mean()))
@@ -90,7 +92,7 @@ def table(found: list[Point]) -> str:
     """Markdown."""
     lines = ["| model | method | bits | file, kB | brotli, kB | agreement | top-1 |", "|---|---|---|---|---|---|---|"]
     for p in found:
-        cells = (p.model, p.method, str(p.bits), f"{p.packed / 1000:.1f}", f"{p.brotli / 1000:.1f}")
+        cells = (p.model, p.method, f"{p.bits:g}", f"{p.packed / 1000:.1f}", f"{p.brotli / 1000:.1f}")
         lines.append(f"| {' | '.join(cells)} | {p.agreement:.2%} | {p.top1:.2%} |")
     return "\n".join(lines)
 
@@ -132,8 +134,9 @@ def main() -> None:
             found.append(point)
     draw(found, args.out.with_suffix(".png"))
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    made = f"Made on {today} by `python tools/frontier.py` with ONNX Runtime {onnxruntime.__version__}. The methods: see the tool."
-    args.out.write_text(f"# What a model loses at each size\n\n{made}\n\n![plot](frontier.png)\n\n{table(found)}\n", "utf-8")
+    made = f"Made on {today} by `python tools/frontier.py` with ONNX Runtime {onnxruntime.__version__}. The methods are described in the tool."
+    plot = f"![Top-1 accuracy over the size of the download, by method]({args.out.with_suffix('.png').name})"
+    args.out.write_text(f"# What a model loses at each size\n\n{made}\n\n{plot}\n\n{table(found)}\n", "utf-8")
 
 
 if __name__ == "__main__":
