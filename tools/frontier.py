@@ -134,7 +134,8 @@ def main() -> None:
             found.append(point)
     draw(found, args.out.with_suffix(".png"))
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    made = f"Made on {today} by `python tools/frontier.py` with ONNX Runtime {onnxruntime.__version__}. The methods are described in the tool."
+    version = onnxruntime.__version__
+    made = f"Made on {today} by `python tools/frontier.py` with ONNX Runtime {version}; the tool describes the methods."
     plot = f"![Top-1 accuracy over the size of the download, by method]({args.out.with_suffix('.png').name})"
     args.out.write_text(f"# What a model loses at each size\n\n{made}\n\n{plot}\n\n{table(found)}\n", "utf-8")
 

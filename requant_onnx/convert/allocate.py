@@ -95,15 +95,6 @@ class Market:
             for item, offers, k in zip(self.planned, self.offers, picks, strict=True)
         )
 
-    def of_whole_bits(self) -> tuple[Market, tuple[tuple[int, ...], ...]]:
-        """The offers without the widths between whole numbers, and their places here; all where a weight has no other."""
-        places = []
-        for offers in self.offers:
-            whole = tuple(k for k, offer in enumerate(offers) if offer.grid.bits % 1 == 0)
-            places.append(whole or tuple(range(len(offers))))
-        left = tuple(tuple(offers[k] for k in kept) for offers, kept in zip(self.offers, places, strict=True))
-        return Market(self.planned, left), tuple(places)
-
     def smallest(self) -> Picks:
         """The picks of least bytes, about."""
         return min(self._settled(lambda _: 0), key=self.bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from requant_onnx.config import Budget
 from requant_onnx.convert.allocate import BLIND_POWER, Market, Picks, open_market
 from requant_onnx.convert.ladder import HELD_OUT
 from requant_onnx.convert.nearest import Result, quantize_all
+from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.prepare import Prepared, copied
 from requant_onnx.convert.report import FrontPoint
 from requant_onnx.convert.steps import convert
@@ -26,6 +26,7 @@ from requant_onnx.runtime.stream import Chunk
 
 IMAGES = 64  # on which sensitivities are measured
 TRIES = 8
+FINE = 3  # bits from which widths between whole numbers bring nothing: held-out errors of two models were the same or worse
 CLOSE_BYTES = 32  # a file this little below the size is good enough
 CLOSE_DB = 0.2  # an SQNR this little above the target is good enough
 SLACK = 2_000  # by which the bytes of decodes may be estimated too high
@@ -50,7 +51,8 @@ def write_within(
         chunks = calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES)))
     min_scales = prepared.integers.min_scales
     refinement = prepared.config.refinement
-    market = open_market(prepared.model, prepared.plan.planned, min_scales, prepared.target, chunks, refinement, progress, threads)
+    planned = _offered(prepared, budget.size, threads)
+    market = open_market(prepared.model, planned, min_scales, prepared.target, chunks, refinement, progress, threads)
     search = _Search(prepared, market, progress, threads, {})
     held: Sequence[Chunk] = ()
     if calibration is not None:
@@ -64,6 +66,19 @@ def write_within(
     rest = model.ByteSize() - market.bytes(picks)
     points = [FrontPoint(market.bytes(p) + rest, _decibels(_shown(market, p, chunks))) for p in market.front(picks, FRONT_POINTS)]
     return model, replace(report, front=tuple(points), notes=(*report.notes, OF_OUTPUT if chunks else OF_WEIGHTS))
+
+
+def _offered(prepared: Prepared, size: int | None, threads: int | None) -> tuple[PlannedWeight, ...]:
+    """The weights with the grids to choose among: widths between whole numbers only below the size of FINE bits everywhere."""
+    planned = prepared.plan.planned
+    if size is None:
+        return planned
+    fine = [min((item.grid, *item.others), key=lambda grid: abs(grid.bits - FINE)) for item in planned]
+    alike = tuple(replace(item, grid=grid, others=()) for item, grid in zip(planned, fine, strict=True))
+    results = list(quantize_all(alike, prepared.integers.min_scales, None, threads))
+    if size < write(copied(prepared), results, {})[0].ByteSize():
+        return planned
+    return tuple(replace(item, others=tuple(grid for grid in item.others if grid.bits % 1 == 0)) for item in planned)
 
 
 def _shown(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:
@@ -85,13 +100,13 @@ class _Search:
     def small_enough(self, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
         """The file of least output error that is at most so large.
 
-        chunks: on which it is compared with the best files of whole bits and of one grid for all, for the additive model, which
-        has chosen, is not the network.
+        chunks: on which it is compared with the best file of one grid for all, because the additive model, which has chosen, is
+        not the network.
         """
         found = [self._small_enough(size)]
         if not chunks:
             return found[0]
-        found += [*self._of_whole_bits(size), *self._alike(*found[0], size)]
+        found += self._alike(*found[0], size)
         exact = outputs_of(self.prepared.model, chunks)
         return min(found, key=lambda each: relative_error(exact, outputs_of(each[1][0], chunks)))
 
@@ -106,15 +121,6 @@ class _Search:
                 return picks, built
             limit -= excess
         raise ConfigError(f"no choice of bits found for a file of {size:,} bytes; give a little more")
-
-    def _of_whole_bits(self, size: int) -> Iterator[tuple[Picks, Built]]:
-        """The same without the widths between whole numbers; nothing where there are none, or are too large."""
-        market, places = self.market.of_whole_bits()
-        if market.offers == self.market.offers:
-            return
-        with contextlib.suppress(ConfigError):
-            picks, built = replace(self, market=market)._small_enough(size)
-            yield tuple(kept[k] for kept, k in zip(places, picks, strict=True)), built
 
     def _alike(self, picks: Picks, built: Built, size: int) -> Iterator[tuple[Picks, Built]]:
         """The best file of one grid for all, unless it is this one."""
