@@ -163,7 +163,7 @@ def test_coordinates_and_masks_stay_exact() -> None:
     view = find_weights(ModelGraph.of(parse(text, grid=grid, mask=mask, bias=cut)))
     assert not view.weights
     assert [item.reason for item in view.skipped] == [
-        "holds numbers in steps of 1, as coordinates and masks do, which have to be exact",
-        "holds numbers in steps of 1, as coordinates and masks do, which have to be exact",
-        "holds infinite values or NaN, as masks do",
+        "has values in steps of 1, as coordinates and masks do, which must stay exact",
+        "has values in steps of 1, as coordinates and masks do, which must stay exact",
+        "contains infinite values or NaN, as masks do",
     ]

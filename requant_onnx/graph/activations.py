@@ -1,4 +1,4 @@
-"""The ranges of activations that a model quantizes, by any tool."""
+"""The ranges of quantized activations, in models of any tool."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What BatchNormalization says of the activations behind it: the mean of each channel, without any data.
+"""The mean of each channel of activations, derived from BatchNormalization without any data.
 
-Its output has the mean beta and the standard deviation |gamma| in each channel; taken as normal, they go through activation
-functions, sums and average pools (Nagel et al. 2019, arXiv 1906.04721, section 4.2).
+The output of BatchNormalization has the mean beta and the standard deviation |gamma| in each channel.  Means are propagated
+through activation functions, sums and average pools under the assumption of a normal distribution (Nagel et al. 2019, arXiv
+1906.04721, section 4.2).
 https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
 """
 

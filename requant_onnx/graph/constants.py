@@ -1,5 +1,5 @@
-"""From a tensor back to the constant that it comes from: an initializer or a Constant node, also through Identity and Cast,
-and through nodes that only give it another shape."""
+"""Trace a tensor back to its constant, an initializer or a Constant node, through Identity, Cast and nodes that only change its
+shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers: nodes with a weight of their own, their biases, and the matrix products that they compute (products.py)."""
+"""Layers: nodes with their own weight, their biases, and the matrix products that they compute (products.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators with weights, one row each: all that the rest of the code knows of an operator stands here.
+"""The operators with weights, one row each, with everything that the rest of the code knows about an operator.
 
     operator       weight                 output channels   product             integer kernel
     Conv           (oc, ic/group, ...)    axis 0            ConvProduct         QLinearConv
@@ -9,9 +9,9 @@
     MatMul         x @ w, (..., ic, oc)   last axis         DenseProduct        QLinearMatMul
                    w @ x, (..., oc, ic)   last but one
 
-Operators with weights that are no such product have a table of their own (holders.py).  A new operator is a row, and a product
-(products.py) where none of these fits; tests/test_operators.py holds every row to what ONNX
-Runtime computes.  https://onnx.ai/onnx/operators/
+Operators with weights that are not such a product have a separate table (holders.py).  A new operator needs a row, and a product
+(products.py) if none of these fits; tests/test_operators.py compares every row to the results of ONNX
+Runtime.  https://onnx.ai/onnx/operators/
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weights as matrices (G, rows, n), one for each of G groups of channels, and what a layer multiplies them with.
 
 Conv           (oc, ic/group, kh, kw)  -> group x (oc/group, ic/group * kh * kw)
-ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel turned round
+ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel reversed
 Gemm, MatMul   (oc, ic) or (ic, oc)    -> (oc, ic)
 """
 

@@ -2,8 +2,8 @@
 
     H + damping = R R',   R upper triangular, with inputs in the order of falling power
 
-In blocks, products in float32 and the factors of the blocks on the diagonal in float64.  Products are divided into strips, the same
-ones for every number of threads.
+It is computed in blocks, with products in float32 and factors of the diagonal blocks in float64.  Products are divided
+into strips, which are the same for every number of threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs and of its target outputs, summed batch by batch; what rounding has to know.
+"""Second moments of a layer's inputs and target outputs, summed batch by batch, which rounding needs.
 
 A Conv is a matrix product for each place of its kernel: y[r] = sum_c w[r, c] x[c] + b[r] with c over (ic/group, kh, kw).
 With the means removed (the bias absorbs them), the squared error of a row w_hat against the target y is

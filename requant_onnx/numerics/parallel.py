@@ -1,4 +1,4 @@
-"""Threads for work that is divided in the same way however many of them there are: results do not depend on their number."""
+"""Threads for work that is always divided in the same way, so that results do not depend on their number."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which nodes integer kernels make slower, by a table of costs: those are better left in float.
+"""The nodes that would be slower with integer kernels, by a table of costs; these stay in float.
 
-A node on integers saves time on products and loses it at its edges, where activations are quantized and decoded, and in operators
-that ONNX Runtime fuses into a convolution on floats only.  Integer nodes that hand codes to each other form a region; a region that
-is slower as a whole is left in float, and so are nodes at its edge that make it slower.
+A node on integers saves time in products, but loses time at its edges, where activations are quantized and decoded, and in
+operators that ONNX Runtime fuses only into float convolutions.  Integer nodes that pass codes to each other form a region.  A
+region that is slower as a whole stays in float, and so do nodes at its edge that make it slower.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COSTS = {Runtime.WEB: WASM}
 """By runtime; VNNI for all others."""
 FAST = tuple(op for op in GENERIC if op != "AveragePool")
 """Operators without a weight whose integer kernels are no slower; that of windows takes 5 ns an element, the float one 0.26."""
-SLOWER = "would be slower on integers; --int8-speed all puts it there"
+SLOWER = "would be slower on integers; --int8-speed all converts it anyway"
 
 
 def watched_tensors(plan: IntegerPlan) -> set[str]:
