@@ -133,17 +133,17 @@ def broken_inputs(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        ("empty", "holds no ONNX graph"),
-        ("text", "not an ONNX file or is cut short"),
-        ("short", "not an ONNX file or is cut short"),
-        ("nan", "the weight 'w' holds 1 NaN or infinite"),
-        ("old", "uses opset 6, and opsets 7 to"),
+        ("empty", "contains no ONNX graph"),
+        ("text", "not an ONNX file or is incomplete"),
+        ("short", "not an ONNX file or is incomplete"),
+        ("nan", "the weight 'w' contains 1 NaN or infinite"),
+        ("old", "uses opset 6, but only opsets 7 to"),
         ("future", "uses opset 999"),
         ("invalid", "is not valid ONNX"),
         ("external", "weights.bin"),
-        ("long", "bytes where its shape and type FLOAT ask for 720"),
+        ("long", "bytes, but its shape and type FLOAT need 720"),
         ("missing", "does not exist"),
-        ("folder", "is a folder"),
+        ("folder", "is a directory"),
     ],
 )
 def test_bad_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str, message: str) -> None:
@@ -194,7 +194,7 @@ def test_bad_outputs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         existing: "exists; give another path, or --force",
         model: "is the input",
         link: "is the input",
-        model.parent: "is a folder",
+        model.parent: "is a directory",
     }
     cases[model.parent / "none" / "out.onnx"] = "does not exist; create it first"
     for output, message in cases.items():

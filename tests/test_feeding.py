@@ -126,7 +126,7 @@ def test_arrays_that_do_not_fit(
 def test_rows_that_do_not_fill_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "net (float[8, 32] a) => (float[8, 24] y) { y = MatMul(a, w) }"
     assert main(save(tmp_path, parse(text, **W), a=np.zeros((20, 32), np.float32))) == 2
-    assert "has 20 rows, and the model takes 8 at a time" in capsys.readouterr().err
+    assert "has 20 rows, but the model takes 8 at a time" in capsys.readouterr().err
 
 
 def test_a_model_of_two_inputs_names_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_a_link_to_anywhere_else_is_refused(tmp_path: Path) -> None:
     external(tmp_path / "models" / "model.onnx")
     (tmp_path / "models" / "model.onnx_data").rename(tmp_path / "secret")
     (tmp_path / "models" / "model.onnx_data").symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match="links to a place outside the folder of the model"):
+    with pytest.raises(ModelError, match="links to a place outside the directory of the model"):
         quantize_model(tmp_path / "models" / "model.onnx")
 
 
@@ -99,7 +99,7 @@ def test_absolute_paths_of_data_files(tmp_path: Path, inside: bool) -> None:
     if inside:
         assert len(quantize_model(path)[1].converted) == 4
         return
-    with pytest.raises(ModelError, match="outside the folder of the model"):
+    with pytest.raises(ModelError, match="outside the directory of the model"):
         quantize_model(path)
 
 

@@ -128,8 +128,8 @@ def test_the_int8_form_takes_feeds_of_several_inputs() -> None:
         ([], "no calibration inputs"),
         ([{}], "dictionaries"),
         ([np.zeros(3)], "dictionaries"),
-        ([{"a": np.array([np.nan])}], "'a' holds NaN or infinity"),
-        ([{"a": np.array([None])}], "an array of numbers or texts, not of object"),
+        ([{"a": np.array([np.nan])}], "'a' contains NaN or infinity"),
+        ([{"a": np.array([None])}], "an array of numbers or strings, not of object"),
     ],
 )
 def test_feeds_that_are_none_are_refused(source: list[dict[str, np.ndarray]], message: str) -> None:
