@@ -266,7 +266,7 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
     onnx.save(model, tmp_path / "in.onnx")
     command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--recipes", "max,best", "--no-cache", "--jobs", "1"]
     assert main(command) == 2
-    assert "give noise of a size" in capsys.readouterr().err
+    assert "give noise with a size" in capsys.readouterr().err
     assert main([*command, "--calibrate", "noise:9x7", "--limit", "20"]) == 0
     assert "20 images without labels" in capsys.readouterr().out
     assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0

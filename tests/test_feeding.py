@@ -109,11 +109,11 @@ def test_images_called_x_stay_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"x": np.zeros((4, 32))}, "holds ['x'] and the model takes ['x', 'z']"),
+        ({"x": np.zeros((4, 32))}, "contains ['x'], but the model takes ['x', 'z']"),
         ({"x": np.zeros((4, 32)), "z": np.zeros(3)}, "different numbers of rows (x: 4, z: 3)"),
         ({"x": np.zeros((5, 32)), "z": np.zeros((4, 1, 1))}, "'z' in"),
         ({"x": np.zeros((4, 31)), "z": np.zeros(4)}, "takes float32 of shape ?x32"),
-        ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "given as float64 of shape 1x32 and the model takes float32"),
+        ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "has type float64 and shape 1x32, but the model takes float32"),
     ],
 )
 def test_arrays_that_do_not_fit(
@@ -155,7 +155,7 @@ def test_a_bare_folder_that_fits_itself_to_the_model(tmp_path: Path, capsys: pyt
     images = str(folder(tmp_path / "images", 12))
     command = ["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--calibrate", images]
     assert main(command) == 2
-    assert "for a folder of images, --fit" in capsys.readouterr().err
+    assert "for a directory, use --fit" in capsys.readouterr().err
     assert main([*command, "--fit"]) == 0
     validate = ["validate", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--data", images, "--fit"]
     assert main(validate) == 0

@@ -108,7 +108,7 @@ def test_an_embedding_of_the_qdq_form_is_decoded_behind_the_lookup(bits: int) ->
     optimized = explain(made)
     assert "DequantizeLinear" not in optimized.operators
     (weight,) = optimized.weights
-    assert (weight.fate, weight.why) == (Fate.EVERY_RUN, "only the entries that are looked up")
+    assert (weight.fate, weight.why) == (Fate.EVERY_RUN, "only the entries that are looked up are decoded")
 
 
 def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:

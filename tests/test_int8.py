@@ -203,10 +203,10 @@ def test_calibration_images_must_fit() -> None:
     with pytest.raises(DataError, match="taken as normalized already"):
         Calibration(ImageSet(np.zeros((1, 3, 8, 8), np.float32), None), CIFAR)
     huge = Calibration(ImageSet(np.full((1, 3, 8, 8), 3e38, np.float32), None))
-    with pytest.raises(ModelError, match="NaN or infinite on the calibration inputs"):
+    with pytest.raises(ModelError, match="NaN or infinite values on the calibration inputs"):
         quantize_model(small_cnn(), INT8, calibration=huge)
     free = parse("net (float[n, 3, h, v] x) => (float[n, 4, a, b] y) { y = Conv(x, w) }", w=laplace(4, 3, 3, 3))
-    with pytest.raises(DataError, match="leaves the size of its images free"):
+    with pytest.raises(DataError, match="leaves the size of images free"):
         quantize_model(free, INT8, calibration=NOISE)
     assert quantize_model(free, INT8, calibration=Calibration(count=4, size=(9, 7)))[1].converted
 
@@ -250,7 +250,7 @@ def test_structures(name: str, refinement: Refinement) -> None:
     shape = (32, 16) if "float[n, 16]" in text else (32, 3, 8, 8)
     x = generator.normal(size=shape).astype(np.float32)
     if len(shape) == 2:  # calibration takes images
-        with pytest.raises(ModelError, match="take images of 4 dimensions"):
+        with pytest.raises(ModelError, match="input has 4 dimensions"):
             quantize_model(model, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
         return
     calibration = Calibration(ImageSet(x, None))

@@ -189,10 +189,10 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
     assert main([*command, "-v"]) == 0
     assert "feedback" in capsys.readouterr().out
     for arrays, said in (
-        ({}, "holds [] and the model takes ['pixels']; give the inputs by name"),
-        ({"b": np.zeros(3)}, "holds ['b'] and the model takes ['pixels']"),
-        ({"pixels": np.zeros(())}, "has 0 dimensions, and the input of the model 4"),
-        ({"pixels": np.zeros((0, 3, 8, 8))}, "at least one, of each"),
+        ({}, "contains [], but the model takes ['pixels']; give the inputs by name"),
+        ({"b": np.zeros(3)}, "contains ['b'], but the model takes ['pixels']"),
+        ({"pixels": np.zeros(())}, "has 0 dimensions, but the input of the model has 4"),
+        ({"pixels": np.zeros((0, 3, 8, 8))}, "the same number for each input, at least one"),
     ):
         np.savez(path, **arrays)
         assert main([*command, "--force"]) == 2

@@ -102,7 +102,7 @@ def test_refusals() -> None:
     floats = ImageSet(np.zeros((1, 3, 2, 2), np.float32), None)
     cases = [
         (two, pictures(0), None, ModelError, r"has 2 inputs \('x', 'z'\)"),
-        (flat, pictures(0), None, ModelError, "take images of 4 dimensions"),
+        (flat, pictures(0), None, ModelError, "input has 4 dimensions"),
         (picture, pictures(0, labels=(0,)), None, DataError, "not one row of scores"),
         (model, ImageSet(np.zeros((1, 3, 5, 5), np.uint8), None), None, DataError, "the images are 3x5x5"),
         (model, pictures(0, labels=(7,)), None, DataError, "the labels run from 7 to 7"),

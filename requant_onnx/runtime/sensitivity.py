@@ -1,4 +1,4 @@
-"""What errors in the weights do to the outputs of a model: measured in ONNX Runtime, on a few calibration inputs."""
+"""The effect of errors in the weights on the outputs of a model, measured in ONNX Runtime on a few calibration inputs."""
 
 from __future__ import annotations
 
