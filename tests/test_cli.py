@@ -258,7 +258,7 @@ def test_a_budget_of_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     front = json.loads(report.read_text())["front"]
     printed = capsys.readouterr().out
     assert f"{front[0]['bytes']:,}" in printed
-    assert "without --calibrate nothing is known of the output" in printed
+    assert "because without --calibrate the output is unknown" in printed
 
 
 def test_few_bits_without_calibration_are_noted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +266,7 @@ def test_few_bits_without_calibration_are_noted(model: Path, capsys: pytest.Capt
     none = "--calibrate none --force-quality"
     for options in (f"--bits 4 {none}", f"--bits 8 {none}", "--bits 4", f"--bits 4 --refinement none {none}"):
         assert main(["convert", str(model), str(model.with_name("out.onnx")), "--force", *options.split()]) == 0
-        noted[options] = "few bits cost less accuracy with --calibrate" in capsys.readouterr().out
+        noted[options] = "at few bits, --calibrate improves the accuracy" in capsys.readouterr().out
     assert [options for options, was in noted.items() if was] == [f"--bits 4 {none}"]
 
 
@@ -298,7 +298,7 @@ def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixt
         (["--bits", "auto", "--size", "big"], "the size 'big' is not understood"),
         (["--bits", "auto", "--size", "180kB", "--external-data"], "--size counts one file"),
         (["--bits", "auto", "--target-sqnr", "20", "--calibrate", "none"], "give --calibrate"),
-        (["--bits", "auto", "--size", "1kB"], "the smallest file that bits can make is"),
+        (["--bits", "auto", "--size", "1kB"], "the smallest possible file has"),
         (["--form", "int8", "--calibrate", "none"], "give --calibrate with images, or --calibrate noise"),
         (["--calibrate", "noise", "--refinement", "none"], "drop --calibrate"),
         (["--calibrate", "noisy"], "FILE.npz or noise"),

@@ -134,7 +134,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_second_conversion_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, _ = quantize_model(small_cnn(), QuantConfig(3, form=Form.FOLDED))
-    with pytest.raises(ConvertedError, match=r"converted already, by requant_onnx 0.*bits 3, form folded.*requant restore"):
+    with pytest.raises(ConvertedError, match=r"already converted, by requant_onnx 0.*bits 3, form folded.*requant restore"):
         quantize_model(made)
     save_model(made, tmp_path / "small.onnx")
     assert main(["convert", str(tmp_path / "small.onnx"), str(tmp_path / "out.onnx")]) == 3

@@ -29,7 +29,7 @@ def test_a_name_a_glob_an_expression_and_a_type() -> None:
     assert bits["stages.3.conv1.weight"] == 4
     assert bits["conv.weight"] == 8  # an edge layer
     (kept,) = [item for item in report.skipped if item.name == "fc.weight"]
-    assert kept.reason == "is kept in float as asked ('op:Gemm')"
+    assert kept.reason == "is kept in float by the rule 'op:Gemm'"
 
 
 def test_names_of_nodes_match_too() -> None:

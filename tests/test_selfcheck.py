@@ -48,7 +48,7 @@ def test_models_that_take_no_images_are_not_calibrated(tmp_path: Path, capsys: p
     assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
     printed = capsys.readouterr().out
     assert "calibrated on" not in printed
-    assert "not checked: there are no inputs for it" in printed
+    assert "not checked: there are no inputs for the model" in printed
 
 
 def test_a_model_that_fails_on_noise_is_converted_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_feeds_beyond_those_used_are_for_the_check() -> None:
 
 def test_it_can_be_left_out() -> None:
     _, report = quantize_model(OWN_MODEL, check=False)
-    assert (report.check, report.why_unchecked) == (None, "not asked for")
+    assert (report.check, report.why_unchecked) == (None, "it was not requested")
 
 
 def test_the_worst_output_counts() -> None:
@@ -105,5 +105,5 @@ def test_a_result_that_does_not_run_is_an_error() -> None:
     text = "net (float[n, 3, 4, 4] x) => (float[a, b] y) { r = Reshape(x, s) y = MatMul(r, w) }"
     good = parse(text, s=np.array([-1, 48], np.int64), w=laplace(48, 8))
     bad = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
-    with pytest.raises(QualityError, match=r"ONNX Runtime runs the model and not what was made of it .*: please report this"):
+    with pytest.raises(QualityError, match=r"ONNX Runtime runs the model, but not the converted model .*; please report this"):
         self_check(good, bad, None)

@@ -1,6 +1,6 @@
-"""Which bits, transform and granularity each weight gets, so that the output error is least for the bytes they take.
+"""The choice of bits, transform and granularity for each weight, which minimizes the output error for a given size.
 
-Errors of different weights add up in the output, nearly, each about in proportion to the squared error of the weight.  So
+The errors of different weights nearly add up in the output, each roughly in proportion to the squared error of the weight.  So
 
     output_error(grid) = output_error(reference grid) * (error(grid) / error(reference grid))**slope
 

@@ -1,8 +1,8 @@
-"""Quantize weights one after another, each seeing what those before it did to its input.
+"""Quantize weights one after another, each on inputs that include the errors of those before it.
 
 For each layer, second moments of its input (with all weights before it quantized) and of its float output are collected, and the
 candidates of a ladder are compared on calibration inputs held out from them: nearest, + bias correction, + error feedback,
-+ descent.  The one of least output error is taken, so that no step makes a layer worse.  Where bits of codes count too (price.py),
++ descent.  The one of least output error is chosen, so that no step makes a layer worse.  Where bits of codes count too (price.py),
 all of these weigh them, and feedback is tried on second moments that are more and less held to their diagonal.
 """
 

@@ -1,4 +1,4 @@
-"""The step of each weight for files that are compressed: equally many bits for the same output error, wherever they are spent.
+"""The step of each weight for compressed files: one bit buys the same reduction of the output error in every weight.
 
 Uniform rounding by a step s makes an output error of kappa * n * s**2 / 12 with the n weights of a tensor.  Its bits fall by n for
 each doubling of s, so a bit is worth kappa * s**2 / 6 * ln 2 of output error, whatever n is: the same for all weights where

@@ -1,4 +1,4 @@
-"""The time of a conversion: what is left of its limit, which layers it is spent on, and how far the work has come."""
+"""The time of a conversion: the time left, the layers on which it is spent, and the progress of the work."""
 
 from __future__ import annotations
 
