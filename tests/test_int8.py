@@ -200,7 +200,7 @@ def test_calibration_images_must_fit() -> None:
         quantize_model(small_cnn(), INT8, calibration=wrong)
     with pytest.raises(DataError, match="no calibration images"):
         Calibration(ImageSet(np.zeros((0, 3, 8, 8), np.uint8), None))
-    with pytest.raises(DataError, match="taken as normalized already"):
+    with pytest.raises(DataError, match="count as normalized"):
         Calibration(ImageSet(np.zeros((1, 3, 8, 8), np.float32), None), CIFAR)
     huge = Calibration(ImageSet(np.full((1, 3, 8, 8), 3e38, np.float32), None))
     with pytest.raises(ModelError, match="NaN or infinite values on the calibration inputs"):

@@ -1,4 +1,4 @@
-"""Targets: the smallest file that keeps a promise, on data that rounding has not seen."""
+"""Targets: the smallest file that keeps a target, on data that rounding has not used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_smallest_file_that_agrees() -> None:
         assert found.model.ByteSize() == min(trial.bytes for trial in found.trials if trial.holds)
         assert found.report.check is not None
     assert few.model.ByteSize() < many.model.ByteSize()
-    assert "which is not sure at 95 %" in many.sentence or "which holds at 95 %" in many.sentence
+    assert "with 95 % confidence" in many.sentence
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_what_cannot_be_kept_is_not_written(tmp_path: Path, capsys: pytest.Captu
     command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--max-drop", "50", "--size", "1kB", "--calibrate", "none"]
     data = ["--data", str(tmp_path / "data.npz")]
     assert main([*command, *data]) == 3
-    assert "no file that was tried keeps the target" in capsys.readouterr().err
+    assert "no file that was tried reaches the target" in capsys.readouterr().err
     assert not (tmp_path / "a.onnx").exists()
     assert main([*command, *data, "--best-effort", "--force-quality"]) == 0
     assert (tmp_path / "a.onnx").is_file()
@@ -75,7 +75,7 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     save_model(onnx.load(OWN_MODEL), tmp_path / "in.onnx")
     command = ["convert", "in.onnx", "out.onnx", "--max-drop", "0", "--calibrate", "none", "--force-quality"]
     assert main([*command, "--evaluate", "judge:score"]) == 0
-    assert "note: target: the change of the score is 0.00" in " ".join(capsys.readouterr().out.split())
+    assert "note: target: the change in the score is 0.00" in " ".join(capsys.readouterr().out.split())
     for name, sentence in (
         ("judge:scores", "cannot be imported"),
         ("judges:score", "cannot be imported"),
@@ -105,7 +105,7 @@ def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pyt
 
 
 def test_data_and_functions_have_to_go_with_the_target() -> None:
-    with pytest.raises(ConfigError, match="needs data"):
+    with pytest.raises(ConfigError, match="measured on data"):
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99))
     with pytest.raises(ConfigError, match="give --max-drop"):
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99), evaluate=lambda _: 0.0)

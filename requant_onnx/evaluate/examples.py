@@ -1,4 +1,4 @@
-"""The inputs that two models answer most differently, and the answers that changed."""
+"""The inputs on which the answers of two models differ most, and the answers that changed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Change:
-    """Inputs whose answer became another.  label: "" where none is known."""
+    """A pair of answers, and the number of inputs whose answer changed so.  label: right answer, "" if unknown."""
 
     label: str
     reference: str
