@@ -1,4 +1,4 @@
-"""The network as a picture: a block for each weight, from the top down, each a link to its weight."""
+"""A picture of the network from top to bottom, with a block for each weight, which links to its details."""
 
 from __future__ import annotations
 
