@@ -147,7 +147,7 @@ def test_weak_doubled_and_broken_ones_are_dropped() -> None:
         ("detect:qqq", "give detect:HEAD, with one of yolov8, yolox, yolov5, nms"),
         ("detect", "give detect:HEAD"),
         ("yolov8", "is it 'detect:yolov8'?"),
-        ("segment:yolov8", "the task 'segment:yolov8' is not known"),
+        ("segment:yolov8", "the task 'segment:yolov8' is unknown"),
     ],
 )
 def test_unknown_tasks(task: str, message: str) -> None:

@@ -139,7 +139,7 @@ def test_a_second_conversion_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     save_model(made, tmp_path / "small.onnx")
     assert main(["convert", str(tmp_path / "small.onnx"), str(tmp_path / "out.onnx")]) == 3
     assert not (tmp_path / "out.onnx").exists()
-    assert "error: the model was converted already" in capsys.readouterr().err
+    assert "error: the model is already converted" in capsys.readouterr().err
     assert "expand this file" in explain(made).notes[0]
     assert explain(small_cnn()).notes == ()
 

@@ -79,7 +79,7 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for name, sentence in (
         ("judge:scores", "cannot be imported"),
         ("judges:score", "cannot be imported"),
-        ("judge:NOT", "no function"),
+        ("judge:NOT", "not a function"),
     ):
         assert main([*command, "--force", "--evaluate", name]) == 2
         assert sentence in capsys.readouterr().err
@@ -89,14 +89,14 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ("options", "sentence"),
     [
         (["--max-drop", "0.5"], "measured on labels; give labeled --data"),
-        (["--max-drop", "0.5", "--min-agreement", "99"], "give one of the two"),
-        (["--min-agreement", "101"], "up to 100"),
-        (["--max-drop", "-1"], "give 0 or more"),
+        (["--max-drop", "0.5", "--min-agreement", "99"], "give exactly one of the two"),
+        (["--min-agreement", "101"], "at most 100 %"),
+        (["--max-drop", "-1"], "must be 0 or more"),
         (["--max-drop", "much"], "--max-drop"),
         (["--min-agreement", "99", "--bits", "4"], "drop --bits"),
         (["--min-agreement", "99", "--evaluate", "a:b"], "cannot be imported"),
-        (["--data", "noise"], "--data is for --max-drop or --min-agreement"),
-        (["--best-effort"], "--best-effort is for"),
+        (["--data", "noise"], "--data needs --max-drop or --min-agreement"),
+        (["--best-effort"], "--best-effort needs"),
     ],
 )
 def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
