@@ -1,4 +1,4 @@
-"""Take the picture of the demo page in headless Chromium, light and dark, as wide as a desktop and as a phone.
+"""Take the screenshot of the demo page in headless Chromium, in light and dark, at the widths of a desktop and a phone.
 
     python tools/demo_screenshot.py tools/demo/demo.png
 
