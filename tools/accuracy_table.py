@@ -81,7 +81,7 @@ def grid() -> Iterator[tuple[str, QuantConfig]]:
 
 
 def int8(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
-    """The int8 form by activation range, on images and on noise, beside the same weights with float activations."""
+    """The int8 form by activation range, on images and on noise, compared to the same weights with float activations."""
     images, noise = Calibration(train, normalization), Calibration(None, normalization)
     base = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
     for bits in (8, 4):

@@ -64,7 +64,7 @@ def shot(browser: Any) -> Image.Image:
 
 
 def main(path: str) -> int:
-    """As wide as a desktop, light and dark, one below the other; beside them as wide as a phone."""
+    """Join the screenshots at desktop width, light above dark, with those at phone width next to them."""
     server = server_of(build_site(BUILD / "site", install_runtime()))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://localhost:{server.server_address[1]}/"

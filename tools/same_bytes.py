@@ -124,7 +124,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended, in words too."""
+    """The outcome of a case, with a description."""
 
     case: Case
     kind: Kind

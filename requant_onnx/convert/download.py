@@ -83,7 +83,7 @@ class _Search:
         return sum(each.count for each in self.weights)
 
     def built(self, bits: float) -> Built:
-        """The file with so many bits in all codes, about.  Its report has the compressed size."""
+        """The file with about this number of bits in all codes.  Its report has the compressed size."""
         unit = unit_for(self.weights, bits)
         chosen = {each.item.weight.name: each.planned(unit) for each in self.weights}
         planned = [chosen.get(item.weight.name, item) for item in self.prepared.plan.planned]

@@ -63,7 +63,7 @@ class Evidence:
 
     @property
     def sums(self) -> tuple[Float64Array, Float64Array, int]:
-        """Of the inputs to fit on, and their outputs, and the number of places."""
+        """Sums of the inputs to fit on and of their outputs, and the number of places."""
         return self.fitted.x, self.fitted.y, self.fitted.count
 
 
@@ -208,7 +208,7 @@ def _target(w: Float64Array, xx: Float32Array, xy: Float64Array, triangle: Facto
 
 
 def _damped(xx: Float32Array) -> Float32Array:
-    """With more on the diagonal, in place."""
+    """The matrix with an increased diagonal; works in place."""
     index = np.arange(xx.shape[-1])
     powers = np.diagonal(xx, axis1=1, axis2=2).mean(1, dtype=np.float64)
     xx[:, index, index] += np.maximum(DAMPING * powers, 1e-30)[:, None].astype(np.float32)

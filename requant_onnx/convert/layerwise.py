@@ -237,7 +237,7 @@ def probe_layers(
     refinement: Refinement,
     min_scales: Mapping[str, Float64Array],
 ) -> Iterator[Probe]:
-    """Those of the planned weights that one node alone multiplies with finite values, on the inputs of the float model.
+    """Probe the planned weights that a single node multiplies with finite values, on the inputs of the float model.
 
     grids: by weight.
     """

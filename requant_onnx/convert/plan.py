@@ -112,7 +112,7 @@ def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) 
 
 
 def _form(config: QuantConfig, integer: bool) -> Form:
-    """Of a weight that an integer kernel reads, or not."""
+    """The form of a weight.  integer: whether an integer kernel reads it."""
     fallback = FORMS[config.form].fallback
     if integer or fallback is None:
         return config.form

@@ -104,7 +104,7 @@ class Schedule:
 
 
 class _Ratio:
-    """Measured to estimated seconds."""
+    """The ratio of measured to estimated seconds."""
 
     def __init__(self) -> None:
         self._estimated = self._measured = PRIOR

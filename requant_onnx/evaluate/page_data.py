@@ -148,7 +148,7 @@ def _weaknesses(asked: Asked, answers: Answers | None) -> tuple[str, ...]:
 
 
 def _named(asked: Asked, data: ImageSet | FeedSet, normalization: Normalization | None) -> str:
-    """The inputs in words."""
+    """A description of the inputs."""
     if isinstance(data, FeedSet):
         return f"{len(data):,} inputs" + (f" from {asked.data}" if asked.data else "")
     text = f"{len(data):,} images" + (" of noise" if _is_noise(asked) else f" from {asked.data}" if asked.data else "")

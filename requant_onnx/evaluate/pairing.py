@@ -139,7 +139,7 @@ def _pair(counterpart: _Weight, weight: _Weight, names: _Outputs, final: Mapping
 
 
 def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_Weight]:
-    """Those whose values can be told."""
+    """The weights whose values can be computed."""
     there = {item.name for item in model.graph.initializer} | _made(model)
     usable = [reader for reader in readers if reader.is_known and there.issuperset((reader.weight, *reader.scale))]
     names = list(dict.fromkeys(name for reader in usable for name in (reader.weight, *reader.scale)))

@@ -144,7 +144,7 @@ def compare(
 
 
 def _sorted(trials: Sequence[Trial], made: Mapping[Case, bytes]) -> tuple[Trial, ...]:
-    """By bits, then by output SQNR, with their compressed sizes."""
+    """The trials with their compressed sizes, sorted by bits, then by output SQNR."""
     complete = [replace(trial, downloads=download_sizes(made[trial.recipe, trial.bits])) for trial in trials]
     return tuple(sorted(complete, key=lambda trial: (-trial.bits, -trial.sqnr_db)))
 

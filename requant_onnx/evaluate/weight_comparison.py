@@ -243,7 +243,7 @@ def shown_transform(kind: GridKind) -> GridKind:
 
 
 def _densities(rows: Float32Array, w_hat: Float32Array, scale: Float64Array, grid: InferredGrid) -> tuple[Density, Density]:
-    """Of the weights, and of the same transformed: as the grid has it, or by the square root for a uniform grid."""
+    """Densities of the weights and of the transformed weights.  A uniform grid is transformed by the square root."""
     kind = shown_transform(grid.table.kind)
     ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit
     known = np.unique(grid.table.integers)

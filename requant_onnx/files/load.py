@@ -57,7 +57,7 @@ Runs: TypeAlias = "Callable[[Source], bool]"
 
 
 def load_model(source: ModelLike) -> onnx.ModelProto:
-    """As `load_checked`, refusing what the checker of onnx refuses."""
+    """Load a model as `load_checked`, but refuse everything that the onnx checker refuses."""
     return load_checked(source)[0]
 
 
@@ -81,7 +81,9 @@ def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.Mode
     check_tensors(model, name)
     outside = next((tensor for tensor in stored_tensors(model) if is_external(tensor)), None)
     if outside is not None and path is None:
-        raise ModelError(f"the values of '{outside.name}' are in a file whose directory is unknown; give the path of the model")
+        raise ModelError(
+            f"the values of '{outside.name}' are in a file that cannot be found from {name} alone; give the path of the model"
+        )
     stays = path is not None and resolve(model, path, name) > FETCHED_BYTES
     for tensor in stored_tensors(model, skip_main=stays):
         fetch(tensor)

@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def can_correct(self) -> bool:
-        """Whether it has a bias to correct."""
+        """Whether the layer has a bias that can be corrected."""
         return self.bias != ""
 
     def stored_bias(self, bias: Float32Array) -> GenericArray:

@@ -75,7 +75,7 @@ class Operator:
 
 
 def _kernel_fits(attributes: Attributes, shape: Shape) -> bool:
-    """Of Conv and ConvTranspose."""
+    """Whether the attributes of a Conv or ConvTranspose fit the shape of its weight."""
     kernel, group = tuple(shape[2:]), attributes.get("group", 1)
     steps = [attributes.get(name, (1,) * len(kernel)) for name in ("strides", "dilations")]
     pads = attributes.get("pads", (0,) * 2 * len(kernel))

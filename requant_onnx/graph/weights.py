@@ -120,7 +120,7 @@ def _merged(first: Weight, other: Weight) -> Weight:
 
 
 def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
-    """Those skipped with the bytes of the floats that are stored for them, once each; 0 for what the graph computes."""
+    """The skipped weights with the bytes of their stored floats, counted once; 0 for computed weights."""
     counted: set[str] = set()
     for item, tensor in skipped:
         root = None if tensor is None else find_stored(tensor)

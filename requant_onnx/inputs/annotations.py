@@ -39,7 +39,7 @@ class ObjectLabels:
     images: tuple[Objects, ...]
 
     def subset(self, which: slice | Int64Array) -> ObjectLabels:
-        """Those of some of the images."""
+        """The labels of some of the images."""
         chosen = self.images[which] if isinstance(which, slice) else tuple(self.images[k] for k in which)
         return replace(self, images=chosen)
 

@@ -55,7 +55,7 @@ def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None
 
 
 def _tables(fewest: int) -> Iterator[LevelTable]:
-    """Tables of at least so many levels."""
+    """Tables with at least this number of levels."""
     for bits in (width for width, levels in LEVELS.items() if levels >= fewest):
         for kind in KINDS:
             yield level_table(bits, kind)

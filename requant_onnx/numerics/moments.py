@@ -126,14 +126,14 @@ class Sample:
         return all(np.isfinite(part).all() for part in (*self.x, *self.y))
 
     def sums(self) -> tuple[Float64Array, Float64Array, int]:
-        """Of x, (G, n), and of y, (G, rows), and the number of places."""
+        """Sums of x, (G, n), and of y, (G, rows), and the number of places."""
         x = sum((part.sum(1, dtype=np.float64) for part in self.x), np.zeros(()))
         y = sum((part.sum(1, dtype=np.float64) for part in self.y), np.zeros(()))
         return np.asarray(x), np.asarray(y), sum(part.shape[1] for part in self.x)
 
     @property
     def power(self) -> float:
-        """Of all outputs of a place, on average; tiny where all are 0."""
+        """The average power of all outputs of a place; tiny if all are 0."""
         places = sum(part.shape[1] for part in self.y)
         total = sum(float(np.square(part, dtype=np.float64).sum()) for part in self.y)
         return float(max(total / places, 1e-30))

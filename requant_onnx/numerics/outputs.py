@@ -60,7 +60,7 @@ class OutputReport:
 
     @property
     def standard_error(self) -> float:
-        """Of the agreement, as a binomial share."""
+        """The standard error of the agreement, as a binomial share."""
         if self.agreement is None or not self.count:
             return 0.0
         return math.sqrt(self.agreement * (1 - self.agreement) / self.count)

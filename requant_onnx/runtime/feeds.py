@@ -190,7 +190,7 @@ def _fitted(item: Any, values: AnyArray) -> AnyArray:
 
 
 def _cast(values: AnyArray, kind: str) -> AnyArray | None:
-    """None where values would change, or NumPy lacks the type."""
+    """The values in another type; None if values would change, or NumPy lacks the type."""
     if str(values.dtype) == kind:
         return values
     if values.dtype.kind == "U" or kind == "string":

@@ -15,7 +15,7 @@ from requant_onnx.runtime.sessions import open_session, run_session
 from requant_onnx.runtime.stream import Chunk, constants_to_initializers
 
 Outputs = list[list[Float64Array]]
-"""For each chunk of inputs, the outputs."""
+"""The outputs for each chunk of inputs."""
 
 
 def output_errors(

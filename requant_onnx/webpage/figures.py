@@ -47,7 +47,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart.  title: a few words.  text: description in words.  svg: element to insert into a page."""
+    """A chart.  title: short title.  text: description for readers.  svg: element to insert into a page."""
 
     title: str
     text: str

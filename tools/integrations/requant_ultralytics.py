@@ -23,7 +23,7 @@ PIXELS = ("--mean", "0", "--std", "1")
 
 
 def quantize_exported(path: str | Path, *options: str) -> Path | None:
-    """Write NAME_requant.onnx beside NAME.onnx, and return its path; None, after a sentence on why, where nothing was written.
+    """Write NAME_requant.onnx next to NAME.onnx, and return its path; if nothing was written, print why and return None.
 
     options: of requant convert, instead of --for web; for instance "--bits", "8", or "--calibrate", "images:photos", "--fit".
     """

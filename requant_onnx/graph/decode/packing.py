@@ -48,7 +48,7 @@ class Packing:
         return int(self.base**self.codes)
 
     def bytes_of(self, count: int) -> int:
-        """The bytes of so many codes, about."""
+        """The approximate bytes of a number of codes."""
         return count * (BYTE + sum(self.fields)) // (BYTE * self.codes)
 
     @property

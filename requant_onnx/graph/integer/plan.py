@@ -135,7 +135,7 @@ def _ceiling(clip: gs.Node) -> float:
 
 
 def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
-    """By id of the node.  A weight counts only if everything that reads it can work on integers."""
+    """The nodes with weights, by id.  A weight counts only if all its readers can work on integers."""
     weighted: dict[int, WeightedNode] = {}
     axes: dict[str, int] = {}
     for node in graph.nodes:
@@ -171,7 +171,7 @@ def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
 
 
 def _channel_axis(node: gs.Node, rank: int) -> int:
-    """Of the weight at input 1."""
+    """The axis of the output channels in the weight at input 1."""
     return OPERATORS[node.op].channel_axis(node.attrs, 1, rank)
 
 

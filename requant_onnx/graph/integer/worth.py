@@ -49,7 +49,7 @@ VNNI = Costs(2000, (0.0105, 0.0026), (0.025, 0.042), (2.5, 1.3), (0.05, 0.10), 0
 WASM = Costs(1500, (0.062, 0.028), (0.300, 0.850), (10.0, 5.0), (0.50, 1.50), 4.0, 4.0, 1.5, 20.0)
 FEW = 8  # channels
 COSTS = {Runtime.WEB: WASM}
-"""By runtime; VNNI for all others."""
+"""Costs by runtime; those of VNNI apply to all others."""
 FAST = tuple(op for op in GENERIC if op != "AveragePool")
 """Operators without a weight whose integer kernels are no slower; that of windows takes 5 ns an element, the float one 0.26."""
 SLOWER = "would be slower on integers; --int8-speed all converts it anyway"
