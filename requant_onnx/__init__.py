@@ -1,6 +1,6 @@
 """requant_onnx: low-bit weights for exported ONNX CNNs, without retraining (REQuant, arXiv 2510.04044).
 
-Names are imported when they are first used, so that the package itself is there at once.
+Names are imported on first use, so that importing the package itself takes no time.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""python -m requant_onnx"""
+"""The command `python -m requant_onnx`, which is the same as `requant`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The choices of a conversion: settings that are one of a few, and the transform.
+"""The choices of a conversion: settings with a fixed set of values, and the transform.
 
 >>> Transform.parse("power:0.6")
 Transform(exponent=0.6)
@@ -29,8 +29,8 @@ LEVELS: dict[float, int] = {
     7: 128,
     8: 256,
 }
-"""Bits of a weight -> levels, that is different codes.  Between whole numbers: as many as fit where several codes share 8 to 14
-bits (graph/decode/packing.py), and in steps so fine that more would hardly matter."""
+"""The number of levels (distinct codes) by bits of a weight.  Fractional widths have as many levels as fit if several codes share
+8 to 14 bits (graph/decode/packing.py); finer steps would hardly matter."""
 MAX_BITS = 8
 CLOSE_BITS = 0.01  # 2.333 and 7/3 are 2.33
 EXPONENTS, AUTO_BITS = (1.0, 3 / 4, 2 / 3, 1 / 2), 6  # of the automatic transform
@@ -39,28 +39,28 @@ MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 b
 
 
 class Choice(Enum):
-    """One of a few; its text is that of the command line."""
+    """One value of a fixed set; `str` gives its text on the command line."""
 
     def __str__(self) -> str:
         return str(self.value)
 
 
 class Granularity(Choice):
-    """Which weights share one range: all of a tensor, or those of one output channel."""
+    """The weights that share one range: all weights of a tensor, or those of one output channel."""
 
     PER_TENSOR = "per-tensor"
     PER_CHANNEL = "per-channel"
 
 
 class RangeMode(Choice):
-    """How alpha is chosen: `search` minimizes the error over (0, 1], `max` takes alpha = 1."""
+    """How alpha is chosen: `search` minimizes the error over (0, 1], `max` sets alpha = 1."""
 
     SEARCH = "search"
     MAX = "max"
 
 
 class EdgeLayers(Choice):
-    """What the first and last layers get: quantization without the transform, none at all, or 8 bits."""
+    """Treatment of the first and last layers: quantization without the transform, no quantization, or 8 bits."""
 
     PLAIN = "plain"
     FLOAT = "float"
@@ -68,8 +68,8 @@ class EdgeLayers(Choice):
 
 
 class Form(Choice):
-    """How codes are decoded: `qdq` by DequantizeLinear at every inference, `folded` once, when ONNX Runtime loads the model,
-    to a float weight, `int8` likewise to an int8 weight, for integer kernels with quantized activations."""
+    """How codes are decoded: `qdq` by DequantizeLinear at every inference; `folded` once, when ONNX Runtime loads the model,
+    to a float weight; `int8` also once, to an int8 weight, for integer kernels with quantized activations."""
 
     QDQ = "qdq"
     FOLDED = "folded"
@@ -77,8 +77,8 @@ class Form(Choice):
 
 
 class Refinement(Choice):
-    """How far rounding goes beyond the nearest level, given calibration inputs: `bias` corrects the mean of each channel,
-    `feedback` also pushes errors into weights not yet rounded, `descent` also searches on, and fits the scales."""
+    """How rounding goes beyond the nearest level, given calibration inputs: `bias` corrects the mean of each channel,
+    `feedback` also moves errors into weights not yet rounded, `descent` also continues the search and fits the scales."""
 
     NONE = "none"
     BIAS = "bias"
@@ -87,13 +87,13 @@ class Refinement(Choice):
 
     @property
     def sees_outputs(self) -> bool:
-        """Whether levels are chosen by the output error."""
+        """Whether the levels are chosen by the output error."""
         return self in (Refinement.FEEDBACK, Refinement.DESCENT)
 
 
 class ActivationRange(Choice):
-    """How the range of an activation is chosen: by least error of the model's outputs, all values seen, least squared error of the
-    activation itself, or all values but the outermost percentile.  On noise, `output` is `minmax`, with room for larger values."""
+    """How the range of an activation is chosen: least error of the model's outputs, all observed values, least squared error of
+    the activation itself, or all values except the outermost percentile.  On noise, `output` is `minmax` with some headroom."""
 
     OUTPUT = "output"
     MIN_MAX = "minmax"
@@ -102,13 +102,13 @@ class ActivationRange(Choice):
 
     @property
     def minimizes_error(self) -> bool:
-        """Whether the range starts from, or is, that of least squared error."""
+        """Whether the range is, or starts from, the one of least squared error."""
         return self in (ActivationRange.OUTPUT, ActivationRange.MSE)
 
 
 class Int8Levels(Choice):
-    """How far the int8 weights of the int8 form reach: 127, or 64, with which sums of two products of codes fit 16 bits, as the
-    kernels for x86 CPUs without VNNI need (they saturate); or what is exact on the CPU that converts."""
+    """The largest int8 weight of the int8 form: 127; or 64, for which the sum of two products of codes fits in 16 bits, as the
+    saturating kernels of x86 CPUs without VNNI need; or the larger one that is exact on the CPU that converts."""
 
     SAFE = "64"
     FULL = "127"
@@ -116,15 +116,15 @@ class Int8Levels(Choice):
 
 
 class Int8Speed(Choice):
-    """Which layers of the int8 form run on integers: those that a table of costs says are faster so, or all that can."""
+    """Which layers of the int8 form run on integers: those that are faster by a table of costs, or all that can."""
 
     AUTO = "auto"
     ALL = "all"
 
 
 class BiasType(Choice):
-    """How biases and other vectors are stored: as float16 where that changes no output by more than the weights' own error does
-    (by default in the folded and int8 forms), or as they are."""
+    """How biases and other vectors are stored: unchanged, or as float16 where that changes no output by more than the error of
+    the weights does (the default in the folded and int8 forms)."""
 
     AUTO = "auto"
     HALF = "float16"
@@ -132,8 +132,8 @@ class BiasType(Choice):
 
 
 class OptimizeFor(Choice):
-    """Which bytes count: those of the file, or those that are downloaded where it is sent compressed, by brotli as web servers do
-    (`download` alone), by gzip or by zstd.  Then codes are chosen that compress well, and a size is that of the compressed file."""
+    """Which bytes count: those of the file, or those of a compressed download, by brotli as web servers use it (`download`
+    alone), by gzip or by zstd.  For downloads, codes that compress well are chosen, and sizes are compressed sizes."""
 
     FILE = "file"
     BROTLI = "download:br"
@@ -142,7 +142,7 @@ class OptimizeFor(Choice):
 
     @property
     def compresses(self) -> bool:
-        """Whether bytes are counted behind a compressor."""
+        """Whether compressed bytes are counted."""
         return self is not OptimizeFor.FILE
 
     @classmethod
@@ -151,7 +151,7 @@ class OptimizeFor(Choice):
 
 
 class Space(Choice):
-    """Where distances are measured: between weights `w`, or between transformed weights `v = sign(w) * |w|**a`."""
+    """The space in which distances are measured: of weights `w`, or of transformed weights `v = sign(w) * |w|**a`."""
 
     WEIGHT = "weight"
     TRANSFORMED = "transformed"
@@ -159,21 +159,22 @@ class Space(Choice):
 
 @dataclass(frozen=True)
 class Transform:
-    """The power transform `v = sign(w) * |w|**exponent`; 1/2 is the paper's square root, 1 leaves weights as they are.
+    """The power transform `v = sign(w) * |w|**exponent`; 1/2 is the paper's square root, 1 means no transform.
 
-    None: chosen for each weight from EXPONENTS, by its output error on calibration inputs; 1 where there are none, in the qdq
-    form, and above AUTO_BITS bits, where all are as good.
+    exponent: 1/3 .. 1, or None, which chooses from EXPONENTS for each weight, by the output error on calibration inputs.  None is
+    1 without calibration inputs, in the qdq form, and above AUTO_BITS bits, where all exponents are equally good.
+    Raises ConfigError if the exponent is out of range.
     """
 
     exponent: float | None
 
     def __post_init__(self) -> None:
         if self.exponent is not None and not MIN_EXPONENT <= self.exponent <= MAX_EXPONENT:
-            raise ConfigError(f"the exponent {self.exponent} is outside 1/3 .. 1; 0.5 is the square root, 1 no transform")
+            raise ConfigError(f"the exponent {self.exponent} is outside 1/3 .. 1; 0.5 is the square root, and 1 means no transform")
 
     @classmethod
     def parse(cls, text: str) -> Transform:
-        """`auto`, `sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
+        """Parse `auto`, `sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
         named = {"auto": None, "sqrt": 0.5, "none": 1.0}
         if text in named:
             return cls(named[text])
@@ -183,7 +184,7 @@ class Transform:
         except ValueError:
             exponent = math.nan
         if math.isnan(exponent):
-            raise ConfigError(f"the transform '{text}' is not understood; give {TRANSFORMS}")
+            raise ConfigError(f"the transform '{text}' is not valid; give {TRANSFORMS}")
         return cls(exponent)
 
     def __str__(self) -> str:
@@ -196,7 +197,7 @@ AUTO_TRANSFORM = Transform(None)
 
 
 class Runtime(Choice):
-    """What the file is written for; RUNTIMES says what that means."""
+    """The runtime for which the file is written; RUNTIMES describes each of them."""
 
     ORT = "ort"
     PORTABLE = "portable"
@@ -207,7 +208,7 @@ class Runtime(Choice):
 
 
 def width_of(bits: object) -> float | None:
-    """The width of LEVELS that is meant, an int where it is whole; None where it is none of them.
+    """The width in LEVELS that a number stands for, as an int if it is whole; None if there is none.
 
     >>> width_of(4.0), width_of(7 / 3), width_of(2.5)
     (4, 2.33, None)
@@ -218,7 +219,7 @@ def width_of(bits: object) -> float | None:
 
 
 def widths_in_words() -> str:
-    """All widths, for sentences: 1.6, 2, ... or 8."""
+    """All widths as text for sentences: 1.6, 2, ... or 8."""
     *most, last = map(str, LEVELS)
     return f"{', '.join(most)} or {last}"
 
@@ -227,7 +228,7 @@ E = TypeVar("E", bound=Choice)
 
 
 def parse_choice(kind: type[E], text: str, option: str) -> E:
-    """The member of `kind` whose value is `text`.  Raises ConfigError that names the option and the choices."""
+    """The member of `kind` whose value is `text`.  Raises a ConfigError that names the option and the choices."""
     try:
         return kind(text)
     except ValueError:

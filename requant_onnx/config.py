@@ -42,10 +42,12 @@ METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conver
 
 @dataclass(frozen=True)
 class Budget:
-    """Bits (with exponent and granularity) of each weight chosen together, by the real size and the output error of each choice.
+    """A budget, within which bits, exponent and granularity of all weights are chosen by real size and output error.
 
-    size: bytes that the file may take; sqnr_db: output SQNR that it has to reach, on calibration inputs, in the smallest file.
-    One of them.
+    Exactly one of the two is given.
+    size: largest size of the file, in bytes.
+    sqnr_db: output SQNR that the smallest file must reach on calibration inputs, in dB.
+    Raises ConfigError if both or neither are given, or a value is out of range.
     """
 
     size: int | None = None
@@ -53,43 +55,47 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.sqnr_db is None):
-            raise ConfigError("a budget is either a size or an output SQNR to reach; give one of the two")
+            raise ConfigError("a budget needs either a size or an output SQNR; give exactly one of the two")
         if self.size is not None and self.size < 1:
-            raise ConfigError(f"a file of {self.size} bytes is no budget; give a size such as 180kB")
+            raise ConfigError(f"a file cannot have {self.size} bytes; give a size such as 180kB")
         if self.sqnr_db is not None and not math.isfinite(self.sqnr_db):
-            raise ConfigError(f"{self.sqnr_db} is no SQNR to reach; give decibels, for instance 20")
+            raise ConfigError(f"{self.sqnr_db} is not a valid SQNR; give decibels, for example 20")
 
     @staticmethod
     def parse_size(text: str) -> int:
-        """Bytes; `180000`, `180kB`, `1.5MB`, `176KiB`.  Raises ConfigError on anything else."""
+        """Parse a size in bytes: `180000`, `180kB`, `1.5MB` or `176KiB`.  Raises ConfigError on anything else."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]i?)?B?", text)
         if match is None:
-            raise ConfigError(f"the size '{text}' is not understood; write it as 180000, 180kB or 1.5MB (KiB and MiB: of 1024)")
+            raise ConfigError(f"the size '{text}' is not valid; write it as 180000, 180kB or 1.5MB (or KiB, MiB)")
         prefix = (match[2] or "").upper()
         power = " KMG".index(prefix[:1] or " ")
         return int(float(match[1]) * (1024 if prefix.endswith("I") else 1000) ** power)
 
     def to_dict(self) -> dict[str, int | float]:
-        """In the words of the command line."""
+        """The budget as options of the command line, by name."""
         return {"size": self.size} if self.size is not None else {"target_sqnr": self.sqnr_db or 0.0}
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What `quantize_model` does.  The defaults were chosen on images of the CIFAR-10 train split (convert/README.md, "Defaults").
+    """Settings of `quantize_model`.  The defaults were chosen on the CIFAR-10 train split (convert/README.md, "Defaults").
 
-    bits: of each weight, one of LEVELS, or a budget to choose them by.
-    objective: the space whose mean squared error alpha minimizes.
-    rounding: the space in which a weight goes to its nearest level; `weight` is never worse in weight error.
-    runtime: what the file is written for; see RUNTIMES.
-    symmetric: whether all zero points of weights are in the middle of the codes.
-    refinement: what calibration inputs are used for, beside the ranges of activations.
-    biases: how biases and other vectors are stored.
-    keep_inputs: whether weights that a caller may replace (initializers that are inputs of the graph too) stay, in float.
-    activation_range, int8_levels, int8_speed: of the int8 form.
-    int8_min_sqnr: of the int8 form, dB that the outputs keep; nodes whose activations cost more stay float.  -inf: no limit.
-    overrides: settings of single layers, the last rule that sets one wins; also texts, or a table from patterns to settings.
-    optimize_for: which bytes count; for downloads, bits are those that a weight takes on average, compressed.
+    Choices may also be given as text, as on the command line.
+    bits: bits per weight, one of LEVELS, or a budget within which they are chosen.
+    granularity: weights that share a scale.  transform: transform of the weights.  range_mode: choice of alpha.
+    edge_layers: treatment of the first and last layers.
+    objective: space in which alpha minimizes the mean squared error.
+    rounding: space in which the nearest level is chosen; `weight` never has the larger weight error.
+    form: how codes are stored and decoded.  runtime: runtime that reads the file; see RUNTIMES.
+    symmetric: whether the zero points of all weights are in the middle of the codes.
+    refinement: use of the calibration inputs, in addition to the ranges of activations.
+    biases: type of biases and other vectors.
+    keep_inputs: whether weights that a caller may replace (initializers that are also graph inputs) stay in float.
+    activation_range, int8_levels, int8_speed: settings of the int8 form only.
+    int8_min_sqnr: output SQNR in dB that the int8 form must keep; nodes whose activations cost more stay float.  -inf: no limit.
+    overrides: rules for single layers (LayerRule, text, or a table from patterns to settings); the last one that matches wins.
+    optimize_for: bytes that count; for downloads, bits are the average bits of a weight after compression.
+    Raises ConfigError if a value is out of range, or values contradict each other.
     """
 
     bits: float | Budget = 8
@@ -137,29 +143,30 @@ class QuantConfig:
 
     def _check_runtime(self) -> None:
         row = RUNTIMES[self.runtime]
+        runtime = f"{row.title} (--runtime {self.runtime})"
         for rule in self.rules:
             if rule.form is Form.INT8 and self.form is not Form.INT8:
-                raise ConfigError(f"the layer rule for '{rule.pattern}' sets form int8, that of whole models; choose --form int8")
+                raise ConfigError(f"the layer rule for '{rule.pattern}' sets form int8, which is for whole models; use --form int8")
             if not rule.keep:
                 changed = {name: value for name in ("bits", "form") if (value := getattr(rule, name)) is not None}
                 replace(self, overrides=(), **changed)  # raises where the runtime does not read it
         if self.optimize_for.compresses and self.form is Form.INT8:
             raise ConfigError(
-                f"the int8 form has no rounding for downloads; drop --optimize-for {self.optimize_for}, or --form int8"
+                f"the int8 form cannot be optimized for downloads; drop --optimize-for {self.optimize_for}, or --form int8"
             )
         if self.form not in row.forms:
             forms = " or ".join(map(str, row.forms))
-            raise ConfigError(f"the {self.form} form is not for {row.title} (--runtime {self.runtime}); choose --form {forms}")
+            raise ConfigError(f"the {self.form} form does not work with {runtime}; choose --form {forms}")
         if not isinstance(self.bits, Budget) and self.bits not in row.bits:
             widths = " or ".join(map(str, row.bits))
-            raise ConfigError(f"{row.title} (--runtime {self.runtime}) reads no codes of {self.bits} bits; choose --bits {widths}")
+            raise ConfigError(f"{self.bits}-bit codes do not work with {runtime}; choose --bits {widths}")
         if self.biases is BiasType.HALF and not row.half:
-            raise ConfigError(f"files for {row.title} (--runtime {self.runtime}) have no float16; leave --biases float16 out")
+            raise ConfigError(f"files for {runtime} cannot hold float16; drop --biases float16")
         if row.native4 and row.symmetric and self.form is Form.INT8 and self.bits != MAX_BITS:
-            raise ConfigError(f"the int8 form for {row.title} has codes of 8 bits; choose --bits 8, or --form qdq")
+            raise ConfigError(f"the int8 form for {row.title} only has codes of 8 bits; choose --bits 8, or --form qdq")
 
     def of_layer(self, names: Collection[str], op: str) -> QuantConfig:
-        """The settings of one weight, without rules.  names, op: as for LayerRule.matches."""
+        """The settings of one weight, without rules.  names, op: as in LayerRule.matches."""
         own: dict[str, Any] = {"overrides": ()}
         for rule in self.rules:
             if rule.matches(names, op):
@@ -170,24 +177,24 @@ class QuantConfig:
         return replace(self, **own)
 
     def kept_in_float(self, names: Collection[str], op: str) -> LayerRule | None:
-        """The rule that keeps a weight in float."""
+        """The rule that keeps a weight in float; None if there is none."""
         matching = [rule for rule in self.rules if rule.matches(names, op)]
         return matching[-1] if matching and matching[-1].keep else None
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
-        """The settings of single layers."""
+        """The rules for single layers."""
         return rules_of(self.overrides)
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether all zero points of weights are in the middle of the codes, as asked or as the runtime needs it."""
+        """Whether the zero points of all weights are in the middle of the codes, by `symmetric` or because the runtime needs it."""
         return self.symmetric or RUNTIMES[self.runtime].symmetric
 
     @classmethod
     def paper(cls, bits: float | Budget = 8) -> QuantConfig:
-        """REQuant as published (arXiv 2510.04044): per tensor, square root, searched alpha, rounding in transformed
-        space, first and last layer without the transform, biases in float32."""
+        """The configuration of REQuant as published (arXiv 2510.04044): per tensor, square root, searched alpha, rounding in
+        transformed space, first and last layer without the transform, biases in float32."""
         return cls(
             bits=bits,
             granularity=Granularity.PER_TENSOR,
@@ -199,7 +206,7 @@ class QuantConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings in the words of the command line; `from_dict` reads them."""
+        """The settings as texts and numbers of the command line; `from_dict` reads them."""
         names = [item.name for item in fields(self) if OPTIONS_OF_FORM.get(item.name, self.form) is self.form]
         values = {name: getattr(self, name) for name in names}
         plain: dict[str, Any] = {name: value if isinstance(value, int | float) else str(value) for name, value in values.items()}
@@ -212,7 +219,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> QuantConfig:
-        """The configuration that `to_dict` wrote, as it is in `report.config` and in JSON reports.  Raises ConfigError.
+        """The configuration that `to_dict` wrote, which is in `report.config` and in JSON reports.  Raises ConfigError.
 
         >>> QuantConfig.from_dict(QuantConfig(4, form=Form.FOLDED).to_dict()) == QuantConfig(4, form=Form.FOLDED)
         True
@@ -231,12 +238,12 @@ class QuantConfig:
         known = [item.name for item in fields(cls)]
         strange = sorted(given.keys() - set(known))
         if strange:
-            raise ConfigError(f"a configuration has no setting '{strange[0]}'; it has {', '.join(known)}")
+            raise ConfigError(f"a configuration has no setting '{strange[0]}'; its settings are {', '.join(known)}")
         return cls(**given)
 
 
 OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int8_speed": Form.INT8, "int8_min_sqnr": Form.INT8}
-"""Settings that only one form has."""
+"""Settings that apply to one form only, by name."""
 
 ENUMS: dict[str, type[Choice]] = {
     "optimize_for": OptimizeFor,
@@ -253,4 +260,4 @@ ENUMS: dict[str, type[Choice]] = {
     "int8_levels": Int8Levels,
     "int8_speed": Int8Speed,
 }
-"""Settings that are one of a few: name -> choices."""
+"""Settings with a fixed set of choices, by name."""

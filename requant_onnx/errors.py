@@ -1,15 +1,15 @@
 """The exceptions that requant_onnx raises on purpose.
 
 RequantError (exit code 2 on the command line)
-├── ConfigError   an option value that makes no sense
-├── ModelError    the model file: missing, not ONNX, invalid, unsupported
+├── ConfigError   an option has an invalid value
+├── ModelError    the model is missing, not ONNX, invalid or unsupported
 │   ├── LoadError     ONNX Runtime does not load the model
-│   └── ConvertedError    the model was converted already (exit code 3)
-├── DataError     the images: missing, wrong shape, empty
-├── QualityError  the result is there, and worse than asked for (exit code 3 after a conversion, 4 after a validation)
-└── OutputError   the output path: same as the input, exists, not writable
+│   └── ConvertedError    the model is already converted (exit code 3)
+├── DataError     the inputs are missing, empty or of the wrong shape
+├── QualityError  the result is below the required quality (exit code 3 after a conversion, 4 after a validation)
+└── OutputError   the output path is the input, exists already or is not writable
 
-Each message is one sentence that says what is wrong, where, and what to do instead.
+Each message is one sentence that says what is wrong, where it is, and what to do.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ INTERRUPTED, INTERRUPTED_MESSAGE = 130, "interrupted; no file was left half-writ
 
 
 class RequantError(Exception):
-    """Base class: catch this to catch every error requant_onnx raises on purpose."""
+    """Base class of all errors that requant_onnx raises on purpose."""
 
 
 class ConfigError(RequantError, ValueError):
-    """An option has a value outside its domain."""
+    """An option or argument has an invalid value."""
 
 
 class ModelError(RequantError, ValueError):
-    """The model cannot be read, or holds something that cannot be converted."""
+    """The model cannot be read, or contains something that cannot be converted."""
 
 
 class LoadError(ModelError):
@@ -34,11 +34,11 @@ class LoadError(ModelError):
 
 
 class ConvertedError(ModelError):
-    """The model was converted already; a second conversion would add a second error."""
+    """The model is already converted; a second conversion would add a second error."""
 
 
 class DataError(RequantError, ValueError):
-    """The images cannot be read, or do not fit the model."""
+    """The images or other inputs cannot be read, or do not fit the model."""
 
 
 class OutputError(RequantError, OSError):
@@ -46,12 +46,12 @@ class OutputError(RequantError, OSError):
 
 
 class QualityError(RequantError):
-    """A result is worse than asked for.  code: exit code of the command line."""
+    """A result is below the required quality.  code: exit code of the command line."""
 
     def __init__(self, message: str, code: int = 3) -> None:
         super().__init__(message)
         self.code = code
 
     def __reduce__(self) -> tuple[type[QualityError], tuple[str, int]]:
-        """Pickled with its code, for other processes."""
+        """Pickle the error with its code, for other processes."""
         return type(self), (str(self), self.code)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with the item in progress, the number of steps done, and the number of all steps."""
+"""Called with the item in progress, the number of finished steps, and the total number of steps."""

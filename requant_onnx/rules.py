@@ -1,7 +1,7 @@
-"""Settings of single layers: which weights a rule is for, and what it sets.
+"""Rules for single layers: the weights that a rule matches, and the settings that it changes.
 
-head.*=bits:8           a glob, matched against the names of a weight and of the nodes that read it
-re:block[0-3]=bits:3    a regular expression for the whole of a name
+head.*=bits:8           a glob, matched against the names of a weight and of its nodes
+re:block[0-3]=bits:3    a regular expression for the whole name
 op:Gemm=form:folded     every weight that an operator of this type reads
 """
 
@@ -18,16 +18,19 @@ from requant_onnx.choices import Form, Granularity, Transform, parse_choice, wid
 from requant_onnx.errors import ConfigError
 
 Rules: TypeAlias = "Sequence[LayerRule | str] | Mapping[str, Any]"
-"""Rules as they are given: rules, texts, or a table from patterns to settings."""
+"""Rules as a caller gives them: LayerRules, texts, or a table from patterns to settings."""
 KEEP = "float"
 PARTS = "bits:N, form:F, transform:T, granularity:G, or float"
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What the weights that match a pattern get; None leaves a setting as it is for the model.
+    """Settings of the weights that match a pattern; None keeps the setting of the model.
 
-    keep: whether they stay float.  bits: for edge layers too, and within a budget a constraint.
+    pattern: glob, re:REGEX or op:TYPE.
+    bits: bits per weight, also in edge layers, and also within a budget.  form, transform, granularity: as in QuantConfig.
+    keep: whether the weights stay float.
+    Raises ConfigError if the pattern or a value is not valid.
     """
 
     pattern: str
@@ -44,18 +47,18 @@ class LayerRule:
             try:
                 re.compile(self.pattern[3:])
             except re.error as error:
-                raise ConfigError(f"'{self.pattern}' is no regular expression ({error})") from None
+                raise ConfigError(f"'{self.pattern}' is not a regular expression ({error})") from None
         if self.bits is not None:
             width = width_of(self.bits)
             if width is None:
                 raise ConfigError(f"the layer rule for '{self.pattern}' sets bits {self.bits!r}; give {widths_in_words()}")
             object.__setattr__(self, "bits", width)
         if self.keep and any((self.bits, self.form, self.transform, self.granularity)):
-            raise ConfigError(f"the layer rule for '{self.pattern}' keeps weights in float and converts them; give one of the two")
+            raise ConfigError(f"the layer rule for '{self.pattern}' both keeps weights in float and converts them; give only one")
 
     @classmethod
     def parse(cls, text: str) -> LayerRule:
-        """`PATTERN=bits:8,form:folded` or `PATTERN=float`.  Raises ConfigError.
+        """Parse `PATTERN=bits:8,form:folded` or `PATTERN=float`.  Raises ConfigError.
 
         >>> LayerRule.parse("re:.*/fc=bits:8").bits, LayerRule.parse("head*=float").keep
         (8, True)
@@ -68,7 +71,7 @@ class LayerRule:
 
     @classmethod
     def of(cls, pattern: str, settings: Mapping[str, Any] | str) -> LayerRule:
-        """A rule from a table, values as text or as they are: {"bits": 8, "form": "folded"}, or "float".  Raises ConfigError."""
+        """Make a rule from a table such as {"bits": 8, "form": "folded"}, or from "float".  Raises ConfigError."""
         if isinstance(settings, str):
             return cls.parse(f"{pattern}={settings}")
         given: dict[str, Any] = {}
@@ -84,7 +87,7 @@ class LayerRule:
                 kind = {"form": Form, "granularity": Granularity}[name]
                 given[name] = value if isinstance(value, kind) else parse_choice(kind, str(value), option)
             else:
-                raise ConfigError(f"the layer rule for '{pattern}' sets '{name}'; it may set {PARTS}")
+                raise ConfigError(f"the layer rule for '{pattern}' sets '{name}', but it can only set {PARTS}")
         return cls(pattern, **given)
 
     def __str__(self) -> str:
@@ -93,7 +96,7 @@ class LayerRule:
         return f"{self.pattern}={','.join(settings)}"
 
     def matches(self, names: Collection[str], op: str) -> bool:
-        """Whether it is for a weight.  names: of the weight, and of the nodes that read it.  op: their type."""
+        """Whether the rule matches a weight.  names: names of the weight and of its readers.  op: type of these nodes."""
         kind, _, rest = self.pattern.partition(":")
         if kind == "op" and rest:
             return fnmatch.fnmatchcase(op, rest)
@@ -103,21 +106,21 @@ class LayerRule:
 
 
 def rules_of(given: Rules) -> tuple[LayerRule, ...]:
-    """The rules that were given.  Raises ConfigError."""
+    """The rules that were given, as LayerRules.  Raises ConfigError."""
     if isinstance(given, Mapping):
         return tuple(LayerRule.of(pattern, settings) for pattern, settings in given.items())
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ConfigError(f"layer rules are a list of rules, or a table from patterns to settings, not {given!r}")
+        raise ConfigError(f"layer rules must be a list of rules, or a table from patterns to settings, not {given!r}")
     return tuple(rule if isinstance(rule, LayerRule) else LayerRule.parse(str(rule)) for rule in given)
 
 
 def check_matches(rules: Collection[LayerRule], weights: Collection[tuple[Collection[str], str]]) -> None:
-    """Raise ConfigError where a rule is for no weight.  weights: names, and the type of the operator, of each."""
+    """Raise ConfigError if a rule matches no weight.  weights: names and operator type of each weight."""
     for rule in rules:
         if not any(rule.matches(names, op) for names, op in weights):
             known = sorted({name for names, _ in weights for name in names} | {f"op:{op}" for _, op in weights})
             near = difflib.get_close_matches(re.sub(r"^re:|[*?\[\]]", "", rule.pattern), known, 3, 0.4) or known[:3]
             listed = ", ".join(f"'{name}'" for name in near)
             raise ConfigError(
-                f"the pattern '{rule.pattern}' matches no weight of the model" + (f"; near to it are {listed}" if near else "")
+                f"the pattern '{rule.pattern}' matches no weight of the model" + (f"; similar names are {listed}" if near else "")
             )

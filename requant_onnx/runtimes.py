@@ -1,4 +1,4 @@
-"""What a file for each runtime may contain."""
+"""The runtimes, and what a file for each of them may contain."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from requant_onnx.choices import LEVELS, Form, Runtime
 class RuntimeRow:
     """What a file for one runtime may contain.
 
-    title: the runtime, for users.  forms: the possible ones, the default first.  bits: the possible widths of codes.
-    native4: whether DequantizeLinear reads UINT4 (or INT4), for the codes of 4 bits.
-    signed: whether codes that DequantizeLinear reads are INT8 and INT4, not UINT8 and UINT4.
-    symmetric: whether zero points, also those of activations, are 0.
+    title: name of the runtime for users.  forms: supported forms, the default first.  bits: supported widths of codes.
+    native4: whether codes of 4 bits are stored as UINT4 (or INT4), which DequantizeLinear reads.
+    signed: whether DequantizeLinear reads INT8 and INT4 codes, not UINT8 and UINT4.
+    symmetric: whether all zero points are 0, including those of activations.
     half: whether scales and biases may be stored as float16.
     grouped: whether weights are decoded together and then split.
-    paired: whether each reader of an activation on integers has a DequantizeLinear of its own, pools and reshapes too.
+    paired: whether each reader of an integer activation has its own DequantizeLinear, including pools and reshapes.
     int32_biases: whether biases of integer kernels are stored as integers.
-    checked: whether ONNX Runtime is asked if it does with each weight what the form promises.
+    checked: whether the conversion checks that ONNX Runtime treats each weight as the form promises.
     """
 
     title: str

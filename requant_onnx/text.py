@@ -13,7 +13,7 @@ def first_line(error: Exception) -> str:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """A shape, with ? for a size that is not known.
+    """A shape as text, with ? for an unknown size.
 
     >>> shape_text((16, 3, -1))
     '16x3x?'

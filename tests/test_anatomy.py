@@ -194,7 +194,7 @@ def test_pages_join_weights_behind_a_cast_and_say_what_is_odd() -> None:
     other = parse(text, w=np.float16(0.1) * laplace(16, 3, 3, 3, seed=1).astype(np.float16))
     assert "is the candidate made from this reference" in html_report(other, made)
     smaller, _ = quantize_model(small_cnn(), QuantConfig(4))
-    assert "is the reference given first" in html_report(smaller, small_cnn())
+    assert "are the two models in the right order" in html_report(smaller, small_cnn())
 
 
 def test_outputs_are_compared_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_every_budget_is_kept_or_refused(size: int, granularity: Granularity, ed
     try:
         assert quantize_model(net(), config)[0].ByteSize() <= size
     except ConfigError as error:
-        assert "the smallest file that bits can make is" in str(error)  # noqa: PT017
+        assert "the smallest possible file has" in str(error)  # noqa: PT017
 
 
 def test_what_the_output_hardly_notices_gets_few_bits() -> None:
@@ -137,9 +137,9 @@ def test_the_output_error_of_each_weight_is_that_of_the_model_with_it_replaced()
 @pytest.mark.parametrize(
     ("budget", "calibration", "message"),
     [
-        (Budget(size=5_000), None, "the smallest file that bits can make is"),
+        (Budget(size=5_000), None, "the smallest possible file has"),
         (Budget(sqnr_db=20.0), None, "give --calibrate"),
-        (Budget(sqnr_db=90.0), Calibration(count=8), "not 90; ask for less"),
+        (Budget(sqnr_db=90.0), Calibration(count=8), "below the target of 90 dB; lower the target"),
     ],
 )
 def test_what_cannot_be_is_refused(budget: Budget, calibration: Calibration | None, message: str) -> None:

@@ -82,7 +82,7 @@ def test_a_wrong_checksum_leaves_nothing(server: tuple[Path, str], tmp_path: Pat
 def test_a_link_in_the_archive_is_refused(server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, address = server
     expect_checksum(monkeypatch, archive(folder / NAME, {}, link="cifar-10-batches-bin/test_batch.bin"))
-    with pytest.raises(DataError, match="no plain file"):
+    with pytest.raises(DataError, match="not a regular file"):
         cifar.fetch("cifar10", tmp_path / "into", address)
     assert not list((tmp_path / "into").iterdir())
 

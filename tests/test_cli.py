@@ -71,7 +71,7 @@ def test_a_report_replaces_nothing_but_reports(model: Path, capsys: pytest.Captu
     notes.write_text("precious")
     report.write_text("{}")
     assert main(["inspect", str(model), "--json", str(notes)]) == 2
-    expect_one_sentence(capsys, "exists and is no .json file")
+    expect_one_sentence(capsys, "exists and is not a .json file")
     assert notes.read_text() == "precious"
     assert main(["inspect", str(model), "--json", str(report)]) == 0
 
@@ -133,17 +133,17 @@ def broken_inputs(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        ("empty", "holds no ONNX graph"),
-        ("text", "not an ONNX file or is cut short"),
-        ("short", "not an ONNX file or is cut short"),
-        ("nan", "the weight 'w' holds 1 NaN or infinite"),
-        ("old", "uses opset 6, and opsets 7 to"),
+        ("empty", "contains no ONNX graph"),
+        ("text", "not an ONNX file or is incomplete"),
+        ("short", "not an ONNX file or is incomplete"),
+        ("nan", "the weight 'w' contains 1 NaN or infinite"),
+        ("old", "uses opset 6, but only opsets 7 to"),
         ("future", "uses opset 999"),
         ("invalid", "is not valid ONNX"),
         ("external", "weights.bin"),
-        ("long", "bytes where its shape and type FLOAT ask for 720"),
+        ("long", "bytes, but its shape and type FLOAT need 720"),
         ("missing", "does not exist"),
-        ("folder", "is a folder"),
+        ("folder", "is a directory"),
     ],
 )
 def test_bad_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str, message: str) -> None:
@@ -168,12 +168,12 @@ def expect_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["--bits", "1"], "--bits '1' is not one of 1.6, 2, 2.33, 2.67, 3, 3.33, 3.67, 4, 4.5, 5, 5.5, 6, 7 or 8"),
         (["--bits", "four"], "--bits 'four' is not one of 1.6, 2, 2.33"),
         (["--granularity", "per-row"], "--granularity 'per-row' is not one of per-tensor, per-channel"),
-        (["--transform", "log"], "the transform 'log' is not understood"),
-        (["--transform", "power:x"], "the transform 'power:x' is not understood"),
+        (["--transform", "log"], "the transform 'log' is not valid"),
+        (["--transform", "power:x"], "the transform 'power:x' is not valid"),
         (["--transform", "power:7"], "the exponent 7.0 is outside 1/3 .. 1"),
         (["--range", "min"], "--range 'min' is not one of search, max"),
         (["--edge-layers", "4bit"], "--edge-layers '4bit' is not one of plain, float, 8bit"),
-        (["--recipe", "best"], "--recipe 'best' is not known"),
+        (["--recipe", "best"], "--recipe 'best' is unknown"),
         (["--json", "no/such/folder/r.json"], "cannot write the report"),
         (["--json", "IN"], "would replace a model"),
     ],
@@ -194,7 +194,7 @@ def test_bad_outputs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         existing: "exists; give another path, or --force",
         model: "is the input",
         link: "is the input",
-        model.parent: "is a folder",
+        model.parent: "is a directory",
     }
     cases[model.parent / "none" / "out.onnx"] = "does not exist; create it first"
     for output, message in cases.items():
@@ -213,7 +213,7 @@ def test_bad_outputs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "IMAGES", "--limit", "0"], "--limit 0 leaves no image"),
         (["--data", "IMAGES", "--mean", "a,b,c"], "--mean 'a,b,c' is not a list of numbers"),
         (["--data", "IMAGES", "--std", "0"], "std above 0"),
-        (["--data", "IMAGES"], "the images are 3x9x9 and the reference"),
+        (["--data", "IMAGES"], "the images are 3x9x9, but the reference"),
     ],
 )
 def test_bad_data(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
@@ -258,7 +258,7 @@ def test_a_budget_of_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     front = json.loads(report.read_text())["front"]
     printed = capsys.readouterr().out
     assert f"{front[0]['bytes']:,}" in printed
-    assert "without --calibrate nothing is known of the output" in printed
+    assert "because without --calibrate the output is unknown" in printed
 
 
 def test_few_bits_without_calibration_are_noted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +266,7 @@ def test_few_bits_without_calibration_are_noted(model: Path, capsys: pytest.Capt
     none = "--calibrate none --force-quality"
     for options in (f"--bits 4 {none}", f"--bits 8 {none}", "--bits 4", f"--bits 4 --refinement none {none}"):
         assert main(["convert", str(model), str(model.with_name("out.onnx")), "--force", *options.split()]) == 0
-        noted[options] = "few bits cost less accuracy with --calibrate" in capsys.readouterr().out
+        noted[options] = "at few bits, --calibrate improves the accuracy" in capsys.readouterr().out
     assert [options for options, was in noted.items() if was] == [f"--bits 4 {none}"]
 
 
@@ -291,25 +291,25 @@ def test_an_interrupted_conversion_writes_nothing(
 
 def test_bad_calibration_is_one_sentence(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
-        (["--bits", "auto"], "either --size, for instance 180kB, or --target-sqnr"),
+        (["--bits", "auto"], "either --size, for example 180kB, or --target-sqnr"),
         (["--bits", "auto", "--size", "1kB", "--target-sqnr", "20"], "either --size"),
-        (["--size", "180kB"], "--size is for --bits auto; give --bits auto, or drop --size"),
-        (["--bits", "4", "--target-sqnr", "20"], "--target-sqnr is for --bits auto"),
-        (["--bits", "auto", "--size", "big"], "the size 'big' is not understood"),
-        (["--bits", "auto", "--size", "180kB", "--external-data"], "--size counts one file"),
+        (["--size", "180kB"], "--size needs --bits auto; give --bits auto, or drop --size"),
+        (["--bits", "4", "--target-sqnr", "20"], "--target-sqnr needs --bits auto"),
+        (["--bits", "auto", "--size", "big"], "the size 'big' is not valid"),
+        (["--bits", "auto", "--size", "180kB", "--external-data"], "--size is the size of a single file"),
         (["--bits", "auto", "--target-sqnr", "20", "--calibrate", "none"], "give --calibrate"),
-        (["--bits", "auto", "--size", "1kB"], "the smallest file that bits can make is"),
+        (["--bits", "auto", "--size", "1kB"], "the smallest possible file has"),
         (["--form", "int8", "--calibrate", "none"], "give --calibrate with images, or --calibrate noise"),
         (["--calibrate", "noise", "--refinement", "none"], "drop --calibrate"),
         (["--calibrate", "noisy"], "FILE.npz or noise"),
         (["--form", "int8", "--calibrate", "noise", "--mean", "0"], "both --mean and --std"),
-        (["--int8-levels", "127"], "--int8-levels is for --form int8; give --form int8, or drop --int8-levels"),
+        (["--int8-levels", "127"], "--int8-levels needs --form int8; give --form int8, or drop --int8-levels"),
         (["--form", "int8", "--calibrate", "nowhere.npz"], "nowhere.npz"),
         (["--form", "int8", "--calibrate", "noise:big"], "write it as noise:224x224"),
-        (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration needs 1 image or more"),
+        (["--form", "int8", "--calibrate", "noise", "--calibrate-limit", "0"], "calibration inputs must be 1 or more"),
         (["--form", "int8", "--calibrate", "noise", "--int8-levels", "100"], "--int8-levels '100' is not one of 64, 127, auto"),
         (["--form", "int8", "--calibrate", "noise", "--activation-range", "x"], "is not one of output, minmax, mse, percentile"),
-        (["--calibrate", "none", "--mean", "0.5"], "--mean is for --calibrate; give --calibrate, or drop --mean"),
+        (["--calibrate", "none", "--mean", "0.5"], "--mean needs --calibrate; give --calibrate, or drop --mean"),
         (["--mean", "0.5"], "both --mean and --std"),
     ]
     for options, message in cases:

@@ -132,7 +132,7 @@ def _refuse() -> None:
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_an_error_and_others_pass_through() -> None:
-    with pytest.raises(RequantError, match="ended from outside"), open_executor(2) as executor:
+    with pytest.raises(RequantError, match="a worker process was killed"), open_executor(2) as executor:
         run_all(executor, {1: (_end, ())}, lambda *_: None)
     with pytest.raises(DataError, match="one sentence"), open_executor(2) as executor:
         run_all(executor, {1: (_refuse, ())}, lambda *_: None)
@@ -266,7 +266,7 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
     onnx.save(model, tmp_path / "in.onnx")
     command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--recipes", "max,best", "--no-cache", "--jobs", "1"]
     assert main(command) == 2
-    assert "give noise of a size" in capsys.readouterr().err
+    assert "give noise with a size" in capsys.readouterr().err
     assert main([*command, "--calibrate", "noise:9x7", "--limit", "20"]) == 0
     assert "20 images without labels" in capsys.readouterr().out
     assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0
@@ -320,7 +320,7 @@ def test_an_empty_recipe_is_refused_with_the_list(tmp_path: Path, capsys: pytest
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     assert main(["compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "1", "--recipes", recipes]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}\n"
+    assert error == f"error: the list of recipes is empty or has an empty name; choose from {', '.join(RECIPES)}\n"
 
 
 def test_models_whose_outputs_are_no_scores_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

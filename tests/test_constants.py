@@ -110,7 +110,7 @@ def test_weights_that_are_inputs_too_are_converted(form: Form) -> None:
     made, report = quantize_model(source, QuantConfig(8, form=form))
     assert len(report.converted) == 4
     assert [item.name for item in made.graph.input] == ["x"]
-    assert any("6 weights and biases were inputs of the graph too" in note for note in report.notes)
+    assert any("6 weights and biases were also graph inputs" in note for note in report.notes)
     near(made, small_cnn())
 
 

@@ -78,10 +78,10 @@ def test_other_settings_replace_nothing_without_force(zoo: Path, tmp_path: Path,
     ("arguments", "sentence"),
     [
         (["nowhere/*.onnx", "out"], "there is no model at 'nowhere/*.onnx'"),
-        (["zoo", "zoo/b/resnet.onnx"], "is no folder"),
+        (["zoo", "zoo/b/resnet.onnx"], "is not a directory"),
         (["zoo", "out", "--bits", "9"], "bits"),
-        (["zoo", "out", "--jobs", "0"], "--jobs 0 runs nothing"),
-        (["zoo", "out", "--dask", "here"], "no address of a Dask scheduler"),
+        (["zoo", "out", "--jobs", "0"], "--jobs must be 1 or more, not 0"),
+        (["zoo", "out", "--dask", "here"], "not the address of a Dask scheduler"),
     ],
 )
 def test_mistakes_are_found_before_the_work(

@@ -33,5 +33,5 @@ def test_a_crash_is_one_sentence(code: str) -> None:
     ended = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr == (
-        "error: native code crashed (SIGSEGV), most likely ONNX Runtime on these inputs; try others, or another version of it\n"
+        "error: native code crashed (SIGSEGV), most likely ONNX Runtime on these inputs; try other inputs, or another version\n"
     )

@@ -50,7 +50,7 @@ def test_npz_of_pixels_becomes_channels_first(tmp_path: Path) -> None:
     ("arrays", "message"),
     [
         ({"z": np.zeros(3)}, "has no array named 'x'"),
-        ({"x": np.zeros((0, 4, 4, 3), np.uint8)}, "holds no image"),
+        ({"x": np.zeros((0, 4, 4, 3), np.uint8)}, "contains no images"),
         ({"x": np.zeros((4, 4, 3), np.uint8)}, r"shape \(4, 4, 3\)"),
         ({"x": np.zeros((1, 3, 4, 4))}, "type float64"),
         ({"x": np.full((1, 3, 4, 4), np.nan, np.float32)}, "NaN or infinite pixels"),
@@ -65,7 +65,7 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) ->
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"), [("nothing", "is not understood"), ("cifar10:/none", "cannot read"), ("a.npz", "cannot read")]
+    ("spec", "message"), [("nothing", "is not valid"), ("cifar10:/none", "cannot read"), ("a.npz", "cannot read")]
 )
 def test_bad_spec(spec: str, message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -170,13 +170,13 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 
 
 def test_a_converted_file_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(serve.DemoError, match="is no file; give a model"):
+    with pytest.raises(serve.DemoError, match="is not a file; give a model"):
         serve.build_site(tmp_path, tmp_path, converted=tmp_path / "none.onnx")
 
 
 def test_without_npm_the_demo_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(serve.DemoError, match="npm is missing"):
+    with pytest.raises(serve.DemoError, match="npm, which installs onnxruntime-web, is missing"):
         serve.install_runtime(tmp_path)
 
 

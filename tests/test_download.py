@@ -257,8 +257,8 @@ def test_what_is_not_installed_is_named(aim: OptimizeFor, package: str, monkeypa
     ("options", "message"),
     [
         (["--optimize-for", "upload"], "--optimize-for 'upload' is not one of file, download:br, download:gz, download:zst"),
-        (["--optimize-for", "download:gz", "--form", "int8"], "the int8 form has no rounding for downloads"),
-        (["--optimize-for", "download:gz", "--bits", "auto", "--size", "300"], "the smallest file that was found takes"),
+        (["--optimize-for", "download:gz", "--form", "int8"], "the int8 form cannot be optimized for downloads"),
+        (["--optimize-for", "download:gz", "--bits", "auto", "--size", "300"], "the smallest file found has"),
     ],
 )
 def test_errors_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

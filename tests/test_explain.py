@@ -146,7 +146,7 @@ def test_codes_that_numpy_lacks_are_named() -> None:
     model.graph.initializer.append(weight)
     conv = next(node for node in ModelGraph.of(model).nodes if node.op == "Conv")
     why = _why_decoded(conv, conv.inputs[1], "DequantizeLinear")
-    assert why == "no integer kernel takes codes of type float8e4m3fn; int8 is taken"
+    assert why == "no integer kernel reads codes of type float8e4m3fn; int8 is supported"
 
 
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])

@@ -109,11 +109,11 @@ def test_images_called_x_stay_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"x": np.zeros((4, 32))}, "holds ['x'] and the model takes ['x', 'z']"),
+        ({"x": np.zeros((4, 32))}, "contains ['x'], but the model takes ['x', 'z']"),
         ({"x": np.zeros((4, 32)), "z": np.zeros(3)}, "different numbers of rows (x: 4, z: 3)"),
         ({"x": np.zeros((5, 32)), "z": np.zeros((4, 1, 1))}, "'z' in"),
         ({"x": np.zeros((4, 31)), "z": np.zeros(4)}, "takes float32 of shape ?x32"),
-        ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "given as float64 of shape 1x32 and the model takes float32"),
+        ({"x": np.full((4, 32), 1e300), "z": np.zeros(4)}, "has type float64 and shape 1x32, but the model takes float32"),
     ],
 )
 def test_arrays_that_do_not_fit(
@@ -126,7 +126,7 @@ def test_arrays_that_do_not_fit(
 def test_rows_that_do_not_fill_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "net (float[8, 32] a) => (float[8, 24] y) { y = MatMul(a, w) }"
     assert main(save(tmp_path, parse(text, **W), a=np.zeros((20, 32), np.float32))) == 2
-    assert "has 20 rows, and the model takes 8 at a time" in capsys.readouterr().err
+    assert "has 20 rows, but the model takes 8 at a time" in capsys.readouterr().err
 
 
 def test_a_model_of_two_inputs_names_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,7 @@ def test_a_bare_folder_that_fits_itself_to_the_model(tmp_path: Path, capsys: pyt
     images = str(folder(tmp_path / "images", 12))
     command = ["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--calibrate", images]
     assert main(command) == 2
-    assert "for a folder of images, --fit" in capsys.readouterr().err
+    assert "for a directory, use --fit" in capsys.readouterr().err
     assert main([*command, "--fit"]) == 0
     validate = ["validate", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--data", images, "--fit"]
     assert main(validate) == 0
@@ -170,7 +170,7 @@ def test_damaged_images_of_a_folder_are_skipped_and_counted(tmp_path: Path, caps
     assert len(load_images(place)) == 100
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--calibrate", str(place)]) == 0
-    assert "note: 1 of 101 images are damaged and were skipped" in capsys.readouterr().err
+    assert "note: 1 of 101 images are damaged and skipped" in capsys.readouterr().err
     (place / "0051.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"0050\.jpg"):
         load_images(place)

@@ -51,7 +51,7 @@ def test_transformers_js_finds_the_file_in_the_directory_of_a_model(tmp_path: Pa
     onnx.save(small_cnn(), tmp_path / "net.onnx")
     quick = ("--for", "transformers.js", "--calibrate-limit", "8", "--force-quality")
     assert main(["convert", str(tmp_path / "net.onnx"), str(tmp_path / "repo"), *quick]) == 0
-    assert 'model_q4.onnx: dtype "q4"' in capsys.readouterr().out
+    assert 'model_q4.onnx; in transformers.js, its dtype is "q4"' in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "net.onnx"), str(tmp_path / "repo"), *quick]) == 2  # it exists
     onnx.save(small_cnn(), tmp_path / "repo" / "onnx" / "vision_model.onnx")
     command = ["convert", str(tmp_path / "repo" / "onnx" / "vision_model.onnx"), str(tmp_path / "repo"), *quick]

@@ -1,4 +1,4 @@
-"""Tables: no number is broken, whatever the width; a pipe gets tabs."""
+"""Tables: no number is split, at any width; a pipe gets tabs."""
 
 from __future__ import annotations
 

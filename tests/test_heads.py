@@ -88,11 +88,11 @@ def test_cells_of_yolox_by_hand() -> None:
 
 def test_what_a_told_head_cannot_be_is_refused() -> None:
     cases = [
-        ("yolov8", [np.zeros((1, 10), np.float32)], r"shapes 1x10 on images of 64x32 and are no head 'yolov8', which is \(n, 4"),
+        ("yolov8", [np.zeros((1, 10), np.float32)], r"1x10 on images of 64x32, which do not match the head 'yolov8': \(n, 4"),
         ("yolox", [V5[:, :40]], "1x40x8 on images of 64x32"),  # too few cells
         ("nms", [V5], "1x42x8"),
         ("nms", [LISTED + 0.5], "2x6"),  # classes that are no whole numbers
-        ("nms-class-first", [LISTED], "no head 'nms-class-first'"),
+        ("nms-class-first", [LISTED], "do not match the head 'nms-class-first'"),
         ("boxes", [BOXES, BOXES], "1x2x4, 1x2x4"),
         ("tf-boxes", [BOXES], "1x2x4"),
         ("boxes", [BOXES, SCORES, SCORES * 0.5], "1x2x4, 1x2, 1x2"),
@@ -100,7 +100,7 @@ def test_what_a_told_head_cannot_be_is_refused() -> None:
     for head, outputs, message in cases:
         with pytest.raises(DataError, match=message):
             find_candidates(outputs, 1, SIZE, head)
-    with pytest.raises(DataError, match="shapes 1x42x8 and are"):
+    with pytest.raises(DataError, match="shapes 1x42x8, which do not match"):
         find_candidates([V5], 1, None, "yolox")
 
 
@@ -147,7 +147,7 @@ def test_weak_doubled_and_broken_ones_are_dropped() -> None:
         ("detect:qqq", "give detect:HEAD, with one of yolov8, yolox, yolov5, nms"),
         ("detect", "give detect:HEAD"),
         ("yolov8", "is it 'detect:yolov8'?"),
-        ("segment:yolov8", "the task 'segment:yolov8' is not known"),
+        ("segment:yolov8", "the task 'segment:yolov8' is unknown"),
     ],
 )
 def test_unknown_tasks(task: str, message: str) -> None:
@@ -163,5 +163,5 @@ def test_a_told_head_is_compared() -> None:
     assert validate(model, model, images, latency_batch=None).agreement_of == ""
     report = validate(model, model, images, latency_batch=None, task="detect:yolov5")
     assert (report.agreement, report.agreement_of, report.outputs[-1].count) == (1.0, "detections", 2)
-    with pytest.raises(DataError, match="are no head 'boxes'"):
+    with pytest.raises(DataError, match="do not match the head 'boxes'"):
         validate(model, model, images, task="detect:boxes")

@@ -108,7 +108,7 @@ def test_an_embedding_of_the_qdq_form_is_decoded_behind_the_lookup(bits: int) ->
     optimized = explain(made)
     assert "DequantizeLinear" not in optimized.operators
     (weight,) = optimized.weights
-    assert (weight.fate, weight.why) == (Fate.EVERY_RUN, "only the entries that are looked up")
+    assert (weight.fate, weight.why) == (Fate.EVERY_RUN, "only the entries that are looked up are decoded")
 
 
 def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:
@@ -163,7 +163,7 @@ def test_coordinates_and_masks_stay_exact() -> None:
     view = find_weights(ModelGraph.of(parse(text, grid=grid, mask=mask, bias=cut)))
     assert not view.weights
     assert [item.reason for item in view.skipped] == [
-        "holds numbers in steps of 1, as coordinates and masks do, which have to be exact",
-        "holds numbers in steps of 1, as coordinates and masks do, which have to be exact",
-        "holds infinite values or NaN, as masks do",
+        "has values in steps of 1, as coordinates and masks do, which must stay exact",
+        "has values in steps of 1, as coordinates and masks do, which must stay exact",
+        "contains infinite values or NaN, as masks do",
     ]

@@ -81,7 +81,7 @@ def test_images_of_several_sizes_need_a_pipeline(tmp_path: Path) -> None:
     write(tmp_path / "a.png", 8, 8)
     write(tmp_path / "b.png", 16, 8)
     images = load_images(f"images:{tmp_path}")
-    with pytest.raises(DataError, match=r"b\.png' is 16x8 and 'a\.png' is 8x8; give --fit, or --resize and --crop"):
+    with pytest.raises(DataError, match=r"b\.png' is 16x8, but 'a\.png' is 8x8; give --fit, or --resize and --crop"):
         images.pixels  # noqa: B018
     assert load_images(f"images:{tmp_path}", pipeline=Pipeline(8, (8, 8))).pixels.shape == (2, 3, 8, 8)
 
@@ -90,12 +90,12 @@ def test_images_of_several_sizes_need_a_pipeline(tmp_path: Path) -> None:
 def test_folders_without_images_or_with_a_mixture_are_refused(tmp_path: Path, files: list[str]) -> None:
     for name in files:
         write(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
-    with pytest.raises(DataError, match="holds"):
+    with pytest.raises(DataError, match=r"has no images|contains both images"):
         load_images(f"images:{tmp_path}")
 
 
 def test_damaged_images_and_missing_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read the folder"):
+    with pytest.raises(DataError, match="cannot read the directory"):
         load_images(f"images:{tmp_path / 'none'}")
     write(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
@@ -107,7 +107,7 @@ def test_damaged_images_and_missing_folders_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pipeline", [{"resize": 0}, {"crop": (0, 3)}, {"resize": 1 << 20}, {"crop": (-1, 3)}])
 def test_sizes_out_of_range_are_refused(pipeline: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"1 \.\. 16384"):
+    with pytest.raises(ConfigError, match=r"1 to 16384"):
         Pipeline(**pipeline)  # type: ignore[arg-type]
 
 

@@ -64,7 +64,7 @@ def test_other_formats_and_failures_of_ultralytics_leave_things_as_they_are(
     on_export_end(SimpleNamespace(file=tmp_path / "net.pt", args=SimpleNamespace(format="engine")))
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
     assert quantize_exported(tmp_path / "none.onnx") is None
-    assert "stays as it is (exit code 2)" in capsys.readouterr().out
+    assert "was not converted (exit code 2)" in capsys.readouterr().out
 
 
 def test_the_exporter_of_ultralytics_has_what_the_callback_reads() -> None:

@@ -145,9 +145,9 @@ def test_a_page_on_detectors_is_told_the_head(tmp_path: Path, capsys: pytest.Cap
     assert "of the float model&#39;s detections are found again" in page
     assert "The file is not smaller" in page
     for more, said in (
-        ([*inputs, "--task", "detect:tf-boxes"], "are no head 'tf-boxes'"),
-        ([*inputs, "--labels", "a.json"], "--labels is for images:DIR"),
-        (["--labels", "a.json"], "--labels is for images:DIR, not for 'noise'"),
+        ([*inputs, "--task", "detect:tf-boxes"], "do not match the head 'tf-boxes'"),
+        ([*inputs, "--labels", "a.json"], "--labels applies to images:DIR"),
+        (["--labels", "a.json"], "--labels applies to images:DIR, not to 'noise'"),
     ):
         assert main([*command, "--force", *more]) == 2
         assert said in capsys.readouterr().err

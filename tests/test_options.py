@@ -80,16 +80,16 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
     ("text", "message"),
     [
         ("bits = ", "is not TOML"),
-        ("bit = 4", "'bit', which is no option here; is it 'bits'?"),
+        ("bit = 4", "'bit', which is not an option here; is it 'bits'?"),
         ("zzz = 4", "see --help"),
-        ("[validate]\nbits = 4\n[convrt]\nbits = 4", "a table 'convrt', which is no command"),
-        ("[convert]\nrecipes = 'x'", "'recipes', which is no option here"),
+        ("[validate]\nbits = 4\n[convrt]\nbits = 4", "a table 'convrt', which is not a command"),
+        ("[convert]\nrecipes = 'x'", "'recipes', which is not an option here"),
         ("bits = true", "it takes a text, a number"),
         ("mean = []", "it takes a text, a number"),
         ("force = 1", "takes true or false"),
         ("bits = 9", "bits"),
-        ("help = true", "belongs on the command line"),
-        ("csv = 'a.csv'", "belongs on the command line, --csv"),
+        ("help = true", "only allowed on the command line"),
+        ("csv = 'a.csv'", "only allowed on the command line, as --csv"),
         ("[convert]\nbits = 'x'", "not one of 1.6, 2, 2.33"),
     ],
 )
@@ -189,10 +189,10 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
     assert main([*command, "-v"]) == 0
     assert "feedback" in capsys.readouterr().out
     for arrays, said in (
-        ({}, "holds [] and the model takes ['pixels']; give the inputs by name"),
-        ({"b": np.zeros(3)}, "holds ['b'] and the model takes ['pixels']"),
-        ({"pixels": np.zeros(())}, "has 0 dimensions, and the input of the model 4"),
-        ({"pixels": np.zeros((0, 3, 8, 8))}, "at least one, of each"),
+        ({}, "contains [], but the model takes ['pixels']; give the inputs by name"),
+        ({"b": np.zeros(3)}, "contains ['b'], but the model takes ['pixels']"),
+        ({"pixels": np.zeros(())}, "has 0 dimensions, but the input of the model has 4"),
+        ({"pixels": np.zeros((0, 3, 8, 8))}, "the same number for each input, at least one"),
     ):
         np.savez(path, **arrays)
         assert main([*command, "--force"]) == 2

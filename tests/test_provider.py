@@ -67,7 +67,7 @@ def test_the_command_line_runs_on_the_provider(tmp_path: Path, asked: list[list[
 def test_a_provider_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--provider", "abacus"]) == 2
     error = capsys.readouterr().err
-    assert "no execution provider 'abacus' here; it has azure, cpu" in error
+    assert "no execution provider 'abacus'; it has azure, cpu" in error
     assert not (tmp_path / "a.onnx").exists()
 
 

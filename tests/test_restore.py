@@ -134,12 +134,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_second_conversion_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, _ = quantize_model(small_cnn(), QuantConfig(3, form=Form.FOLDED))
-    with pytest.raises(ConvertedError, match=r"converted already, by requant_onnx 0.*bits 3, form folded.*requant restore"):
+    with pytest.raises(ConvertedError, match=r"already converted, by requant_onnx 0.*bits 3, form folded.*requant restore"):
         quantize_model(made)
     save_model(made, tmp_path / "small.onnx")
     assert main(["convert", str(tmp_path / "small.onnx"), str(tmp_path / "out.onnx")]) == 3
     assert not (tmp_path / "out.onnx").exists()
-    assert "error: the model was converted already" in capsys.readouterr().err
+    assert "error: the model is already converted" in capsys.readouterr().err
     assert "expand this file" in explain(made).notes[0]
     assert explain(small_cnn()).notes == ()
 

@@ -1,4 +1,4 @@
-"""Settings of single layers, from the command line, TOML and Python."""
+"""Rules for single layers, from the command line, TOML and Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_name_a_glob_an_expression_and_a_type() -> None:
     assert bits["stages.3.conv1.weight"] == 4
     assert bits["conv.weight"] == 8  # an edge layer
     (kept,) = [item for item in report.skipped if item.name == "fc.weight"]
-    assert kept.reason == "is kept in float as asked ('op:Gemm')"
+    assert kept.reason == "is kept in float by the rule 'op:Gemm'"
 
 
 def test_names_of_nodes_match_too() -> None:
@@ -92,17 +92,17 @@ def test_the_command_line_and_a_file_say_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        (["--keep", "stages.O.conv1*"], "matches no weight of the model; near to it are 'stages.8.conv1.weight'"),
-        (["--keep", "op:Convolution"], "near to it are 'op:Conv'"),
+        (["--keep", "stages.O.conv1*"], "matches no weight of the model; similar names are 'stages.8.conv1.weight'"),
+        (["--keep", "op:Convolution"], "similar names are 'op:Conv'"),
         (["--layer", "fc.weight"], "sets nothing"),
         (["--layer", "fc*=bits:9"], "give 1.6, 2, 2.33"),
         (["--layer", "fc*=bits:few"], "give 1.6, 2, 2.33"),
         (["--layer", "fc*=speed:9"], "sets 'speed'"),
         (["--layer", "fc*=form:fast"], "is not one of"),
-        (["--layer", "fc*=form:int8"], "choose --form int8"),
-        (["--layer", "re:(=bits:8"], "no regular expression"),
+        (["--layer", "fc*=form:int8"], "use --form int8"),
+        (["--layer", "re:(=bits:8"], "not a regular expression"),
         (["--layer", "=bits:8"], "empty pattern"),
-        (["--layer", "fc*=form:folded", "--runtime", "tensorrt"], "not for TensorRT"),
+        (["--layer", "fc*=form:folded", "--runtime", "tensorrt"], "the folded form does not work with TensorRT"),
     ],
 )
 def test_mistakes_are_one_sentence(option: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

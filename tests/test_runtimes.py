@@ -143,11 +143,11 @@ def test_symmetric_zero_points_are_in_the_middle(bits: int, calibration: Calibra
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"form": Form.FOLDED, "runtime": Runtime.TENSORRT}, "the folded form is not for TensorRT"),
+        ({"form": Form.FOLDED, "runtime": Runtime.TENSORRT}, "the folded form does not work with TensorRT"),
         ({"form": Form.FOLDED, "runtime": Runtime.MOBILE}, "choose --form qdq or int8"),
-        ({"bits": 6, "runtime": Runtime.TENSORRT}, "reads no codes of 6 bits"),
+        ({"bits": 6, "runtime": Runtime.TENSORRT}, "6-bit codes do not work"),
         ({"bits": 4, "form": Form.INT8, "runtime": Runtime.TENSORRT}, "has codes of 8 bits"),
-        ({"biases": BiasType.HALF, "runtime": Runtime.PORTABLE}, "have no float16"),
+        ({"biases": BiasType.HALF, "runtime": Runtime.PORTABLE}, "cannot hold float16"),
         ({"runtime": "abacus"}, "runtime 'abacus' is not one of"),
         ({"runtime": 3}, "runtime must be a Runtime"),
     ],

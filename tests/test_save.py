@@ -103,5 +103,5 @@ def test_a_model_above_2_gb_needs_external_data(tmp_path: Path, monkeypatch: pyt
     save_model(small_cnn(), tmp_path / "m.onnx", external_data=True)
     assert load_model(tmp_path / "m.onnx").graph.initializer[0].raw_data == small_cnn().graph.initializer[0].raw_data
     assert explain(tmp_path / "m.onnx").weights
-    with pytest.raises(ModelError, match="more than ONNX Runtime takes from memory"):
+    with pytest.raises(ModelError, match="more than ONNX Runtime can load from memory"):
         explain(small_cnn())

@@ -20,7 +20,7 @@ def test_what_is_broken_is_not_written_unless_asked_for(tmp_path: Path, capsys: 
     report = ["--json", str(tmp_path / "a.json")]
     assert main([*command, *report]) == 3
     error = capsys.readouterr().err
-    assert "too little to be of use, so nothing was written" in error
+    assert "too low to be useful, so nothing was written" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
     assert main([*command, *report, "--force-quality"]) == 0
@@ -35,7 +35,7 @@ def test_conversions_are_calibrated_where_they_can_be(tmp_path: Path, capsys: py
     for bits, images in ((8, 16), (4, 64)):
         command = ["convert", str(OWN_MODEL), str(tmp_path / f"{bits}.onnx"), "--bits", str(bits), "--form", "folded"]
         assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
-        assert f"note: calibrated on {images} images of noise, as no --calibrate was given" in capsys.readouterr().out
+        assert f"note: calibrated on {images} images of noise (no --calibrate given)" in capsys.readouterr().out
         report = json.loads((tmp_path / "r.json").read_text())
         sizes[bits] = report["check"]["sqnr_db"]
     assert sizes[8] > 35
@@ -48,7 +48,7 @@ def test_models_that_take_no_images_are_not_calibrated(tmp_path: Path, capsys: p
     assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
     printed = capsys.readouterr().out
     assert "calibrated on" not in printed
-    assert "not checked: there are no inputs for it" in printed
+    assert "not checked: there are no inputs for the model" in printed
 
 
 def test_a_model_that_fails_on_noise_is_converted_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +57,7 @@ def test_a_model_that_fails_on_noise_is_converted_without(tmp_path: Path, capsys
     model = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
     save_model(model, tmp_path / "in.onnx")
     assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0
-    assert "note: not calibrated; it was tried on noise, and" in " ".join(capsys.readouterr().out.split())
+    assert "note: not calibrated; calibration on noise was tried, but" in " ".join(capsys.readouterr().out.split())
 
 
 def test_images_that_were_not_drawn_are_used() -> None:
@@ -88,7 +88,7 @@ def test_feeds_beyond_those_used_are_for_the_check() -> None:
 
 def test_it_can_be_left_out() -> None:
     _, report = quantize_model(OWN_MODEL, check=False)
-    assert (report.check, report.why_unchecked) == (None, "not asked for")
+    assert (report.check, report.why_unchecked) == (None, "it was not requested")
 
 
 def test_the_worst_output_counts() -> None:
@@ -105,5 +105,5 @@ def test_a_result_that_does_not_run_is_an_error() -> None:
     text = "net (float[n, 3, 4, 4] x) => (float[a, b] y) { r = Reshape(x, s) y = MatMul(r, w) }"
     good = parse(text, s=np.array([-1, 48], np.int64), w=laplace(48, 8))
     bad = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
-    with pytest.raises(QualityError, match=r"ONNX Runtime runs the model and not what was made of it .*: please report this"):
+    with pytest.raises(QualityError, match=r"ONNX Runtime runs the model, but not the converted model .*; please report this"):
         self_check(good, bad, None)

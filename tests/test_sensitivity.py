@@ -47,6 +47,6 @@ def test_the_command_lists_the_most_sensitive_first(tmp_path: Path, capsys: pyte
     assert worst == sorted(worst)
     assert 0.9 < report["coverage"] <= 1.0
     assert main([*command, "--data", "noise"]) == 2
-    assert "--data is for --sensitivity" in capsys.readouterr().err
+    assert "--data needs --sensitivity" in capsys.readouterr().err
     assert main(["inspect", str(OWN_MODEL)]) == 0
     assert "sensitivity" not in capsys.readouterr().out

@@ -128,8 +128,8 @@ def test_the_int8_form_takes_feeds_of_several_inputs() -> None:
         ([], "no calibration inputs"),
         ([{}], "dictionaries"),
         ([np.zeros(3)], "dictionaries"),
-        ([{"a": np.array([np.nan])}], "'a' holds NaN or infinity"),
-        ([{"a": np.array([None])}], "an array of numbers or texts, not of object"),
+        ([{"a": np.array([np.nan])}], "'a' contains NaN or infinity"),
+        ([{"a": np.array([None])}], "an array of numbers or strings, not of object"),
     ],
 )
 def test_feeds_that_are_none_are_refused(source: list[dict[str, np.ndarray]], message: str) -> None:
@@ -138,13 +138,13 @@ def test_feeds_that_are_none_are_refused(source: list[dict[str, np.ndarray]], me
 
 
 def test_feeds_that_do_not_fit_the_model_are_refused() -> None:
-    with pytest.raises(DataError, match=r"inputs given are \['a'\] and the model takes \['a', 'b'\]"):
+    with pytest.raises(DataError, match=r"given inputs are \['a'\], but the model takes \['a', 'b'\]"):
         quantized(two_inputs(), Calibration.from_feeds([{"a": np.zeros((4, 16), np.float32)}]))
     for values, said in (
-        (np.zeros((4, 5), np.float32), "float32 of shape 4x5"),
-        (np.full((4, 16), 1e300), "float64 of shape 4x16"),
+        (np.zeros((4, 5), np.float32), "float32 and shape 4x5"),
+        (np.full((4, 16), 1e300), "float64 and shape 4x16"),
     ):
-        with pytest.raises(DataError, match=rf"the input '.' is given as {said} and the model takes float32 of shape \?x16"):
+        with pytest.raises(DataError, match=rf"the input '.' has type {said}, but the model takes float32 of shape \?x16"):
             quantized(two_inputs(), Calibration.from_feeds([dict.fromkeys("ab", values)]))
 
 

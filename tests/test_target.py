@@ -1,4 +1,4 @@
-"""Targets: the smallest file that keeps a promise, on data that rounding has not seen."""
+"""Targets: the smallest file that keeps a target, on data that rounding has not used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_smallest_file_that_agrees() -> None:
         assert found.model.ByteSize() == min(trial.bytes for trial in found.trials if trial.holds)
         assert found.report.check is not None
     assert few.model.ByteSize() < many.model.ByteSize()
-    assert "which is not sure at 95 %" in many.sentence or "which holds at 95 %" in many.sentence
+    assert "with 95 % confidence" in many.sentence
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_what_cannot_be_kept_is_not_written(tmp_path: Path, capsys: pytest.Captu
     command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--max-drop", "50", "--size", "1kB", "--calibrate", "none"]
     data = ["--data", str(tmp_path / "data.npz")]
     assert main([*command, *data]) == 3
-    assert "no file that was tried keeps the target" in capsys.readouterr().err
+    assert "no file that was tried reaches the target" in capsys.readouterr().err
     assert not (tmp_path / "a.onnx").exists()
     assert main([*command, *data, "--best-effort", "--force-quality"]) == 0
     assert (tmp_path / "a.onnx").is_file()
@@ -75,11 +75,11 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     save_model(onnx.load(OWN_MODEL), tmp_path / "in.onnx")
     command = ["convert", "in.onnx", "out.onnx", "--max-drop", "0", "--calibrate", "none", "--force-quality"]
     assert main([*command, "--evaluate", "judge:score"]) == 0
-    assert "note: target: the change of the score is 0.00" in " ".join(capsys.readouterr().out.split())
+    assert "note: target: the change in the score is 0.00" in " ".join(capsys.readouterr().out.split())
     for name, sentence in (
         ("judge:scores", "cannot be imported"),
         ("judges:score", "cannot be imported"),
-        ("judge:NOT", "no function"),
+        ("judge:NOT", "not a function"),
     ):
         assert main([*command, "--force", "--evaluate", name]) == 2
         assert sentence in capsys.readouterr().err
@@ -89,14 +89,14 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ("options", "sentence"),
     [
         (["--max-drop", "0.5"], "measured on labels; give labeled --data"),
-        (["--max-drop", "0.5", "--min-agreement", "99"], "give one of the two"),
-        (["--min-agreement", "101"], "up to 100"),
-        (["--max-drop", "-1"], "give 0 or more"),
+        (["--max-drop", "0.5", "--min-agreement", "99"], "give exactly one of the two"),
+        (["--min-agreement", "101"], "at most 100 %"),
+        (["--max-drop", "-1"], "must be 0 or more"),
         (["--max-drop", "much"], "--max-drop"),
         (["--min-agreement", "99", "--bits", "4"], "drop --bits"),
         (["--min-agreement", "99", "--evaluate", "a:b"], "cannot be imported"),
-        (["--data", "noise"], "--data is for --max-drop or --min-agreement"),
-        (["--best-effort"], "--best-effort is for"),
+        (["--data", "noise"], "--data needs --max-drop or --min-agreement"),
+        (["--best-effort"], "--best-effort needs"),
     ],
 )
 def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pyt
 
 
 def test_data_and_functions_have_to_go_with_the_target() -> None:
-    with pytest.raises(ConfigError, match="needs data"):
+    with pytest.raises(ConfigError, match="measured on data"):
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99))
     with pytest.raises(ConfigError, match="give --max-drop"):
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99), evaluate=lambda _: 0.0)

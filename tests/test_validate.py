@@ -102,18 +102,18 @@ def test_refusals() -> None:
     floats = ImageSet(np.zeros((1, 3, 2, 2), np.float32), None)
     cases = [
         (two, pictures(0), None, ModelError, r"has 2 inputs \('x', 'z'\)"),
-        (flat, pictures(0), None, ModelError, "take images of 4 dimensions"),
+        (flat, pictures(0), None, ModelError, "input has 4 dimensions"),
         (picture, pictures(0, labels=(0,)), None, DataError, "not one row of scores"),
         (model, ImageSet(np.zeros((1, 3, 5, 5), np.uint8), None), None, DataError, "the images are 3x5x5"),
-        (model, pictures(0, labels=(7,)), None, DataError, "the labels run from 7 to 7"),
+        (model, pictures(0, labels=(7,)), None, DataError, "the labels are 7 to 7"),
         (model, pictures(0), Normalization((0.0, 0.0), (1.0,)), DataError, "mean has 2 values"),
-        (model, floats, Normalization(), DataError, "taken as normalized already"),
+        (model, floats, Normalization(), DataError, "count as normalized"),
     ]
     for reference, images, normalization, error, message in cases:
         with pytest.raises(error, match=message):
             validate(reference, reference, images, normalization)
     fewer = parse(FEWER, opset=13, w=laplace(3, 2))
-    with pytest.raises(DataError, match="gives 3 scores an image and the candidate 2"):
+    with pytest.raises(DataError, match="gives 3 scores per image, but the candidate 2"):
         validate(model, fewer, pictures(0))
 
 

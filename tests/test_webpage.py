@@ -239,12 +239,12 @@ def test_the_page_of_a_conversion_shows_no_accuracy(tmp_path: Path) -> None:
     assert main([*command, *data, "40"]) == 0
     text = (tmp_path / "a.html").read_text()
     assert "<span>top-1 accuracy" not in text
-    assert f"Compared on 8 images of {tmp_path / 'images.npz'}" in text
+    assert f"Compared on 8 images from {tmp_path / 'images.npz'}" in text
     (tmp_path / "a.html").unlink()
     assert main([*command, *data, "48"]) == 0
     text = (tmp_path / "a.html").read_text()
     assert "<span>top-1 accuracy" not in text
-    assert "These inputs were used in the conversion too" in text
+    assert "The conversion also used these inputs" in text
 
 
 # ------------------------------------------------------------------------------------------------ in a browser

@@ -128,7 +128,7 @@ def test_weights_listed_as_inputs_by_ir_3_are_converted_and_delisted() -> None:
 def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
     w = laplace(50, 4, 3, 3)
     w[1, 2, 0, 0] = value
-    with pytest.raises(ModelError, match="the weight 'w' holds 1 NaN or infinite"):
+    with pytest.raises(ModelError, match="the weight 'w' contains 1 NaN or infinite"):
         quantize_model(parse(IO + "{ y = Conv(x, w) }", w=w))
 
 
@@ -149,4 +149,4 @@ def test_kernels_written_by_hand_stay_exact_and_are_no_last_layer() -> None:
     view = find_weights(ModelGraph.of(model))
     assert [(weight.name, weight.is_edge) for weight in view.weights] == [("w1", True), ("w2", False), ("w3", True), ("w4", True)]
     assert [item.name for item in view.skipped] == ["dfl"]
-    assert view.skipped[0].reason == "holds whole multiples of one number, as fixed kernels do"
+    assert view.skipped[0].reason == "has whole multiples of one number, as fixed kernels do"

@@ -1,11 +1,11 @@
-"""What each step of the method brings: the ladder from the full range to refinement, as a Markdown table and a plot.
+"""Measure the gain of each step of the method, from the full range to refinement, as a Markdown table and a plot.
 
     python tools/ablation.py models/resnet20_cifar10.onnx --data DIR --plot tools/ablation.png
     python tools/ablation.py googlenet_cifar10.onnx=imagenet --data DIR --bits 4,3
 
-Per tensor and per channel, first and last layer at 8 bits, float activations, 256 calibration images of the train split where a
-step needs them.  Each cell: change of top-1 on the test images against float in points, and the output SQNR.  The paper is
-arXiv 2510.04044.  With --cache, an interrupted run goes on where it stopped.
+Scales are per tensor and per channel, the first and last layers have 8 bits, activations are float, and steps that need calibration
+use 256 images of the train split.  Each cell gives the change in top-1 accuracy on the test images compared to float, in points,
+and the output SQNR.  The paper is arXiv 2510.04044.  With --cache, an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def plot(results: dict[tuple[str, Granularity, int], Cell], widths: list[int], t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL[=NORMALIZATION]")
-    parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 (default: the cache, else a download)")
+    parser.add_argument("--data", type=Path, help="directory of CIFAR-10 (default: the cache, or a download)")
     parser.add_argument("--bits", default="8,6,4,3,2")
-    parser.add_argument("--limit", type=int, help="only the first N test images")
+    parser.add_argument("--limit", type=int, help="use only the first N test images")
     parser.add_argument("--plot", type=Path, help="PNG to write")
-    parser.add_argument("--cache", type=Path, help="JSON file to keep results in, and to go on from")
+    parser.add_argument("--cache", type=Path, help="JSON file that stores results, from which an interrupted run continues")
     args = parser.parse_args()
     name, _, normalization = args.model.partition("=")
     path, pixels = Path(name), NORMALIZATIONS[normalization or "cifar"]

@@ -1,14 +1,14 @@
-"""Accuracy of models at several bit widths and recipes, as a Markdown table.
+"""Measure the accuracy of models at several bit widths and with several recipes, as a Markdown table.
 
     python tools/accuracy_table.py --data DIR models/resnet20_cifar10.onnx other.onnx=imagenet       # 10,000 test images
     python tools/accuracy_table.py --data DIR --split train --limit 2000 --grid MODEL ...             # how defaults were chosen
     python tools/accuracy_table.py --data DIR --split train --limit -2000 --int8 MODEL ...            # activation ranges
     python tools/accuracy_table.py --data DIR --refined MODEL ...                                     # three seeds, low bits
 
-Calibration is on images of the train split: with --int8 the first 256, with --refined as many as the row says, drawn by seed.
+Calibration uses images of the train split: the first 256 with --int8, and the number in the row, chosen by seed, with --refined.
 
-A model may carry the normalization it was trained with, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
-with default options.  Top-1 in per cent, beside it top-1 agreement with float, output SQNR and the size of the file.
+A suffix gives the normalization with which a model was trained, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
+with default options.  The table gives top-1 in percent, top-1 agreement with float, output SQNR and the size of the file.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def grid() -> Iterator[tuple[str, QuantConfig]]:
 
 
 def int8(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
-    """The int8 form by activation range, on images and on noise, beside the same weights with float activations."""
+    """The int8 form by activation range, on images and on noise, compared to the same weights with float activations."""
     images, noise = Calibration(train, normalization), Calibration(None, normalization)
     base = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
     for bits in (8, 4):
@@ -158,12 +158,12 @@ def rows(path: Path, normalization: Normalization, images: ImageSet, cases: Iter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL[=NORMALIZATION]")
-    parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 (default: the cache, else a download)")
+    parser.add_argument("--data", type=Path, help="directory of CIFAR-10 (default: the cache, or a download)")
     parser.add_argument("--split", choices=["train", "test"], default="test")
-    parser.add_argument("--limit", type=int, help="the first N images, or the last N of -N")
-    parser.add_argument("--grid", action="store_true", help="all combinations instead of the three recipes")
-    parser.add_argument("--int8", action="store_true", help="the int8 form instead")
-    parser.add_argument("--refined", action="store_true", help="refinement at low bits instead")
+    parser.add_argument("--limit", type=int, help="use the first N images, or with -N the last N")
+    parser.add_argument("--grid", action="store_true", help="measure all combinations instead of the three recipes")
+    parser.add_argument("--int8", action="store_true", help="measure the int8 form instead")
+    parser.add_argument("--refined", action="store_true", help="measure refinement at low bits instead")
     args = parser.parse_args()
     folder = find_or_fetch("cifar10", args.data)
     images, train = load_cifar("cifar10", folder, args.split), load_cifar("cifar10", folder, "train")

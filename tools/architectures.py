@@ -1,7 +1,7 @@
-"""ResNet-18, ResNet-50 and a detector with random Laplace weights, as ONNX: subjects for benchmarks, not for accuracy.
+"""ONNX models of ResNet-18, ResNet-50 and a detector with random Laplace weights, for benchmarks of time and memory only.
 
-The layout of the ResNets is that of arXiv 1512.03385, for 32x32 images with a 3x3 stem of stride 1 and no pooling behind it;
-BatchNormalization is folded away.
+The layout of the ResNets is that of arXiv 1512.03385, for 32x32 images with a 3x3 stem of stride 1 and no pooling after it;
+BatchNormalization is folded.
 """
 
 from __future__ import annotations

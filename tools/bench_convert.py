@@ -1,11 +1,11 @@
-"""Time and memory of calibrated conversions of models of real sizes, as Markdown.
+"""Measure time and memory of calibrated conversions of models of realistic size, as Markdown.
 
     python tools/bench_convert.py                                        all cases
     python tools/bench_convert.py resnet50 mobilenet                     some of them
-    python tools/bench_convert.py --before OTHER/bin/python              beside another version, in turn
+    python tools/bench_convert.py --before OTHER/bin/python              compared to another version, in turn
 
-Each conversion runs in a process of its own; memory is the most that it takes (ru_maxrss).  The models of packages are found in
-$REQUANT_PACKAGES (wheels), MobileNetV2 in $REQUANT_MODELS; those that are missing are skipped by name.
+Each conversion runs in its own process; memory is the peak of that process (ru_maxrss).  Models from packages are read from the
+wheels in $REQUANT_PACKAGES, and MobileNetV2 from $REQUANT_MODELS; the table names missing models, which are skipped.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def measured(python: str, path: Path, case: Case) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--before", metavar="PYTHON", help="the interpreter of an environment with another version")
+    parser.add_argument("--before", metavar="PYTHON", help="Python interpreter of an environment with another version")
     args = parser.parse_args()
     pythons = [sys.executable] if args.before is None else [args.before, sys.executable]
     columns = ["model", "run", *(["before", "after", "faster"] if args.before else ["time, memory"])]

@@ -1,11 +1,11 @@
-"""Size, load time, memory, latency and accuracy of every weight form, beside ONNX Runtime's own quantizer, as Markdown.
+"""Compare size, load time, memory, latency and accuracy of every form to ONNX Runtime's own quantizer, as Markdown.
 
-    python tools/bench_forms.py                                   ResNet-18 and ResNet-50 shapes, our ResNet-20
+    python tools/bench_forms.py                                   ResNet-18 and ResNet-50 shapes, and our ResNet-20
     REQUANT_MODELS=DIR python tools/bench_forms.py resnet56_cifar10 googlenet_cifar10
     python tools/bench_forms.py resnet20 --accuracy               also top-1 on the 10,000 CIFAR-10 test images
 
-Latency: all forms of a model in one process, in turn, two threads; ratio of the medians.  Load time and memory: each in a
-process of its own, median of three.  Calibration: 256 images of CIFAR-10's train split, the same for all.
+Latencies are measured in one process for all forms of a model, in turn, with two threads; the table gives ratios of medians.  Load
+time and memory are medians of three separate processes.  Calibration uses the same 256 images of CIFAR-10's train split.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What integer kernels of ONNX Runtime take on this machine, beside those on floats: the figures behind graph/integer/worth.py.
+"""Measure the time of ONNX Runtime's integer and float kernels on this machine: the figures of graph/integer/worth.py.
 
     python tools/bench_kernels.py
 
-One convolution at a time, one thread, by ONNX Runtime's profiler; microseconds, lower quartile of 25 runs.
+Each model has one convolution and runs in one thread.  Times are from ONNX Runtime's profiler, in microseconds: the lower quartile
+of 25 runs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Time, memory and output SQNR of calibrated conversions beside those of other tools, as Markdown.
+"""Compare time, memory and output SQNR of calibrated conversions to those of other tools, as Markdown.
 
     python tools/bench_peers.py --aimet A/bin/python --nncf N/bin/python
 
-Each option is the interpreter of an environment that has the tool (aimet-onnx, nncf).  All get the same model and 256 images
-of noise, and are judged on 64 others: the output SQNR against the float model, on ONNX Runtime's CPU provider (AIMET in its own
-simulation).  Weights have 4 bits and a scale for each output channel, activations are float; or both have 8 bits, for tools that do
-only that.  What takes longer than 15 minutes is ended and shown as such.  MobileNetV2 is found in $REQUANT_MODELS.
+Each option is the Python interpreter of an environment with the tool (aimet-onnx, nncf).  All tools get the same model and 256
+images of noise.  The output SQNR is measured on 64 other images, compared to the float model, on ONNX Runtime's CPU provider (for
+AIMET, in its own simulation).  Weights have 4 bits and one scale per output channel, with float activations; for tools that do not
+support this, weights and activations have 8 bits.  Runs longer than 15 minutes are stopped, and the table says so.  MobileNetV2 is
+read from $REQUANT_MODELS.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def measured(python: str, code: str, model: Path, data: Path, folder: str) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for tool in ("aimet", "nncf"):
-        parser.add_argument(f"--{tool}", metavar="PYTHON", help="the interpreter of an environment that has it")
+        parser.add_argument(f"--{tool}", metavar="PYTHON", help="Python interpreter of an environment with the tool")
     args = parser.parse_args()
     models = {
         "ResNet-20, 32x32": (ROOT / "models/resnet20_cifar10.onnx", 32),

@@ -1,11 +1,11 @@
-"""Speed of the range search: ours against a plain golden-section search that quantizes the whole tensor at each step.
+"""Compare the speed of the range search to a plain golden-section search that quantizes the whole tensor in each step.
 
     python tools/bench_search.py                # 4 bits, square root, ResNet-18's 11.2 M weights, per channel and per tensor
     python tools/bench_search.py --convert      # time and peak memory of `requant convert` on ResNet-50's 23.5 M weights
 
-Both searches round in transformed space (the paper's rounding).  The opponent is fair: float32, one new evaluation a step, buffers
-reused, NumPy's own loops.  Ours includes sorting, whose time alone stands beside it, and the scan that certifies the result.  The
-runs are interleaved in one process; medians.
+Both searches round in transformed space (the paper's rounding).  The plain search is efficient, for a fair comparison: float32, one
+new evaluation per step, reused buffers and NumPy loops.  Our time includes sorting, which is also listed separately, and the scan
+that certifies the result.  Runs are interleaved in one process; times are medians.
 """
 
 from __future__ import annotations

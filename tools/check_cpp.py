@@ -1,9 +1,9 @@
-"""Compile the C++ lines of the page on forms, and compare their answers with those in Python.  Needs g++ and npm.
+"""Compile the C++ code of the page on forms, and compare its answers with those of Python.  Needs g++ and npm.
 
     python tools/check_cpp.py
 
-ONNX Runtime's library is that of the npm package onnxruntime-node.  Its headers are in no package for Linux; those of the package
-for Unity are the same.
+The library of ONNX Runtime comes from the npm package onnxruntime-node.  No npm package for Linux has its headers; those of the
+package for Unity are the same.
 """
 
 from __future__ import annotations

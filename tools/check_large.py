@@ -1,9 +1,9 @@
-"""Convert a model above 2 GB with external data, and hold its peak memory to 1.5 x its largest tensor + 1 GB.
+"""Convert a model above 2 GB with external data, and check that the peak memory is at most 1.5 x its largest tensor + 1 GB.
 
     python tools/check_large.py                                  # REQuant's recipe at 4 bits: about a minute
     python tools/check_large.py --options "--bits 8" "--bits 4 --form folded --external-data"
 
-Needs 5 GB of disk in the folder for temporary files.  The model is made of nine products with matrices of 8192x8192.
+Needs 5 GB of disk space in the directory for temporary files.  The model has nine products with matrices of 8192x8192.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_model(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--options", nargs="*", default=["--recipe paper --bits 4"], help="of requant convert, one run each")
+    parser.add_argument("--options", nargs="*", default=["--recipe paper --bits 4"], help="options of requant convert for each run")
     args = parser.parse_args()
     worst = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Find CIFAR-10 or CIFAR-100 (binary layout), or fetch it from its official address.
+"""Find CIFAR-10 or CIFAR-100 (binary layout), or download it from its official address.
 
-    python tools/cifar.py cifar10                 # print the folder; download into the cache if needed
+    python tools/cifar.py cifar10                 # print the directory; download into the cache if needed
     python tools/cifar.py cifar100 --data DIR     # look in DIR first
 
-Order: the folder given, $CIFAR_DIR, the cache (~/.cache/requant_onnx), a download with the published MD5 checksum
+It looks in the given directory, $CIFAR_DIR and the cache (~/.cache/requant_onnx), then downloads with the published MD5 checksum
 (https://www.cs.toronto.edu/~kriz/cifar.html).
 """
 
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def find_cifar(dataset: str, given: Path | None = None) -> Path | None:
-    """The first folder that holds the dataset: given, $CIFAR_DIR, the cache; None when none does."""
+    """The first directory that contains the dataset: the given one, $CIFAR_DIR or the cache; None if none does."""
     places = [given, Path(os.environ["CIFAR_DIR"]) if os.environ.get("CIFAR_DIR") else None, cache_folder()]
     for place in places:
         for folder in (place / FOLDERS[dataset], place) if place else ():
@@ -45,13 +45,13 @@ def find_cifar(dataset: str, given: Path | None = None) -> Path | None:
 
 
 def find_or_fetch(dataset: str, given: Path | None = None, base_url: str = OFFICIAL) -> Path:
-    """The folder of the dataset's .bin files, downloaded into the cache when nothing else has it.
+    """The directory of the dataset's .bin files, which are downloaded into the cache if necessary.
 
-    Raises DataError when `given` does not hold the dataset, or the download fails or has the wrong checksum.
+    Raises DataError if `given` does not contain the dataset, or the download fails or has the wrong checksum.
     """
     found = find_cifar(dataset, given)
     if given is not None and (found is None or given not in (found, found.parent)):
-        raise DataError(f"'{given}' does not hold {dataset} ({PROBES[dataset]} is missing); give the folder of the .bin files")
+        raise DataError(f"'{given}' does not contain {dataset} ({PROBES[dataset]} is missing); give the directory of .bin files")
     return found or fetch(dataset, cache_folder(), base_url)
 
 
@@ -80,10 +80,10 @@ def _download(url: str, path: Path, md5: str) -> None:
                 done += len(chunk)
                 print(f"\r{url}: {done >> 20} of {total >> 20} MB", end="", file=sys.stderr)
     except OSError as error:
-        raise DataError(f"cannot download {url} ({error}); download it by hand and give its folder with --data") from None
+        raise DataError(f"cannot download {url} ({error}); download it manually, and give its directory with --data") from None
     print(file=sys.stderr)
     if digest.hexdigest() != md5:
-        raise DataError(f"{url} has MD5 {digest.hexdigest()}, not the published {md5}; the download is damaged, try again")
+        raise DataError(f"{url} has MD5 {digest.hexdigest()}, not the published {md5}; the download is damaged, so try again")
 
 
 def _unpack(archive: Path, into: Path, folder: str) -> None:
@@ -96,14 +96,14 @@ def _unpack(archive: Path, into: Path, folder: str) -> None:
                 continue
             content = tar.extractfile(member) if member.isreg() and member.size <= MEMBER_LIMIT else None
             if content is None:
-                raise DataError(f"'{archive.name}' holds '{member.name}', which is no plain file of the expected size")
+                raise DataError(f"'{archive.name}' holds '{member.name}', which is not a regular file of the expected size")
             (into / folder / name).write_bytes(content.read())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=sorted(ARCHIVES))
-    parser.add_argument("--data", type=Path, help="a folder to look in first")
+    parser.add_argument("--data", type=Path, help="directory to look in first")
     args = parser.parse_args()
     try:
         print(find_or_fetch(args.dataset, args.data))

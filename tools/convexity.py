@@ -1,10 +1,10 @@
-"""Measure how often the error over alpha is convex, and how much a search loses that takes it for convex, as a Markdown table.
+"""Measure how often the error over alpha is convex, and the loss of a search that assumes so, as a Markdown table.
 
     python tools/convexity.py models/*.onnx
 
 The curve of each weight (one scale), and of each of its output channels (a scale for each), is computed exactly at POINTS points of
-[FROM, 1].  It counts as convex where no second difference is negative.  A deep minimum lies at least 1 % of the least error below
-both sides.  The last columns are about a golden-section search on (0, 1] with the exact curve: the share of its results whose error
+[FROM, 1].  It counts as convex if no second difference is negative.  A deep minimum is below both sides by at least 1 % of the
+least error.  The last columns describe a golden-section search on (0, 1] with the exact curve: the share of its results whose error
 is more than 1 % above that of search_alpha, and the largest excess.
 """
 

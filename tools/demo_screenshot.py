@@ -1,4 +1,4 @@
-"""Take the picture of the demo page in headless Chromium, light and dark, as wide as a desktop and as a phone.
+"""Take the screenshot of the demo page in headless Chromium, in light and dark, at the widths of a desktop and a phone.
 
     python tools/demo_screenshot.py tools/demo/demo.png
 
@@ -64,7 +64,7 @@ def shot(browser: Any) -> Image.Image:
 
 
 def main(path: str) -> int:
-    """As wide as a desktop, light and dark, one below the other; beside them as wide as a phone."""
+    """Join the screenshots at desktop width, light above dark, with those at phone width next to them."""
     server = server_of(build_site(BUILD / "site", install_runtime()))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://localhost:{server.server_address[1]}/"

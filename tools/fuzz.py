@@ -1,14 +1,14 @@
-"""Mutate real models and convert them: each run ends with a valid file, or one sentence and exit code 2 or 3.  Needs: '.[test]'
+"""Mutate real models and convert them: each run must end with a valid file, or one sentence and exit code 2 or 3.  Needs: '.[test]'
 
-    python tools/fuzz.py --seconds 1800 --seed 1 MODEL.onnx ...     # beside random CNNs, these models are mutated too
-    python tools/fuzz.py --seconds 60 --seed 0                      # what the continuous integration runs
-    python tools/fuzz.py --replay found/CASE                        # a finding again
+    python tools/fuzz.py --seconds 1800 --seed 1 MODEL.onnx ...     # also mutate these models, not only random CNNs
+    python tools/fuzz.py --seconds 60 --seed 0                      # the run of the continuous integration
+    python tools/fuzz.py --replay found/CASE                        # repeat a finding
 
-Bytes are flipped, cut, copied and put in; fields of the parsed message get values from elsewhere and hostile ones: shapes,
-names, types, operators, references to data files, cycles.  Hypothesis draws the mutations and makes a finding small.  Each
-model is converted in another process, with bounded memory, and a finding is: another exit code than 0, 2 and 3, a message
-that is not one line, a run of more than TIMEOUT seconds or MEMORY bytes, the input changed, a file left or written
-elsewhere, an output that is invalid, or that ONNX Runtime does not run where it runs the input.
+Bytes are flipped, cut, copied and inserted; fields of the parsed message get values of other fields, or hostile values: shapes,
+names, types, operators, references to data files, and cycles.  Hypothesis chooses the mutations, and shrinks a finding.  Each
+model is converted in another process, with bounded memory.  A finding is an exit code other than 0, 2 and 3, a message
+that is not one line, a run of more than TIMEOUT seconds or MEMORY bytes, a changed input, a file left behind or written
+elsewhere, an invalid output, or an output that ONNX Runtime does not run although it runs the input.
 """
 
 from __future__ import annotations
@@ -478,8 +478,8 @@ def main() -> int:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--found", type=Path, default=Path("found"), help="folder for findings")
-    parser.add_argument("--replay", type=Path, help="a folder of a finding")
+    parser.add_argument("--found", type=Path, default=Path("found"), help="directory for findings")
+    parser.add_argument("--replay", type=Path, help="directory of a finding to repeat")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

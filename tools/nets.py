@@ -1,4 +1,4 @@
-"""The networks that train.py trains, for 32x32 images.  Needs the extra: pip install '.[train]'
+"""The networks that train.py trains on 32x32 images.  Needs the extra: pip install '.[train]'
 
 Sources: ResNet arXiv 1512.03385, MobileNetV2 arXiv 1801.04381, Inception-v3 arXiv 1512.00567.
 """

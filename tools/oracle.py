@@ -1,4 +1,4 @@
-"""The oracle: a converted model answers as the float model does with w_hat in the place of w."""
+"""The oracle: a converted model must give the answers of the float model with w_hat in place of w."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What setuptools does here in a way of its own; setup.cfg names the commands.
+"""Setuptools commands that are specific to this project; setup.cfg names them.
 
-The source distribution holds the tests too, with the models and tools that they need: setuptools reads such a list from a file
-MANIFEST.in at the top only.  The description for package indexes is the README without links to files, which do not exist there.
+The source distribution also contains the tests, with the models and tools that they need; setuptools could read such a list only
+from a file MANIFEST.in in the top directory.  The description for package indexes is the README without links to files, because
+the files do not exist there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Random CNNs from the structures that exporters write: every one valid, and run by ONNX Runtime.
+"""Make random CNNs from the structures that exporters write; each one is valid and runs in ONNX Runtime.
 
-Weights come as initializers, in Constant nodes, in float16 and bfloat16, behind Identity, Cast, Transpose, Reshape and
+Weights are stored as initializers, in Constant nodes, in float16 and bfloat16, behind Identity, Cast, Transpose, Reshape and
 Unsqueeze, computed, shared between layers, in branches and in model-local functions; layers in one to three dimensions, grouped,
 depthwise, dilated and transposed, with residuals, concatenations and BatchNormalization on either side; LSTM, GRU and RNN,
 Einsum, embeddings, tables, layers in float16, sequences, and rows whose number depends on the data; opset 7 to 25.

@@ -1,11 +1,11 @@
-"""Render the sample images that come with the repository: 200 synthetic scenes of 32x32 pixels, no labels.
+"""Render the sample images of the repository: 200 synthetic scenes of 32x32 pixels, without labels.
 
     python tools/render_sample.py models/resnet20_cifar10.onnx models/sample_images.npz
 
-Each image is a sky and a ground, 1/f noise (the power spectrum of natural photographs falls as 1/f**2: Field 1987), and one to
-four shaded ellipses, boxes and triangles, drawn at four times the size and averaged down.  The images are this project's own
-work.  They show how alike two models answer, not how well, for no class is drawn.  Scenes of which the model is unsure are dropped,
-as real images are that are no picture of anything: its answers to these change with every rounding.
+Each image has a sky and a ground, 1/f noise (the power spectrum of natural photographs falls as 1/f**2: Field 1987), and one to
+four shaded ellipses, boxes and triangles, rendered at four times the size and averaged.  The images are this project's own work.
+They show how similar the answers of two models are, not how good, because the scenes belong to no class.  Scenes of which the model
+is unsure are dropped, because their answers change with every rounding.
 """
 
 from __future__ import annotations

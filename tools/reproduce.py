@@ -1,13 +1,13 @@
-"""REQuant's experiments (arXiv 2510.04044) on the models at hand, next to the paper's own figures, as Markdown.
+"""Repeat REQuant's experiments (arXiv 2510.04044) on given models, next to the figures of the paper, as Markdown.
 
     python tools/reproduce.py --data DIR                                  # the models in models/, in tools/results.md
     python tools/reproduce.py --data DIR models/*.onnx resnet18_cifar10.onnx other_cifar100.onnx=imagenet
 
-8, 6 and 4 bits; one scale a weight, first and last layer at the same bits without the transform, float activations: the full
-range, the searched range alone, the square root alone, and both, which is the paper's method.  Beside them ONNX Runtime's own
-quantizer with its usual settings, which has 8 and 4 bits, a scale a channel, and 8-bit activations; and the default of this tool,
-refined on 256 train images.  Top-1 on all test images.
-The name of a file says its network and its images: resnet18_cifar10.onnx.  Results are kept in the user's cache.
+Weights have 8, 6 and 4 bits and one scale per tensor, also in the first and last layers, which have no transform; activations are
+float.  The table compares the full range, the searched range alone, the square root alone, and both, which is the method of the
+paper.  It also has ONNX Runtime's own quantizer with its usual settings (8 and 4 bits, one scale per channel, 8-bit activations),
+and the default of this tool, refined on 256 train images.  Top-1 accuracy is measured on all test images.
+The name of a file gives its network and its data set: resnet18_cifar10.onnx.  Results are stored in the user's cache.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PUBLISHED: dict[tuple[str, str], dict[tuple[str, int], float]] = {
     ("resnet50", "cifar10"): {("float", 32): 95.24, ("paper", 6): 95.21, ("paper", 4): 94.47},
     ("resnet50", "cifar100"): {("paper", 4): 76.84},
 }
-"""Top-1 in per cent that the paper gives, for its own training runs."""
+"""Top-1 in percent that the paper gives, for its own training runs."""
 
 START, END = "<!-- reproduce: written by python tools/reproduce.py, from here -->", "<!-- reproduce: to here -->"
 SECTION = """{made}
@@ -179,9 +179,9 @@ def section(lines: list[str], command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NETWORK_DATASET.onnx[=NORMALIZATION]", help="default: those in models/")
-    parser.add_argument("--data", type=Path, help="folder that holds CIFAR-10 and CIFAR-100 (default: the cache, else a download)")
-    parser.add_argument("--limit", type=int, help="only the first N test images")
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    parser.add_argument("--data", type=Path, help="directory of CIFAR-10 and CIFAR-100 (default: the cache, or a download)")
+    parser.add_argument("--limit", type=int, help="use only the first N test images")
+    parser.add_argument("--jobs", type=int, help="number of processes (default: one per core)")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results.md", help="page whose section is replaced")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)  # its quantizer advises what has been done

@@ -1,7 +1,7 @@
 """Run the worked example, tools/example.ipynb, and write its output to it and to the page tools/example.md.
 
-python tools/run_example.py            # half a minute; needs npm, for the browser's part
-python tools/run_example.py --check    # run it, and write nothing
+python tools/run_example.py            # half a minute; needs npm, for the part on the browser
+python tools/run_example.py --check    # run it without writing anything
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def page_of(notebook: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="run the example without writing anything")
     args = parser.parse_args()
     notebook = read_notebook()
     run(notebook)

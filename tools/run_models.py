@@ -2,7 +2,7 @@
 
     python run_models.py RUNTIME CASES.json     [{model, input, dims, output}]
 
-Writes the first output of each as float32, or what went wrong as output + ".error".  Cases whose output exists are skipped.
+Writes the first output of each as float32, or the error to output + ".error".  Cases whose output exists are skipped.
 """
 
 from __future__ import annotations

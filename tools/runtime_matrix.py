@@ -1,12 +1,12 @@
 """Convert three models in every form at 8, 4, 3 and 2 bits, one of them also at 2.33 and 1.6, run the files in other runtimes, and
 compare with ONNX Runtime.
 
-    tools/check_runtimes                         what CI runs; writes nothing
-    tools/check_runtimes --all                   also runtimes that are not promised
+    tools/check_runtimes                         the run of CI, which writes nothing
+    tools/check_runtimes --all                   also runtimes without a promise
     tools/check_runtimes --all --write tools/runtimes.md
 
-Each runtime runs in a virtual environment of its own under .venv, with the version given here; JavaScript needs node and npm.
-The exit code is 1 where a runtime that is promised answers otherwise than ONNX Runtime does.
+Each runtime runs in its own virtual environment under .venv, in the version given here; JavaScript needs node and npm.
+The exit code is 1 if the answers of a promised runtime differ from those of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def summary(verdicts: list[str]) -> str:
 def main() -> int:
     """Run the matrix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="also runtimes that are not promised")
+    parser.add_argument("--all", action="store_true", help="also run runtimes without a promise")
     parser.add_argument("--write", metavar="FILE", type=Path, help="write the table")
     args = parser.parse_args()
     entries = [entry for entry in ENTRIES if entry.promised or args.all]

@@ -1,19 +1,19 @@
-"""Prove that a change of the sources does not change what `requant convert` writes.  Needs: pip install '.[test]', git
+"""Check that a change of the sources does not change the files that `requant convert` writes.  Needs: pip install '.[test]', git
 
-    python tools/same_bytes.py HEAD                                # the working tree against the last commit, all cases
+    python tools/same_bytes.py HEAD                                # compare the working tree to the last commit, all cases
     python tools/same_bytes.py 3a759ad --only "resnet20_cifar10 --form int8" --keep /tmp/outputs --jobs 2
     python tools/same_bytes.py v0.1.0 --models DIR --expect expected.txt
 
-The old commit and the working tree (its untracked files too, but not the ignored ones) are each installed in an environment of
-their own, in the same versions of the packages they need.  Environments stay in .venv/same_bytes, named after a hash of what was
-installed; one that was not used for a week is deleted.  Both versions convert every model in models/, and three of --models
-(default: $REQUANT_MODELS), in every form with and without calibration; then the bytes are compared.
+The old commit and the working tree (with untracked files, without ignored ones) are each installed in a separate environment, with
+the same versions of the required packages.  Environments are kept in .venv/same_bytes, under a hash of their contents, and deleted
+after a week without use.  Both versions convert every model in models/, and three models in --models (default: $REQUANT_MODELS), in
+every form with and without calibration; then the bytes are compared.
 
-A line of --expect names a difference that is meant, by the words that its line begins with, and says why; it does not count then:
+A line of --expect names an intended difference by the first words of its line, and gives the reason; it is then not counted:
 
     resnet56_cifar10 --form int8   # the ranges of activations changed
 
-Exit code: 0 when all is the same, 1 when something differs, 2 when the comparison cannot be made.
+The exit code is 0 if everything is the same, 1 if something differs, and 2 if the comparison is not possible.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended, in words too."""
+    """The outcome of a case, with a description."""
 
     case: Case
     kind: Kind
@@ -239,7 +239,7 @@ def versions_of(commit: str) -> tuple[Version, Version]:
         copy_tree(new)
         made = installed("old", old), installed("new", new)
     if made[0].environment == made[1].environment:
-        print("note: both versions have the same sources, so this only shows that one version gives the same bytes twice")
+        print("note: both versions have the same sources, so this only shows that a second run gives the same bytes")
     if made[0].packages != made[1].packages:
         changed = sorted(set(made[0].packages.splitlines()) ^ set(made[1].packages.splitlines()))
         print(f"note: the versions run with different packages: {', '.join(changed)}")
@@ -252,11 +252,11 @@ def models_of(folder: Path | None) -> list[Path]:
     if not ours:
         raise ComparisonError(f"there is no model in {ROOT / 'models'}; check the clone")
     if folder is None:
-        raise ComparisonError(f"the folder of {', '.join(OTHERS)} is not known; give --models DIR or set REQUANT_MODELS")
+        raise ComparisonError(f"the directory of {', '.join(OTHERS)} is unknown; give --models DIR, or set REQUANT_MODELS")
     others = [folder.absolute() / f"{name}.onnx" for name in OTHERS]
     missing = [path.name for path in others if not path.is_file()]
     if missing:
-        raise ComparisonError(f"{folder} lacks {', '.join(missing)}; give the folder that has them as --models DIR")
+        raise ComparisonError(f"{folder} lacks {', '.join(missing)}; give the directory that contains them as --models DIR")
     return [*ours, *others]
 
 
@@ -390,12 +390,12 @@ def summary(counts: Mapping[Kind, int], expects: bool) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = os.environ.get("REQUANT_MODELS")
-    parser.add_argument("old", metavar="OLD_COMMIT", help="the commit to compare the working tree with")
-    parser.add_argument("--models", type=Path, default=Path(folder) if folder else None, help="folder of further models")
-    parser.add_argument("--only", metavar="SUBSTRING", default="", help="only cases whose line, model and options, has this")
-    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="cases at a time (default: 1)")
-    parser.add_argument("--keep", metavar="DIR", type=Path, help="leave the outputs here, in a folder for each case")
-    parser.add_argument("--expect", metavar="FILE", type=Path, help="differences that are meant, see above")
+    parser.add_argument("old", metavar="OLD_COMMIT", help="commit to which the working tree is compared")
+    parser.add_argument("--models", type=Path, default=Path(folder) if folder else None, help="directory of further models")
+    parser.add_argument("--only", metavar="SUBSTRING", default="", help="run only cases whose model and options contain this")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="number of parallel cases (default: 1)")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="keep the outputs here, in one directory per case")
+    parser.add_argument("--expect", metavar="FILE", type=Path, help="file of intended differences, see above")
     return parser.parse_args()
 
 
@@ -405,7 +405,7 @@ def main() -> int:
     try:
         cases = [case for model in models_of(args.models) for case in cases_of(model) if args.only in case.label]
         if not cases or args.jobs < 1:
-            raise ComparisonError(f"no case has '{args.only}' in its line" if args.jobs >= 1 else "--jobs must be 1 or more")
+            raise ComparisonError(f"no case contains '{args.only}' in its line" if args.jobs >= 1 else "--jobs must be 1 or more")
         unused = set(() if args.only else read_expected(args.expect))
         for found in compare(cases, versions_of(args.old), args):
             counts[found.kind] += 1
@@ -415,7 +415,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for item in sorted(unused, key=lambda item: item.words):
-        print(f"note: '{' '.join(item.words)}' was expected to differ and does not")
+        print(f"note: '{' '.join(item.words)}' was expected to differ, but does not")
     print(summary(counts, args.expect is not None))
     return 1 if counts[Kind.DIFFERENT] else 0
 

@@ -1,12 +1,12 @@
-"""Convert random CNNs with random options and hold every one to the oracle.  Needs: pip install '.[test]'
+"""Convert random CNNs with random options, and compare each one to the oracle.  Needs: pip install '.[test]'
 
     python tools/soak.py --count 1000              # about 5 minutes on 2 cores; a failure prints its seed
-    python tools/soak.py --seed 417 --count 1      # that one again
+    python tools/soak.py --seed 417 --count 1      # repeat that one
 
-Each model is converted without refinement, and its answers must be those of the float model with the decoded weights in
-the place of the weights.  In the int8 form, which quantizes activations too, and in a third of the others, which are refined on
-calibration inputs, its answers must lie near the float ones.  The same conversion in another number of threads must give the same
-bytes.
+Each model is converted without refinement, and must give the answers of the float model with the decoded weights in place of the
+weights.  In the int8 form, which also quantizes activations, and in a third of the other cases, which are refined on calibration
+inputs, the answers must be close to those of the float model.  The same conversion with another number of threads must give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def attempt(seed: int) -> tuple[int, str, int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first model")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     failures: Counter[str] = Counter()

@@ -1,12 +1,12 @@
 """Train a CIFAR model on this machine's CPU or GPU and export it to ONNX.  Needs the extra: pip install '.[train]'
 
-    python tools/train.py --data DIR                                  # ResNet-20 on CIFAR-10, about 140 s an epoch on 2 cores
-    python tools/train.py --data DIR --checkpoint run.pt              # the same again continues where it stopped
-    python tools/train.py --model resnet50 --dataset cifar100 --epochs 60     # on a GPU: bfloat16 where that is exact enough
+    python tools/train.py --data DIR                                  # ResNet-20 on CIFAR-10, about 140 s per epoch on 2 cores
+    python tools/train.py --data DIR --checkpoint run.pt              # running it again continues where it stopped
+    python tools/train.py --model resnet50 --dataset cifar100 --epochs 60     # on a GPU, with bfloat16 where it is exact enough
 
 The recipe is fixed before the run: SGD with Nesterov momentum, one learning-rate cycle (linear warm-up over a tenth of the
 run, then linear to zero), random crops of the reflect-padded image, and flips that alternate between epochs.  The test
-split is read once, after the last epoch, through ONNX Runtime; nothing is chosen by it.
+split is read once, after the last epoch, in ONNX Runtime, and no choice depends on it.
 """
 
 from __future__ import annotations
@@ -150,17 +150,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(NETS), default="resnet20")
     parser.add_argument("--dataset", choices=sorted(CLASSES), default="cifar10")
-    parser.add_argument("--data", type=Path, help="folder that holds the dataset (default: the cache, else a download)")
+    parser.add_argument("--data", type=Path, help="directory of the dataset (default: the cache, or a download)")
     parser.add_argument("--out", type=Path, help="ONNX file to write (default: models/MODEL_DATASET.onnx)")
-    parser.add_argument("--checkpoint", type=Path, help="state after each epoch (default: MODEL_DATASET.pt)")
+    parser.add_argument("--checkpoint", type=Path, help="file for the state after each epoch (default: MODEL_DATASET.pt)")
     parser.add_argument("--epochs", type=int, default=36)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--label-smoothing", type=float, default=0.0, help="of the targets, 0..1")
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="label smoothing of the targets, 0..1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
+    parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: on a GPU)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler; about 8 %% faster)")
     args = parser.parse_args()
     if args.mixed_precision is None:

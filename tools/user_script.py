@@ -1,4 +1,4 @@
-"""A user's script: the public names as they are meant to be used, under mypy --strict and for real.  tools/check_package runs it.
+"""A script of a user, which uses the public names under mypy --strict and in a real run.  tools/check_package runs it.
 
 python user_script.py MODEL.onnx IMAGES.npz OUTPUT.onnx
 """

@@ -1,9 +1,9 @@
-"""Build a website of all pages of the documentation.  Needs: pip install '.[docs]'
+"""Build a website from all pages of the documentation.  Needs: pip install '.[docs]'
 
     python tools/website.py OUT        # then serve OUT with any web server, or open OUT/index.html (without search)
 
-The pages keep their paths, so links between them work there as in the repository; files to which they link come along.  A link or
-an anchor that leads nowhere ends the build.  Nothing is loaded from other servers.
+The pages keep their paths, so links between them work as in the repository; files to which they link are copied.  A link or
+an anchor without a target stops the build.  Nothing is loaded from other servers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the options of every command into the page on the command line, from the parser itself.
+"""Write the options of every command from the parser into the page on the command line.
 
     python tools/write_options.py           # after a change of an option, its default or its help
 

@@ -1,4 +1,4 @@
-"""The commands: each reads its options, calls the library, writes and prints the results."""
+"""The commands.  Each reads its options, calls the library, and writes and prints the results."""
 
 from __future__ import annotations
 
@@ -99,24 +99,24 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _transformers_js_output(args: argparse.Namespace) -> Path:
-    """The file in the directory of a model, and a sentence on how it is loaded."""
+    """The path of the file in the directory of a model; prints a sentence that says how to load it."""
     output = place_for_transformers_js(args.bits, args.input, args.output)
     if not args.output.is_dir() or (output.parent.exists() and not output.parent.is_dir()):
         raise OutputError(f"'{output.parent}' cannot be a directory; give the directory of a model, or a path that ends in .onnx")
     output.parent.mkdir(exist_ok=True)
-    console_for(args).print(escape(f'writes {output}: dtype "{dtype_of(args.bits)}" in transformers.js'), soft_wrap=True)
+    console_for(args).print(escape(f'writing {output}; in transformers.js, its dtype is "{dtype_of(args.bits)}"'), soft_wrap=True)
     return output
 
 
 def _downloads(path: Path) -> dict[str, int]:
-    """The bytes of a model as it is sent compressed; empty where some of them are in other files."""
+    """The compressed sizes of a model in bytes; empty if some of its data are in other files."""
     return {} if data_files(path) else download_sizes(path.read_bytes())
 
 
 def _page_inputs(args: argparse.Namespace, calibration: Calibration | None) -> dict[str, Any]:
-    """What the page of a conversion compares on: inputs that the conversion did not use, where there are any, without their labels.
+    """The inputs that the page of a conversion compares on: unlabeled, and if possible not used by the conversion.
 
-    The model may have been trained on these images, and an accuracy on them would say nothing.
+    The model may have been trained on these images, so an accuracy on them would be meaningless.
     """
     if calibration is None:
         return {}
@@ -139,8 +139,8 @@ def convert_file(
     model, report, calibration = _converted(args, progress, threads)
     if report.check is not None and report.check.is_broken and not args.force_quality:
         raise QualityError(
-            f"{report.check.sentence()}: too little to be of use, so nothing was written; give more --bits, your own inputs to "
-            "--calibrate, or --force-quality"
+            f"{report.check.sentence()}: this is too low to be useful, so nothing was written; use more --bits, give your own "
+            "inputs to --calibrate, or add --force-quality"
         )
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
@@ -165,9 +165,9 @@ def _converted(
         try:
             model, report = pipeline.convert_model(args.input, chosen, calibration, progress, threads, time_limit)
         except (DataError, ModelError) as error:  # one that is not fed with noise, or one that is refused in any case
-            why = f"; it was tried on noise, and {error}"
+            why = f"; calibration on noise was tried, but {error}"
         else:
-            text = f"calibrated on {calibration.count} images of noise, as no --calibrate was given; your own inputs do better"
+            text = f"calibrated on {calibration.count} images of noise (no --calibrate given); your own inputs give better results"
             return model, replace(report, notes=(*report.notes, text)), calibration
     else:
         why = ""
@@ -178,7 +178,7 @@ def _converted(
 def _targeted(
     args: argparse.Namespace, config: QuantConfig, target: Target, progress: Progress | None, threads: int | None
 ) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
-    """The smallest file that keeps a target.  Raises QualityError where none does, unless the best one is wanted all the same."""
+    """The smallest file that keeps a target.  Raises QualityError if none does, unless --best-effort is given."""
     if args.calibrate in (None, "auto"):
         config, calibration = automatic(args, replace(config, bits=TARGET_BITS))
     else:
@@ -197,13 +197,13 @@ def _targeted(
         threads=threads,
     )
     if not found.holds and not args.best_effort:
-        raise QualityError(f"{found.sentence}; ask for less, or add --best-effort to write that file")
+        raise QualityError(f"{found.sentence}; relax the target, or add --best-effort to write that file")
     report = replace(found.report, notes=(*found.report.notes, f"target: {found.sentence}"))
     return found.model, report, calibration
 
 
 def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tuple[ImageSet | FeedSet | None, Normalization | None]:
-    """The data of a target: --data, or inputs that the calibration does not use."""
+    """The data on which a target is measured: --data, or inputs that the calibration does not use."""
     if args.data is not None:
         return _images_to_compare(args, args.input, args.data)
     if calibration is None or calibration.feeds:
@@ -214,7 +214,7 @@ def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tup
 
 
 def run_restore(args: argparse.Namespace) -> None:
-    """requant restore: write the plain float model of a quantized one."""
+    """requant restore: write the plain float version of a quantized model."""
     check_output(args.input, args.output, args.force)
     check_json(args.json, args.input, args.output, *data_files(args.input), *data_files(args.output))
     with status_line(args, "decoding weights"):
@@ -230,12 +230,12 @@ def run_validate(args: argparse.Namespace) -> None:
     """requant validate: compare two models on the same images."""
     check_json(args.json, args.reference, args.candidate)
     if args.data is None:
-        raise ConfigError("validate needs images; give --data, for instance cifar10:DIR, images:DIR or FILE.npz")
+        raise ConfigError("validate needs images; give --data, for example cifar10:DIR, images:DIR or FILE.npz")
     bounds = {} if args.fail_below is None else parse_gate(args.fail_below)
     batch = 1 if args.latency_batch is None else whole_of(args.latency_batch, "--latency-batch")
     threads = None if args.threads is None else whole_of(args.threads, "--threads")
     if batch < 1 or (threads is not None and threads < 1):
-        raise ConfigError("--latency-batch and --threads are 1 or more")
+        raise ConfigError("--latency-batch and --threads must be 1 or more")
     labels_of(args)
     images, normalization = _images_to_compare(args, args.reference, args.data)
     with progress_bar(args, "validating") as progress:
@@ -261,7 +261,7 @@ def run_validate(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """requant report: write a page on each weight."""
+    """requant report: write a web page that shows every weight."""
     check_page(args.output, args.force, args.reference, args.candidate)
     labels_of(args)
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
@@ -282,10 +282,10 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    """requant inspect: list the weights of a model, and what each of them costs."""
+    """requant inspect: list the weights of a model and, with --sensitivity, what each of them costs."""
     check_json(args.json, args.model)
     if args.data is not None and not args.sensitivity and "data" not in args.from_file:
-        raise ConfigError("--data is for --sensitivity; give --sensitivity, or drop --data")
+        raise ConfigError("--data needs --sensitivity; give --sensitivity, or drop --data")
     with status_line(args, "reading the model"):
         report = pipeline.inspect_model(args.model)
     costs: tuple[WeightCost, ...] = ()
@@ -301,7 +301,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> None:
-    """requant explain: say what ONNX Runtime does with the weights of a model."""
+    """requant explain: show what ONNX Runtime does with the weights of a model."""
     check_json(args.json, args.model)
     with status_line(args, "loading the model in ONNX Runtime"):
         explanation = explain(args.model)
@@ -310,7 +310,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """requant compare: try every recipe at every width."""
+    """requant compare: convert with every recipe at every width, and list the results."""
     check_json(args.json, args.model)
     check_page(args.html, args.force, args.model)
     check_new(args.csv, args.force, args.model)
@@ -347,7 +347,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
-    """All the images of --data, inputs by name, or noise."""
+    """All the images of --data, its inputs by name, or noise."""
     limit = limit_of(args.limit)
     feeds = feeds_of(args, spec)
     if feeds is not None:
@@ -369,7 +369,7 @@ def _whole_file(path: Path) -> bytes:
     """The model in one piece, external data included."""
     model = materialize(load_runnable(path).copy())
     if is_large(model):
-        raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; convert it with requant convert")
+        raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; use requant convert for it")
     data: bytes = model.SerializeToString() if data_files(path) else path.read_bytes()
     return data
 

@@ -1,4 +1,4 @@
-"""A sentence where native code crashes: on hostile values ONNX Runtime has ended the process without a word."""
+"""A message for crashes of native code: on hostile values, ONNX Runtime can end the process without one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _report(number: int) -> None:
-    """Say what happened, and end the process; files are written under other names first, so none is half-written."""
+    """Print what happened, and end the process; files are first written under temporary names, so none is incomplete."""
     name = signal.Signals(number).name
     sentence = (
-        f"error: native code crashed ({name}), most likely ONNX Runtime on these inputs; try others, or another version of it\n"
+        f"error: native code crashed ({name}), most likely ONNX Runtime on these inputs; try other inputs, or another version\n"
     )
     os.write(2, sentence.encode())
     os._exit(2)
@@ -24,9 +24,9 @@ _handler = _Handler(_report)  # has to outlive every signal
 
 
 def report_crashes() -> None:
-    """End with a sentence and exit code 2 at a crash.  Python's own handlers never run there: the instruction is tried again.
+    """End with a message and exit code 2 after a crash.  Python's own handlers never run: the CPU repeats the instruction.
 
-    Nothing happens where the C library has no `signal`.
+    Does nothing if the C library has no `signal`.
     """
     library = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
     for number in SIGNALS if hasattr(library, "signal") else ():

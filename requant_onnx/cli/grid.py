@@ -1,4 +1,4 @@
-"""Tables for a terminal, in which no number is broken; tab-separated lines for a file or a pipe."""
+"""Tables for a terminal, which never split a number, and tab-separated lines for a file or a pipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DROPPED = (
     "scale", "alpha", "MSE", "kernel", "largest difference", "cosine", "seconds", "skipped", "transform", "layer", "form", "shape",
     "weights", "bytes before", "x smaller", "op", "kind",
 )  # fmt: skip
-"""Titles of columns from the least important on: they are left out where a terminal is too narrow."""
+"""Titles of columns, the least important first: they are omitted if the terminal is too narrow."""
 
 
 class Grid:
-    """Rows of text under titles.  left: titles of columns that are flush left, besides the first two."""
+    """Rows of text under titles.  left: titles of left-aligned columns, in addition to the first two."""
 
     def __init__(self, *titles: str, left: Sequence[str] = ()) -> None:
         self._titles = titles
@@ -26,11 +26,11 @@ class Grid:
         self._rows: list[list[str]] = []
 
     def add_row(self, *cells: str) -> None:
-        """Add a row.  cells: as many as titles, with the markup of rich."""
+        """Add a row.  cells: one per title, with rich markup."""
         self._rows.append([Text.from_markup(cell, emoji=False).plain for cell in cells])
 
     def show(self, console: Console) -> None:
-        """Print the table, as wide as the terminal at most; to a file or a pipe all of it, cells apart by tabs."""
+        """Print the table, at most as wide as the terminal; to a file or a pipe, print all of it, separated by tabs."""
         if not console.is_terminal:
             for row in [list(self._titles), *self._rows]:
                 if not console.quiet:  # rich would turn tabs into spaces
@@ -59,7 +59,7 @@ class Grid:
 
 
 def _cell(text: str, width: int, left: bool) -> str:
-    """Padded, or shortened in the middle.
+    """A cell, padded or shortened in the middle.
 
     >>> _cell("stages.0.conv1.weight", 12, True), _cell("7", 3, False)
     ('stages…weight', '  7')

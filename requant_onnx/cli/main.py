@@ -1,4 +1,4 @@
-"""The command line: requant COMMAND.  Exit codes and errors; commands.py has the commands."""
+"""The command line, requant COMMAND: exit codes and errors.  commands.py has the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from requant_onnx.runtime.sessions import use_custom_ops, use_provider
 
 
 def run() -> int:
-    """Run the command line of this process: `main`, and a sentence where native code crashes."""
+    """Run the command line of this process: `main`, with a message if native code crashes."""
     report_crashes()
     return main()
 
@@ -26,8 +26,8 @@ def run() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0, or after an error that it has printed: 2; 3 where nothing was done, or worse than asked for (a model that was
-    converted already, a conversion below the quality asked for); 4 where a validation failed its gate; 130 after Ctrl-C.
+    Returns 0 on success, and after an error, which it prints: 2; 3 for a model that is already converted, or a conversion below
+    the required quality; 4 for a validation that failed its gate; 130 after Ctrl-C.
     """
     parser = parser_of(
         convert=commands.run_convert,
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return "there is not enough memory for this; calibrate with fewer images, or use a larger machine"
+        return "not enough memory; calibrate with fewer images, or use a machine with more memory"
     if isinstance(error, RequantError) or not isinstance(error, OSError):
         return str(error)
     where = f"'{error.filename}'" if error.filename else "standard output"  # a path that cannot be accessed, or a full disk

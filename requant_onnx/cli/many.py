@@ -1,6 +1,6 @@
-"""requant convert-many: all models of a folder, or of a pattern, in processes or on a Dask cluster.
+"""requant convert-many: convert all models of a directory, or of a pattern, in processes or on a Dask cluster.
 
-OUT_DIR/requant.jsonl has one line of JSON a model; the same command again does only what is missing.
+OUT_DIR/requant.jsonl has one line of JSON per model; running the same command again converts only what is missing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ HOW = ("jobs", "dask", "force")  # options that change no file
 
 
 def run_convert_many(args: argparse.Namespace) -> None:
-    """requant convert-many.  Raises RequantError at the end where models failed."""
+    """requant convert-many: convert many models.  Raises RequantError at the end if any model failed."""
     models, jobs = _models(args.source, args.output), _jobs(args)
     config_of(args)
     seconds_of(args.time_limit)
     if args.output.exists() and not args.output.is_dir():
-        raise OutputError(f"'{args.output}' is no folder; give the folder for the results")
+        raise OutputError(f"'{args.output}' is not a directory; give a directory for the results")
     args.output.mkdir(parents=True, exist_ok=True)
     settings, record = _settings(args), args.output / RECORD
     lines = read_record(record)
@@ -77,12 +77,12 @@ def run_convert_many(args: argparse.Namespace) -> None:
 def _jobs(args: argparse.Namespace) -> int | None:
     jobs = None if args.jobs is None else whole_of(args.jobs, "--jobs")
     if jobs is not None and jobs < 1:
-        raise ConfigError(f"--jobs {jobs} runs nothing; give 1 or more")
+        raise ConfigError(f"--jobs must be 1 or more, not {jobs}")
     return jobs
 
 
 def _item(args: argparse.Namespace, name: str, model: Path, settings: str, *, alone: bool) -> Item:
-    """The work item of a model.  Processes side by side have one thread each."""
+    """The work item of a model.  Processes that run in parallel have one thread each."""
     sent = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in UNSENT})
     if args.dask:
         return _convert_sent, (sent, name, settings, *_packed(model))
@@ -91,7 +91,7 @@ def _item(args: argparse.Namespace, name: str, model: Path, settings: str, *, al
 
 
 def _models(source: str, output: Path) -> dict[str, Path]:
-    """Relative path of each result -> the model.  Raises ConfigError where there is none."""
+    """The models by relative path of their results.  Raises ConfigError if there is none."""
     folder = Path(source)
     if folder.is_dir():
         found = sorted(path for path in folder.rglob("*.onnx") if path.is_file())
@@ -100,7 +100,7 @@ def _models(source: str, output: Path) -> dict[str, Path]:
         folder = Path(os.path.commonpath([path.parent for path in found])) if found else folder
     inside = [path for path in found if output.resolve() not in path.resolve().parents]
     if not inside:
-        raise ConfigError(f"there is no model at '{source}'; give a folder with .onnx files, or a pattern in quotes")
+        raise ConfigError(f"there is no model at '{source}'; give a directory with .onnx files, or a pattern in quotes")
     return {path.relative_to(folder).as_posix(): path for path in inside}
 
 
@@ -110,7 +110,7 @@ def _settings(args: argparse.Namespace) -> str:
 
 
 def _is_there(line: Line, model: Path, settings: str, folder: Path) -> bool:
-    """Whether a model was converted with these settings, has not changed since, and the result is there."""
+    """Whether a model was converted with these settings, has not changed since, and the result exists."""
     return line.is_done and line.settings == settings and (folder / line.output).is_file() and line.digest == _digest(model)
 
 
@@ -122,8 +122,8 @@ def _blocked(model: Path, output: Path, line: Line | None, force: bool) -> str:
         if output.parent.is_dir():
             return str(error)
     if output.exists() and not force:
-        how = "with other settings, or from another model" if line is not None and line.is_done else "otherwise"
-        return f"'{output}' exists and was made {how}; give another folder, or --force to replace it"
+        how = "with different settings, or from a different model" if line is not None and line.is_done else "by something else"
+        return f"'{output}' exists and was made {how}; give another directory, or --force to replace it"
     return ""
 
 
@@ -137,7 +137,7 @@ def _digest(model: Path) -> str:
 
 
 def _convert(args: argparse.Namespace, name: str, model: Path, output: Path, settings: str, threads: int | None) -> Line:
-    """A work item, in a process of this machine."""
+    """Run a work item in a process of this machine."""
     use_custom_ops(*([args.custom_ops] if isinstance(args.custom_ops, str) else args.custom_ops or []))
     use_provider(args.provider)
     started = time.perf_counter()
@@ -160,7 +160,7 @@ def _convert(args: argparse.Namespace, name: str, model: Path, output: Path, set
 
 
 def _packed(model: Path) -> tuple[str, dict[str, bytes]]:
-    """A model and its data files, for a machine that has none of them: the name of the model, and the files by relative path."""
+    """A model packed for another machine: the name of the model, and the model and its data files by relative path."""
     files = [model, *data_files(model)]
     return model.name, {os.path.relpath(path, model.parent): path.read_bytes() for path in files}
 
@@ -168,7 +168,7 @@ def _packed(model: Path) -> tuple[str, dict[str, bytes]]:
 def _convert_sent(
     args: argparse.Namespace, name: str, settings: str, model: str, files: Mapping[str, bytes]
 ) -> tuple[Line, dict[str, bytes]]:
-    """A work item on another machine: the line, and the files that it made, by what stands behind the name of the result."""
+    """Run a work item on another machine: the line, and the files that it wrote, by their suffix after the name of the result."""
     with tempfile.TemporaryDirectory() as folder:
         for path, data in files.items():
             (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _convert_sent(
 
 
 def _kept(result: object, output: Path, failed: Callable[[str], Line]) -> Line:
-    """The line of a result; files that another machine has made are written."""
+    """The line of a result; writes the files that another machine has made."""
     if isinstance(result, tuple):
         line, files = result
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Checks of output paths: a path that cannot, or must not, be written is refused before the work is done."""
+"""Checks of output paths, which refuse a path that cannot or must not be written before any work is done."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ STDOUT = Path("-")  # of --json
 
 
 def check_output(source: Path, output: Path, force: bool) -> None:
-    """Refuse the path of a model that cannot be written, or would replace the input or, without --force, any file."""
+    """Refuse an output model path that cannot be written, or would replace the input or, without --force, any other file."""
     require_file(output)
     if not output.parent.is_dir():
-        raise OutputError(f"the folder '{output.parent}' does not exist; create it first")
+        raise OutputError(f"the directory '{output.parent}' does not exist; create it first")
     if output.exists() and source.exists() and output.samefile(source):
         raise OutputError(f"the output '{output}' is the input, which is never changed; give another path")
     used = [file.absolute() for file in data_files(source)]
@@ -33,24 +33,24 @@ def check_output(source: Path, output: Path, force: bool) -> None:
 
 
 def check_json(path: Path | None, *models: Path) -> None:
-    """Refuse the path of a report that cannot be written, or would replace a file that is no .json file."""
+    """Refuse the path of a report that cannot be written, or would replace a file that is not a .json file."""
     if path is not None and path != STDOUT:
         _check_place(path, *models)
         if path.exists() and path.suffix != ".json":
-            raise OutputError(f"'{path}' exists and is no .json file; give the report another path")
+            raise OutputError(f"'{path}' exists and is not a .json file; give the report another path")
 
 
 def _check_place(path: Path, *models: Path) -> None:
     """Refuse the path of a report that cannot be written, or would replace a model."""
     require_file(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write the report to '{path}'; give a file in a folder that exists")
+        raise OutputError(f"cannot write the report to '{path}'; give a file in an existing directory")
     if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
         raise OutputError(f"the report '{path}' would replace a model; give another path")
 
 
 def check_page(path: Path | None, force: bool, *models: Path) -> None:
-    """Refuse the path of a web page, or any page where its libraries are missing."""
+    """Refuse the path of a web page, or every page if the libraries for it are missing."""
     if path is not None:
         require()
         check_new(path, force, *models)
@@ -65,25 +65,25 @@ def check_new(path: Path | None, force: bool, *models: Path) -> None:
 
 
 def check_apart(*paths: Path | None) -> None:
-    """Refuse one path for two reports."""
+    """Refuse the same path for two reports."""
     given = [path.absolute() for path in paths if path is not None]
     twice = next((path for path in given if given.count(path) > 1), None)
     if twice is not None:
-        raise OutputError(f"two reports would be written to '{twice}'; give each a path of its own")
+        raise OutputError(f"two reports would be written to '{twice}'; give each its own path")
 
 
 def check_cache(folder: Path) -> None:
-    """Make the directory for results, or refuse it."""
+    """Create the directory for results, or refuse it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot keep results in '{folder}' ({error.strerror or error}); give another folder") from None
+        raise OutputError(f"cannot keep results in '{folder}' ({error.strerror or error}); give another directory") from None
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot keep results in '{folder}' (it cannot be written to); give another folder")
+        raise OutputError(f"cannot keep results in '{folder}' (it is not writable); give another directory")
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
-    """Write a report whole or not at all, or to standard output; nothing where there is no path."""
+    """Write a report completely or not at all, or to standard output; without a path, write nothing."""
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)

@@ -1,4 +1,4 @@
-"""The record of convert-many: one line of JSON a model."""
+"""The record of convert-many: one line of JSON per model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RECORD = "requant.jsonl"
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one model.
+    """The result for one model.
 
-    model, output: paths relative to the folders of models and of results.
+    model, output: paths relative to the directories of models and of results.
     status: converted, copied (nothing to convert) or failed.
-    bytes_before, bytes_after: of the files, 0 where it failed.
-    sqnr_db: of the weight with the least; None where none has any error.
-    digest: SHA-256 of the model, its external data included.  settings: options as TOML, and the version.
+    bytes_before, bytes_after: file sizes in bytes, 0 if it failed.
+    sqnr_db: lowest SQNR of all weights; None if no weight has any error.
+    digest: SHA-256 of the model, including its external data.  settings: options as TOML, and the version.
     """
 
     model: str
@@ -39,12 +39,12 @@ class Line:
 
     @property
     def is_done(self) -> bool:
-        """Whether the result is there."""
+        """Whether the result exists."""
         return self.status != "failed"
 
 
 def read_record(record: Path) -> dict[str, Line]:
-    """The lines of an earlier run; none of those that are damaged."""
+    """The lines of an earlier run, without damaged ones."""
     lines = {}
     for text in record.read_text("utf-8").splitlines() if record.is_file() else ():
         try:
@@ -56,6 +56,6 @@ def read_record(record: Path) -> dict[str, Line]:
 
 
 def write_record(record: Path, lines: Mapping[str, Line]) -> None:
-    """Write one line a model, by name."""
+    """Write one line per model, sorted by name."""
     kept = [json.dumps(asdict(lines[name]), allow_nan=False) for name in sorted(lines)]
     write_atomically(record, "".join(f"{line}\n" for line in kept).encode())

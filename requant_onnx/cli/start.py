@@ -1,4 +1,4 @@
-"""The entry point of `requant`: Ctrl-C prints one line from the first moment on, while the rest is still being imported."""
+"""The entry point of `requant`: Ctrl-C prints one line from the start, even while the rest is still being imported."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def run() -> int:
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """End the process at once: an exception would be printed, or lost, in the middle of an import."""
+    """End the process immediately: an exception in the middle of an import would be printed, or lost."""
     os.write(2, f"{INTERRUPTED_MESSAGE}\n".encode())
     os._exit(INTERRUPTED)

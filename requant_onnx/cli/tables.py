@@ -1,4 +1,4 @@
-"""Reports as tables for the terminal (rich); plain text when the output is no terminal."""
+"""Reports as tables for the terminal (rich), or as plain text if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
     if report.folded_batchnorms:
         console.print(f"BatchNormalization folded into the layer before it: {report.folded_batchnorms}")
     if report.opset[0] != report.opset[1]:
-        console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which the decode needs")
+        console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which decoding the weights requires")
     _print_front(console, report.front)
     before, after = report.bytes_before, report.bytes_after
     covered = f", {report.coverage:.1%} of the bytes of all float constants" if report.converted else ""
@@ -74,21 +74,21 @@ def _check(report: QuantReport) -> str:
 def _print_front(console: Console, front: tuple[FrontPoint, ...]) -> None:
     if not front:
         return
-    table = Grid("file of about", "SQNR dB")
+    table = Grid("approx. bytes", "SQNR dB")
     for point in front:
         table.add_row(f"{point.bytes:,}", f"{point.sqnr_db:.1f}")
     table.show(console)
 
 
 def _remarks(report: QuantReport) -> list[str]:
-    """A line for each weight that is folded and not int8, and for each note."""
+    """One line for each weight that is folded instead of int8, and for each note."""
     folded = [weight for weight in report.converted if weight.why_not_int8]
     lines = [f"folded, not int8: {weight.name} ({weight.op}) {weight.why_not_int8}" for weight in folded]
     return lines + [f"note: {note}" for note in report.notes]
 
 
 def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
-    """Print one line per skipped weight, and one for all that share a reason, where there are many."""
+    """Print one line per skipped weight, and one line for all that share a reason if there are many of them."""
     counts = Counter(item.reason for item in items)
     many = {reason: count for reason, count in counts.items() if count > ALIKE}
     for item in items:
@@ -99,11 +99,11 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
         ops = ", ".join(f"{op} {number}" for op, number in Counter(item.op for item in alike).most_common())
         size = sum(item.bytes for item in alike)
         amount = f" of {size:,} bytes" if size else ""
-        console.print(escape(f"skipped: {count} constants{amount} ({ops}), each of which {reason}"))
+        console.print(escape(f"skipped: {count} constants{amount} ({ops}); each {reason}"))
 
 
 def print_validation(console: Console, report: ValidationReport, downloads: Mapping[str, tuple[int, int]]) -> None:
-    """Print the reference next to the candidate, and how alike every output is.  downloads: bytes of both, by compressor."""
+    """Print the reference next to the candidate, and the similarity of every output.  downloads: bytes of both, by compressor."""
     table = Grid(f"{report.images:,} {report.kind}", "reference", "candidate", "")
     if report.top1 is not None and report.top1_error is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), _change(report.top1, report.top1_error))
@@ -128,11 +128,11 @@ def print_validation(console: Console, report: ValidationReport, downloads: Mapp
     for note in report.notes:
         console.print(escape(f"note: {note}"))
     if report.top1 is None and report.mean_ap is None:
-        console.print(f"the {report.kind} have no labels: this says how alike the models answer, not how well")
+        console.print(f"the {report.kind} have no labels: this shows how similar the models' answers are, not how good")
 
 
 def _change(shares: Compared, error: float) -> str:
-    """A change of accuracy with its standard error, and whether it is within that."""
+    """A change in accuracy with its standard error, and whether it is within the error."""
     change = 100 * (shares[1] - shares[0])
     within = ", within it" if abs(change) <= 100 * error else ""
     return f"{change:+.2f} points, standard error {100 * error:.2f}{within}"
@@ -149,7 +149,7 @@ def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:
     for output in outputs:
         if output.kind == "detections":
             found = f"{output.extra['found_0.75']:.2%} with an overlap of 0.75 or more"
-            console.print(f"detections: {output.agreement:.2%} found again, {found}; {output.extra['more']:.0f} more")
+            console.print(f"detections: {output.agreement:.2%} found again, {found}; {output.extra['more']:.0f} additional")
         elif "mean_iou" in output.extra:
             console.print(escape(f"{output.name}: mean IoU {output.extra['mean_iou']:.2%}"))
 
@@ -198,7 +198,7 @@ def print_sensitivity(console: Console, costs: Sequence[WeightCost], inputs: str
         sizes = [f"{cost.bytes[bits]:,}" if bits in cost.bytes else "" for bits in (8, 4)]
         table.add_row(escape(cost.name), cost.op, *cells, f"{cost.bytes_before:,}", *sizes)
     table.show(console)
-    console.print(f"SQNR of the output in dB on {inputs}, each weight at its nearest levels and all others in float")
+    console.print(f"output SQNR in dB on {inputs}, with one weight at its nearest levels and all others in float")
 
 
 def print_explanation(console: Console, explanation: Explanation) -> None:
@@ -221,7 +221,7 @@ def print_restored(console: Console, report: RestoreReport, sizes: tuple[int, in
     before, after = sizes
     console.print(f"{report.constants} weights and {report.activations} activations are float again; {before:,} -> {after:,} bytes")
     if report.left:
-        console.print(f"still on integers: {', '.join(report.left)}")
+        console.print(f"operators still on integers: {', '.join(report.left)}")
 
 
 def _weight_row(weight: WeightReport) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ def _weight_row(weight: WeightReport) -> tuple[str, ...]:
 
 def print_tried(console: Console, report: QuantReport) -> None:
     """Print the method chosen for each weight, and the relative error of the layer's output with each method tried."""
-    table = Grid("weight", "form", "chosen", "output errors of what was tried", left=("chosen", "output errors of what was tried"))
+    table = Grid("weight", "form", "chosen", "output error by method tried", left=("chosen", "output error by method tried"))
     for weight in report.converted:
         tried = ", ".join(f"{step} {error:.2e}" for step, error in weight.output_errors.items())
         table.add_row(escape(weight.name), weight.form, weight.method, tried or weight.why_nearest or "(no calibration inputs)")
@@ -259,7 +259,7 @@ def _ratio(before: int, after: int) -> str:
 
 
 def print_many(console: Console, lines: Sequence[Line], earlier: int) -> None:
-    """Print one row a model, why models failed, and totals.  earlier: how many were converted by an earlier run."""
+    """Print one row per model, why models failed, and totals.  earlier: number of models that an earlier run converted."""
     table = Grid("model", "status", "bytes before", "after", "ratio", "weights", "skipped", "SQNR dB", "seconds")
     for line in lines:
         sizes = (f"{line.bytes_before:,}", f"{line.bytes_after:,}", f"{line.bytes_before / max(1, line.bytes_after):.2f}")

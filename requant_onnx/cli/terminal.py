@@ -21,7 +21,7 @@ WHOLE_RUN = 1e9  # seconds of the past from which the time left is extrapolated:
 def console_for(args: argparse.Namespace) -> Console:
     """The console for tables; text in a file or a pipe is not wrapped, and rich obeys NO_COLOR.
 
-    Silent with --quiet, and where the report goes to standard output.
+    It is silent with --quiet, and if the report goes to standard output.
     """
     quiet = args.quiet or getattr(args, "json", None) == STDOUT
     return Console(emoji=False, highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else UNWRAPPED)
@@ -29,7 +29,7 @@ def console_for(args: argparse.Namespace) -> Console:
 
 @contextlib.contextmanager
 def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progress | None]:
-    """Show a progress bar on standard error; None when that is no terminal, or with --quiet."""
+    """Show a progress bar on standard error; None if that is not a terminal, or with --quiet."""
     console = Console(stderr=True)
     if args.quiet or not console.is_terminal:
         yield None
@@ -41,6 +41,6 @@ def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progr
 
 
 def status_line(args: argparse.Namespace, what: str) -> contextlib.AbstractContextManager[object]:
-    """Show a spinner on standard error, for work that has no steps to count."""
+    """Show a spinner on standard error, for work that has no countable steps."""
     console = Console(stderr=True)
     return contextlib.nullcontext() if args.quiet or not console.is_terminal else console.status(what)

@@ -1,4 +1,4 @@
-"""Options of a command in a TOML file (https://toml.io), and the file that reproduces a run.
+"""Options of a command from a TOML file (https://toml.io), and the TOML file that reproduces a run.
 
 bits = 4                       # as --bits 4
 form = "folded"
@@ -9,7 +9,7 @@ force = true                   # as --force
 "head.*" = { bits = 8 }
 "stem*" = "float"
 
-[validate]                     # for this command only; options above the table are for each command that has them
+[validate]                     # only for this command; options above the tables apply to every command that has them
 data = "images:val"
 """
 
@@ -34,7 +34,7 @@ NOT_IN_FILES = ("help", "help-all", "config", "json", "html", "csv", "quiet", "v
 
 
 def read_options(path: Path, command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, Any]:
-    """The options of a command in a file, as argparse holds them.  Raises ConfigError when it is not readable or not valid.
+    """The options of a command from a file, as argparse stores them.  Raises ConfigError if the file is unreadable or invalid.
 
     parsers: parsers of all commands, by name.  Options and tables of other commands are ignored.
     """
@@ -43,19 +43,19 @@ def read_options(path: Path, command: str, parsers: Mapping[str, argparse.Argume
     except OSError as error:
         raise ConfigError(f"cannot read '{path}' ({error.strerror or error}); check the path") from None
     except ValueError as error:  # not UTF-8, or not TOML
-        raise ConfigError(f"'{path}' is not TOML ({error}); requant help files shows how it is written") from None
+        raise ConfigError(f"'{path}' is not TOML ({error}); see requant help files for the format") from None
     known = _options(parsers[command])
     anywhere = {**{name: action for parser in parsers.values() for name, action in _options(parser).items()}, **known}
     shared = {key: value for key, value in content.items() if not isinstance(value, dict) or key == "layer"}
     strange = sorted(content.keys() - shared.keys() - parsers.keys())
     if strange:
-        raise ConfigError(f"'{path}' has a table '{strange[0]}', which is no command; they are {', '.join(parsers)}")
+        raise ConfigError(f"'{path}' has a table '{strange[0]}', which is not a command; the commands are {', '.join(parsers)}")
     named = [*_named(path, shared, anywhere), *_named(path, content.get(command, {}), known)]
     return {known[name].dest: _value(path, known[name], value) for name, value in named if name in known}
 
 
 def options_of(given: Mapping[str, str], command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, Any]:
-    """Options of a command by their long names, as argparse holds them."""
+    """The options of a command by long name, as argparse stores them."""
     known = _options(parsers[command])
     return {known[name].dest: _value(Path("--for"), known[name], value) for name, value in given.items()}
 
@@ -73,7 +73,7 @@ def write_options(args: argparse.Namespace) -> str:
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The options by long name, without dashes."""
+    """The options by long name, without the leading dashes."""
     named = {text[2:]: action for action in parser._actions for text in action.option_strings if text.startswith("--")}
     return {name: action for name, action in named.items() if name not in NOT_IN_FILES}
 
@@ -82,16 +82,16 @@ def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action])
     named = [(key.replace("_", "-"), value) for key, value in table.items()]
     for name, _ in named:
         if name in NOT_IN_FILES:
-            raise ConfigError(f"'{path}' sets '{name}', which belongs on the command line, --{name}")
+            raise ConfigError(f"'{path}' sets '{name}', which is only allowed on the command line, as --{name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"is it '{near[0]}'?" if near else "see --help"
-            raise ConfigError(f"'{path}' sets '{name}', which is no option here; {hint}")
+            raise ConfigError(f"'{path}' sets '{name}', which is not an option here; {hint}")
     return named
 
 
 def _value(path: Path, option: argparse.Action, value: Any) -> Any:
-    """A value of TOML as the command line gives it: text, except for switches."""
+    """A TOML value in the form that the command line gives: text, except for switches."""
     if option.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")
@@ -111,6 +111,6 @@ def _value(path: Path, option: argparse.Action, value: Any) -> Any:
 
 
 def _quoted(text: str) -> str:
-    """A basic string of TOML."""
+    """A TOML basic string."""
     escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else {"\\": "\\\\", '"': '\\"'}.get(c, c) for c in text)
     return f'"{escaped}"'

@@ -22,7 +22,7 @@ COMMANDS, CONVERSION, FORMS, METHOD, ARCHITECTURE = (
 
 
 class Topic(NamedTuple):
-    """page: its path below the package.  heading: of the section shown, None for the whole page.  about: what it explains."""
+    """page: path in the package.  heading: heading of the section shown, None for the whole page.  about: what it explains."""
 
     page: str
     heading: str | None
@@ -57,7 +57,7 @@ TOPICS = {
 
 
 def run_help(args: argparse.Namespace) -> None:
-    """requant help: list the topics, or show one.  Raises ConfigError where there is no such topic."""
+    """requant help: list the topics, or show one.  Raises ConfigError if there is no such topic."""
     console = Console(emoji=False, highlight=False)
     if args.topic is None:
         grid = Grid("topic", "what it explains")
@@ -73,7 +73,7 @@ def run_help(args: argparse.Namespace) -> None:
 
 
 def text_of(name: str) -> str:
-    """The Markdown of a topic, whose links name other topics.  Raises ConfigError where there is no such topic."""
+    """The Markdown of a topic, with links as names of other topics.  Raises ConfigError if there is no such topic."""
     if name not in TOPICS:
         near = difflib.get_close_matches(name, TOPICS, 1)
         raise ConfigError(f"there is no topic '{name}'; " + (f"is it '{near[0]}'?" if near else "requant help lists the topics"))
@@ -82,7 +82,7 @@ def text_of(name: str) -> str:
 
 
 def _section(text: str, heading: str | None) -> str:
-    """The lines from a heading to the next one that is not below it."""
+    """The lines from a heading to the next heading of the same or a higher level."""
     if heading is None:
         return text
     lines, level = [], 0
@@ -97,7 +97,7 @@ def _section(text: str, heading: str | None) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[str, int]]:
-    """The lines of a page, each with its level as a heading, 0 for those that are none."""
+    """The lines of a page, each with its heading level; 0 for lines that are not headings."""
     is_code = False
     for line in text.splitlines():
         is_code ^= line.startswith("```")
@@ -106,7 +106,7 @@ def _lines(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _without_files(text: str, page: Path) -> str:
-    """Links to files as their text and the topic that has the same; pictures as their description; no comments."""
+    """Replace links to files by their text and topic, replace pictures by their description, and remove comments."""
 
     def name(match: re.Match[str]) -> str:
         target, _, anchor = match[2].partition("#")

@@ -32,7 +32,7 @@ RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
 def config_of(args: argparse.Namespace) -> QuantConfig:
     """The configuration: the recipe, overridden by the options given.  Raises ConfigError."""
     if args.recipe not in (None, "paper"):
-        raise ConfigError(f"--recipe '{args.recipe}' is not known; the one recipe is 'paper'")
+        raise ConfigError(f"--recipe '{args.recipe}' is unknown; the only recipe is 'paper'")
     bits = _bits(args)
     base = QuantConfig.paper() if args.recipe == "paper" else QuantConfig()
     given: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
             del given[name]
         else:
             option = _flag(name)
-            raise ConfigError(f"{option} is for --form {form.value}; give --form {form.value}, or drop {option}")
+            raise ConfigError(f"{option} needs --form {form.value}; give --form {form.value}, or drop {option}")
     if bits is not None:
         given["bits"] = bits
     given["overrides"] = [*map(LayerRule.parse, _listed(args.layer)), *(LayerRule(text, keep=True) for text in _listed(args.keep))]
@@ -59,7 +59,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
 
 
 def _listed(given: str | list[str] | None) -> list[str]:
-    """The texts of an option that may be given again."""
+    """The texts of an option that may be repeated."""
     return [given] if isinstance(given, str) else given or []
 
 
@@ -70,15 +70,15 @@ def target_of(args: argparse.Namespace) -> Target | None:
     if not values:
         for name in ("data", "limit", "evaluate", "best_effort"):
             if getattr(args, name) and name not in args.from_file:
-                raise ConfigError(f"{_flag(name)} is for --max-drop or --min-agreement; give one of them, or drop {_flag(name)}")
+                raise ConfigError(f"{_flag(name)} needs --max-drop or --min-agreement; give one of them, or drop {_flag(name)}")
         return None
     if args.bits is not None or args.target_sqnr is not None or args.time_limit is not None:
-        raise ConfigError("a target chooses the bits and takes the time it takes; drop --bits, --target-sqnr and --time-limit")
+        raise ConfigError("a target chooses the bits, and has no time limit; drop --bits, --target-sqnr and --time-limit")
     return Target(**values, size=None if args.size is None else Budget.parse_size(args.size))
 
 
 def function_of(text: str) -> Evaluate:
-    """The function MODULE:FUNCTION, looked for in the current folder too.  Raises ConfigError."""
+    """The function MODULE:FUNCTION, which may also be in the current directory.  Raises ConfigError."""
     module, _, name = text.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -87,7 +87,7 @@ def function_of(text: str) -> Evaluate:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--evaluate '{text}' cannot be imported ({error}); write it as MODULE:FUNCTION") from None
     if not callable(function):
-        raise ConfigError(f"--evaluate '{text}' is no function")
+        raise ConfigError(f"--evaluate '{text}' is not a function; write it as MODULE:FUNCTION")
     return cast("Evaluate", function)
 
 
@@ -97,21 +97,21 @@ def _bits(args: argparse.Namespace) -> float | Budget | None:
     if args.bits != "auto":
         for name in ("size", "target_sqnr"):
             if getattr(args, name) is not None and name not in args.from_file:
-                raise ConfigError(f"{_flag(name)} is for --bits auto; give --bits auto, or drop {_flag(name)}")
+                raise ConfigError(f"{_flag(name)} needs --bits auto; give --bits auto, or drop {_flag(name)}")
         return None if args.bits is None else bits_of(args.bits)
     if (args.size is None) == (args.target_sqnr is None):
-        raise ConfigError("--bits auto needs what to aim at: either --size, for instance 180kB, or --target-sqnr, for instance 20")
+        raise ConfigError("--bits auto needs one target: either --size, for example 180kB, or --target-sqnr, for example 20")
     if args.size is None:
         return Budget(sqnr_db=_numbers(args.target_sqnr, "--target-sqnr")[0])
     if args.external_data:
-        raise ConfigError("--size counts one file; drop --external-data")
+        raise ConfigError("--size is the size of a single file; drop --external-data")
     return Budget(size=Budget.parse_size(args.size))
 
 
 def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfig, Calibration | None]:
-    """The calibration where none is asked for: noise where it helps and the model takes images.
+    """The calibration that is used by default: noise, where it helps and the model takes images.
 
-    Many bits need no more than the correction of biases, on a few images.
+    With many bits, a correction of the biases on a few images is enough.
     """
     refined = config.refinement is not Refinement.NONE and not (
         config.refinement.sees_outputs and config.rounding is Space.TRANSFORMED
@@ -132,7 +132,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     """The calibration that --calibrate asks for.  Raises ConfigError, DataError."""
     spec = args.calibrate
     if spec in (None, "none"):
-        _refuse(args, ("calibrate_limit", "memory", "seed", "mean", "std", *SIZES), "is for --calibrate; give --calibrate, or")
+        _refuse(args, ("calibrate_limit", "memory", "seed", "mean", "std", *SIZES), "needs --calibrate; give --calibrate, or")
         return None
     spec = whole_spec(spec)
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
@@ -140,23 +140,23 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     if is_noise(spec):
         return noise_of(args, spec, count, seed)
     if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
-        raise ConfigError(f"--calibrate '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
+        raise ConfigError(f"--calibrate '{spec}' is not valid; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
     feeds = feeds_of(args, spec)
     if feeds is not None:
-        _refuse(args, ("seed",), f"is for images, and '{spec}' holds inputs by name;")
+        _refuse(args, ("seed",), f"applies to images, but '{spec}' holds inputs by name;")
         return Calibration.from_feeds(feeds, count)
     images = images_of(args, spec, "train")
     return Calibration(images, normalization_of(args, spec, images), count, seed, memory=_memory(args))
 
 
 def feeds_of(args: argparse.Namespace, spec: str) -> list[dict[str, GenericArray]] | None:
-    """The inputs by name that a spec holds; None where it is one of images, or of noise.  Raises ConfigError, DataError."""
+    """The inputs by name that a spec holds; None if it holds images, or asks for noise.  Raises ConfigError, DataError."""
     if not spec.endswith(".npz"):
         return None
     shapes = input_shapes(model_of(args))
     if holds_images(Path(spec), shapes):
         return None
-    _refuse(args, ("mean", "std", *SIZES), f"is for images, and '{spec}' holds inputs by name;")
+    _refuse(args, ("mean", "std", *SIZES), f"applies to images, but '{spec}' holds inputs by name;")
     return load_feeds(Path(spec), shapes)
 
 
@@ -167,7 +167,7 @@ def is_noise(spec: str) -> bool:
 
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
-    _refuse(args, SIZES, "is for images:DIR, not for noise;")
+    _refuse(args, SIZES, "applies to images:DIR, not to noise;")
     return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]), memory=_memory(args))
 
 
@@ -179,32 +179,32 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
     spec = whole_spec(spec)
     if not spec.startswith("images:"):
-        _refuse(args, SIZES, f"is for images:DIR, not for '{spec}';")
+        _refuse(args, SIZES, f"applies to images:DIR, not to '{spec}';")
         return load_images(spec, split)
     images = load_images(spec, split, _pipeline(args), labels_of(args))
     unreadable = images.x.unreadable if isinstance(images.x, FolderImages) else ()
     if unreadable:
         count = len(images) + len(unreadable)
-        print(f"note: {len(unreadable)} of {count} images are damaged and were skipped, '{unreadable[0]}' first", file=sys.stderr)
+        print(f"note: {len(unreadable)} of {count} images are damaged and skipped; the first is '{unreadable[0]}'", file=sys.stderr)
     return images
 
 
 def labels_of(args: argparse.Namespace) -> Path | None:
-    """The file of labeled boxes, of commands that take one.  Raises ConfigError where the data are no folder of images."""
+    """The file of labeled boxes, for commands that take one.  Raises ConfigError if the data are not a directory of images."""
     labels: Path | None = getattr(args, "labels", None)
     if labels is None or whole_spec(args.data or "noise").startswith("images:"):
         return labels
-    _refuse(args, ("labels",), f"is for images:DIR, not for '{args.data or 'noise'}';")
+    _refuse(args, ("labels",), f"applies to images:DIR, not to '{args.data or 'noise'}';")
     return None
 
 
 def whole_spec(spec: str) -> str:
-    """The spec of data with its kind: a folder by itself is one of images."""
+    """The spec of data with its kind; DIR becomes images:DIR."""
     return f"images:{spec}" if Path(spec).is_dir() else spec
 
 
 def model_of(args: argparse.Namespace) -> Path:
-    """The model that inputs are for."""
+    """The model that takes the inputs."""
     path = next(getattr(args, name) for name in ("input", "model", "reference") if hasattr(args, name))
     return Path(path)
 
@@ -212,7 +212,7 @@ def model_of(args: argparse.Namespace) -> Path:
 def _pipeline(args: argparse.Namespace) -> Pipeline:
     if args.fit:
         if args.resize is not None or args.crop is not None:
-            raise ConfigError("--fit chooses --resize and --crop; drop it, or these")
+            raise ConfigError("--fit chooses --resize and --crop; drop --fit, or these two")
         size = _image_size(model_of(args))
         return Pipeline(round(max(size) * RESIZE), size)
     resize = None if args.resize is None else whole_of(args.resize, "--resize")
@@ -220,22 +220,22 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the images that a model takes.  Raises ConfigError where it leaves them free, or takes none."""
+    """(height, width) of the images that a model takes.  Raises ConfigError if their size is free, or it takes no images."""
     shape = next(iter(input_shapes(path).values()), ())
     sizes = (shape[1:3] if shape[3] in CHANNELS and shape[1] not in CHANNELS else shape[2:]) if len(shape) == 4 else ()
     if len(sizes) != 2 or None in sizes:
-        raise ConfigError(f"'{path}' does not tell the size of its images, so --fit does not either; give --resize and --crop")
+        raise ConfigError(f"'{path}' does not state the size of its images, so --fit cannot be used; give --resize and --crop")
     return int(sizes[0] or 0), int(sizes[1] or 0)
 
 
 def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | None) -> Normalization | None:
-    """The normalization that the options ask for; None for float images and for noise (images is None) if they ask for none."""
+    """The normalization from the options; None if they have none and the images are float, or noise (images is None)."""
     pixels = images is not None and images.x.dtype == "uint8"
     asked = {name for name in ("mean", "std") if getattr(args, name) is not None}
     if not pixels and (not asked or (images is not None and asked <= args.from_file)):
         return None
     if images is None and (args.mean is None or args.std is None):
-        raise ConfigError("give noise both --mean and --std, or neither for those of ImageNet")
+        raise ConfigError("noise needs both --mean and --std, or neither, which selects those of ImageNet")
     usual = {**CIFAR_MEAN_STD, "images": (NATURAL.mean, NATURAL.std)}
     mean, std = usual.get(spec.partition(":")[0], ((0.0,), (1.0,)))
     return Normalization(
@@ -244,7 +244,7 @@ def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
-    """Raise ConfigError where an option has no meaning here; one from a file of options is ignored.
+    """Raise ConfigError if an option has no meaning here; an option from a file is ignored.
 
     reason: the middle of the sentence, between the option and the advice to drop it.
     """
@@ -262,7 +262,7 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option} '{text}' is not a list of numbers; write it as R,G,B, for instance 0.5,0.5,0.5") from None
+        raise ConfigError(f"{option} '{text}' is not a list of numbers; write it as R,G,B, for example 0.5,0.5,0.5") from None
 
 
 def _size(text: str) -> tuple[int, int] | None:
@@ -310,7 +310,7 @@ def bits_of(text: str) -> float:
 
 
 def seconds_of(text: str | None) -> float | None:
-    """Parse a time limit, None for none.  Raises ConfigError.
+    """Parse a time limit; None means no limit.  Raises ConfigError.
 
     >>> seconds_of("90s"), seconds_of("5min"), seconds_of("1.5h"), seconds_of("20")
     (90.0, 300.0, 5400.0, 20.0)
@@ -320,13 +320,13 @@ def seconds_of(text: str | None) -> float | None:
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|sec|m|min|h)?", text.strip().lower())
     seconds = float(found[1]) * {"m": 60.0, "h": 3600.0}.get((found[2] or "s")[0], 1.0) if found else 0.0
     if seconds <= 0.0:
-        raise ConfigError(f"--time-limit '{text}' is no time; write it as 90s, 5min or 1h")
+        raise ConfigError(f"--time-limit '{text}' is not a time; write it as 90s, 5min or 1h")
     return seconds
 
 
 def limit_of(text: str | None) -> int | None:
-    """Parse the number of images, None for all.  Raises ConfigError."""
+    """Parse the number of images; None means all.  Raises ConfigError."""
     limit = None if text is None else whole_of(text, "--limit")
     if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit} leaves no image; give 1 or more")
+        raise ConfigError(f"--limit {limit} leaves no images; give 1 or more")
     return limit

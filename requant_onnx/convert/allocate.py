@@ -1,6 +1,6 @@
-"""Which bits, transform and granularity each weight gets, so that the output error is least for the bytes they take.
+"""The choice of bits, transform and granularity for each weight, which minimizes the output error for a given size.
 
-Errors of different weights add up in the output, nearly, each about in proportion to the squared error of the weight.  So
+The errors of different weights nearly add up in the output, each roughly in proportion to the squared error of the weight.  So
 
     output_error(grid) = output_error(reference grid) * (error(grid) / error(reference grid))**slope
 
@@ -64,7 +64,7 @@ class Offer:
         return {self.key: self.shared, **self.tables}
 
     def price(self, members: Mapping[Hashable, int]) -> int:
-        """Bytes, of what is shared its part.  members: how many share it, by key."""
+        """The bytes, with its part of shared ones.  members: number of weights that share them, by key."""
         return self.exclusive + round(sum(size / max(1, members[key]) for key, size in self.shares().items()))
 
 
@@ -80,7 +80,7 @@ class Market:
         return math.fsum(offers[k].output_error for offers, k in zip(self.offers, picks, strict=True))
 
     def bytes(self, picks: Picks) -> int:
-        """Of all decodes in the file, about."""
+        """The approximate bytes of all decodes in the file."""
         chosen = [offers[k] for offers, k in zip(self.offers, picks, strict=True)]
         shared: dict[Hashable, int] = {}
         for offer in chosen:
@@ -96,7 +96,7 @@ class Market:
         )
 
     def smallest(self) -> Picks:
-        """The picks of least bytes, about."""
+        """The picks of approximately the least bytes."""
         return min(self._settled(lambda _: 0), key=self.bytes)
 
     def least_error(self) -> Picks:
@@ -104,7 +104,7 @@ class Market:
         return min(self._settled(lambda front: len(front.sizes) - 1), key=self.output_error)
 
     def within(self, size: int) -> Picks | None:
-        """The picks of least output error in at most `size` bytes; None where nothing is that small."""
+        """The picks of least output error in at most `size` bytes; None if there are none."""
         rounds = self._settled(lambda front: front.best_within(size))
         fitting = [picks for picks in rounds if self.bytes(picks) <= size]
         return min(fitting, key=self.output_error, default=None)
@@ -119,7 +119,7 @@ class Market:
         return sorted((picks for picks in uniform if self.bytes(picks) <= size), key=self.output_error)
 
     def reaching(self, output_error: float) -> Picks | None:
-        """The smallest picks with at most that output error; None where nothing has so little."""
+        """The smallest picks with at most this output error; None if there are none."""
         rounds = self._settled(lambda front: front.smallest_within(output_error))
         fitting = [picks for picks in rounds if self.output_error(picks) <= output_error * (1 + 1e-9)]
         return min(fitting, key=self.bytes, default=None)
@@ -147,7 +147,7 @@ class Market:
         return rounds
 
     def _alike(self) -> list[Picks]:
-        """For every grid the picks that choose it wherever it is offered, else the nearest in bits."""
+        """For every grid, the picks that choose it wherever it is offered, or else the nearest in bits."""
         kinds = dict.fromkeys((o.grid.bits, o.grid.kind, o.grid.axis is None) for offers in self.offers for o in offers)
         return [tuple(_nearest(offers, *kind) for offers in self.offers) for kind in kinds]
 
@@ -170,7 +170,7 @@ def _best_of(offers: Sequence[Offer], bits: float) -> int:
 
 
 def _nearest(offers: Sequence[Offer], bits: float, kind: GridKind, whole: bool) -> int:
-    """The offer most alike."""
+    """The most similar offer."""
 
     def distance(k: int) -> tuple[float, ...]:
         grid = offers[k].grid

@@ -31,10 +31,8 @@ CLOSE_BYTES = 32  # a file this little below the size is good enough
 CLOSE_DB = 0.2  # an SQNR this little above the target is good enough
 SLACK = 2_000  # by which the bytes of decodes may be estimated too high
 FRONT_POINTS = 12
-OF_OUTPUT = (
-    "the SQNR of the front is that of the output with nearest levels, by the sum of what each weight does; refinement adds to it"
-)
-OF_WEIGHTS = "the SQNR of the front is that of the weights, for without --calibrate nothing is known of the output"
+OF_OUTPUT = "the table of sizes gives the output SQNR with nearest levels, estimated weight by weight; refinement improves it"
+OF_WEIGHTS = "the table of sizes gives the SQNR of the weights, because without --calibrate the output is unknown"
 
 
 def write_within(
@@ -42,7 +40,7 @@ def write_within(
 ) -> Built:
     """Choose grids within the budget, quantize and write.  The model is never larger than `budget.size`.
 
-    Raises ConfigError when no choice of bits keeps the budget.
+    Raises ConfigError if no choice of bits keeps the budget.
     """
     if not prepared.plan.planned:
         return write(prepared, [], {})
@@ -120,7 +118,7 @@ class _Search:
             if excess <= 0:
                 return picks, built
             limit -= excess
-        raise ConfigError(f"no choice of bits found for a file of {size:,} bytes; give a little more")
+        raise ConfigError(f"no choice of bits was found for a file of {size:,} bytes; allow a slightly larger file")
 
     def _alike(self, picks: Picks, built: Built, size: int) -> Iterator[tuple[Picks, Built]]:
         """The best file of one grid for all, unless it is this one."""
@@ -158,7 +156,8 @@ class _Search:
                 aim = (reaches + misses) / 2 if math.isfinite(reaches + misses) else aim
         if best is None:
             raise ConfigError(
-                f"the best output SQNR found is {reached:.1f} dB, not {sqnr_db:g}; ask for less, or see --form and --edge-layers"
+                f"the best output SQNR found is {reached:.1f} dB, below the target of {sqnr_db:g} dB; lower the target, or "
+                "see --form and --edge-layers"
             )
         return best
 
@@ -168,7 +167,7 @@ class _Search:
         least = self._size(smallest)
         if least > size:
             raise ConfigError(
-                f"the smallest file that bits can make is {least:,} bytes, not {size:,}; give more, or see --edge-layers"
+                f"the smallest possible file has {least:,} bytes, more than {size:,}; allow a larger file, or see --edge-layers"
             )
         # limits on the bytes of decodes that do and do not fit
         best, low, high = smallest, self.market.bytes(smallest), sys.maxsize

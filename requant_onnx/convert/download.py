@@ -1,4 +1,4 @@
-"""Conversions for files that are sent compressed: sizes are those behind the compressor, measured on the file itself."""
+"""Conversions for compressed downloads: sizes are compressed sizes, measured on the file itself."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def write_for_download(
 ) -> Built:
     """Choose a step for each weight, quantize and write; with a budget, until the compressed file keeps it.
 
-    Raises ConfigError when no step does, and for models above 2 GB.
+    Raises ConfigError if no step keeps it, and for models above 2 GB.
     """
     if is_large(prepared.model):
-        raise ConfigError("a model above 2 GB cannot be compressed in one piece; drop --optimize-for")
+        raise ConfigError("a model above 2 GB cannot be compressed as a whole; drop --optimize-for")
     config, chunks = prepared.config, list[Chunk]()
     free = [item for item in prepared.plan.planned if _is_free(item, prepared)]
     if calibration is not None and free:
@@ -83,7 +83,7 @@ class _Search:
         return sum(each.count for each in self.weights)
 
     def built(self, bits: float) -> Built:
-        """The file with so many bits in all codes, about.  Its report has the compressed size."""
+        """The file with about this number of bits in all codes.  Its report has the compressed size."""
         unit = unit_for(self.weights, bits)
         chosen = {each.item.weight.name: each.planned(unit) for each in self.weights}
         planned = [chosen.get(item.weight.name, item) for item in self.prepared.plan.planned]
@@ -102,7 +102,7 @@ class _Search:
         if not fitting:
             least = min(int(each.value) for each in tries)
             raise ConfigError(
-                f"the smallest file that was found takes {least:,} bytes compressed, not {size:,}; give more, or drop --keep"
+                f"the smallest file found has {least:,} compressed bytes, more than {size:,}; allow a larger file, or drop --keep"
             )
         return max(fitting, key=lambda each: each.bits).built
 
@@ -119,7 +119,7 @@ class _Search:
         reaching = [each for each in tries if each.value >= sqnr_db]
         if not reaching:
             best = max(each.value for each in tries)
-            raise ConfigError(f"the best output SQNR found is {best:.1f} dB, not {sqnr_db:g}; ask for less, or see --form")
+            raise ConfigError(f"the best output SQNR found is {best:.1f} dB, below {sqnr_db:g} dB; lower the target, or see --form")
         return min(reaching, key=lambda each: each.bits).built
 
     def _tried(self, bits: float, measure: Callable[[Built], float], wanted: float, close: float, slope: float) -> list[_Try]:

@@ -1,8 +1,8 @@
-"""Quantize weights one after another, each seeing what those before it did to its input.
+"""Quantize weights one after another, each on inputs that include the errors of those before it.
 
 For each layer, second moments of its input (with all weights before it quantized) and of its float output are collected, and the
 candidates of a ladder are compared on calibration inputs held out from them: nearest, + bias correction, + error feedback,
-+ descent.  The one of least output error is taken, so that no step makes a layer worse.  Where bits of codes count too (price.py),
++ descent.  The one of least output error is chosen, so that no step makes a layer worse.  Where bits of codes count too (price.py),
 all of these weigh them, and feedback is tried on second moments that are more and less held to their diagonal.
 """
 
@@ -63,7 +63,7 @@ class Evidence:
 
     @property
     def sums(self) -> tuple[Float64Array, Float64Array, int]:
-        """Of the inputs to fit on, and their outputs, and the number of places."""
+        """Sums of the inputs to fit on and of their outputs, and the number of places."""
         return self.fitted.x, self.fitted.y, self.fitted.count
 
 
@@ -208,7 +208,7 @@ def _target(w: Float64Array, xx: Float32Array, xy: Float64Array, triangle: Facto
 
 
 def _damped(xx: Float32Array) -> Float32Array:
-    """With more on the diagonal, in place."""
+    """The matrix with an increased diagonal; works in place."""
     index = np.arange(xx.shape[-1])
     powers = np.diagonal(xx, axis1=1, axis2=2).mean(1, dtype=np.float64)
     xx[:, index, index] += np.maximum(DAMPING * powers, 1e-30)[:, None].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Quantize the layers of a model in their order, each on what reaches it through those before, already quantized."""
+"""Quantize the layers of a model in order, each on the inputs that reach it through the layers quantized before."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ STEPS = 1000  # of the progress
 SECONDS_A_LAYER, SECONDS_A_ROW, SECONDS_A_WEIGHT = 0.04, 2.4e-4, 7.6e-7  # of the time that a layer takes, fitted to four nets:
 SECONDS_AN_INPUT, SECONDS_A_PRODUCT = 4e-9, 2e-10  # an element of an input at a place, and each product of rows with moments
 NO_TIME = "was not reached within the time limit"
-NO_LAYER = "is read by several nodes, or by none whose product is known"
+NO_LAYER = "is read by several nodes, or by no node with a known product"
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A weight done, and what was chosen for it."""
+    """A quantized weight, and the choice made for it."""
 
     result: Result
     choice: RefinedLayer
@@ -143,13 +143,13 @@ def _belief(work: onnx.ModelProto, feed: Chunk, runs: tuple[Stream, Stream], rep
 
 
 def _left_out(clock: Clock, schedule: Schedule, layers: int) -> str:
-    """What was not done for want of time, a sentence; "" where all was done."""
+    """A sentence on what was not done for lack of time; "" if everything was done."""
     if schedule.full == layers:
         return ""
     nearest = layers - schedule.full - schedule.least
     return (
-        f"within the time limit of {clock.limit:g} s, {schedule.full} of {layers} layers were refined, {schedule.least} got the "
-        f"correction of their biases only, and {nearest} went to nearest levels; give it more time for a better file"
+        f"within the time limit of {clock.limit:g} s, {schedule.full} of {layers} layers were refined, {schedule.least} got only a "
+        f"bias correction, and {nearest} were rounded to nearest levels; a higher limit gives a better file"
     )
 
 
@@ -185,9 +185,9 @@ def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinem
         return "multiplies a constant"
     shapes = [(np.shape(a[layer.x]), np.shape(b[layer.x])) for a, b in zip(exact.values, rounded.values, strict=True)]
     if any(math.prod(shape) == 0 for pair in shapes for shape in pair):
-        return "gets no input at all"
+        return "gets no input"
     if any(float_shape != shape for float_shape, shape in shapes):
-        return "gets as many inputs as the data has it, which differs between the float and the quantized model"
+        return "gets a number of inputs that depends on the data, and differs between the float and the quantized model"
     held = [k for k in range(len(shapes)) if k % HELD_OUT == HELD_OUT - 1]
     fitted = [k for k in range(len(shapes)) if k not in held]
     product = layer.product
@@ -205,7 +205,7 @@ def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinem
         if k in held or not held:
             sample.add(inputs, results)
     usable = moments.count and moments.is_finite and sample.is_finite
-    return Evidence(moments, sample) if usable else "gets values that are not finite"
+    return Evidence(moments, sample) if usable else "gets inputs that are not finite"
 
 
 def _chosen(total: int, count: int, *seed: int) -> Int64Array:
@@ -237,7 +237,7 @@ def probe_layers(
     refinement: Refinement,
     min_scales: Mapping[str, Float64Array],
 ) -> Iterator[Probe]:
-    """Those of the planned weights that one node alone multiplies with finite values, on the inputs of the float model.
+    """Probe the planned weights that a single node multiplies with finite values, on the inputs of the float model.
 
     grids: by weight.
     """

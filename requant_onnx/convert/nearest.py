@@ -1,4 +1,4 @@
-"""Carry out a plan: quantize its weights in parallel, and measure what each became."""
+"""Carry out a plan: quantize its weights in parallel, and measure the error of each."""
 
 from __future__ import annotations
 

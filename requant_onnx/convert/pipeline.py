@@ -49,19 +49,20 @@ def quantize_model(
     time_limit: float | None = None,
     check: bool = True,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """Quantize the weights of a model.  The model given never changes; the same input gives the same output, whatever `threads` is.
+    """Quantize the weights of a model.  Returns the new model, with all its values in memory, and a report.
 
-    The result holds all its values, those that were external data too.
-
-    calibration: the inputs on which rounding is refined, in every form (`config.refinement`), bits are chosen within a budget, and
-    activations are watched for the int8 form, which needs it.  Where nothing can be converted, the model comes back as it was and
-    `report.converted` is empty.
-    time_limit: about how many seconds it may take; layers whose refinement gains least for its time go without it, and the report
-    says how many.  The bytes of the file then depend on the speed of the machine.
-    check: whether to compare the result with the model on inputs that were not used for it (`report.check`).
-    Raises ModelError when the model cannot be loaded, holds NaN or infinite weights, or ONNX Runtime does not do with a weight what
-    the form promises; ConfigError when threads is below 1 or the int8 form has no calibration; DataError when the calibration
-    images do not fit the model.
+    The model that is given never changes.  The same input gives the same output, with any number of threads.  If nothing can be
+    converted, the model is returned unchanged and `report.converted` is empty.
+    model: path, ModelProto, bytes or binary file object.  config: settings (default: QuantConfig()).
+    calibration: inputs on which rounding is refined (`config.refinement`), bits are chosen within a budget, and activations are
+    measured; the int8 form needs them.
+    progress: callback for progress.  threads: number of threads (default: one per core).
+    time_limit: approximate time limit, in seconds.  Layers whose refinement gains least for its time are not refined, and the
+    report gives their number; the bytes of the file then depend on the speed of the machine.
+    check: whether to compare the result with the model on inputs that the conversion did not use (`report.check`).
+    Raises ModelError if the model cannot be loaded, has NaN or infinite weights, or ONNX Runtime does not treat a weight as the
+    form promises; ConvertedError if it is already converted; ConfigError if settings or arguments do not fit together; DataError
+    if the calibration inputs do not fit the model; QualityError if ONNX Runtime does not run the result.
     """
     made, report = convert_model(model, config or QuantConfig(), calibration, progress, threads, time_limit, check)
     return materialize(made), report
@@ -76,7 +77,7 @@ def convert_model(
     time_limit: float | None = None,
     check: bool = True,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """As quantize_model, but external data may still lie in the files of the input, where save_model finds them."""
+    """As quantize_model, but external data may still be in the files of the input, from which save_model reads them."""
     clock = Clock(time_limit)
     _check(config, calibration, threads, time_limit)
     if config.int8_levels is Int8Levels.AUTO:
@@ -93,23 +94,23 @@ def convert_model(
             notes += tuple(excluded.values())
             if loaded.complaint and not is_large(made) and not runs(whole(made)):
                 raise ModelError(
-                    f"the model is not valid ONNX ({loaded.complaint}), and what is made of it does not run; export it again"
+                    f"the model is not valid ONNX ({loaded.complaint}), and the converted model does not run; export it again"
                 )
             report = replace(report, notes=(*report.notes, *notes), complaint=loaded.complaint)
             return made, (_checked(loaded.proto, made, config, calibration, report) if check and report.converted else report)
         for name, fate in broken.items():
             if not FORMS[config.form].on_integers or name in excluded:
                 raise ModelError(
-                    f"ONNX Runtime does not do with '{name}' what the {config.form.value} form promises "
+                    f"ONNX Runtime does not treat '{name}' as the {config.form.value} form promises "
                     f"({fate.fate.value}: {fate.why}); choose another --form"
                 )
-            excluded[name] = f"ONNX Runtime finds no integer kernel for '{name}' ({fate.why}), so it is float (folded)"
+            excluded[name] = f"ONNX Runtime has no integer kernel for '{name}' ({fate.why}), so it uses the folded form"
 
 
 def _checked(
     source: onnx.ModelProto, made: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport
 ) -> QuantReport:
-    """The report with the self-check.  Raises QualityError where the result does not run, and is meant to in ONNX Runtime."""
+    """The report with the self-check.  Raises QualityError if the result does not run in ONNX Runtime, but should."""
     try:
         found = self_check(source, made, calibration)
     except QualityError as error:
@@ -130,9 +131,9 @@ def _convert(
     progress: Progress | None,
     threads: int | None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """One conversion, unchecked.  source: does not change.  excluded: weights that integer kernels are not planned for.
+    """Run one conversion without checks.  source: model, which does not change.  excluded: weights without integer kernels.
 
-    BLAS gets one thread: the last bits of its sums, and by them the codes, depend on how many there are.
+    BLAS gets one thread, because the last bits of its sums, and therefore the codes, depend on the number of threads.
     """
     with threadpool_limits(limits=1, user_api="blas"), thread_limit(threads):
         prepared = prepare(source, config, calibration, excluded, clock, progress)
@@ -144,7 +145,9 @@ def _convert(
 
 
 def inspect_model(model: ModelLike) -> InspectReport:
-    """What a model holds and what `quantize_model` would do with it.  Raises ModelError when it cannot be loaded."""
+    """List the contents of a model, and which weights `quantize_model` would convert.
+
+    model: path, ModelProto, bytes or binary file object.  Raises ModelError if it cannot be loaded."""
     loaded = load_runnable(model).copy()
     opset, ir_version = opset_of(loaded), loaded.ir_version
     ops = Counter(node.op_type for graph in all_graphs(loaded.graph) for node in graph.node)
@@ -185,11 +188,11 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         raise ConfigError(f"the time limit must be a number of seconds above 0, not {time_limit!r}")
     if time_limit is not None and isinstance(config.bits, Budget):
         raise ConfigError(
-            "a time limit is for one number of bits, and --bits auto tries many; give --bits N, or drop the time limit"
+            "a time limit needs a fixed number of bits, but --bits auto tries many; give --bits N, or drop the time limit"
         )
     check_installed(config.optimize_for)
     if FORMS[config.form].on_integers and calibration is None:
-        raise ConfigError("the int8 form needs the ranges of activations; give --calibrate with images, or --calibrate noise")
+        raise ConfigError("the int8 form measures the ranges of activations; give --calibrate with images, or --calibrate noise")
     if isinstance(config.bits, Budget) and config.bits.sqnr_db is not None and calibration is None:
         raise ConfigError("an output SQNR is measured on calibration inputs; give --calibrate with images, or --calibrate noise")
     if calibration is not None and config.refinement.sees_outputs and config.rounding is Space.TRANSFORMED:
@@ -199,64 +202,64 @@ def _check(config: QuantConfig, calibration: Calibration | None, threads: int | 
         )
     watched = FORMS[config.form].on_integers or isinstance(config.bits, Budget)
     if not watched and calibration is not None and config.refinement is Refinement.NONE:
-        raise ConfigError("calibration without refinement is for --form int8 only; drop --calibrate, or choose a refinement")
+        raise ConfigError("without refinement, only --form int8 uses calibration inputs; drop --calibrate, or choose a refinement")
 
 
 def _odd(model: LoadedModel) -> tuple[str, ...]:
-    """A note on a model that runs and is not valid."""
+    """A note for a model that runs but is not valid."""
     if not model.complaint:
         return ()
-    return (f"the checker of onnx does not take the model ({model.complaint}), and ONNX Runtime does, so it was converted",)
+    return (f"the onnx checker rejects the model ({model.complaint}), but ONNX Runtime runs it, so it was converted",)
 
 
 def _notes(model: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
-    """What could be better: calibration inputs at few bits, and the right ones."""
+    """Notes on what could be better: calibration inputs at few bits, and their normalization."""
     if calibration is None:
         blind = not isinstance(config.bits, Budget) and config.refinement is not Refinement.NONE
         coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
-        return ("few bits cost less accuracy with --calibrate: images, or noise, which needs no data",) if coarse else ()
+        return ("at few bits, --calibrate improves the accuracy; it takes images, or noise, which needs no data",) if coarse else ()
     pixels = any(item.type.tensor_type.elem_type == onnx.TensorProto.UINT8 for item in model.graph.input)
     if not calibration.is_noise or calibration.normalization is not None or pixels:
         return ()
     return (
-        "the noise was normalized as ImageNet's images are; a model that takes other values, say 0..255, needs --mean and --std",
+        "the noise was normalized like ImageNet images; a model that takes other values, such as 0..255, needs --mean and --std",
     )
 
 
 def _check_new(model: onnx.ModelProto) -> None:
-    """Raises ConvertedError for a model that is a result of ours."""
+    """Raise ConvertedError for a model that requant_onnx has converted."""
     settings = settings_of(model)
     if settings and "version" in settings:  # else somebody else's entry
         made = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "version")
         raise ConvertedError(
-            f"the model was converted already, by requant_onnx {settings.get('version', '?')} ({made or 'default settings'}); "
-            "convert the model that it was made from, or make a float model of it with requant restore"
+            f"the model is already converted, by requant_onnx {settings.get('version', '?')} ({made or 'default settings'}); "
+            "convert the original model, or turn this one into a float model with requant restore"
         )
 
 
 def _levels_note(config: QuantConfig) -> tuple[str, ...]:
-    """Whether finer int8 weights would do."""
+    """A note on whether int8 weights up to 127 are safe."""
     if not FORMS[config.form].on_integers or not RUNTIMES[config.runtime].checked:
         return ()
     if config.int8_levels is Int8Levels.SAFE and adds_exactly():
-        return ("this CPU adds int8 products exactly, so --int8-levels 127 (or auto), which is finer, is safe on CPUs like it",)
+        return ("this CPU adds int8 products exactly, so the finer --int8-levels 127 (or auto) is safe on such CPUs",)
     if config.int8_levels is Int8Levels.FULL and not adds_exactly():
-        return ("this CPU saturates sums of int8 products: open sessions with load_session, or choose --int8-levels 64",)
+        return ("this CPU saturates sums of int8 products; open sessions with load_session, or choose --int8-levels 64",)
     return ()
 
 
 def _broken_promises(
     source: LoadedModel, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
 ) -> tuple[tuple[str, ...], dict[str, WeightFate]]:
-    """(notes, weights that ONNX Runtime does not treat as their form promises); a note where it loads not even the input."""
+    """Notes, and the weights that ONNX Runtime does not treat as promised; only a note if it does not even load the input."""
     promised = {weight.name: Form(weight.form) for weight in converted if FORMS[Form(weight.form)].promise is not None}
     if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
         return (), {}
     if is_large(model) or sum(weight.bytes_before for weight in converted) > LARGE_BYTES:
-        return ("the model is larger than 2 GB, so what ONNX Runtime does with it was not checked; see requant explain",), {}
+        return ("the model is larger than 2 GB, so its treatment by ONNX Runtime was not checked; see requant explain",), {}
     try:
         return (), broken_promises(whole(model), promised)
     except LoadError as error:
         if runs(source.source):
             raise
-        return (f"what ONNX Runtime does with the weights was not checked: {error}, and neither does the input",), {}
+        return (f"the treatment of the weights by ONNX Runtime was not checked: {error}, and neither does the input",), {}

@@ -1,4 +1,4 @@
-"""Decide what happens to each weight: its grid and its form.  A plan is data; steps.py carries it out."""
+"""The plan of a conversion: the grid and the form of each weight.  A plan is only data; steps.py carries it out."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def kept_in_float(weight: Weight, config: QuantConfig) -> str | None:
     """Why the settings exempt this weight (a sentence without its subject); None where they do not."""
     rule = config.kept_in_float(weight.names, weight.op)
     if rule is not None:
-        return f"is kept in float as asked ('{rule.pattern}')"
+        return f"is kept in float by the rule '{rule.pattern}'"
     if weight.is_edge and config.edge_layers is EdgeLayers.FLOAT:
-        return "is a first or last layer, kept in float as asked"
+        return "is in a first or last layer, which --edge-layers keeps in float"
     return None
 
 
@@ -112,7 +112,7 @@ def _planned(weight: Weight, config: QuantConfig, is_edge: bool, integer: bool) 
 
 
 def _form(config: QuantConfig, integer: bool) -> Form:
-    """Of a weight that an integer kernel reads, or not."""
+    """The form of a weight.  integer: whether an integer kernel reads it."""
     fallback = FORMS[config.form].fallback
     if integer or fallback is None:
         return config.form

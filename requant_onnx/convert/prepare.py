@@ -68,10 +68,10 @@ class Prepared:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users should know of what was done to the graph."""
+        """Notes for users on changes to the graph."""
         count = self.origin.overridable
         return (
-            (f"{count} weights and biases were inputs of the graph too, and callers can no longer replace them; see --keep-inputs",)
+            (f"{count} weights and biases were also graph inputs, and callers can no longer replace them; see --keep-inputs",)
             if count
             else ()
         )

@@ -1,4 +1,4 @@
-"""The step of each weight for files that are compressed: equally many bits for the same output error, wherever they are spent.
+"""The step of each weight for compressed files: one bit buys the same reduction of the output error in every weight.
 
 Uniform rounding by a step s makes an output error of kappa * n * s**2 / 12 with the n weights of a tensor.  Its bits fall by n for
 each doubling of s, so a bit is worth kappa * s**2 / 6 * ln 2 of output error, whatever n is: the same for all weights where
@@ -53,7 +53,7 @@ class Rated:
         return math.prod(self.item.weight.shape)
 
     def bits_at(self, unit: float) -> float:
-        """That all its codes take, about.  unit: s_0."""
+        """The approximate bits of all its codes.  unit: s_0."""
         step = max(self._step(unit), 1e-30) / self.rms
         return self.count * float(np.interp(math.log(step), np.log(LADDER), self.bits))
 
@@ -101,14 +101,14 @@ def _axes(prepared: Prepared, planned: Sequence[PlannedWeight]) -> Mapping[str, 
 
 
 def _bits_by_step(w: Float32Array, rms: float) -> Float64Array:
-    """Of nearest levels, which take nearly as many bits as those of feedback."""
+    """The bits of nearest levels, which are nearly those of feedback."""
     sample = w.ravel()[:: -(-w.size // SAMPLE)] / np.float32(rms)
     levels = (np.clip(np.rint(sample / step), -REACH, REACH) + ZERO for step in LADDER)
     return np.array([entropy(each.astype(np.uint8)) / sample.size for each in levels])
 
 
 def unit_for(weights: Sequence[Rated], bits: float) -> float:
-    """The s_0 with which all codes together take so many bits, about."""
+    """The s_0 with which all codes together take about this number of bits."""
     low, high = -60.0, 60.0  # of its logarithm to the base 2
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""What a conversion, a validation and an inspection found, as values that turn into JSON."""
+"""The results of a conversion, a validation and an inspection, as values that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from requant_onnx.text import decibels
 
 
 class Bounds(NamedTuple):
-    """The smallest and the largest of several values."""
+    """The smallest and the largest of several values.  low, high: these two values."""
 
     low: float
     high: float
 
 
 class Compared(NamedTuple):
-    """The same figure of two models."""
+    """The same figure of two models: the reference and the candidate."""
 
     reference: float
     candidate: float
 
 
 class FileSizes(NamedTuple):
-    """Bytes of two files."""
+    """The sizes of two files, in bytes."""
 
     reference: int
     candidate: int
@@ -38,15 +38,18 @@ class FileSizes(NamedTuple):
 class WeightReport:
     """One converted weight.
 
-    transform: the kind of its grid, as --transform has it.  alpha, scale: over the channels.
+    name: name of its tensor.  op: type of the node that reads it.  shape: its shape.
+    form: form in which it is stored (a weight may lack what int8 needs).  bits: bits per weight.
+    transform: transform of its grid, as in --transform.  axis: axis of its scales, None for one scale.
+    alpha, scale: smallest and largest value over the channels.
     mse: mean squared error of the decoded weights.
-    sqnr_db: 10 * log10(sum w**2 / sum (w_hat - w)**2); infinite when exact.
-    bytes_before: of the stored values; bytes_after: of codes, scales, zero points and decode nodes, as they are in the file, and
-    for weights that are decoded together the share of each.  form: how it is decoded (a weight may lack what int8 needs).
-    why_not_int8: in the int8 form, why no integer kernel multiplies with it (a sentence without its subject), else "".
+    sqnr_db: 10 * log10(sum w**2 / sum (w_hat - w)**2), in dB; infinite if exact.
+    bytes_before: bytes of the stored values.  bytes_after: bytes of codes, scales, zero points and decode nodes in the file; for
+    weights that are decoded together, the share of each.
+    method: method that chose its codes.  output_errors: by method tried, the squared error of the layer's output on held-out
+    calibration inputs, relative to the power of the output.
+    why_not_int8: in the int8 form, why no integer kernel reads it (a sentence without its subject), else "".
     why_nearest: with calibration inputs, why they are not used for it (a sentence without its subject), else "".
-    method: how its codes were chosen.  output_errors: of each method tried, the squared error of the layer's output on held-out
-    calibration inputs, relative to its power.
     """
 
     name: str
@@ -70,7 +73,7 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class ActivationReport:
-    """One quantized activation.  range: of the values that its 8 bits hold."""
+    """One quantized activation.  range: smallest and largest value that its 8-bit codes can hold."""
 
     name: str
     range: Bounds
@@ -80,9 +83,10 @@ class ActivationReport:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """What a file of so many bytes can reach, about.
+    """One compromise between the size of the file and its error, both estimated.
 
-    sqnr_db: of the output with nearest levels, by the additive model; without calibration the mean over the weights of theirs.
+    bytes: size of the file.  sqnr_db: output SQNR in dB with nearest levels, by the additive model; without calibration, the mean
+    SQNR of the weights.
     """
 
     bytes: int
@@ -91,49 +95,51 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class VectorReport:
-    """Biases and other vectors that were stored as float16: how many, and their bytes before and after."""
+    """Biases and other vectors that were stored as float16: their number, and their bytes before and after."""
 
     count: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
 
 
-SCHEMA_VERSION = 1  # of the JSON reports: it grows when a key goes or changes its meaning
-GOOD_DB, GOOD_AGREEMENT = 20.0, 0.97  # of a self-check: below them a warning
-LEAST_DB = 5.0  # below it the command line writes no file unless told to
+SCHEMA_VERSION = 1  # of the JSON reports; it increases when a key is removed or changes its meaning
+GOOD_DB, GOOD_AGREEMENT = 20.0, 0.97  # limits of a self-check, below which it warns
+LEAST_DB = 5.0  # below this limit, the command line writes a file only with --force-quality
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What the outputs lost on inputs that were not used for the conversion.  inputs: in words.  outputs: each of them."""
+    """The difference between the outputs of both models on inputs that the conversion did not use.
+
+    inputs: description of these inputs.  outputs: comparison of each output."""
 
     inputs: str
     outputs: tuple[OutputReport, ...]
 
     @property
     def sqnr_db(self) -> float | None:
-        """The least SQNR of all outputs, in dB; None where none has any."""
+        """The lowest SQNR of all outputs, in dB; None if no output has one."""
         return min((each.sqnr_db for each in self.outputs if each.sqnr_db is not None), default=None)
 
     @property
     def answers(self) -> OutputReport | None:
-        """The first output that has answers."""
+        """The first output that has answers; None if there is none."""
         return next((each for each in self.outputs if each.agreement is not None), None)
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing calls for a warning; an agreement may be a standard error below what is good, for the inputs are few."""
+        """Whether there is no reason to warn; the agreement may be one standard error too low, because there are few inputs."""
         answers = self.answers
         agrees = answers is None or (answers.agreement or 0.0) + answers.standard_error >= GOOD_AGREEMENT
         return (self.sqnr_db is None or self.sqnr_db >= GOOD_DB) and agrees
 
     @property
     def is_broken(self) -> bool:
-        """Whether the answers are hardly those of the float model."""
+        """Whether the outputs have little to do with those of the float model."""
         return self.sqnr_db is not None and not self.sqnr_db >= LEAST_DB  # NaN is broken
 
     def sentence(self) -> str:
-        """One sentence for users."""
+        """The result as one sentence for users."""
         parts = []
         if self.sqnr_db is not None:
             many = "the worst of its outputs has" if len(self.outputs) > 1 else "its output has"
@@ -149,13 +155,17 @@ class SelfCheck:
 
 @dataclass(frozen=True, repr=False)
 class QuantReport:
-    """One conversion.  opset: (before, after).  config: in the words of the command line.  activations: of the int8 form.
+    """One conversion.
 
-    skipped: every float constant that stays as it was, and weights that are none.  floats: bytes of all of them in the input.
-    complaint: what the checker of onnx says against the input, which ONNX Runtime runs all the same; "" for nothing.
-    check: the self-check; None where there was none, and why_unchecked says why (a sentence without its subject).
-    front: with a budget, the best compromises between size and error, from the smallest file on.
-    download_bytes: of the file, as save_model writes it, behind the compressor that it was optimized for; None for none.
+    config: settings, as QuantConfig.to_dict writes them.  opset: opset before and after.
+    folded_batchnorms: number of BatchNormalization nodes that were folded into weights.
+    converted: every converted weight.  skipped: every float constant that was not converted, and why.
+    activations: quantized activations of the int8 form.  notes: sentences for users.
+    front: with a budget, the best compromises between size and error, the smallest file first.
+    vectors: biases and other vectors stored as float16.  floats: bytes of all float constants in the input.
+    complaint: objection of the onnx checker to the input, if ONNX Runtime runs it anyway; "" for none.
+    check: the self-check; None if there was none.  why_unchecked: the reason, as a sentence.
+    download_bytes: compressed size of the file, as save_model writes it, in bytes; None unless it was optimized for downloads.
     """
 
     config: dict[str, Any]
@@ -170,7 +180,7 @@ class QuantReport:
     floats: int = 0
     complaint: str = ""
     check: SelfCheck | None = None
-    why_unchecked: str = "not asked for"
+    why_unchecked: str = "it was not requested"
     download_bytes: int | None = None
 
     def __repr__(self) -> str:
@@ -196,7 +206,7 @@ class QuantReport:
 
     @property
     def coverage(self) -> float:
-        """Share of the bytes of all float constants that was converted, or folded into what was, 0 .. 1; 0 where there are none."""
+        """Share of the bytes of all float constants that was converted, or folded into a converted weight, 0 .. 1."""
         left = sum(item.bytes for item in self.skipped)
         return max(0.0, 1 - left / self.floats) if self.floats else 0.0
 
@@ -209,17 +219,18 @@ class QuantReport:
 
 @dataclass(frozen=True, repr=False)
 class ValidationReport:
-    """Two models on the same images, or inputs by name (kind).
+    """The comparison of two models on the same images, or other inputs (kind).
 
-    top1: accuracy in 0..1, None without labels.  top1_error: standard error of its change, over the same images.
-    agreement: share of answers that are the same, of the first output with answers, or of detections; else None.
-    agreement_of: what the answers are, for instance "top-1".  agreement_error: standard error of the agreement.
-    sqnr_db: of the first output that is a tensor of numbers.  bytes: file sizes.  outputs: every output, and detections.
-    latency_ms: lower quartiles of one run at `latency_batch` images; latency_spread: interquartile range over these;
-    latency_ratio: candidate over reference, the median over blocks of runs.  None where nothing was timed.
-    mean_ap, ap50: of detectors, COCO's AP@[.5:.95] and AP at an overlap of 0.5, in 0..1, None without labeled boxes.
-    mean_ap_error: standard error of the change of mean_ap, by resampling the images.
-    notes: sentences on what the figures include.
+    images: number of inputs.  kind: what they are, for example "images".
+    top1: top-1 accuracy, 0..1, None without labels.  top1_error: standard error of the change in accuracy (paired).
+    agreement: share of identical answers in the first output that has answers, or of detections, 0..1; None without answers.
+    agreement_of: kind of the answers, for example "top-1".  agreement_error: standard error of the agreement.
+    sqnr_db: SQNR in dB of the first output that is a tensor of numbers.  bytes: file sizes.
+    latency_ms: time of one run of `latency_batch` images, lower quartile, in ms.  latency_spread: interquartile range, relative
+    to it.  latency_ratio: candidate over reference, median over blocks of runs.  All three are None without timing.
+    notes: sentences that qualify the figures.  outputs: comparison of every output, and of detections.
+    mean_ap, ap50: for detectors, COCO AP@[.5:.95] and AP at an overlap of 0.5, 0..1; None without labeled boxes.
+    mean_ap_error: standard error of the change in mean_ap, by resampling the images.
     """
 
     images: int
@@ -266,7 +277,7 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class InspectedWeight:
-    """A weight that `convert` would take."""
+    """A weight that `convert` would convert.  edge: whether it is in a first or last layer.  bytes: its size in the file."""
 
     name: str
     op: str
@@ -277,9 +288,11 @@ class InspectedWeight:
 
 @dataclass(frozen=True, repr=False)
 class InspectReport:
-    """One model.  ops: operator -> count, bodies of If, Loop and Scan included.
+    """The contents of one model.
 
-    inputs, outputs: what a caller gives and gets, as text.  floats: bytes of all float constants.
+    producer: tool that wrote it.  ops: number of nodes by operator, including bodies of If, Loop and Scan.
+    weights: weights that can be converted.  skipped: other float constants, and why they cannot.
+    inputs, outputs: names, types and shapes, as text.  floats: bytes of all float constants.
     """
 
     opset: int
@@ -307,7 +320,7 @@ class InspectReport:
 
 
 def _html(rows: Sequence[tuple[str, str]]) -> str:
-    """A table for notebooks."""
+    """An HTML table for notebooks."""
     lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows]
     return f"<table>{''.join(lines)}</table>"
 
@@ -317,7 +330,7 @@ def _fields(report: Any) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Tuples as lists; infinity and NaN, which JSON lacks, as the strings inf, -inf and nan."""
+    """A value for JSON: tuples as lists; infinity and NaN, which JSON lacks, as the strings inf, -inf and nan."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -326,7 +339,7 @@ def as_json(value: Any) -> Any:
 
 
 def sqnr_db(signal: float, error: float) -> float:
-    """Signal-to-quantization-noise ratio: of the energies of values and of their errors.
+    """Signal-to-quantization-noise ratio in dB.  signal, error: energies of the values and of their errors.
 
     >>> sqnr_db(100.0, 1.0)
     20.0

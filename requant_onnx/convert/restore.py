@@ -1,4 +1,4 @@
-"""From a quantized model back to a plain float model of the same answers."""
+"""Turn a quantized model back into a plain float model that gives the same answers."""
 
 from __future__ import annotations
 
@@ -19,34 +19,38 @@ from requant_onnx.runtime.sessions import load_runnable, open_cpu_session, run_s
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What was restored.  constants, activations: how many are floats again.  left: operators that still work on integers."""
+    """The result of a restoration.
+
+    constants, activations: number of weights and activations that are float again.  left: operators that still work on integers."""
 
     constants: int
     activations: int
     left: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """All fields, for JSON."""
         return asdict(self)
 
 
 def restore_model(model: ModelLike) -> tuple[onnx.ModelProto, RestoreReport]:
-    """A plain float model of a quantized one: of any form of ours, or with QuantizeLinear and DequantizeLinear of other tools.
+    """Turn a quantized model into a plain float model.  Returns the new model and a report.
 
-    Weights are the floats that the codes stand for; activations are no longer rounded, so the answers of the int8 form are those of
-    its float layers.  The model given does not change.
-    Raises ModelError when it cannot be loaded; ConfigError when nothing in it is quantized.
+    model: path, ModelProto, bytes or binary file object, in any form of requant_onnx, or with QuantizeLinear and DequantizeLinear
+    of other tools.  It does not change.
+    Weights become the floats that the codes stand for.  Activations are no longer rounded, so a model in the int8 form answers
+    like one with float layers.
+    Raises ModelError if the model cannot be loaded, or the float model would exceed 2 GB; ConfigError if nothing is quantized.
     """
     restored = materialize(load_runnable(model).copy())
     activations = restore_activations(restored)
     restore_lookups(restored)
     constants = _restore_constants(restored)
     if not constants and not activations:
-        raise ConfigError("nothing in the model is quantized, so there is nothing to restore; use it as it is")
+        raise ConfigError("nothing in the model is quantized, so there is nothing to restore; use the model as it is")
     delete_where(restored.metadata_props, [k for k, item in enumerate(restored.metadata_props) if item.key == METADATA_KEY])
     left = {node.op_type for graph in all_graphs(restored.graph) for node in graph.node if _on_integers(node.op_type)}
     if is_large(restored):
-        raise ModelError("the float model would be larger than 2 GB, which restore does not write")
+        raise ModelError("the float model would be larger than 2 GB, which restore cannot write")
     open_cpu_session(restored, "the restored model")
     return restored, RestoreReport(constants, activations, tuple(sorted(left)))
 
@@ -59,7 +63,7 @@ def _on_integers(op: str) -> bool:
 
 
 def _restore_constants(model: onnx.ModelProto) -> int:
-    """Store what decodes compute.  Changes the model."""
+    """Store the results of the decodes.  Changes the model."""
     graph = model.graph
     constant = constants_of(graph)
     reads = [[*node.input, *(name for body in subgraphs_of(node) for name in reads_in(body))] for node in graph.node]

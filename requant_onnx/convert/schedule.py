@@ -1,4 +1,4 @@
-"""The time of a conversion: what is left of its limit, which layers it is spent on, and how far the work has come."""
+"""The time of a conversion: the time left, the layers on which it is spent, and the progress of the work."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Schedule:
 
 
 class _Ratio:
-    """Measured to estimated seconds."""
+    """The ratio of measured to estimated seconds."""
 
     def __init__(self) -> None:
         self._estimated = self._measured = PRIOR

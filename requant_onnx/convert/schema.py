@@ -1,6 +1,6 @@
-"""The JSON Schema of the reports (https://json-schema.org, draft 2020-12), made from their types.
+"""The JSON Schema of the reports (https://json-schema.org, draft 2020-12), generated from their types.
 
-requant_onnx/report.schema.json holds it, for tools that read what --json writes: `python -m requant_onnx.convert.schema` prints it.
+It is in requant_onnx/report.schema.json, for tools that read --json reports; `python -m requant_onnx.convert.schema` prints it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The check at the end of a conversion: what the outputs lost, on inputs that were not used for it."""
+"""The check at the end of a conversion: the error of the outputs, on inputs that the conversion did not use."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ COUNT = 32  # inputs of a check
 
 
 def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Calibration | None) -> SelfCheck | str:
-    """Compare a converted model with its source on inputs that were not used for it; why it was not done, where it was not.
+    """Compare a converted model with its source on inputs that it did not use; returns the reason if that is not possible.
 
-    calibration: that of the conversion; None: noise is tried.  Raises QualityError where the converted model does not run.
+    calibration: inputs of the conversion, None to try noise.  Raises QualityError if the converted model does not run.
     """
     if is_large(source) or is_large(made):
-        return "it is larger than 2 GB"
+        return "the model is larger than 2 GB"
     unseen, words = _unseen(calibration)
     reference = whole(source)
     try:
@@ -30,11 +30,11 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
         names = [item.name for item in session.get_outputs()]
         exact = [run_session(session, "the model", names, chunk) for chunk in chunks]
     except (DataError, ModelError) as error:
-        return f"there are no inputs for it ({error})"
+        return f"there are no inputs for the model ({error})"
     try:
         candidate = load_session(whole(made))
         if {item.name for item in candidate.get_outputs()} != set(names):
-            return "its outputs have other names"
+            return "the outputs of the converted model have different names"
         tallies = [OutputTally(name) for name in names]
         for chunk, expected in zip(chunks, exact, strict=True):
             found = run_session(candidate, "the converted model", names, chunk)
@@ -42,13 +42,13 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
                 tally.add(one, other, *images_in(chunk.values()))
     except ModelError as error:
         raise QualityError(
-            f"ONNX Runtime runs the model and not what was made of it ({error}): please report this, and choose another --form"
+            f"ONNX Runtime runs the model, but not the converted model ({error}); please report this, and choose another --form"
         ) from None
     return SelfCheck(words, tuple(tally.report() for tally in tallies))
 
 
 def _unseen(calibration: Calibration | None) -> tuple[Calibration, str]:
-    """Inputs that a calibration does not use, where there are any, and what they are."""
+    """Inputs that a calibration does not use, if there are any, and their description."""
     unseen, is_new = (calibration or Calibration()).unseen(COUNT)
     kind = "images of noise" if unseen.is_noise else "inputs" if unseen.feeds else "images"
     return unseen, f"{unseen.count} {kind} {'not used in the conversion' if is_new else 'used in the conversion too'}"

@@ -1,4 +1,4 @@
-"""The steps of one conversion: quantize what is prepared (prepare.py), write it (write.py), and check what came of it."""
+"""The steps of one conversion: quantize the prepared weights (prepare.py), write them (write.py), and check the result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Quantized:
 def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Built:
     """Quantize the planned weights and write them.  Changes `prepared.model`.
 
-    Raises ModelError where the finished model does not give what the refinement believed.
+    Raises ModelError if the outputs of the finished model are worse than the refinement expected.
     """
     quantized, aim = quantize(prepared, planned, progress, threads), prepared.config.optimize_for
     if aim.compresses:
@@ -71,12 +71,12 @@ def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Prog
         check_belief(with_floats, belief)
         if prepared.config.biases is BiasType.AUTO:
             model, report = with_floats, replace(float_report, config=report.config)
-            notes = (*notes, "biases stay float32: as float16 they add more than a quarter to the error of the outputs")
+            notes = (*notes, "biases stay float32, because float16 would increase the output error by more than a quarter")
     return model, replace(report, notes=(*report.notes, *notes))
 
 
 def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
-    """Raise ModelError where the outputs of a finished model are further from the float ones than the refinement believed."""
+    """Raise ModelError if the outputs of a finished model have a larger error than the refinement expected."""
     finished = run_session(load_session(model), "the converted model", belief.names, belief.feed)
     rows = [row for row in zip(belief.exact, belief.refined, finished, strict=True) if _alike(row)]
     if not rows:
@@ -85,7 +85,7 @@ def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
     believed, actual = (relative_error([exact], [outputs]) for outputs in (refined, found))
     if actual > believed * (1 + DOUBT) + ROUNDING:
         raise ModelError(
-            f"the converted model has an output SQNR of {decibels(-10 * math.log10(actual))} where the refinement expected "
+            f"the converted model has an output SQNR of {decibels(-10 * math.log10(actual))}, but the refinement expected "
             f"{decibels(-10 * math.log10(max(believed, ROUNDING)))}; please report this, and convert with --refinement none"
         )
 

@@ -1,7 +1,7 @@
-"""How many codes share a byte, for files that are compressed: as many as compress best.
+"""The number of codes that share a byte in compressed files: the one that compresses best.
 
-A compressor that codes bytes by Huffman's method needs one bit for each at least, so that weights of which most are zero are stored
-better by two or four in a byte; but codes of other lengths than a byte's part hide what they have in common.
+A compressor with Huffman codes needs at least one bit for each byte, so weights that are mostly zero compress better with two or
+four codes in a byte.  Codes that do not divide a byte evenly hide their common patterns from the compressor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write a converted model: decodes in the place of weights, vectors as float16, activations on integers, and the report."""
+"""Write a converted model: decodes in place of weights, float16 vectors, integer activations, and the report."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _finite(results: Iterable[Result]) -> tuple[dict[str, Result], list[SkippedW
         if result.finite:
             finite[name] = result
         elif result.is_integer:
-            raise ModelError(f"the weight '{name}' has levels beyond the largest float; repair it, or choose --form folded")
+            raise ModelError(f"the weight '{name}' has levels beyond the largest float; fix the model, or choose --form folded")
         else:
             skipped.append(_skipped(result, "has levels beyond the largest float"))
     return finite, skipped
@@ -159,7 +159,7 @@ def _decode(
             skipped += [_skipped(result, _not_smaller(group, decode, stored)) for result in members]
             continue
         decodes.append(decode)
-        stays.append([_skipped(result, "would not get smaller, with the table that decodes it") for result in members])
+        stays.append([_skipped(result, "would not get smaller, because of the table that decodes it") for result in members])
         sizes = bytes_of_each(group, decode)
         for weight, result in zip(group, members, strict=True):
             reports[weight.name] = result.report(sizes[weight.name], why_not_int8.get(weight.name, ""))
@@ -184,8 +184,8 @@ def _not_worth_their_tables(decodes: Sequence[Decode], stored: Sequence[int]) ->
 
 
 def _not_smaller(group: tuple[Coded, ...], decode: Decode, stored: int) -> str:
-    together = f", together with {len(group) - 1} others" if len(group) > 1 else ""
-    return f"would not get smaller ({stored} bytes, {decode.bytes} with its decode{together})"
+    together = f", with {len(group) - 1} others" if len(group) > 1 else ""
+    return f"would not get smaller ({stored} bytes, but {decode.bytes} with its decode{together})"
 
 
 def _skipped(result: Result, reason: str) -> SkippedWeight:

@@ -1,1 +1,1 @@
-"""Comparisons: of two models on images or weight by weight, and of many recipes."""
+"""Comparisons of two models, on images or weight by weight, and of many recipes."""

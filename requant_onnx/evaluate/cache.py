@@ -1,4 +1,4 @@
-"""Results kept on disk by what they were made from, so that a second run need not make them again."""
+"""A cache of results on disk, with keys made from the inputs, so that a second run can reuse them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_BYTES = 2 << 30  # of all results; the oldest go first
 
 
 def default_folder() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME or what the system has in its place."""
+    """The user's cache directory: $XDG_CACHE_HOME, or its equivalent on this system."""
     return Path(user_cache_path("requant_onnx"))
 
 
 def key_of(*parts: bytes | str) -> str:
-    """A name for what is made from these."""
+    """A key for a result, made from its inputs."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
@@ -29,13 +29,13 @@ def key_of(*parts: bytes | str) -> str:
 
 
 class Cache:
-    """Files in a folder.  A folder of None keeps nothing.  What cannot be read or written counts as missing."""
+    """Files in a directory; None stores nothing.  A file that cannot be read or written counts as missing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def get(self, key: str) -> bytes | None:
-        """The result, None where there is none."""
+        """The result, None if there is none."""
         if self.folder is None:
             return None
         with contextlib.suppress(OSError):
@@ -46,7 +46,7 @@ class Cache:
         return None
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep a result; it appears whole or not at all."""
+        """Store a result, completely or not at all."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):
@@ -61,7 +61,7 @@ class Cache:
                 raise
 
     def trim(self, limit: int = MAX_BYTES) -> None:
-        """Delete the results not used for longest, until all together are below the limit."""
+        """Delete the least recently used results until their total size is below the limit."""
         if self.folder is None or not self.folder.is_dir():
             return
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The inputs that two models answer most differently, and the answers that changed."""
+"""The inputs on which the answers of two models differ most, and the answers that changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANGES = 12  # pairs of answers listed
 
 @dataclass(frozen=True)
 class Example:
-    """An input.  index: in the data.  answers: of the reference and of the candidate, in words, "" where there are none.
+    """An input.  index: index in the data.  answers: answers of the reference and of the candidate as text, "" if there are none.
 
     label: the right answer in words, "" where it is not known.  differs: whether the answers are different.
     sqnr_db: of its outputs, all together.
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Change:
-    """Inputs whose answer became another.  label: "" where none is known."""
+    """A pair of answers, and the number of inputs whose answer changed so.  label: right answer, "" if unknown."""
 
     label: str
     reference: str
@@ -46,7 +46,7 @@ class Change:
 
 
 class _Answers(NamedTuple):
-    """The answers to the inputs of a batch.  texts: in words.  keys: what is compared.  are_classes: whether keys are classes."""
+    """The answers to the inputs of a batch.  texts: as text.  keys: values to compare.  are_classes: whether keys are classes."""
 
     texts: list[str]
     keys: list[Any]
@@ -79,7 +79,7 @@ class Examples:
 
     @property
     def worst(self) -> tuple[Example, ...]:
-        """Those whose answers differ first, the least SQNR first; none where the outputs are the same."""
+        """The worst examples: those with different answers first, then by SQNR; none if the outputs are the same."""
         return tuple(example for example in self._worst if example.differs or example.sqnr_db < math.inf)
 
     @property

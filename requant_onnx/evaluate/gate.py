@@ -1,4 +1,4 @@
-"""Gates: figures of a validation that have to hold, for continuous integration."""
+"""Gates: bounds on the figures of a validation, for continuous integration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXIT_CODE = 4
 
 
 class Figure(NamedTuple):
-    """A figure that can be bounded.  read: its value, None where it was not measured.  is_most: whether the bound is the most."""
+    """A figure that can have a bound.  read: its value, None if it was not measured.  is_most: whether it has an upper bound."""
 
     title: str
     read: Callable[[ValidationReport], float | None]
@@ -36,22 +36,22 @@ def _map_drop(report: ValidationReport) -> float | None:
 
 
 FIGURES: dict[str, Figure] = {
-    "agreement": Figure("the agreement, in per cent,", lambda r: None if r.agreement is None else 100 * r.agreement, False),
-    "top1": Figure("the top-1 accuracy, in per cent,", lambda r: None if r.top1 is None else 100 * r.top1[1], False),
-    "top1-drop": Figure("the loss of top-1, in points,", lambda r: None if r.top1 is None else 100 * (r.top1[0] - r.top1[1]), True),
-    "sqnr": Figure("the output SQNR, in dB,", lambda r: r.sqnr_db, False),
-    "worst-sqnr": Figure("the least SQNR of all outputs, in dB,", _worst, False),
-    "latency": Figure("the latency, relative to the reference,", lambda r: r.latency_ratio, True),
-    "ratio": Figure("the size of the reference, relative to the candidate,", lambda r: r.bytes[0] / max(1, r.bytes[1]), False),
-    "bytes": Figure("the size of the candidate, in bytes,", lambda r: float(r.bytes[1]), True),
-    "map-drop": Figure("the loss of mAP, in points,", _map_drop, True),
-    "found": Figure("the share of detections found again, in per cent,", _found, False),
+    "agreement": Figure("the agreement in percent", lambda r: None if r.agreement is None else 100 * r.agreement, False),
+    "top1": Figure("the top-1 accuracy in percent", lambda r: None if r.top1 is None else 100 * r.top1[1], False),
+    "top1-drop": Figure("the top-1 drop in points", lambda r: None if r.top1 is None else 100 * (r.top1[0] - r.top1[1]), True),
+    "sqnr": Figure("the output SQNR in dB", lambda r: r.sqnr_db, False),
+    "worst-sqnr": Figure("the lowest SQNR of all outputs in dB", _worst, False),
+    "latency": Figure("the latency relative to the reference", lambda r: r.latency_ratio, True),
+    "ratio": Figure("the size of the reference relative to the candidate", lambda r: r.bytes[0] / max(1, r.bytes[1]), False),
+    "bytes": Figure("the size of the candidate in bytes", lambda r: float(r.bytes[1]), True),
+    "map-drop": Figure("the mAP drop in points", _map_drop, True),
+    "found": Figure("the share of detections found again in percent", _found, False),
 }
-"""What --fail-below bounds."""
+"""The figures that --fail-below can bound, by name."""
 
 
 def parse_gate(text: str) -> dict[str, float]:
-    """Bounds from text.  Raises ConfigError.
+    """Parse bounds.  Raises ConfigError.
 
     >>> parse_gate("agreement=99,latency=1.1")
     {'agreement': 99.0, 'latency': 1.1}
@@ -61,19 +61,19 @@ def parse_gate(text: str) -> dict[str, float]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if name not in FIGURES or not equals:
             near = difflib.get_close_matches(name, FIGURES, 1)
-            hint = f"is it '{near[0]}'?" if near else f"they are {', '.join(FIGURES)}"
-            raise ConfigError(f"--fail-below '{part.strip()}' bounds no figure; write FIGURE=NUMBER; {hint}")
+            hint = f"is it '{near[0]}'?" if near else f"the figures are {', '.join(FIGURES)}"
+            raise ConfigError(f"--fail-below '{part.strip()}' is not of the form FIGURE=NUMBER with a known figure; {hint}")
         try:
             bounds[name] = float(value)
         except ValueError:
             bounds[name] = math.nan
         if not math.isfinite(bounds[name]):
-            raise ConfigError(f"--fail-below {name} '{value}' is no number")
+            raise ConfigError(f"--fail-below {name} '{value}' is not a number")
     return bounds
 
 
 def check_gate(report: ValidationReport, bounds: Mapping[str, float]) -> None:
-    """Raise QualityError, which says all that fails, unless the report keeps the bounds; a figure that was not measured fails."""
+    """Raise QualityError, which lists all failures, unless the report keeps the bounds; a figure that was not measured fails."""
     failures = []
     for name, bound in bounds.items():
         figure = FIGURES[name]

@@ -1,4 +1,4 @@
-"""Where work items run: in this process, in processes of this machine, or on a Dask cluster.
+"""The places where work items run: this process, processes of this machine, or a Dask cluster.
 
 All are executors of concurrent.futures.  https://docs.python.org/3/library/concurrent.futures.html,
 https://distributed.dask.org/en/stable/api.html#distributed.Client.get_executor
@@ -26,20 +26,20 @@ PATIENCE = "20s"  # for a scheduler to answer
 
 @contextlib.contextmanager
 def open_executor(jobs: int | None = None, dask: str | None = None) -> Iterator[Executor]:
-    """An executor; what it has not begun when its block is left by an error is given up.
+    """An executor; items that have not begun are canceled when its block is left by an error.
 
-    jobs: processes on this machine; 1 runs everything in this one; None: one a core.  dask: address of a scheduler, tcp://HOST:PORT.
+    jobs: processes on this machine; 1: only this one; None: one per core.  dask: address of a scheduler, tcp://HOST:PORT.
     Raises ConfigError when there is no such scheduler, or distributed is not installed.
     """
     if jobs is not None and jobs < 1:
-        raise ConfigError(f"--jobs {jobs} runs nothing; give 1 or more")
+        raise ConfigError(f"--jobs must be 1 or more, not {jobs}")
     with _given_up(_dask_executor(dask) if dask is not None else _local_executor(jobs or os.cpu_count() or 1)) as executor:
         yield executor
 
 
 @contextlib.contextmanager
 def _given_up(executor: Executor) -> Iterator[Executor]:
-    """Shut an executor down; what it has not begun when its block is left by an error is given up."""
+    """Shut an executor down; items that have not begun are canceled when its block is left by an error."""
     try:
         yield executor
     except BaseException:
@@ -51,7 +51,7 @@ def _given_up(executor: Executor) -> Iterator[Executor]:
 def run_all(
     executor: Executor, items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]], done: Callable[[K, Any], None]
 ) -> dict[K, Any]:
-    """The result of each item, function and arguments; `done` is called with each key and result as they come.
+    """The result of each item (function and arguments); `done` is called with each key and result when it is available.
 
     Raises what an item raises; RequantError when a process dies.
     """
@@ -62,9 +62,7 @@ def run_all(
             results[futures[future]] = future.result()
             done(futures[future], future.result())
     except BrokenProcessPool:
-        raise RequantError(
-            "a process that worked on this was ended from outside, perhaps for want of memory; use fewer --jobs"
-        ) from None
+        raise RequantError("a worker process was killed, perhaps for lack of memory; use fewer --jobs") from None
     return results
 
 
@@ -76,7 +74,7 @@ def run_each(
 ) -> None:
     """Run all items in processes; what one raises stops no other.  `done` is called with each key and its result, or its exception.
 
-    jobs, dask: as for open_executor.  An item whose process dies gets a RequantError; those that ran beside it are run again.
+    jobs, dask: as for open_executor.  An item whose process dies gets a RequantError; items that ran next to it are run again.
     """
     left = dict(items)
 
@@ -97,7 +95,7 @@ def run_each(
             with _given_up(_processes(1)) as executor:
                 take(executor, [key])
         except BrokenProcessPool:  # noqa: PERF203
-            done(key, RequantError("the process that worked on it crashed, or was ended from outside, perhaps for want of memory"))
+            done(key, RequantError("its worker process crashed or was killed, perhaps for lack of memory; use fewer --jobs"))
 
 
 def _local_executor(jobs: int) -> Executor:
@@ -169,7 +167,7 @@ def _dask_executor(address: str) -> Executor:
     except ImportError:
         raise ConfigError("--dask needs dask.distributed; install it with: pip install 'requant_onnx[distributed]'") from None
     if not re.fullmatch(r"\w+://.+:\d+", address):
-        raise ConfigError(f"'{address}' is no address of a Dask scheduler; write it as tcp://HOST:PORT")
+        raise ConfigError(f"'{address}' is not the address of a Dask scheduler; write it as tcp://HOST:PORT")
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:

@@ -1,4 +1,4 @@
-"""The time of one run of two models, on a machine that does other things too."""
+"""The latency of two models, measured on a machine that may also do other work."""
 
 from __future__ import annotations
 

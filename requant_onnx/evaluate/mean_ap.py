@@ -1,7 +1,7 @@
-"""The mean average precision of detectors: that of COCO, by pycocotools (https://github.com/ppwwyyxx/cocoapi).
+"""The mean average precision of detectors, as COCO defines it, by pycocotools (https://github.com/ppwwyyxx/cocoapi).
 
-AP@[.5:.95] is the mean over ten overlaps and all classes with labels, AP50 that of an overlap of 0.5, of at most 100 detections an
-image.  Needs the extra: pip install 'requant_onnx[detection]'.
+AP@[.5:.95] is the mean over ten overlaps and all labeled classes, AP50 the one for an overlap of 0.5; both use at most 100
+detections per image.  Needs the extra: pip install 'requant_onnx[detection]'.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from requant_onnx.numerics.detections import JUDGED, Candidates, Detections
 
 MOST_COUNTED = 100  # detections of an image, the strongest
 AREAS = [[0.0, 1e10]]  # square pixels: all
-RELATIVE = (-0.5, 1.5)  # where all boxes of the reference lie, if the unit is the size of the image
+RELATIVE = (-0.5, 1.5)  # the range of all boxes of the reference, if the unit is the size of the image
 RESAMPLES = 100  # of the images, for the standard error
 
 
@@ -53,7 +53,7 @@ class PrecisionTally:
             highest = max((int(each.classes.max(initial=-1)) for each in added), default=-1)
             if not self._ids and highest >= count:
                 raise DataError(
-                    f"the models find objects of class {highest}, and the labels have {count} categories; give labels with all "
+                    f"the models find objects of class {highest}, but the labels have {count} categories; give labels with all "
                     "categories of the model, or a head whose classes are category ids, such as --task detect:boxes-ids"
                 )
             found.extend(added)
@@ -61,7 +61,7 @@ class PrecisionTally:
     def report(self) -> Precision:
         """The figures.  Raises DataError where no image has an object."""
         if not any(len(each.boxes) for each in self._labels.images):
-            raise DataError("the labels have no box in the images that are used; give images with objects")
+            raise DataError("the labels have no boxes in these images; give images with objects")
         unit = self._unit()
         evaluated = [self._evaluated(found, unit) for found in self._found]
         values = [_figures(each) for each in evaluated]
@@ -123,7 +123,7 @@ def _figures(evaluated: Any) -> tuple[float, float]:
 
 
 def _error(evaluated: Sequence[Any], images: int) -> float:
-    """The standard error of the change of AP@[.5:.95]: both models on the same images, drawn with replacement."""
+    """The standard error of the change of AP@[.5:.95]: both models on the same images, resampled with replacement."""
     rng = np.random.default_rng(0)
     ranked = [_ranked(each.evalImgs, images) for each in evaluated]
     changes = []
@@ -156,5 +156,5 @@ def _library() -> tuple[Any, Any]:
         from pycocotools.coco import COCO  # noqa: PLC0415
         from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
     except ImportError:
-        raise ConfigError("a mAP is computed by pycocotools; install it with: pip install 'requant_onnx[detection]'") from None
+        raise ConfigError("mAP needs pycocotools; install it with: pip install 'requant_onnx[detection]'") from None
     return COCO, COCOeval

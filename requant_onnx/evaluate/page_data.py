@@ -1,4 +1,4 @@
-"""All that a report shows of two models, put together: dissected, explained, validated."""
+"""All data that a report shows about two models: comparison of weights, explanation and validation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FEWEST = 8
 
 
 class Names(NamedTuple):
-    """What two models are called."""
+    """The names of two models."""
 
     reference: str
     candidate: str
@@ -52,7 +52,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the models answer.  data: what they were asked, in words.  examples: the worst.  changes: the most frequent."""
+    """The answers of the models.  data: description of the inputs.  examples: the worst ones.  changes: the most frequent ones."""
 
     data: str
     validation: ValidationReport
@@ -139,23 +139,23 @@ def _is_noise(asked: Asked) -> bool:
 
 
 def _weaknesses(asked: Asked, answers: Answers | None) -> tuple[str, ...]:
-    """What is wrong with the data, as sentences."""
+    """The weaknesses of the data, as sentences."""
     if answers is None:
         return ()
     if asked.used:
-        return ("These inputs were used in the conversion too, so the figures flatter it: judge it on others, with --data.",)
-    return ("The inputs are noise, not data of yours: judge it on your own, with --data.",) if _is_noise(asked) else ()
+        return ("The conversion also used these inputs, so the figures are optimistic; measure on other inputs, with --data.",)
+    return ("The inputs are noise, not your data; measure on your own inputs, with --data.",) if _is_noise(asked) else ()
 
 
 def _named(asked: Asked, data: ImageSet | FeedSet, normalization: Normalization | None) -> str:
-    """The inputs in words."""
+    """A description of the inputs."""
     if isinstance(data, FeedSet):
-        return f"{len(data):,} inputs" + (f" of {asked.data}" if asked.data else "")
-    text = f"{len(data):,} images" + (" of noise" if _is_noise(asked) else f" of {asked.data}" if asked.data else "")
+        return f"{len(data):,} inputs" + (f" from {asked.data}" if asked.data else "")
+    text = f"{len(data):,} images" + (" of noise" if _is_noise(asked) else f" from {asked.data}" if asked.data else "")
     if normalization is not None and not _is_noise(asked):
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (normalization.mean, normalization.std))
         text += f", normalized with mean {mean} and standard deviation {std}"
-    return text + (", which the conversion used too" if asked.used else "")
+    return text + (", which the conversion also used" if asked.used else "")
 
 
 def _answers(
@@ -191,18 +191,18 @@ def _pixels(data: ImageSet | FeedSet, index: int) -> UInt8Array | None:
 
 
 def _doubts(weights: Sequence[ComparedWeight], sizes: FileSizes) -> list[str]:
-    """What the reader should know before believing the page."""
+    """Reasons to doubt the page, as sentences."""
     doubts = []
     unknown = sum(weight.outcome == "unknown" for weight in weights)
     if unknown:
         doubts.append(
-            f"{unknown} of {len(weights)} weights could not be compared: they have no counterpart in the reference, or lie in an "
-            "integer kernel that does not say how they are decoded"
+            f"{unknown} of {len(weights)} weights could not be compared: they have no counterpart in the reference, or are in an "
+            "integer kernel that does not state how they are decoded"
         )
     if any(weight.sqnr_db < 0 for weight in weights):
-        doubts.append("some weights differ by more than they are large: is the candidate made from this reference?")
+        doubts.append("some weights differ by more than their own size; is the candidate made from this reference?")
     if sizes.candidate > sizes.reference:
-        doubts.append("the candidate is the larger file: is the reference given first?")
+        doubts.append("the candidate is larger than the reference; are the two models in the right order?")
     return doubts
 
 
@@ -225,5 +225,5 @@ def _explanation(model: LoadedModel, notes: list[str]) -> Explanation | None:
     try:
         return explain(model)
     except LoadError as error:
-        notes.append(f"what ONNX Runtime does with the weights is not known: {error}")
+        notes.append(f"the treatment of the weights by ONNX Runtime is unknown: {error}")
         return None

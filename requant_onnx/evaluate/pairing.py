@@ -1,4 +1,4 @@
-"""The same weight in two models: found by what its node gives, by its name, or by its values."""
+"""The same weight in two models, found by the output of its node, by its name, or by its values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SameTensor(NamedTuple):
 class Pair:
     """A weight of the candidate and its counterpart, as one row a channel.
 
-    w: (channels, n) of the reference; w_hat: of the candidate, of another shape where the channels lie otherwise.
+    w: (channels, n) of the reference; w_hat: of the candidate, of another shape if the channels are on another axis.
     half: whether the candidate's is float16.  output: what the two nodes give, to be compared; None where that is not known.
     replaces: name of a stored tensor of the reference (`Pairing.reference`), and the candidate's values for it; None for none.
     """
@@ -139,7 +139,7 @@ def _pair(counterpart: _Weight, weight: _Weight, names: _Outputs, final: Mapping
 
 
 def _weights(model: onnx.ModelProto, readers: Sequence[WeightReader]) -> list[_Weight]:
-    """Those whose values can be told."""
+    """The weights whose values can be computed."""
     there = {item.name for item in model.graph.initializer} | _made(model)
     usable = [reader for reader in readers if reader.is_known and there.issuperset((reader.weight, *reader.scale))]
     names = list(dict.fromkeys(name for reader in usable for name in (reader.weight, *reader.scale)))

@@ -1,7 +1,7 @@
 """The ablation for a user's own model: recipes and bits, each converted and compared with the float model.
 
-Work items are one conversion, or one model on one shard of the images.  Their results depend on nothing but their arguments, so
-that the table is the same wherever they run.
+A work item is one conversion, or one model on one shard of the images.  Its result depends only on its arguments, so the table is
+the same wherever the items run.
 """
 
 from __future__ import annotations
@@ -57,21 +57,23 @@ RECIPES: dict[str, Callable[[float], QuantConfig]] = {
     "channel": lambda bits: QuantConfig(bits, Granularity.PER_CHANNEL, refinement=Refinement.NONE),
     "best": lambda bits: QuantConfig(bits, refinement=Refinement.DESCENT),
 }
-"""Name -> configuration for so many bits.
+"""The configurations by name, for a number of bits.
 
-max: one scale a weight over the full range; range: the range searched; transform: the square root over the full range; paper: both
-(REQuant); channel: one searched scale a channel, 8 bits in the first and last layer; best: the same, refined on calibration inputs.
+max: one scale per weight over the full range; range: with a searched range; transform: with the square root over the full range;
+paper: with both (REQuant); channel: one searched scale per channel, with 8 bits in the first and last layers; best: the same,
+refined on calibration inputs.
 """
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One line of the table: a recipe at some bits, and what came of it.
+    """One line of the table: the result of a recipe at a number of bits.
 
-    top1, change: accuracy in 0..1 and its difference to float, None without labels.  bytes: of the file; ratio: float / bytes.
-    agreement: share of answers that are those of the float model, of agreement_of; None where the outputs are no answers.
-    sqnr_db: of the first output that is a tensor of numbers, NaN where there is none.
-    downloads: bytes of the file as it is sent compressed, by compressor (files/compressed.py).
+    bytes: size of the file.  ratio: size of the float file, relative to it.
+    top1, change: accuracy, 0..1, and its difference to the float model; None without labels.
+    agreement: share of answers (agreement_of) that agree with the float model; None if the outputs are not answers.
+    sqnr_db: SQNR of the first output that is a tensor of numbers, in dB; NaN if there is none.
+    downloads: compressed sizes of the file in bytes, by compressor (files/compressed.py).
     """
 
     recipe: str
@@ -88,7 +90,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All trials of one model.  top1: of the float model, None without labels; bytes: of its file."""
+    """All trials of one model.  top1: accuracy of the float model, None without labels.  bytes: size of its file."""
 
     bytes: int
     top1: float | None
@@ -142,17 +144,17 @@ def compare(
 
 
 def _sorted(trials: Sequence[Trial], made: Mapping[Case, bytes]) -> tuple[Trial, ...]:
-    """By bits, then by output SQNR, with their compressed sizes."""
+    """The trials with their compressed sizes, sorted by bits, then by output SQNR."""
     complete = [replace(trial, downloads=download_sizes(made[trial.recipe, trial.bits])) for trial in trials]
     return tuple(sorted(complete, key=lambda trial: (-trial.bits, -trial.sqnr_db)))
 
 
 def _check(recipes: Sequence[str]) -> None:
     if not recipes or "" in recipes:
-        raise ConfigError(f"the list of recipes is empty or has an empty name; give some of {', '.join(RECIPES)}")
+        raise ConfigError(f"the list of recipes is empty or has an empty name; choose from {', '.join(RECIPES)}")
     unknown = [recipe for recipe in recipes if recipe not in RECIPES]
     if unknown:
-        raise ConfigError(f"the recipe '{', '.join(unknown)}' is not known; give some of {', '.join(RECIPES)}")
+        raise ConfigError(f"the recipe '{', '.join(unknown)}' is unknown; choose from {', '.join(RECIPES)}")
 
 
 def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
@@ -263,7 +265,7 @@ def score_item(model: bytes, images: ImageSet | FeedSet, normalization: Normaliz
         rows = [fed.scores(feed) for feed in images.rows]
         if len({row.shape for row in rows}) > 1:
             raise DataError(
-                "the first output has other sizes for other inputs, so recipes cannot be compared; give inputs of one size"
+                "the size of the first output depends on the input, so recipes cannot be compared; give inputs of one size"
             )
         return np.concatenate(rows)
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model", options)
@@ -307,7 +309,7 @@ def _trial(
     case: Case, before: int, after: int, exact: Float32Array, scores: Float32Array, images: ImageSet | FeedSet, top1: float | None
 ) -> Trial:
     if exact.shape != scores.shape:
-        raise ModelError(f"the converted model gives scores of shape {scores.shape}, and the float model {exact.shape}")
+        raise ModelError(f"the converted model gives scores of shape {scores.shape}, but the float model gives {exact.shape}")
     accuracy = _hits(scores, images)
     error = np.square(exact.astype(np.float64) - scores).sum()
     return Trial(

@@ -1,4 +1,4 @@
-"""What each weight costs alone: the output of the model with one weight at so many bits, all others in float."""
+"""The sensitivity of a model to each weight: the error of its output with one weight quantized, and all others in float."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sensitivity(
     config = replace(config or QuantConfig(), bits=MAX_BITS, refinement=Refinement.NONE, overrides=())
     source = load_runnable(model).proto
     if is_large(source):
-        raise ModelError("the model is larger than 2 GB, more than can be run from memory for each weight")
+        raise ModelError("the model is larger than 2 GB, so it cannot be run from memory for each weight")
     prepared = prepare(source, config, None, (), Clock(), None)
     planned = prepared.plan.planned
     chunks = calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, INPUTS)))

@@ -1,4 +1,4 @@
-"""Running sums over the outputs of two models, and what they say."""
+"""Running sums over the outputs of two models, and the figures made from them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Tally:
         """
         self._images, self._size = images, size
         if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
-            text = f"the reference has the outputs {names[0]} and the candidate {names[1]}"
-            raise DataError(f"{text}; compare models of the same outputs")
+            text = f"the reference has the outputs {names[0]}, but the candidate has {names[1]}"
+            raise DataError(f"{text}; compare models with the same outputs")
         self._order = [names[1].index(name) if name in names[1] else k for k, name in enumerate(names[0])]
         self._outputs = [OutputTally(name) for name in names[0]]
         self._detections = DetectionTally(head)
@@ -74,14 +74,14 @@ class Tally:
         if self._precision is not None:
             if found is None:
                 shapes = ", ".join("x".join(map(str, np.shape(y))) for y in first)
-                text = f"the labels are boxes, and the outputs, of shapes {shapes}, are no head that is recognized"
+                text = f"the labels are boxes, but the outputs, of shapes {shapes}, are not a recognized head"
                 raise DataError(f"{text}; name it with --task detect:HEAD, or drop the labels")
             self._precision.add(found)
         self._broken = [n + _broken(outputs) for n, outputs in zip(self._broken, (first, second), strict=True)]
         if self._outputs[0].is_scores and np.shape(first[0]) != np.shape(second[0]):
             raise DataError(
-                f"the reference gives {np.shape(first[0])[1]} scores an image and the candidate {np.shape(second[0])[1]}; "
-                "compare models of the same classes"
+                f"the reference gives {np.shape(first[0])[1]} scores per image, but the candidate {np.shape(second[0])[1]}; "
+                "compare models with the same classes"
             )
         if self._images.y is not None:
             self._label(np.asarray(first[0]), np.asarray(second[0]), self._images.y[start : start + count])
@@ -90,14 +90,14 @@ class Tally:
     def _label(self, first: AnyArray, second: AnyArray, labels: Int64Array) -> None:
         if not self._outputs[0].is_scores:
             raise DataError(
-                f"the images have labels, and the first output of the models, of shape {first.shape}, is not one row of scores for "
-                "each; give images without labels, which are compared only"
+                f"the images have labels, but the first output of the models, of shape {first.shape}, is not one row of scores per "
+                "image; give images without labels to compare only the outputs"
             )
         scores = [y.reshape(len(labels), -1) for y in (first, second)]
         self._classes = scores[0].shape[1]
         if labels.min() < 0 or labels.max() >= self._classes:
-            text = f"the labels run from {labels.min()} to {labels.max()} and the models give {self._classes} scores"
-            raise DataError(f"{text}; give matching data")
+            text = f"the labels are {labels.min()} to {labels.max()}, but the models give {self._classes} scores"
+            raise DataError(f"{text}; give labels of the same classes")
         for right, y in zip(self._right, scores, strict=True):
             right.extend((y.argmax(1) == labels).tolist())
 
@@ -113,15 +113,15 @@ class Tally:
         listed = " and std ".join(", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
         if precision is not None and precision.ap50.reference < POOR:
             notes.append(
-                f"the reference itself has an AP50 of {precision.ap50.reference:.2%}: check the labels, the head (--task), and the "
-                f"normalization, which had mean {listed}"
+                f"the reference itself has an AP50 of {precision.ap50.reference:.2%}; check the labels, the head (--task), and the "
+                f"normalization (mean {listed})"
             )
         if self._right[0]:
             share, chance = float(np.mean(self._right[0])), 1 / self._classes
             if share < chance + CHANCE * math.sqrt(chance * (1 - chance) / len(self._right[0])):
                 notes.append(
-                    f"the reference itself is right for {share:.2%}, hardly more than chance: check the labels, and the "
-                    f"normalization, which had mean {listed}"
+                    f"the reference itself is right on {share:.2%} of the images, hardly more than chance; check the labels, and "
+                    f"the normalization (mean {listed})"
                 )
         return tuple(notes)
 

@@ -1,8 +1,8 @@
-"""The smallest file that keeps a promise about its answers, measured on data that rounding has not seen.
+"""The smallest file that keeps a target for its answers, measured on data that rounding has not used.
 
-Widths are tried by bisection, and then files with bits of their own for each weight, between the largest that failed and the
-smallest that held, by size.  A promise holds where the figure keeps it; whether it does so at 95 % confidence is said, for test
-sets are finite.
+Widths are tried by bisection, then files with separate bits for each weight, between the largest file that failed and the smallest
+that passed.  A target is kept if the figure reaches it.  Because test sets are finite, the result also states whether it is kept
+with 95 % confidence.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Evaluate = Callable[[onnx.ModelProto], float]
 
 @dataclass(frozen=True)
 class Target:
-    """What the file has to keep.  One of:
+    """The target that a file must keep.  Exactly one of max_drop and min_agreement is given.
 
-    max_drop: points of top-1 accuracy on labeled images that may be lost; with a function to evaluate, its own units.
-    min_agreement: per cent of the answers that have to be those of the float model.
-    size: bytes that the file may take at most, besides.
+    max_drop: largest drop in top-1 accuracy on labeled images, in points, or in the score of a function to evaluate.
+    min_agreement: smallest share of answers that are those of the float model, in percent.
+    size: largest size of the file, in bytes; None for no limit.
     """
 
     max_drop: float | None = None
@@ -46,16 +46,16 @@ class Target:
 
     def __post_init__(self) -> None:
         if (self.max_drop is None) == (self.min_agreement is None):
-            raise ConfigError("a target is either a largest drop or a least agreement; give one of the two")
+            raise ConfigError("a target needs either a largest drop or a smallest agreement; give exactly one of the two")
         if self.max_drop is not None and not (math.isfinite(self.max_drop) and self.max_drop >= 0.0):
-            raise ConfigError(f"a drop of at most {self.max_drop} is no target; give 0 or more")
+            raise ConfigError(f"the largest drop must be 0 or more, not {self.max_drop}")
         if self.min_agreement is not None and not 0.0 < self.min_agreement <= 100.0:
-            raise ConfigError(f"an agreement of {self.min_agreement} % is no target; give more than 0, up to 100")
+            raise ConfigError(f"the smallest agreement must be above 0 % and at most 100 %, not {self.min_agreement} %")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One file that was tried.  value: of the figure.  error: its standard error, 0 where it is not known."""
+    """One file that was tried.  value: value of the figure.  error: its standard error, 0 if unknown."""
 
     bytes: int
     bits: str
@@ -67,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """The file that was found, and all that were tried.  holds: whether it keeps the target, and the size.  sentence: for users."""
+    """The file that was found, and all trials.  holds: whether it keeps the target and the size.  sentence: result for users."""
 
     model: onnx.ModelProto
     report: QuantReport
@@ -88,11 +88,11 @@ def find_smallest(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Found:
-    """Find the smallest file that keeps a target; the best one tried where none does.
+    """Find the smallest file that keeps a target, or the best one tried if none does.
 
-    config: its bits do not count.  data: what is judged on, with labels for a drop; not needed where `evaluate` is given.
-    evaluate: a score of a model, higher is better, for instance a mAP.
-    Raises ConfigError where the target and the data do not go together, and as quantize_model and validate.
+    config: settings; its bits are not used.  data: inputs for the measurement, with labels for a drop; not needed with `evaluate`.
+    evaluate: function that returns the score of a model, higher is better, for example a mAP.
+    Raises ConfigError if the target and the data do not fit together, and as quantize_model and validate.
     """
     return _Search(load_model(model), config, target, calibration, data, normalization, evaluate, progress, threads).run()
 
@@ -111,11 +111,11 @@ class _Search:
         threads: int | None,
     ) -> None:
         if evaluate is None and data is None:
-            raise ConfigError("a target needs data to be measured on; give --data, or a function to evaluate")
+            raise ConfigError("a target is measured on data; give --data, or a function to evaluate")
         if evaluate is None and target.max_drop is not None and (data is None or data.y is None):
-            raise ConfigError("a drop of accuracy is measured on labels; give labeled --data, or --min-agreement")
+            raise ConfigError("a drop in accuracy is measured on labels; give labeled --data, or --min-agreement")
         if evaluate is not None and target.max_drop is None:
-            raise ConfigError("a function to evaluate goes with a largest drop of its score; give --max-drop")
+            raise ConfigError("a function to evaluate needs a largest drop in its score; give --max-drop")
         self._model, self._config, self._target = model, config, target
         self._calibration, self._data, self._normalization = calibration, data, normalization
         self._evaluate, self._progress, self._threads = evaluate, progress, threads
@@ -174,19 +174,20 @@ class _Search:
     def _found(self) -> Found:
         order = sorted((k for k in self._trials if math.isfinite(k[0].value)), key=lambda each: each[0].bytes)
         if not order:
-            raise RequantError("no file that was tried could be judged; check the data and the model")
+            raise RequantError("no file that was tried could be measured; check the data and the model")
         holding = [each for each in order if each[0].holds]
         fitting = [each for each in order if self._target.size is None or each[0].bytes <= self._target.size]
         trial, model, report = holding[0] if holding else max(fitting or order, key=lambda each: each[0].value)
-        what = "the agreement" if self._target.min_agreement is not None else "the change of the score"
+        what = "the agreement" if self._target.min_agreement is not None else "the change in the score"
         figure = f"{what} is {trial.value:.2f}" + (f" (standard error {trial.error:.2f})" if trial.error else "")
         wanted = f"{-(self._target.max_drop or 0.0):g}" if self._target.min_agreement is None else f"{self._target.min_agreement:g}"
         if not holding:
-            sentence = f"no file that was tried keeps the target: at best, {figure}, of {wanted}, in {trial.bytes:,} bytes"
+            sentence = f"no file that was tried reaches the target of {wanted}; for the best, {figure}, in {trial.bytes:,} bytes"
         elif trial.is_sure:
-            sentence = f"{figure}, of {wanted} at least, which holds at 95 %; {trial.bytes:,} bytes"
+            sentence = f"{figure}, which reaches the target of {wanted} with 95 % confidence, in {trial.bytes:,} bytes"
         else:
-            sentence = f"{figure}, of {wanted} at least, which is not sure at 95 %: that takes more data; {trial.bytes:,} bytes"
+            sure = "but not with 95 % confidence, which needs more data"
+            sentence = f"{figure}, which reaches the target of {wanted}, {sure}, in {trial.bytes:,} bytes"
         check = self_check(self._model, model, self._calibration)
         report = replace(report, why_unchecked=check) if isinstance(check, str) else replace(report, check=check, why_unchecked="")
         return Found(model, report, tuple(trial for trial, *_ in self._trials), bool(holding), sentence)

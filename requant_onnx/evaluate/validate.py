@@ -1,4 +1,4 @@
-"""Compare a candidate model with its reference: every output, accuracy, size, latency."""
+"""Compare a candidate model with its reference: every output, accuracy, size and latency."""
 
 from __future__ import annotations
 
@@ -65,18 +65,21 @@ def validate(
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> ValidationReport:
-    """Run both models on all images, or inputs by name, in ONNX Runtime with default options, and compare every output.
+    """Run both models on all images or other inputs in ONNX Runtime with default options, and compare every output.
 
-    normalization: for uint8 images (default: pixel / 255); float images are taken as they are.
-    latency_batch: images of a run that is timed (inputs by name are timed as they are), None for no timing.
-    threads: threads of ONNX Runtime in the runs that are timed (default: as it likes).
-    watch: called after each batch with its first input, how many it holds, and the outputs of both models, in one order.
-    task: detect:HEAD names the head of detectors where it is not recognized (numerics/heads.py lists them).
-    Raises ModelError when a model is refused, DataError when images, labels or head do not fit, ConfigError for an unknown task.
+    reference, candidate: path, ModelProto, bytes or binary file object.  images: images with or without labels, or inputs by name.
+    normalization: normalization of uint8 images (default: pixel / 255); float images are used unchanged.
+    latency_batch: number of images in a timed run (inputs by name are timed one by one); None for no timing.
+    threads: number of threads of ONNX Runtime in timed runs (default: its own choice).
+    task: detect:HEAD names the head of detectors if it is not recognized (numerics/heads.py lists the heads).
+    progress: callback for progress.  watch: callback after each batch, with the index of its first input, the number of its inputs,
+    and the outputs of both models in the same order.
+    Raises ModelError if a model cannot be loaded or run; DataError if images, labels or head do not fit; ConfigError for an unknown
+    task.
     """
     head = None if task is None else head_of(task)
     if latency_batch is not None and latency_batch < 1:
-        raise DataError(f"the latency is measured on 1 image or more, not {latency_batch}")
+        raise DataError(f"latency_batch must be 1 or more, not {latency_batch}")
     reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
     if len(images) == 0:
         raise DataError(f"there are no {'inputs' if isinstance(images, FeedSet) else 'images'}; give at least one")
@@ -131,7 +134,7 @@ def _check_images(models: tuple[Classifier, Classifier], images: ImageSet, norma
     for model in models:
         require_image(model, images.x.shape[1:])
     if images.x.dtype != np.uint8 and normalization is not None:
-        raise DataError("the images are float32, taken as normalized already; drop mean and std, or give uint8 pixels")
+        raise DataError("the images are float32, so they count as normalized; drop mean and std, or give uint8 pixels")
     return models[0].normalization(normalization or Normalization())
 
 
@@ -155,7 +158,7 @@ def _of_images(model: Classifier, source: Source) -> _Opened:
 def _notes(candidate: onnx.ModelProto) -> tuple[str, ...]:
     rounded = matmuls_with_int8_activations(ModelGraph.of(candidate))
     sentence = (
-        f"ONNX Runtime rounds the activations of {', '.join(rounded)} to int8 by default, and the figures include that; "
+        f"ONNX Runtime rounds the activations of {', '.join(rounded)} to int8 by default, and the figures include this error; "
         "the session option session.qdq_matmulnbits_accuracy_level=1 turns it off"
     )
     return (sentence,) if rounded else ()
@@ -165,7 +168,7 @@ def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> i
     fixed = {model.batch for model in models if model.batch is not None}
     if len(fixed) > 1:
         raise DataError(
-            f"the models have fixed batch sizes {models[0].batch} and {models[1].batch}; compare models of one batch size"
+            f"the models have fixed batch sizes {models[0].batch} and {models[1].batch}; compare models with one batch size"
         )
     return fixed.pop() if fixed else free
 

@@ -1,4 +1,4 @@
-"""Whether a converted model can be shipped, as far as its data tells, and why."""
+"""A verdict on whether a converted model can be shipped, as far as the data shows, and the reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOWER = 1.1  # relative latency
 
 
 class Level(Enum):
-    """How good a figure is."""
+    """The rating of a figure."""
 
     GOOD = "good"
     DOUBTFUL = "doubtful"
@@ -46,19 +46,19 @@ class Verdict:
     def sentence(self) -> str:
         """The answer to "can I ship this?"."""
         return {
-            Level.GOOD: "Yes, as far as this data tells.",
-            Level.DOUBTFUL: "Not before you have looked at what is doubtful below.",
+            Level.GOOD: "Yes, as far as this data shows.",
+            Level.DOUBTFUL: "Not before you have checked the doubtful points below.",
             Level.BAD: "No.",
         }[self.level]
 
 
 def judge(validation: ValidationReport | None, sizes: FileSizes, doubts: tuple[str, ...] = ()) -> Verdict:
-    """The verdict.  validation: None where nothing could be compared.  doubts: what else is wrong with the data, as sentences."""
+    """The verdict.  validation: None if nothing could be compared.  doubts: weaknesses of the data, as sentences."""
     ratio = sizes.reference / max(1, sizes.candidate)
     if ratio > 1:
         reasons = [Reason(Level.GOOD, f"The file is {ratio:.2f} times smaller.")]
     else:
-        reasons = [Reason(Level.BAD, f"The file is not smaller: {sizes.candidate:,} bytes, and {sizes.reference:,} before.")]
+        reasons = [Reason(Level.BAD, f"The file is not smaller: {sizes.candidate:,} bytes, compared to {sizes.reference:,}.")]
     reasons += [Reason(Level.DOUBTFUL, text) for text in doubts]
     if validation is None:
         return Verdict((*reasons, Reason(Level.DOUBTFUL, "The answers were not compared.")))
@@ -113,5 +113,5 @@ def _latency(report: ValidationReport) -> list[Reason]:
     ratio = report.latency_ratio
     if ratio <= SLOWER:
         return [Reason(Level.GOOD, f"A run takes {ratio:.2f} times as long as before, on this machine.")]
-    advice = "weights that are decoded at every run are named below, and --form folded decodes them once, at load"
+    advice = "weights that are decoded in every run are listed below; --form folded decodes them once, at load"
     return [Reason(Level.DOUBTFUL, f"A run takes {ratio:.2f} times as long as before, on this machine: {advice}.")]

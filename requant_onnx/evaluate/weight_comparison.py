@@ -1,6 +1,6 @@
-"""Two models side by side, weight by weight: what became of each, and where the error enters.
+"""A comparison of two models, weight by weight: the change of each weight, and the layers in which the error enters.
 
-The candidate may come from any tool: grids are inferred from the decoded values.
+The candidate may come from any tool, because grids are inferred from the decoded values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Curve:
 class Density:
     """A histogram of weights, in units of the level next to zero, so that the levels of all channels are the same.
 
-    edges: (bins+1,); counts: (bins,); levels: those that weights lie on.
+    edges: (bins+1,); counts: (bins,); levels: the levels of the weights.
     """
 
     edges: Float64Array
@@ -238,12 +238,12 @@ def _row(ranges: RowRanges, k: int) -> RowRanges:
 
 
 def shown_transform(kind: GridKind) -> GridKind:
-    """The transform in whose space a weight is shown beside weight space."""
+    """The transform in whose space a weight is shown next to weight space."""
     return SQUARE_ROOT if kind.is_uniform else kind
 
 
 def _densities(rows: Float32Array, w_hat: Float32Array, scale: Float64Array, grid: InferredGrid) -> tuple[Density, Density]:
-    """Of the weights, and of the same transformed: as the grid has it, or by the square root for a uniform grid."""
+    """Densities of the weights and of the transformed weights.  A uniform grid is transformed by the square root."""
     kind = shown_transform(grid.table.kind)
     ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit
     known = np.unique(grid.table.integers)

@@ -1,1 +1,1 @@
-"""ONNX on disk: load and check, external data, the wire format, and writing files completely or not at all."""
+"""ONNX files on disk: loading and checking, external data, the wire format, and atomic writes."""

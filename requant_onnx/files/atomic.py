@@ -26,14 +26,14 @@ def reporting_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"cannot write '{path}' ({error.strerror or error}); check the folder, its permissions and space"
+            f"cannot write '{path}' ({error.strerror or error}); check the directory, its permissions and the free space"
         ) from None
 
 
 def require_file(path: Path) -> None:
-    """Raise OutputError where a path is there and no plain file: replacing a device or a pipe would harm the system."""
+    """Raise OutputError if a path exists and is not a regular file: replacing a device or a pipe would harm the system."""
     if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+        what = "a directory" if path.is_dir() else "a device, a pipe or a socket"
         raise OutputError(f"'{path}' is {what}; give the path of the file to write")
 
 
@@ -41,7 +41,7 @@ def require_file(path: Path) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that replaces `path` at the end of the block, and is removed where the block fails.
 
-    Where the path is a symbolic link, the file that it points to is replaced.  Raises OutputError for a device, a pipe or a folder.
+    If the path is a symbolic link, its target is replaced.  Raises OutputError for a device, a pipe or a directory.
     """
     path = Path(os.path.realpath(path))
     require_file(path)

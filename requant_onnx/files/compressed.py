@@ -1,6 +1,6 @@
-"""How many bytes a file takes where it is sent compressed: the compressors of web servers and package indexes, at their best.
+"""The compressed size of a file, with the compressors of web servers and package indexes at their highest level.
 
-Needs the extra for all but gzip: pip install 'requant_onnx[download]'.
+All but gzip need the extra: pip install 'requant_onnx[download]'.
 """
 
 from __future__ import annotations

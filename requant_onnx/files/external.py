@@ -1,6 +1,6 @@
 """The values of stored tensors: in the model itself, or in a data file next to it (external data).
 
-References to data files are not trusted: a path may lead outside the model's directory, an offset past the end of the file.
+References to data files are not trusted: a path may lead outside the model's directory, or an offset past the end of a file.
 https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
 
@@ -64,7 +64,7 @@ def chunks_of(tensor: TensorProto) -> Iterator[bytes]:
             while left:
                 piece = file.read(min(CHUNK, left))
                 if not piece:
-                    raise ModelError(f"the data file '{location}' of '{tensor.name}' got shorter; keep it until the work is done")
+                    raise ModelError(f"the data file '{location}' of '{tensor.name}' became shorter; keep it while it is read")
                 left -= len(piece)
                 yield piece
     except OSError as error:
@@ -97,7 +97,7 @@ def resolve(model: onnx.ModelProto, model_path: Path, name: str) -> int:
     """Check every reference to a data file, and make its path absolute.  Changes `model`.  Returns the bytes of external data.
 
     model_path: of the file that was read.
-    Raises ModelError when a path leads outside the folders of the model, a file is missing, or offset and length do not fit.
+    Raises ModelError if a path leads outside the directories of the model, a file is missing, or offset and length do not fit.
     """
     total = 0
     for tensor in stored_tensors(model):
@@ -113,9 +113,7 @@ def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
     windows = PureWindowsPath(location)
     foreign = (os.name != "nt" and windows.drive) or windows.drive.startswith("\\\\")  # of Windows elsewhere, or of another machine
     if not location or "\0" in location or ".." in windows.parts or foreign:
-        raise ModelError(
-            f"{label} is said to be at '{location}', and only files in the folder of the model are read; move it there"
-        )
+        raise ModelError(f"{label} should be at '{location}', but only files in the directory of the model are read; move it there")
     path = model_path.parent / location  # an absolute location stays as it is
     try:
         inside = any(path.resolve().is_relative_to(folder) for folder in _trusted_folders(model_path))
@@ -124,16 +122,16 @@ def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
         raise ModelError(f"{label} cannot be read ({getattr(error, 'strerror', None) or error}); check '{path}'") from None
     if not inside:
         raise ModelError(
-            f"{label} is said to be at '{location}', which is or links to a place outside the folder of the model, and is not "
-            "read; copy it into that folder"
+            f"{label} should be at '{location}', which is or links to a place outside the directory of the model, and is not "
+            "read; copy it into that directory"
         )
     if size < 0:
-        raise ModelError(f"'{path}' does not exist or is no file, and holds {label}; put it beside the model")
+        raise ModelError(f"'{path}', which should hold {label}, does not exist or is not a file; put it next to the model")
     expected = raw_bytes(tensor)
     offset, length = (_number(entries.get(key, default), label) for key, default in (("offset", "0"), ("length", str(expected))))
     if expected is None or length != expected or offset + length > size:
         raise ModelError(
-            f"{label} has {length} bytes at {offset} of a file of {size}, which does not fit its shape; export the model again"
+            f"{label} has {length} bytes at {offset} in a file of {size}, which do not fit its shape; export the model again"
         )
     del tensor.external_data[:]
     for key, value in (("location", os.path.abspath(path)), ("offset", str(offset)), ("length", str(length))):
@@ -141,16 +139,16 @@ def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
 
 
 def _trusted_folders(model_path: Path) -> tuple[Path, ...]:
-    """Where data files may be, links followed: beside the path that was given, and beside the file that it links to.
+    """The directories that may hold data files: those of the given path, and of the file to which it links.
 
-    In a cache of Hugging Face, snapshots are links into a folder of blobs; ONNX Runtime 1.32 has the same rule.
+    In a Hugging Face cache, snapshots are links into a directory of blobs.  ONNX Runtime 1.32 has the same rule.
     """
     return model_path.parent.resolve(), model_path.resolve().parent
 
 
 def _number(text: str, label: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ModelError(f"{label} has the offset or length '{text[:40]}', which is no number; export the model again")
+        raise ModelError(f"{label} has the offset or length '{text[:40]}', which is not a number; export the model again")
     return int(text)
 
 
@@ -180,7 +178,7 @@ def check_texts(message: Any, name: str) -> None:
                 check_texts(each, name)
         # protobuf gives bytes where a text is not UTF-8
         elif descriptor.type == descriptor.TYPE_STRING and not all(isinstance(text, str) for text in values):
-            raise ModelError(f"{name} holds a name or text that is not UTF-8; export the model again")
+            raise ModelError(f"{name} contains a name or text that is not UTF-8; export the model again")
 
 
 def _check_count(tensor: TensorProto, count: int, label: str) -> None:
@@ -193,7 +191,7 @@ def _check_count(tensor: TensorProto, count: int, label: str) -> None:
         expected, actual, unit = count * (2 if kind.startswith("COMPLEX") else 1), len(getattr(tensor, field)), "values"
         expected = -(-expected * bits // 8) if bits in (2, 4) else expected
     if expected != actual:
-        raise ModelError(f"{label} has {actual} {unit} where its shape and type {kind} ask for {expected}; export the model again")
+        raise ModelError(f"{label} has {actual} {unit}, but its shape and type {kind} need {expected}; export the model again")
 
 
 def _kind(data_type: int) -> str:

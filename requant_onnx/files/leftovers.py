@@ -1,4 +1,4 @@
-"""Files that a killed run leaves behind: a lock claims them while a run lives, and a later run removes those without a lock."""
+"""Temporary files that a killed run leaves behind: a run locks its files, and a later run removes those without a lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a model from a path or a ModelProto, or raise ModelError with one sentence that says why not."""
+"""Load a model from a path or a ModelProto, or raise ModelError with one sentence that gives the reason."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def source_of(model: ModelLike) -> Source:
     try:
         data: object = model.read() if hasattr(model, "read") else model
     except (OSError, ValueError) as error:  # a file that is closed, or not open for reading
-        raise ModelError(f"the file given cannot be read ({first_line(error)}); open it in binary mode") from None
+        raise ModelError(f"the given file cannot be read ({first_line(error)}); open it in binary mode") from None
     data = bytes(data) if isinstance(data, bytearray | memoryview) else data
     if not isinstance(data, bytes):
-        raise ModelError(f"a model is given as path, bytes, ModelProto or binary file object, not {type(model).__name__}")
+        raise ModelError(f"a model must be a path, bytes, a ModelProto or a binary file object, not {type(model).__name__}")
     if has_more_parts(data, MAX_PARTS):
         raise _too_many_parts("the model")
     parsed = onnx.ModelProto()
@@ -50,14 +50,14 @@ def source_of(model: ModelLike) -> Source:
         parsed.ParseFromString(data)
         return parsed
     except DecodeError:
-        raise ModelError("the bytes given are not an ONNX file or are cut short; export or download it again") from None
+        raise ModelError("the given bytes are not an ONNX file, or it is incomplete; export or download it again") from None
 
 
 Runs: TypeAlias = "Callable[[Source], bool]"
 
 
 def load_model(source: ModelLike) -> onnx.ModelProto:
-    """As `load_checked`, refusing what the checker of onnx refuses."""
+    """Load a model as `load_checked`, but refuse everything that the onnx checker refuses."""
     return load_checked(source)[0]
 
 
@@ -82,7 +82,7 @@ def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.Mode
     outside = next((tensor for tensor in stored_tensors(model) if is_external(tensor)), None)
     if outside is not None and path is None:
         raise ModelError(
-            f"the values of '{outside.name}' lie in a file that {name} alone does not tell; give the path of the model"
+            f"the values of '{outside.name}' are in a file that cannot be found from {name} alone; give the path of the model"
         )
     stays = path is not None and resolve(model, path, name) > FETCHED_BYTES
     for tensor in stored_tensors(model, skip_main=stays):
@@ -171,7 +171,7 @@ IMAGE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProt
 def noise_size(path: Path) -> tuple[int, int] | None:
     """(height, width) of images for the one input of a model, (n, c, h, w) or (n, h, w, c), with 1 to 4 channels; None for others.
 
-    A size that the model leaves free is USUAL, which nets that take any size can divide by their strides.
+    A size that the model leaves free is USUAL, which is divisible by the usual strides of a network.
     """
     shapes = list(input_shapes(path).items())
     if len(shapes) != 1 or len(shapes[0][1]) != 4:
@@ -226,10 +226,10 @@ def file_bytes(path: Path) -> int:
 
 def _parse(path: Path) -> onnx.ModelProto:
     if path.is_dir():
-        raise ModelError(f"'{path}' is a folder; give the .onnx file in it")
+        raise ModelError(f"'{path}' is a directory; give the .onnx file in it")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the file that was exported")
+            raise ModelError(f"'{path}' is larger than 2 GB, more than one ONNX file can hold; give the exported .onnx file")
         if has_more_parts(path, MAX_PARTS):
             raise _too_many_parts(f"'{path}'")
         return onnx.load(path, format="protobuf", load_external_data=False)
@@ -238,22 +238,22 @@ def _parse(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ModelError(f"cannot read '{path}' ({error.strerror or error}); check the path and its permissions") from None
     except DecodeError:
-        raise ModelError(f"'{path}' is not an ONNX file or is cut short; export or download it again") from None
+        raise ModelError(f"'{path}' is not an ONNX file or is incomplete; export or download it again") from None
     except ValueError as error:  # a path with a zero byte
         raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); check the path") from None
 
 
 def _too_many_parts(name: str) -> ModelError:
-    return ModelError(f"{name} has more than {MAX_PARTS:,} parts (nodes, attributes, names, ...), more than is handled here")
+    return ModelError(f"{name} has more than {MAX_PARTS:,} parts (nodes, attributes, names, ...), more than are supported")
 
 
 def _check_head(model: onnx.ModelProto, name: str) -> None:
     if not (model.graph.node or model.graph.initializer or model.graph.output):
-        raise ModelError(f"{name} holds no ONNX graph; give a file exported as .onnx")
+        raise ModelError(f"{name} contains no ONNX graph; give a file exported as .onnx")
     opset = opset_of(model)
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ModelError(
-            f"{name} uses opset {opset}, and opsets {MIN_OPSET} to {MAX_OPSET} are supported; export it with another opset"
+            f"{name} uses opset {opset}, but only opsets {MIN_OPSET} to {MAX_OPSET} are supported; export it with another opset"
         )
 
 

@@ -1,4 +1,4 @@
-"""Write a model so that the file appears whole or not at all."""
+"""Write a model so that the file appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ MAPPED_BYTES = 1 << 20
 
 
 def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False, check: bool = True) -> int:
-    """Check the model with onnx.checker and write it.  Returns its size in bytes, external data included.
+    """Check a model with onnx.checker and write it, completely or not at all.  Returns its size in bytes, with external data.
 
-    external_data: whether initializers of 1 kB and more go to a second file next to it, `<name>.data`, as a model above 2 GB needs.
-    check: whether the checker has to take the model.
-    Raises ModelError when the model is invalid, or above 2 GB without external data, OutputError when it cannot be written.
+    model: model to write.  path: path of the file, which is replaced if it exists.
+    external_data: whether initializers of 1 kB and more go to a second file next to it, `<name>.data`; a model above 2 GB needs it.
+    check: whether to check the model.
+    Raises ModelError if the model is invalid, or above 2 GB without external data; OutputError if it cannot be written.
     """
     path = Path(os.path.realpath(path))
     if external_data:

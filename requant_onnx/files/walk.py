@@ -1,4 +1,4 @@
-"""All graphs, all reads and all stored tensors of a model, bodies of If, Loop and Scan included."""
+"""Iterators over the graphs, reads and stored tensors of a model, including bodies of If, Loop and Scan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in the wire format of protobuf, without a second copy of their values.
+"""Models in the protobuf wire format, written without a second copy of their values.
 
 https://protobuf.dev/programming-guides/encoding/
 """

@@ -1,4 +1,4 @@
-"""The ranges of activations that a model quantizes, by any tool."""
+"""The ranges of quantized activations, in models of any tool."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ActivationRange:
 
 
 def activation_ranges(model: ModelGraph) -> list[ActivationRange]:
-    """Those of every QuantizeLinear on an activation with one constant scale, in the order of the graph."""
+    """The ranges of all QuantizeLinear nodes on activations with one constant scale, in the order of the graph."""
     ranges = []
     for node in model.nodes:
         if node.op == "QuantizeLinear" and model.computes(node) and len(node.inputs) > 1:

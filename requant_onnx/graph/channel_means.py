@@ -1,7 +1,8 @@
-"""What BatchNormalization says of the activations behind it: the mean of each channel, without any data.
+"""The mean of each channel of activations, derived from BatchNormalization without any data.
 
-Its output has the mean beta and the standard deviation |gamma| in each channel; taken as normal, they go through activation
-functions, sums and average pools (Nagel et al. 2019, arXiv 1906.04721, section 4.2).
+The output of BatchNormalization has the mean beta and the standard deviation |gamma| in each channel.  Means are propagated
+through activation functions, sums and average pools under the assumption of a normal distribution (Nagel et al. 2019, arXiv
+1906.04721, section 4.2).
 https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
 """
 
@@ -63,7 +64,7 @@ def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
 
 
 def _normalized(node: gs.Node) -> _Normal | None:
-    """Of a BatchNormalization: mean beta, variance gamma**2."""
+    """Moments of a BatchNormalization: mean beta, variance gamma**2."""
     roots = [find_root(tensor) for tensor in node.inputs[1:3]]
     gamma, beta = (None if root is None else root.load().astype(np.float64) for root in roots)
     if gamma is None or beta is None or beta.ndim != 1 or gamma.shape != beta.shape:
@@ -72,7 +73,7 @@ def _normalized(node: gs.Node) -> _Normal | None:
 
 
 def _variances(terms: list[_Normal]) -> list[Float64Array] | None:
-    """Of all terms; None where one is not known."""
+    """The variances of all terms; None if one is unknown."""
     known = [item.var for item in terms if item.var is not None]
     return known if len(known) == len(terms) else None
 
@@ -85,7 +86,7 @@ def _side_by_side(node: gs.Node, terms: list[_Normal]) -> _Normal | None:
 
 
 def _sum(node: gs.Node, terms: list[_Normal]) -> _Normal | None:  # noqa: ARG001
-    """As if the terms were independent."""
+    """Moments of the sum of terms that are assumed to be independent."""
     variances = _variances(terms)
     if len({item.mean.shape for item in terms}) != 1:
         return None
@@ -116,7 +117,7 @@ FUNCTIONS: dict[str, Callable[[gs.Node], Function | None]] = {
 
 
 def _bounds(node: gs.Node) -> tuple[float, float] | None:
-    """Of a Clip: attributes up to opset 10, then inputs; None when they are not constant."""
+    """The bounds of a Clip: attributes up to opset 10, then inputs; None if they are not constant."""
     bounds = [float(node.attrs.get("min", -np.inf)), float(node.attrs.get("max", np.inf))]
     for k, tensor in enumerate(node.inputs[1:3]):
         root = find_root(tensor) if tensor.name else None

@@ -1,5 +1,5 @@
-"""From a tensor back to the constant that it comes from: an initializer or a Constant node, also through Identity and Cast,
-and through nodes that only give it another shape."""
+"""Trace a tensor back to its constant, an initializer or a Constant node, through Identity, Cast and nodes that only change its
+shape."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModelGraph:
 
     @property
     def nodes(self) -> list[gs.Node]:
-        """Those of the main graph, in its order."""
+        """The nodes of the main graph, in order."""
         return list(self.graph.nodes)
 
     @cached_property
@@ -91,7 +91,7 @@ class Root:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the stored values."""
+        """The shape of the stored values."""
         return tuple(int(n) for n in self.tensor.shape)
 
     @property

@@ -1,4 +1,4 @@
-"""Small edits that several rewrites share: store a tensor, drop what nothing reads any more."""
+"""Small edits that several rewrites share, such as storing a tensor and dropping unused ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every float constant of a model, for an account in which nothing is missing."""
+"""Every float constant of a model, for a complete account of its bytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The way of activations through a model, from weight to weight: a small graph for people to look at.
+"""The flow of activations through a model, from weight to weight, as a small graph for display.
 
-Nodes without a weight of their own belong to the block before them, but for those where several ways meet.
+Nodes without their own weight belong to the block before them, except where several paths meet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Operators that hold weights without being a product that refinement knows: their weights go to the nearest levels.
+"""Operators with weights that are not a product which refinement supports: their weights are rounded to the nearest levels.
 
     operator                     weight                             a scale for each
     LSTM, GRU, RNN               W and R, (directions, rows, n)     row of a gate, in each direction
@@ -9,8 +9,8 @@
     EmbedLayerNormalization      the tables                         entry that can be looked up
     Add, Sub, Mul                a table of at least two axes       index of the last axis
 
-What an elementwise operator reads reaches the result itself, not a sum of many products: it is stored at 8 bits, and not at all
-where it holds exact numbers (coordinates, masks).
+A table that an elementwise operator reads reaches the result directly, not through a sum of many products.  It is stored at 8
+bits, and skipped if it contains exact numbers (coordinates, masks).
 https://onnx.ai/onnx/operators/ and https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -50,7 +50,7 @@ class Holder:
     is_recurrent: bool = False
 
     def is_parameter(self, operand: int) -> bool:
-        """Whether an input may be a weight, or the bias beside weights."""
+        """Whether an input may be a weight, or a bias next to weights."""
         return self.weights is None or operand in self.weights or (self.is_recurrent and operand == RECURRENT_BIAS)
 
     def may_hold(self, operand: int, shape: Sequence[int]) -> bool:

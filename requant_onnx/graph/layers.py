@@ -1,4 +1,4 @@
-"""Layers: nodes with a weight of their own, their biases, and the matrix products that they compute (products.py)."""
+"""Layers: nodes with their own weight, their biases, and the matrix products that they compute (products.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def can_correct(self) -> bool:
-        """Whether it has a bias to correct."""
+        """Whether the layer has a bias that can be corrected."""
         return self.bias != ""
 
     def stored_bias(self, bias: Float32Array) -> GenericArray:

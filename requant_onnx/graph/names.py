@@ -1,4 +1,4 @@
-"""Names: all that a model uses, and fresh ones that collide with none of them."""
+"""Names of tensors and nodes: those in use in a model, and new ones that do not collide with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which operand of a node is its weight, and where the node lies in the network."""
+"""The operand of a node that is its weight, and the position of the node in the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators with weights, one row each: all that the rest of the code knows of an operator stands here.
+"""The operators with weights, one row each, with everything that the rest of the code knows about an operator.
 
     operator       weight                 output channels   product             integer kernel
     Conv           (oc, ic/group, ...)    axis 0            ConvProduct         QLinearConv
@@ -9,9 +9,9 @@
     MatMul         x @ w, (..., ic, oc)   last axis         DenseProduct        QLinearMatMul
                    w @ x, (..., oc, ic)   last but one
 
-Operators with weights that are no such product have a table of their own (holders.py).  A new operator is a row, and a product
-(products.py) where none of these fits; tests/test_operators.py holds every row to what ONNX
-Runtime computes.  https://onnx.ai/onnx/operators/
+Operators with weights that are not such a product have a separate table (holders.py).  A new operator needs a row, and a product
+(products.py) if none of these fits; tests/test_operators.py compares every row to the results of ONNX
+Runtime.  https://onnx.ai/onnx/operators/
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Operator:
 
 
 def _kernel_fits(attributes: Attributes, shape: Shape) -> bool:
-    """Of Conv and ConvTranspose."""
+    """Whether the attributes of a Conv or ConvTranspose fit the shape of its weight."""
     kernel, group = tuple(shape[2:]), attributes.get("group", 1)
     steps = [attributes.get(name, (1,) * len(kernel)) for name in ("strides", "dilations")]
     pads = attributes.get("pads", (0,) * 2 * len(kernel))

@@ -1,7 +1,7 @@
 """Weights as matrices (G, rows, n), one for each of G groups of channels, and what a layer multiplies them with.
 
 Conv           (oc, ic/group, kh, kw)  -> group x (oc/group, ic/group * kh * kw)
-ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel turned round
+ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel reversed
 Gemm, MatMul   (oc, ic) or (ic, oc)    -> (oc, ic)
 """
 
@@ -169,7 +169,7 @@ class ConvProduct(_ChannelsSecond):
         return np.repeat(means, kernel).reshape(self.group, -1) if fits else None
 
     def _window_pads(self, size: Shape, strides: Shape, dilations: Shape) -> tuple[tuple[int, int], ...]:
-        """By auto_pad and pads."""
+        """The padding, from auto_pad and pads."""
         auto = self.attributes.get("auto_pad", "NOTSET")
         if auto not in ("SAME_UPPER", "SAME_LOWER"):
             return self._pads() if auto == "NOTSET" else ((0, 0),) * len(size)
@@ -204,7 +204,7 @@ class ConvTransposeProduct(_ChannelsSecond):
         return np.ascontiguousarray(turned).reshape(self.shape)
 
     def inputs(self, x: Float32Array, places: Int64Array) -> Float32Array:
-        """As a Conv of stride 1: zeros between the inputs, and around them what the kernel reaches."""
+        """The inputs of the equivalent Conv of stride 1, with zeros between them, and padded by the reach of the kernel."""
         kernel, strides, dilations = self.shape[2:], self._spatial("strides", 1), self._spatial("dilations", 1)
         size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
         spread = np.zeros((*x.shape[:2], *size), x.dtype)

@@ -38,12 +38,12 @@ class WeightReader:
         return self.op in OPERATORS
 
     def channel_axis(self, rank: int) -> int:
-        """The dimension of the output channel, of a weight with so many dimensions."""
+        """The axis of the output channel, for a weight with this number of dimensions."""
         return OPERATORS[self.op].channel_axis(self.node.attrs, 1 if self.scale else self.operand, rank)
 
 
 def find_readers(model: ModelGraph) -> list[WeightReader]:
-    """In graph order; those in bodies of If, Loop and Scan behind all others."""
+    """The readers in graph order; those in bodies of If, Loop and Scan come last."""
     inner = [node for body in model.bodies for node in body.nodes]
     readers = [_reader(node, node.outputs[0].name if node.outputs else "") for node in model.nodes]
     return [reader for reader in (*readers, *(_reader(node, "") for node in inner)) if reader is not None]

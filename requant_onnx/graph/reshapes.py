@@ -1,4 +1,4 @@
-"""Nodes that only give a tensor another shape: what becomes of its axes."""
+"""Nodes that only change the shape of a tensor, and their effect on its axes."""
 
 from __future__ import annotations
 

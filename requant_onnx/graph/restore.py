@@ -1,11 +1,11 @@
-"""Take quantization out of a graph: activations lose their pairs of QuantizeLinear and DequantizeLinear, lookups read floats.
+"""Remove quantization from a graph: pairs of QuantizeLinear and DequantizeLinear on activations are dropped, lookups read floats.
 
     x -> QuantizeLinear -> codes -> DequantizeLinear -> t                x, under the name t
     x -> QuantizeLinear -> codes -> MaxPool, ... -> DequantizeLinear -> t     x -> MaxPool, ... -> t
     the same, where other tools have removed a Relu because codes begin at 0  x -> Clip to the range of codes -> t
     Gather(levels, i) -> Cast -> Mul with Gather(scales, i) -> t         Gather(levels * scales, i), under the name t
 
-Decodes of constants stay: convert/restore.py has them computed.
+Decodes of constants remain; convert/restore.py computes them.
 """
 
 from __future__ import annotations

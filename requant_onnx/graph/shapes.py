@@ -1,4 +1,4 @@
-"""Shapes of tensors.  https://onnx.ai/onnx/api/shape_inference.html"""
+"""The shapes of tensors.  https://onnx.ai/onnx/api/shape_inference.html"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Drop what no runtime needs from a finished model.
+"""Remove everything that no runtime needs from a finished model.
 
-These are types that shape inference gives again, attributes at their defaults, names of nodes that say nothing, and where
-in the exporter's source a node came from.  Few-bit files are small, and these are a tenth of them.  https://onnx.ai/onnx/api/shape_inference.html
+These are types that shape inference can restore, attributes with default values, uninformative names of nodes, and references to
+the source code of the exporter.  In small files of few bits, they are a tenth of the size.
+https://onnx.ai/onnx/api/shape_inference.html
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find the weights of a graph: which can be converted, and for the others the reason why not.
+"""Find the weights of a graph that can be converted, and the reasons why the others cannot.
 
 The channel axis is that of the output channel in the stored layout (operators.py).
 """
@@ -40,7 +40,7 @@ class Weight:
     name: the tensor that holds the values, whose name the decoded weight takes over.  op: the operator that reads it.
     emit: ONNX type that its readers expect.
     channel_axis: see above; None where the readers see no axis of the stored tensor as output channels.
-    is_edge: no other weight lies before it, or none behind it (the first and last layers).
+    is_edge: no other weight is before it, or none is after it (the first and last layers).
     is_table: its values reach results themselves, see holders.py.
     lookup_axis: the axis along which all its readers look up entries, None where one reads it whole.
     readers: names of the nodes that read it, of those that have one.
@@ -69,13 +69,13 @@ class Weight:
             w = load_values(self.tensor).astype(np.float32, copy=False)
         bad = w.size - np.count_nonzero(np.isfinite(w))
         if bad:
-            raise ModelError(f"the weight '{self.name}' holds {bad} NaN or infinite values; repair or export the model again")
+            raise ModelError(f"the weight '{self.name}' contains {bad} NaN or infinite values; fix the model, or export it again")
         return w
 
 
 @dataclass(frozen=True)
 class SkippedWeight:
-    """A weight that stays as it is, and why (a sentence without its subject).  bytes: stored, 0 where it is no constant."""
+    """A weight that is skipped.  reason: why (a sentence without its subject).  bytes: stored bytes, 0 if it is not a constant."""
 
     name: str
     op: str
@@ -120,7 +120,7 @@ def _merged(first: Weight, other: Weight) -> Weight:
 
 
 def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
-    """Those skipped with the bytes of the floats that are stored for them, once each; 0 for what the graph computes."""
+    """The skipped weights with the bytes of their stored floats, counted once; 0 for computed weights."""
     counted: set[str] = set()
     for item, tensor in skipped:
         root = None if tensor is None else find_stored(tensor)
@@ -133,7 +133,7 @@ def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:
     """The nodes with weights in functions that were not inlined."""
     seen: set[tuple[str, str]] = set()
     for function in model.functions:
-        reason = f"is used inside the function '{function.name}', whose opset is not that of the model"
+        reason = f"is used in the function '{function.name}', whose opset differs from that of the model"
         for node in function.node:
             key = (node.name or function.name, node.op_type)
             if node.op_type in OPERATORS and key not in seen:
@@ -246,20 +246,20 @@ def _why_exact(root: Root) -> str | None:
     """Why values that reach results themselves have to stay exact; None where they need not."""
     values = np.unique(root.load().astype(np.float64))
     if not np.isfinite(values).all():
-        return "holds infinite values or NaN, as masks do"
+        return "contains infinite values or NaN, as masks do"
     if values.size == 1:
-        return "holds one value only"
+        return "has the same value everywhere"
     step = float(np.diff(values).min())
     counts = (values - values[0]) / step
     if counts[-1] < LATTICE_POINTS and abs(counts - np.rint(counts)).max() < LATTICE:
-        return f"holds numbers in steps of {step:.6g}, as coordinates and masks do, which have to be exact"
+        return f"has values in steps of {step:.6g}, as coordinates and masks do, which must stay exact"
     return None
 
 
 def _why_fixed(root: Root) -> str | None:
     """Why a small kernel that nobody trained stays exact; None for others."""
     small = math.prod(root.shape) <= LARGEST_FIXED
-    return "holds whole multiples of one number, as fixed kernels do" if small and is_fixed_kernel(root.load()) else None
+    return "has whole multiples of one number, as fixed kernels do" if small and is_fixed_kernel(root.load()) else None
 
 
 def _why_computed(tensor: gs.Tensor) -> str | None:
@@ -277,7 +277,7 @@ def _why_computed(tensor: gs.Tensor) -> str | None:
 def _refusal(root: Root, interface: _Interface) -> str | None:
     if root.dtype not in FLOATS or root.edge_dtype not in FLOATS:
         name = onnx.TensorProto.DataType.Name(root.dtype) if root.dtype else "other than these"
-        return f"has type {name}, and only FLOAT, FLOAT16, BFLOAT16 and DOUBLE are converted"
+        return f"has type {name}, but only FLOAT, FLOAT16, BFLOAT16 and DOUBLE are converted"
     if root.name not in interface.stored:
         return "is an output of a body of If, Loop or Scan"
     if root.name in interface.sparse:
@@ -292,7 +292,7 @@ def _refusal(root: Root, interface: _Interface) -> str | None:
 def _unfit_shape(shape: tuple[int, ...]) -> str | None:
     if 0 in shape:
         return "has no elements"
-    return f"has {len(shape)} dimensions, and a weight has at least 2" if len(shape) < 2 else None
+    return f"has {len(shape)} dimensions, but a weight has at least 2" if len(shape) < 2 else None
 
 
 def _emitted_type(root: Root) -> int:

@@ -1,7 +1,7 @@
-"""Labels for detectors: boxes from a file in COCO's format, in the coordinates of the images that a model takes.
+"""Labels for detectors: boxes from a file in COCO format, in the coordinates of the images that a model takes.
 
 https://cocodataset.org/#format-data: images with id and file_name; annotations with image_id, category_id, bbox [x, y, w, h]
-and, where the box holds a crowd, iscrowd = 1; categories with id.  Boxes go through the resizing and cropping of their image; those
+and, if the box holds a crowd, iscrowd = 1; categories with id.  Boxes go through the resizing and cropping of their image; those
 whose center is cropped away are dropped, and the others are cut off at the edge.
 """
 
@@ -39,15 +39,15 @@ class ObjectLabels:
     images: tuple[Objects, ...]
 
     def subset(self, which: slice | Int64Array) -> ObjectLabels:
-        """Those of some of the images."""
+        """The labels of some of the images."""
         chosen = self.images[which] if isinstance(which, slice) else tuple(self.images[k] for k in which)
         return replace(self, images=chosen)
 
 
 def load_objects(path: Path, images: FolderImages) -> ObjectLabels:
-    """The boxes of a file for images of a folder.  Raises DataError where it is not in COCO's format, or does not list an image.
+    """The boxes of a file for images in a directory.  Raises DataError if it is not in COCO format, or does not list an image.
 
-    An image is found by its file_name, or by the end of its path; images of the file that are not in the folder are skipped.
+    An image is found by its file_name, or by the end of its path; images of the file that are not in the directory are skipped.
     """
     document = _document(path)
     try:
@@ -59,7 +59,7 @@ def load_objects(path: Path, images: FolderImages) -> ObjectLabels:
             rows[names[item["image_id"]]].append([float(value) for value in row])
         found = {name: _objects(listed, categories) for name, listed in rows.items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"'{path}' is not in COCO's format ({type(error).__name__}: {error}); {FORMAT}") from None
+        raise DataError(f"'{path}' is not in COCO format ({type(error).__name__}: {error}); {FORMAT}") from None
     listed = [found[_name_in(found, image, path)] for image in images.paths]
     placed = [mapped(each, images.pipeline, size_of(image)) for each, image in zip(listed, images.paths, strict=True)]
     return ObjectLabels(categories, tuple(placed))
@@ -75,7 +75,7 @@ def _document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or not all(
         isinstance(document.get(k), list) for k in ("images", "annotations", "categories")
     ):
-        raise DataError(f"'{path}' is not in COCO's format; {FORMAT}")
+        raise DataError(f"'{path}' is not in COCO format; {FORMAT}")
     return document
 
 
@@ -83,9 +83,9 @@ def _objects(rows: list[list[float]], categories: tuple[int, ...]) -> Objects:
     """rows: x, y, width, height, category and crowd of each object.  Raises ValueError."""
     values = np.array(rows, np.float64).reshape(-1, 6)  # raises ValueError where a box has another number of values
     if not np.isfinite(values).all() or (values[:, 2:4] < 0).any():
-        raise ValueError("a bbox is not x, y, width and height")
+        raise ValueError("a bbox is not a list of x, y, width and height")
     if not np.isin(values[:, 4], categories).all():
-        raise ValueError("a category_id is not in the categories")
+        raise ValueError("a category_id is not one of the categories")
     boxes = np.concatenate([values[:, :2], values[:, :2] + values[:, 2:4]], 1)
     return Objects(boxes, values[:, 4].astype(np.int64), values[:, 5] != 0)
 
@@ -97,7 +97,7 @@ def _name_in(known: Mapping[str, Objects], image: Path, path: Path) -> str:
         name = "/".join(parts[start:])
         if name in known:
             return name
-    raise DataError(f"the image '{image}' is not listed in '{path}'; give labels of all images, or only images with labels")
+    raise DataError(f"the image '{image}' is not listed in '{path}'; give labels for all images, or only labeled images")
 
 
 def mapped(objects: Objects, pipeline: Pipeline, size: tuple[int, int]) -> Objects:

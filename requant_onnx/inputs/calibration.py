@@ -1,4 +1,4 @@
-"""Calibration inputs: images drawn at random, inputs by name, or synthetic images (noise)."""
+"""Calibration inputs: images chosen at random, inputs by name, or synthetic images (noise)."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach
 
 @runtime_checkable
 class CalibrationDataReader(Protocol):
-    """The method of onnxruntime.quantization.CalibrationDataReader that is used here."""
+    """The part of onnxruntime.quantization.CalibrationDataReader that is used here."""
 
     def get_next(self) -> Feed | None:
-        """The next inputs by name; None after the last."""
+        """The next inputs by name; None after the last ones."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The inputs on which activations are measured: `count` images drawn at random; or the first `count` feeds, which are inputs by
-    name for a model of any inputs (`from_feeds`); or, where there are neither, `count` images of noise.
+    """Calibration inputs: `count` images chosen at random, the first `count` feeds, or, without both, `count` images of noise.
 
-    normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: that of ImageNet).
-    seed: seed for drawing images and for noise.  size: (height, width) of noise, needed where the model leaves them free.
-    memory: bytes that activations may take while weights are refined; where those of all inputs take more, a layer sees fewer
-    of them (four batches at least), and layers behind it, with smaller activations, see more.
+    images: images to choose from.  feeds: inputs by name, for a model with any inputs (see `from_feeds`).
+    normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: the one of ImageNet).
+    count: number of inputs.  seed: seed of the random choice and of the noise.
+    size: (height, width) of the noise in pixels, needed if the model leaves its size free.
+    memory: memory for activations during refinement, in bytes; with too little, layers with large activations see fewer inputs
+    (at least four batches).
+    Raises ConfigError if a value is out of range; DataError if there is no image.
     """
 
     images: ImageSet | None = None
@@ -51,10 +53,11 @@ class Calibration:
 
     @classmethod
     def from_feeds(cls, source: Iterable[Feed] | CalibrationDataReader, count: int = DEFAULT_COUNT) -> Calibration:
-        """Calibrate on inputs by name: dictionaries from any iterable, or from a CalibrationDataReader of ONNX Runtime.
+        """Make a Calibration from inputs by name.
 
-        Reads `count` feeds, and some more for the self-check.  Raises DataError when there is none, or one is no dictionary of
-        arrays.
+        source: any iterable of dictionaries from input names to arrays, or a CalibrationDataReader of ONNX Runtime.
+        count: number of feeds to use; some more are read for the self-check.
+        Raises DataError if there is none, or one is not a dictionary of arrays.
         https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
         """
         if isinstance(source, CalibrationDataReader):
@@ -71,11 +74,11 @@ class Calibration:
 
     @property
     def headroom(self) -> float:
-        """The factor on measured ranges."""
+        """The factor by which measured ranges are extended."""
         return NOISE_HEADROOM if self.is_noise else 1.0
 
     def unseen(self, count: int) -> tuple[Calibration, bool]:
-        """At most `count` inputs that this calibration does not use, and True; or of its own, and False, for lack of others."""
+        """At most `count` inputs that this calibration does not use, and True; if there are none, its own, and False."""
         if self.is_noise:
             return replace(self, count=count, seed=self.seed + OTHER_SEED), True
         if self.feeds:
@@ -91,20 +94,20 @@ class Calibration:
         if not isinstance(self.images, ImageSet | None):
             raise ConfigError(f"calibration images must be an ImageSet (load_images makes one), not {type(self.images).__name__}")
         if not _is_whole(self.count) or self.count < 1:
-            raise ConfigError(f"calibration needs 1 image or more, not {self.count!r}")
+            raise ConfigError(f"the number of calibration inputs must be 1 or more, not {self.count!r}")
         if not _is_whole(self.seed) or self.seed < 0:
-            raise ConfigError(f"the seed must be a whole number from 0 on, not {self.seed!r}")
+            raise ConfigError(f"the seed must be a whole number of 0 or more, not {self.seed!r}")
         if not _is_whole(self.memory) or self.memory < 1:
             raise ConfigError(f"the memory for activations must be a number of bytes, not {self.memory!r}")
         if self.size is not None and (len(self.size) != 2 or not all(_is_whole(n) and n > 0 for n in self.size)):
             raise ConfigError(f"the size of noise must be (height, width), both 1 or more, not {self.size!r}")
         if self.feeds and (self.images is not None or self.normalization is not None or self.size is not None):
-            raise ConfigError("calibration takes images or feeds, not both, and feeds are not normalized")
+            raise ConfigError("give either images or feeds, and no normalization for feeds")
         if self.images is not None and len(self.images) == 0:
             raise DataError("there are no calibration images; give at least one")
         if self.images is not None and self.images.x.dtype != "uint8" and self.normalization is not None:
             raise DataError(
-                "the calibration images are float32, taken as normalized already; drop mean and std, or give uint8 pixels"
+                "the calibration images are float32, so they count as normalized; drop mean and std, or give uint8 pixels"
             )
 
 
@@ -114,9 +117,9 @@ def _checked(feed: object) -> Feed:
     arrays = {str(name): np.asarray(values) for name, values in feed.items()}
     for name, values in arrays.items():
         if values.dtype.kind not in "biufU":
-            raise DataError(f"the calibration input '{name}' must be an array of numbers or texts, not of {values.dtype}")
+            raise DataError(f"the calibration input '{name}' must be an array of numbers or strings, not of {values.dtype}")
         if values.dtype.kind != "U" and not np.isfinite(values).all():
-            raise DataError(f"the calibration input '{name}' holds NaN or infinity; take them out")
+            raise DataError(f"the calibration input '{name}' contains NaN or infinity; remove these values")
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""Inputs of a model by name, from an .npz file: one array for each input."""
+"""Inputs of a model by name, from an .npz file with one array for each input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from requant_onnx.errors import DataError
 from requant_onnx.numerics.arrays import AnyArray, GenericArray
 
 Shapes: TypeAlias = "Mapping[str, tuple[int | None, ...]]"
-"""Name of an input -> its shape, None where a size is free."""
+"""Shapes of inputs by name, with None for a free size."""
 
 Feed: TypeAlias = "Mapping[str, AnyArray]"
 """The inputs of one run, by name."""
@@ -25,7 +25,7 @@ BY_NAME = "give the inputs by name: FILE.npz, written with numpy.savez('FILE.npz
 
 @dataclass(frozen=True)
 class FeedSet:
-    """Inputs by name to judge a model on, one run each; they have no labels."""
+    """Inputs by name on which models are compared, one run each, without labels."""
 
     rows: tuple[Feed, ...]
     y = None
@@ -84,14 +84,14 @@ def load_feeds(path: Path, shapes: Shapes) -> list[dict[str, GenericArray]]:
     with opened_npz(path) as arrays:
         missing = sorted(shapes.keys() - set(arrays))
         if missing:
-            raise DataError(f"'{path}' holds {sorted(arrays)} and the model takes {sorted(shapes)}; {BY_NAME}")
+            raise DataError(f"'{path}' contains {sorted(arrays)}, but the model takes {sorted(shapes)}; {BY_NAME}")
         inputs = {name: _rows(arrays[name], shape, name, path) for name, shape in shapes.items()}
     count = max(map(len, inputs.values()), default=0)
     odd = next((name for name, rows in inputs.items() if len(rows) not in (1, count)), None)
     if odd is not None or count == 0:
         counts = ", ".join(f"{name}: {len(rows)}" for name, rows in inputs.items())
         raise DataError(
-            f"the arrays of '{path}' make different numbers of rows ({counts}); give as many, at least one, of each input"
+            f"the arrays of '{path}' have different numbers of rows ({counts}); give the same number for each input, at least one"
         )
     return [{name: rows[k if len(rows) > 1 else 0] for name, rows in inputs.items()} for k in range(count)]
 
@@ -103,12 +103,12 @@ def _rows(values: GenericArray, shape: tuple[int | None, ...], name: str, path: 
         return [values]
     if values.ndim != len(shape):
         raise DataError(
-            f"'{name}' in '{path}' has {values.ndim} dimensions, and the input of the model {len(shape)}; give an array of as "
-            "many, or of one more, to stack several"
+            f"'{name}' in '{path}' has {values.ndim} dimensions, but the input of the model has {len(shape)}; give an array with "
+            "the same number, or with one more to stack several inputs"
         )
     size = shape[0] or 1
     if len(values) % size:
         raise DataError(
-            f"'{name}' in '{path}' has {len(values)} rows, and the model takes {size} at a time; give a multiple of that"
+            f"'{name}' in '{path}' has {len(values)} rows, but the model takes {size} at a time; give a multiple of that"
         )
     return [values[start : start + size] for start in range(0, len(values), size)]

@@ -1,4 +1,4 @@
-"""Images in a directory, decoded when they are needed, with the usual steps of torchvision: resize, center crop.
+"""Images in a directory, decoded on demand, with the usual torchvision steps: resize and center crop.
 
 https://docs.pytorch.org/vision/stable/transforms.html: Resize(n) (bilinear, antialiased, on the shorter side), CenterCrop(n).
 """
@@ -33,7 +33,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         sizes = [value for value in (self.resize, *(self.crop or ())) if value is not None]
         if not all(isinstance(value, int) and 0 < value <= 1 << 14 for value in sizes):
-            raise ConfigError(f"images are resized to {self.resize} and cropped to {self.crop}; both must be 1 .. 16384 pixels")
+            raise ConfigError(f"the resize length {self.resize} and the crop {self.crop} must be 1 to 16384 pixels")
 
     def apply(self, image: Any) -> Any:
         """Resize and crop an image of Pillow."""
@@ -93,8 +93,8 @@ class FolderImages:
         pixels = _decoded(path, self.pipeline)
         if pixels.shape[:2] != self.size:
             raise DataError(
-                f"the image '{path}' is {_listed(pixels.shape)} and '{self.paths[0].name}' is {_listed(self.size)}; "
-                "give --fit, or --resize and --crop, so that all have one size"
+                f"the image '{path}' is {_listed(pixels.shape)}, but '{self.paths[0].name}' is {_listed(self.size)}; "
+                "give --fit, or --resize and --crop, to make all sizes equal"
             )
         return pixels
 
@@ -110,19 +110,19 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
         unlabeled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
         classes = [_images_below(each) for each in sorted(folder.iterdir()) if each.is_dir()]
     except OSError as error:
-        raise DataError(f"cannot read the folder '{folder}' ({error.strerror or error}); give a folder of images") from None
+        raise DataError(f"cannot read the directory '{folder}' ({error.strerror or error}); give a directory of images") from None
     labeled = [(path, label) for label, paths in enumerate(classes) for path in paths]
     if unlabeled and labeled:
-        raise DataError(f"'{folder}' holds images and subfolders of images; give a folder of one or the other")
+        raise DataError(f"'{folder}' contains both images and subdirectories of images; give a directory with only one of them")
     given = tuple(unlabeled or (path for path, _ in labeled))
     if not given:
-        raise DataError(f"'{folder}' holds no image ({', '.join(SUFFIXES)}); give a folder of images, or of one folder a class")
+        raise DataError(f"'{folder}' has no images ({', '.join(SUFFIXES)}); give a directory of images, or one per class")
     readable = [_is_whole(path) for path in given]
     unreadable = tuple(path for path, good in zip(given, readable, strict=True) if not good)
     if len(unreadable) > UNREADABLE * len(given):
         _decoded(unreadable[0], pipeline)  # whose error says more
         raise DataError(
-            f"'{unreadable[0]}' and {len(unreadable) - 1} others of {len(given)} images are damaged; repair or remove them"
+            f"'{unreadable[0]}' and {len(unreadable) - 1} others of {len(given)} images are damaged; fix or remove them"
         )
     paths = tuple(path for path, good in zip(given, readable, strict=True) if good)
     height, width, _ = _decoded(paths[0], pipeline).shape
@@ -185,7 +185,7 @@ def _pillow() -> ModuleType:
     try:
         import PIL.Image  # noqa: PLC0415
     except ImportError:
-        raise DataError("a folder of images is read with Pillow; install it with: pip install 'requant_onnx[images]'") from None
+        raise DataError("a directory of images needs Pillow; install it with: pip install 'requant_onnx[images]'") from None
     return PIL
 
 

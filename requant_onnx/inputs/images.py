@@ -1,4 +1,4 @@
-"""Images, labeled for validation: CIFAR in its official binary layout, an .npz file, or a directory of images.
+"""Images, with labels for validation: CIFAR in its official binary layout, an .npz file, or a directory of images.
 
 CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a record is the label bytes
 (CIFAR-10: 1; CIFAR-100: coarse, fine), then 3072 bytes, channel by channel, row by row.
@@ -44,12 +44,12 @@ _LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and, where known, their labels.
+    """Images and, if known, their labels.
 
     x: uint8 pixels 0..255 or float32 values that are already normalized, (n, c, h, w), n >= 1.
     FolderImages behave like such an array.
     y: class indices, (n,) int64, or None.
-    objects: the objects in each image, for detectors, or None.
+    objects: labeled objects in each image, for detectors, or None.
     """
 
     x: Images
@@ -73,19 +73,19 @@ class ImageSet:
         return self._subset(slice(start, end))
 
     def fingerprint(self) -> bytes:
-        """Bytes that identify the images, not their labels: pixels, or names, sizes and times of the files of a directory."""
+        """Bytes that identify the images, without labels: pixels, or names, sizes and times of the files in a directory."""
         if isinstance(self.x, FolderImages):
             return self.x.fingerprint()
         return repr((self.x.shape, self.x.dtype.str)).encode() + hashlib.sha256(np.ascontiguousarray(self.x).data).digest()
 
     def drawn(self, count: int, seed: int) -> ImageSet:
-        """Draw `count` images at random, kept in their order; all images where there are no more.  The same for the same seed."""
+        """Choose `count` images at random, in their order, or all if there are no more.  The same seed chooses the same images."""
         if count >= len(self.x):
             return self
         return self._subset(np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False)))
 
     def not_drawn(self, count: int, seed: int) -> ImageSet:
-        """The images that `drawn` leaves, in their order."""
+        """The images that `drawn` does not choose, in their order."""
         if count >= len(self.x):
             return self._subset(slice(0, 0))
         chosen = np.random.default_rng(seed).choice(len(self.x), count, replace=False)
@@ -102,9 +102,10 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Normalization:
-    """x = (pixel / 255 - mean) / std, channel by channel.
+    """The normalization x = (pixel / 255 - mean) / std, channel by channel.
 
     mean, std: one value per channel, or one for all, in units of pixel / 255.
+    Raises ConfigError if a value is not finite, or std is not above 0.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -112,16 +113,16 @@ class Normalization:
 
     def __post_init__(self) -> None:
         if not self.mean or not self.std or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0.0:
-            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, and std above 0")
+            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite numbers, with std above 0")
 
     def apply(self, x: Pixels) -> Float32Array:
-        """Normalize uint8 pixels, (n, c, h, w), to float32; float32 images do not change.  Raises DataError when c does not fit."""
+        """Normalize uint8 pixels, (n, c, h, w), to float32; float32 images do not change.  Raises DataError if c does not fit."""
         if x.dtype != np.uint8:
             return x.astype(np.float32, copy=False)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, x.shape[1]):
                 raise DataError(
-                    f"{name} has {len(values)} values and the images have {x.shape[1]} channels; give one value a channel"
+                    f"{name} has {len(values)} values, but the images have {x.shape[1]} channels; give one value per channel"
                 )
         mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
         return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
@@ -133,7 +134,7 @@ def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed:
     Raises DataError where a fixed size is too large to be held.
     """
     if fixed and size * math.prod(images.x.shape[1:]) > MAX_VALUES:
-        raise DataError(f"the model takes batches of {size} images, too many to hold; export it with a smaller batch")
+        raise DataError(f"the model takes batches of {size} images, too many for the memory; export it with a smaller batch")
     for start in range(0, len(images), size):
         x = images.x[start : start + size]
         if len(x) < size and fixed:
@@ -147,17 +148,19 @@ def load_images(
     pipeline: Pipeline | None = None,
     labels: str | PathLike[str] | None = None,
 ) -> ImageSet:
-    """Load `cifar10:DIR`, `cifar100:DIR` (the split, train or test), `FILE.npz` (`x`, optionally `y`), `images:DIR` or just `DIR`.
+    """Load images from a data set, an array file or a directory.
 
-    pipeline: resize and crop for images:DIR, whose images are labeled where each class has a subdirectory (image_folder.py).
-    labels: for images:DIR, a file of boxes in COCO's format (annotations.py) instead.
-    Raises DataError when the files are missing, damaged, empty or of another shape.
+    spec: `cifar10:DIR`, `cifar100:DIR`, `FILE.npz` (`x`, optionally `y`), `images:DIR` or just `DIR`; in a directory, images have
+    labels if each class has a subdirectory.
+    split: "train" or "test", for CIFAR.  pipeline: resize and crop steps, for a directory.
+    labels: path of a file of boxes in COCO format, for a directory.
+    Raises DataError if the files are missing, damaged, empty or of the wrong shape.
     """
     spec = str(spec)
     dataset, colon, folder = spec.partition(":")
     photos = folder if dataset == "images" and folder else spec if Path(spec).is_dir() else None
     if photos is None and labels is not None:
-        raise DataError(f"labeled boxes are for images:DIR, not for '{spec}'; give a folder of images")
+        raise DataError(f"labeled boxes need images:DIR, not '{spec}'; give a directory of images")
     if colon and dataset in _LABEL_BYTES:
         return load_cifar(dataset, Path(folder), split)
     if spec.endswith(".npz"):
@@ -165,7 +168,7 @@ def load_images(
     if photos is not None:
         x, y = open_folder(Path(photos), pipeline or Pipeline())
         return ImageSet(x, y) if labels is None else ImageSet(x, None, load_objects(Path(labels), x))
-    raise DataError(f"the data '{spec}' is not understood; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
+    raise DataError(f"the data '{spec}' is not valid; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
 
 
 def load_cifar(dataset: str, folder: Path, split: str) -> ImageSet:
@@ -186,7 +189,7 @@ def _read_records(path: Path, dataset: str) -> UInt8Array:
         raw = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(
-            f"cannot read '{path}' ({error.strerror or error}); the {dataset} folder must hold the official binary files"
+            f"cannot read '{path}' ({error.strerror or error}); the {dataset} directory must contain the official binary files"
         ) from None
     if raw.size == 0 or raw.size % record:
         raise DataError(f"'{path}' has {raw.size} bytes, not a multiple of {record}; it is not a {dataset} binary file")
@@ -196,25 +199,25 @@ def _read_records(path: Path, dataset: str) -> UInt8Array:
 def _load_npz(path: Path) -> ImageSet:
     with opened_npz(path) as arrays:
         if "x" not in arrays:
-            raise DataError(f"'{path}' has no array named 'x'; it holds {sorted(arrays)}")
+            raise DataError(f"'{path}' has no array named 'x'; it contains {sorted(arrays)}")
         x, y = arrays["x"], arrays.get("y")
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray | None):
-        raise DataError(f"'{path}' holds something else than arrays; write it with numpy.savez(x=..., y=...)")
+        raise DataError(f"'{path}' contains something other than arrays; write it with numpy.savez(x=..., y=...)")
     return ImageSet(_nchw(x, path), _labels(y, len(x) if x.ndim else 0, path))
 
 
 def _nchw(x: GenericArray, path: Path) -> Pixels:
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
         raise DataError(
-            f"'{path}' holds x of shape {x.shape} and type {x.dtype}; images are (n, h, w, c) uint8 or (n, c, h, w) float32; for a "
-            f"model of other inputs, {BY_NAME}"
+            f"'{path}' has x of shape {x.shape} and type {x.dtype}; images are (n, h, w, c) uint8 or (n, c, h, w) float32; for a "
+            f"model with other inputs, {BY_NAME}"
         )
     if x.size == 0:
-        raise DataError(f"'{path}' holds no image (x has shape {x.shape}); give at least one")
+        raise DataError(f"'{path}' contains no images (x has shape {x.shape}); give at least one")
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2)).astype(np.uint8, copy=False)
     if not np.isfinite(x).all():
-        raise DataError(f"'{path}' holds NaN or infinite pixels in x; clean the images first")
+        raise DataError(f"'{path}' has NaN or infinite pixels in x; fix or remove these images")
     last = x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if last else x).astype(np.float32, copy=False)
 
@@ -223,5 +226,5 @@ def _labels(y: GenericArray | None, count: int, path: Path) -> Int64Array | None
     if y is None:
         return None
     if y.shape != (count,) or y.dtype.kind not in "iu":
-        raise DataError(f"'{path}' holds y of shape {y.shape} and type {y.dtype}; y must be {count} integer class indices")
+        raise DataError(f"'{path}' has y of shape {y.shape} and type {y.dtype}, but y must be {count} integer class indices")
     return y.astype(np.int64)

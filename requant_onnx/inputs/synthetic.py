@@ -1,4 +1,4 @@
-"""Images that need no data, for calibration: noise with the statistics of natural images.
+"""Synthetic images for calibration without data: noise with the statistics of natural images.
 
 Natural images show objects of every size that hide each other.  The dead leaves model (Lee, Mumford and Huang 2001, Int. J.
 Computer Vision 41) does the same: opaque shapes dropped at random, their radii r distributed as r**-3, which makes the image

@@ -2,7 +2,7 @@
 
     x_hat = scale * (q - zero_point),   q = clip(rint(x / scale) + zero_point, 0, 255)
 
-over [alpha * min, alpha * max] as for weights.  Zero is exact at every alpha, so zeros are not counted.
+over [alpha * min, alpha * max], as for weights.  Zero is exact at every alpha, so zeros are not counted.
 """
 
 from __future__ import annotations

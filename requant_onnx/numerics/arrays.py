@@ -1,4 +1,4 @@
-"""Array types, by element type."""
+"""Array types by element type, for annotations."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Average precision of detections, with a weight for each image, so that images can be drawn again.
+"""Average precision of detections, with a weight for each image, so that images can be resampled.
 
 With weights n of the images, and detections by falling score, true and false positives up to one are t = sum n * right and f = sum
 n * wrong; recall is t / sum n * objects, precision t / (t + f).  AP is the mean over 101 recalls 0, 0.01, .. 1 of the highest
-precision at that recall or a higher one, as COCO has it; with n = 1 it is what pycocotools computes.
+precision at that recall or a higher one, as COCO defines it; with n = 1, it equals that of pycocotools.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Outputs of detectors as boxes: one function for each kind of head, which gives None where the outputs are no such head.
+"""Convert outputs of detectors to boxes: one function for each kind of head, which returns None if the outputs do not match.
 
 N anchors: the cells of strides 8, 16 and 32, once or three times (P6 nets add 64).
 Cells of YOLOX (Ge et al. 2021, arXiv 2107.08430): center (t + cell) * stride, size exp(t) * stride.
@@ -114,7 +114,7 @@ def _parts(rows: Float64Array, images: int) -> list[Float64Array] | None:
 
 
 def boxes(order: Sequence[int], centered: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
-    """An output of boxes beside one of scores, with or without one of labels.  order: the columns of x, y, x, y."""
+    """An output of boxes next to one of scores, with or without one of labels.  order: the columns of x, y, x, y."""
     found = [output for output in outputs if output.ndim in (2, 3) and output.shape[-1] == 4]
     if len(found) != 1:
         return None

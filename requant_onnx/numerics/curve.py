@@ -210,7 +210,7 @@ def _running(values: AnyArray) -> Float64Array:
 
 
 def _energy(values: AnyArray, times: AnyArray | None) -> float:
-    """The sum of squares of a row, each counted so many times, in pieces that take little memory."""
+    """The weighted sum of squares of a row, in pieces that need little memory."""
     total = 0.0
     for piece in slices(values.size, LONG):
         part = values[piece].astype(np.float64)

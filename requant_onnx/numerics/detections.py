@@ -1,7 +1,7 @@
-"""Objects that a detector finds in an image: weak and doubled ones dropped, and matched between two models.
+"""Objects that a detector finds in an image, without weak ones and duplicates, and their matches between two models.
 
-Boxes are corners x1, y1, x2, y2 in whatever unit the model gives; a match needs the same class and an overlap, which has none.
-Doubled ones are dropped greedily, class by class, the strongest first.
+Boxes are corners x1, y1, x2, y2 in the unit of the model; a match needs the same class and an overlap, which has no unit.
+Duplicates are dropped greedily, class by class, the strongest objects first.
 """
 
 from __future__ import annotations

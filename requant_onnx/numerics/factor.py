@@ -2,8 +2,8 @@
 
     H + damping = R R',   R upper triangular, with inputs in the order of falling power
 
-In blocks, products in float32 and the factors of the blocks on the diagonal in float64.  Products are divided into strips, the same
-ones for every number of threads.
+It is computed in blocks, with products in float32 and factors of the diagonal blocks in float64.  Products are divided
+into strips, which are the same for every number of threads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 
 @dataclass(frozen=True)
 class Factor:
-    """Of G matrices.  r: (G, n, n), of which only the upper triangle counts.  order: (G, n), the inputs, that of most power first.
+    """The factors of G matrices.
 
-    inverses: of the blocks on the diagonal, (G, b, b), by `blocks`.
+    r: (G, n, n), of which only the upper triangle counts.  order: (G, n), the inputs by falling power.
+    inverses: inverses of the blocks on the diagonal, (G, b, b), by `blocks`.
     """
 
     r: Float32Array
@@ -34,7 +35,7 @@ class Factor:
 
     @property
     def blocks(self) -> list[slice]:
-        """Of columns, in ascending order; the first may be smaller."""
+        """Blocks of columns, in ascending order; the first may be smaller."""
         return _blocks(self.r.shape[-1])
 
     def solve(self, b: Float64Array) -> Float64Array:

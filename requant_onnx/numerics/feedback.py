@@ -3,14 +3,14 @@
 The output error of one channel with the weights w, decoded to w_hat, is (w_hat - w) H (w_hat - w)' with H = E[x x'].
 
     feedback    (GPTQ, arXiv 2210.17323)  with H = R R', R upper triangular, the error is the sum over k of the squares of
-                sum_(j <= k) e_j R_jk,  e = w - w_hat:  input by input, w_k is rounded after what makes up for those before it,
+                sum_(j <= k) e_j R_jk,  e = w - w_hat:  input by input, w_k is rounded after a correction for those before it,
                 w_k + sum_(j < k) e_j R_jk / R_kk
     descent     change one code at a time while that lowers the error, until none does
     scale       with the levels l fixed, the best scale is (l H w) / (l H l)
-    price       where bits of codes count too, feedback and descent lower the sum of both (price.py)
+    price       if bits of codes also count, feedback and descent reduce the sum of both (price.py)
 
 All arrays begin with the groups of channels, (G, ...).  Rows are independent, and divided into the same strips for every number of
-threads; what earlier columns do to a block of later ones is one matrix product in float32.
+threads; the effect of earlier columns on a block of later ones is one matrix product in float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The heads of detectors: one row of HEADS for each kind.
 
-Recognized are only those whose shapes can hardly be anything else; the others have to be told, and a head that is told may have any
+Only heads whose shapes can hardly be anything else are recognized; the others must be named.  A head that is named may have any
 number of anchors, and its axes in either order.
 """
 
@@ -24,9 +24,9 @@ TASK = "detect:"
 
 @dataclass(frozen=True)
 class Head:
-    """A kind of head.  what: its outputs, in words.  read: None where the outputs are no such head.
+    """A kind of head.  what: description of its outputs.  read: reads the outputs; it returns None if they are not of this kind.
 
-    ids: whether its classes are the category ids of annotations, not their places.  is_recognized: also where it is not told.
+    ids: whether its classes are category ids of the annotations, not indices.  is_recognized: whether it needs no name.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Head:
 XYXY, YXYX = (0, 1, 2, 3), (1, 0, 3, 2)
 HEADS = {
     "yolov8": Head("(n, 4 + classes, N): center, size, scores; YOLOv8, v9, v11", partial(yolo, 2, False), is_recognized=True),
-    "yolox": Head("like yolov5, in units of cells of strides 8, 16 and 32, with sizes as logarithms", yolox, is_recognized=True),
+    "yolox": Head("like yolov5, but in grid cells (strides 8, 16, 32), with sizes as logarithms", yolox, is_recognized=True),
     "yolov5": Head("(n, N, 5 + classes): center, size, objectness, scores; YOLOv5, v7", partial(yolo, 1, True), is_recognized=True),
     "nms": Head(
         "(n, k, 6), (k, 6) or (k, 7): corners, score, class; with 7 values, the image comes first",
@@ -59,7 +59,7 @@ HEADS = {
 
 
 def head_of(task: str) -> str:
-    """The head that a task names.  Raises ConfigError.
+    """The head that a task names, a key of HEADS.  Raises ConfigError.
 
     >>> head_of("detect:yolox")
     'yolox'
@@ -68,17 +68,17 @@ def head_of(task: str) -> str:
     if name == task or name not in HEADS:
         near = difflib.get_close_matches(name, HEADS, 1)
         hint = f"is it '{TASK}{near[0]}'?" if near else f"give {TASK}HEAD, with one of {', '.join(HEADS)}"
-        raise ConfigError(f"the task '{task}' is not known; {hint}")
+        raise ConfigError(f"the task '{task}' is unknown; {hint}")
     return name
 
 
 def find_candidates(
     outputs: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None
 ) -> list[Candidates] | None:
-    """What the outputs say of each image; None where they are no recognized head.
+    """The detections in each image; None if the outputs are not a recognized head.
 
-    outputs: of the model, in order.  images: in the batch.  size: height and width of the images, where the model takes any.
-    head: a key of HEADS.  Raises DataError where the outputs cannot be that head.
+    outputs: outputs of the model, in order.  images: number of images in the batch.  size: (height, width) of the images, or None.
+    head: a key of HEADS, None to recognize it.  Raises DataError if the outputs cannot be that head.
     """
     arrays = [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind in "fiu"]
     if head is not None:
@@ -86,7 +86,7 @@ def find_candidates(
         if found is None:
             shapes = ", ".join("x".join(map(str, np.shape(y))) or "()" for y in outputs)
             of = "" if size is None else f" on images of {size[0]}x{size[1]}"
-            raise DataError(f"the outputs have the shapes {shapes}{of} and are no head '{head}', which is {HEADS[head].what}")
+            raise DataError(f"the outputs have the shapes {shapes}{of}, which do not match the head '{head}': {HEADS[head].what}")
         return found
     if len(arrays) < len(outputs):
         return None

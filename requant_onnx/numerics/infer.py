@@ -1,4 +1,4 @@
-"""Find the grid that quantized weights lie on, from their values alone, so that files of any tool can be analyzed."""
+"""Infer the grid of quantized weights from their values alone, so that files of any tool can be analyzed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLED = 4  # rows that are tried first, those with the most levels
 
 @dataclass(frozen=True)
 class InferredGrid:
-    """A grid that all rows lie on.
+    """A grid that contains all rows.
 
     table: level table.  scale: value of one integer level, (rows,) float64; 0 for a row of zeros.
     """
@@ -31,7 +31,7 @@ class InferredGrid:
 
 
 def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None:
-    """Find the grid of fewest bits, and then of the simplest kind, on which all rows lie; None where there is none.
+    """Find the grid of fewest bits, and then of the simplest kind, that contains all rows; None if there is none.
 
     rows: decoded weights, (rows, n), one row per scale.  half: whether they were rounded to float16.
 
@@ -55,7 +55,7 @@ def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None
 
 
 def _tables(fewest: int) -> Iterator[LevelTable]:
-    """Tables of at least so many levels."""
+    """Tables with at least this number of levels."""
     for bits in (width for width, levels in LEVELS.items() if levels >= fewest):
         for kind in KINDS:
             yield level_table(bits, kind)

@@ -3,8 +3,8 @@
     v = sign(w) * |w|**a        transformed space, where the levels k are one step apart
     w = sign(v) * |v|**(1/a)    a = 1: uniform levels;  a = 1/2: the square root of REQuant (arXiv 2510.04044)
 
-Other modules use the members of a kind: no exponent is compared outside this module.  To add a kind that is no power, write a class
-with the same members and add it to `GridKind`.
+Other modules use the members of a kind: no exponent is compared outside this module.  To add a kind that is not a power, write a
+class with the same members and add it to `GridKind`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Multiple-choice knapsack: one choice for each item, the least total error for every total size.
+"""The multiple-choice knapsack problem: one choice for each item, with the least total error for every total size.
 
-Solved for all sizes at once, by merging one item after another into the front of sums of which no other is both smaller and
-better (Nemhauser and Ullmann 1969; multiple choice: Dyer, Kayal and Walker 1984).  Exact up to MAX_POINTS sums; beyond that,
-one sum represents others of nearly the same size, and a result is still a real sum, never above its size.
+It is solved for all sizes at once, by merging one item after another into the front of sums for which no other is both smaller
+and better (Nemhauser and Ullmann 1969; multiple choice: Dyer, Kayal and Walker 1984).  The result is exact up to MAX_POINTS sums;
+beyond that, one sum represents others of nearly the same size, but a result is still an actual sum, never above its size.
 """
 
 from __future__ import annotations

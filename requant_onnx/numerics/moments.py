@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs and of its target outputs, summed batch by batch; what rounding has to know.
+"""Second moments of a layer's inputs and target outputs, summed batch by batch, which rounding needs.
 
 A Conv is a matrix product for each place of its kernel: y[r] = sum_c w[r, c] x[c] + b[r] with c over (ic/group, kh, kw).
 With the means removed (the bias absorbs them), the squared error of a row w_hat against the target y is
@@ -126,14 +126,14 @@ class Sample:
         return all(np.isfinite(part).all() for part in (*self.x, *self.y))
 
     def sums(self) -> tuple[Float64Array, Float64Array, int]:
-        """Of x, (G, n), and of y, (G, rows), and the number of places."""
+        """Sums of x, (G, n), and of y, (G, rows), and the number of places."""
         x = sum((part.sum(1, dtype=np.float64) for part in self.x), np.zeros(()))
         y = sum((part.sum(1, dtype=np.float64) for part in self.y), np.zeros(()))
         return np.asarray(x), np.asarray(y), sum(part.shape[1] for part in self.x)
 
     @property
     def power(self) -> float:
-        """Of all outputs of a place, on average; tiny where all are 0."""
+        """The average power of all outputs of a place; tiny if all are 0."""
         places = sum(part.shape[1] for part in self.y)
         total = sum(float(np.square(part, dtype=np.float64).sum()) for part in self.y)
         return float(max(total / places, 1e-30))

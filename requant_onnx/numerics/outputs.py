@@ -1,10 +1,10 @@
-"""How alike the outputs of two models are: errors of every output, and answers where an output is one of a known kind.
+"""The similarity of the outputs of two models: the errors of every output, and the answers of outputs of a known kind.
 
 scores        (n, classes), also (n, classes, 1, 1): the same largest score; among the five largest
 mask          (n, classes, h, w) with h and w of the image or a quarter of them, at least: the same class at a pixel, mean IoU;
-              (n, 1, h, w): the same side of 1/2 where all values lie in 0..1, else of 0
+              (n, 1, h, w): the same side of 1/2 if all values are in 0..1, else of 0
 text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC's rule, class 0 the blank
-detections    see heads.py: detections of the reference that the candidate has too, and how many it has beside them
+detections    see heads.py: detections of the reference that the candidate also has, and the number of additional ones
 texts         arrays of strings: equal ones
 values        all others: errors only
 """
@@ -29,22 +29,22 @@ FEWEST_STEPS, ALPHABET = 4, 10  # of a text
 
 
 SAME = {
-    "top-1": "of the top-1 answers are those of the float model",
-    "pixels": "of the pixels have the class that the float model gives them",
-    "strings": "of the strings are those of the float model",
-    "texts": "of the texts are those of the float model",
+    "top-1": "of the top-1 answers agree with the float model",
+    "pixels": "of the pixels have the same class as in the float model",
+    "strings": "of the strings agree with the float model",
+    "texts": "of the texts agree with the float model",
     "detections": "of the float model's detections are found again",
 }
-"""What an agreement is the share of, by `OutputReport.what`."""
+"""The end of a sentence on an agreement, after its percentage, by `OutputReport.what`."""
 
 
 @dataclass(frozen=True)
 class OutputReport:
-    """How alike one output of two models is.
+    """The similarity of one output of two models.
 
-    kind: see above.  sqnr_db, cosine: None where it is no tensor of numbers, or has another shape in each model.
-    largest: largest difference.  agreement: share of answers that are the same, 0..1; None where there is none.
-    what: of what, for instance "top-1", "pixels".  extra: other figures of the kind, by name.  count: answers compared.
+    kind: see above.  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or the shapes differ.
+    largest: largest difference.  agreement: share of identical answers, 0..1; None if there are no answers.
+    what: kind of the answers, for example "top-1" or "pixels".  count: answers compared.  extra: other figures, by name.
     """
 
     name: str
@@ -60,7 +60,7 @@ class OutputReport:
 
     @property
     def standard_error(self) -> float:
-        """Of the agreement, as a binomial share."""
+        """The standard error of the agreement, as a binomial share."""
         if self.agreement is None or not self.count:
             return 0.0
         return math.sqrt(self.agreement * (1 - self.agreement) / self.count)

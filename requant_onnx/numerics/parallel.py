@@ -1,4 +1,4 @@
-"""Threads for work that is divided in the same way however many of them there are: results do not depend on their number."""
+"""Threads for work that is always divided in the same way, so that results do not depend on their number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _limit: ContextVar[int | None] = ContextVar("threads", default=None)
 
 @contextmanager
 def thread_limit(count: int | None) -> Iterator[None]:
-    """Use at most so many threads inside; None: as many as the machine has processors."""
+    """Limit the number of threads in a block; None: one per processor."""
     token = _limit.set(count)
     try:
         yield

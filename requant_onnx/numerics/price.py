@@ -1,13 +1,13 @@
-"""Rate-aware rounding: what a code costs is its error and its bits (rate-aware GPTQ: CERWU, arXiv 2505.18758).
+"""Rate-aware rounding: the cost of a code is its error and its bits (rate-aware GPTQ: CERWU, arXiv 2505.18758).
 
     cost(q) = (wanted - scale * (q - zero))**2 * power + slope * bits(q),    bits(q) = -log2(share of the code q)
 
-with the power of the input (R_kk**2 of feedback.py).  The bits come from the codes of the weight itself, and are estimated again
-once these have changed: what becomes rarer gets dearer.  Uniform levels with one scale for all weights that have one second moment
+with the power of the input (R_kk**2 of feedback.py).  The bits are estimated from the codes of the weight itself, and again after
+these have changed: rarer codes become more expensive.  Uniform levels with one scale for all weights that have one second moment
 matrix are nearly the best that can be done before an entropy coder, and the levels reach as far as the weights do.
 
-The slope is that of the whole: RATE * scale**2 * power.  Error falls by the square of the scale and bits by its logarithm, so two
-weights with equal scale**2 * power lose equally much for a bit, whatever their shapes are.
+The slope is the same everywhere: RATE * scale**2 * power.  Error falls by the square of the scale and bits by its logarithm, so two
+weights with equal scale**2 * power lose the same amount for a bit, regardless of their shapes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rounding to codes and back; quantize.py says what it computes."""
+"""Rounding to codes and back; quantize.py defines the formulas."""
 
 from __future__ import annotations
 

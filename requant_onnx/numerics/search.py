@@ -2,10 +2,10 @@
 
 1. Scan alpha = 64/64, 63/64, ... (in steps of 1/256 for short rows) and stop where the clipping error alone, which only grows as
    alpha falls, exceeds the best error seen: no skipped point can win.
-2. Scan twice around the best point (five times where rounding is not to the level of least error), each time 4 times finer: every
-   weight that changes its level puts a kink in the curve, and so near its flat bottom there are many minima.
+2. Scan twice around the best point (five times if rounding is not to the level of least error), each time 4 times finer: every
+   weight that changes its level adds a kink to the curve, so there are many minima near its flat bottom.
 3. Exact finish: between two kinks the error is a parabola in the scale.  Go to the vertex of the parabola at the best point, where
-   the error is no larger, and on to the vertex of the parabola there, until the error falls no more.
+   the error is no larger, and on to the vertex of the parabola there, until the error no longer decreases.
 
 The result is the best of all points evaluated, hence never worse than the scan or than alpha = 1.  All steps are taken for many
 rows of weights at once.

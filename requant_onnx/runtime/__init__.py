@@ -1,1 +1,1 @@
-"""Everything that uses ONNX Runtime: sessions, running a model whole or node by node, and what happens to each weight."""
+"""Everything that uses ONNX Runtime: sessions, running a model as a whole or node by node, and the treatment of each weight."""

@@ -1,4 +1,4 @@
-"""What 8-bit activations do to the outputs of a model: Q/DQ around some of them, in float, on a few calibration inputs."""
+"""The error that 8-bit activations add to the outputs of a model, simulated in float on a few calibration inputs."""
 
 from __future__ import annotations
 

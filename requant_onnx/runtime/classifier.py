@@ -1,4 +1,4 @@
-"""Image classifiers: models with one image input, run on batches, with clear refusals of anything else."""
+"""Image classifiers: models with one image input, which run on batches; other models are refused with a clear message."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Classifier(ImageInput):
         classes = max(scores.shape[1:], default=0)
         if scores.shape[:1] != x.shape[:1] or scores.size != len(x) * classes or classes < 2:
             raise ModelError(
-                f"the first output of {self.name} has shape {scores.shape}, not one row of scores for each of {len(x)} images"
+                f"the first output of {self.name} has shape {scores.shape}, not one row of scores per image for {len(x)} images"
             )
         return scores.reshape(len(x), -1).astype(np.float32)
 
@@ -125,13 +125,13 @@ def open_classifier(
     if len(inputs) != 1:
         listed = ", ".join(f"'{item.name}'" for item in inputs)
         raise ModelError(
-            f"{name} has {len(inputs)} inputs ({listed}), and images are run only through models with one image input; {BY_NAME}"
+            f"{name} has {len(inputs)} inputs ({listed}), but images need a model with a single image input; {BY_NAME}"
         )
     shape = tuple(n if isinstance(n, int) and n > 0 else None for n in inputs[0].shape)
     if len(shape) != 4 or inputs[0].type not in INPUT_TYPES:
         raise ModelError(
             f"the input '{inputs[0].name}' of {name} is a {inputs[0].type} of shape {inputs[0].shape}, "
-            f"and images are run only through models that take images of 4 dimensions; {BY_NAME}"
+            f"but images need a model whose input has 4 dimensions; {BY_NAME}"
         )
     return Classifier(inputs[0].name, INPUT_TYPES[inputs[0].type], shape, name, session, size)
 
@@ -142,7 +142,7 @@ def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:
         wanted = "x".join("?" if n is None else str(n) for n in classifier.shape[1:])
         given = "x".join(map(str, image))
         raise DataError(
-            f"the images are {given} and {classifier.name} takes {wanted}; give images of that size (for a folder of images, --fit)"
+            f"the images are {given}, but {classifier.name} takes {wanted}; give images of that size (for a directory, use --fit)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the CPU that runs this has."""
+"""Features of the CPU of this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ X86 = ("x86_64", "amd64", "i386", "i686")
 
 
 def adds_exactly() -> bool:
-    """Whether ONNX Runtime's integer kernels add products of 8-bit codes without saturation: with VNNI, and on other CPUs than x86.
+    """Whether ONNX Runtime's integer kernels add products of 8-bit codes without saturation: with VNNI, and on non-x86 CPUs.
 
-    False where nothing is known of an x86 CPU.  https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    False for an x86 CPU with unknown features.  https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
     if platform.machine().lower() not in X86:
         return True

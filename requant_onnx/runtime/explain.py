@@ -1,4 +1,4 @@
-"""What ONNX Runtime really does with each weight, read from the graph that it has optimized."""
+"""The actual treatment of each weight by ONNX Runtime, read from the graph that it has optimized."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from requant_onnx.runtime.sessions import load_runnable, optimized_graph
 
 @dataclass(frozen=True)
 class WeightFate:
-    """One weight of one node.  kernel: the operator that reads it in the end.  why: why it is not faster, "" where it is fastest.
+    """The treatment of one weight of one node.  kernel: operator that reads it.  why: why it is not faster, "" if it is fastest.
 
-    behind: the names of all tensors that it is decoded from, its own included.
+    behind: names of all tensors that it is decoded from, including its own.
     """
 
     name: str
@@ -44,15 +44,16 @@ class WeightFate:
 
 CONVERTED = (
     "tools that fold constants (onnxsim, onnxslim, quant_pre_process, a saved optimized model) expand this file to float size, and "
-    "quantizers quantize it a second time: give them the model that it was made from, or what requant restore makes of it"
+    "quantizers quantize it a second time; give these tools the original model, or the output of requant restore"
 )
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One model in one version of ONNX Runtime.
+    """The treatment of one model by one version of ONNX Runtime.
 
-    operators: operator -> count in the optimized graph.  notes: what users should know of the file.
+    runtime: version of ONNX Runtime.  operators: number of nodes by operator, in the optimized graph.
+    weights: treatment of each weight.  notes: sentences for users of the file.
     """
 
     runtime: str
@@ -83,9 +84,9 @@ def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dic
 
 
 def explain(model: ModelLike | LoadedModel) -> Explanation:
-    """Load a model in ONNX Runtime with default options and say what happens to each weight.
+    """Load a model in ONNX Runtime with default options, and list the treatment of each weight.
 
-    Raises ModelError when it cannot be loaded.
+    model: path, ModelProto, bytes or binary file object.  Raises ModelError if it cannot be loaded.
     """
     loaded = load_runnable(model)
     with scratch_folder() as folder:
@@ -184,12 +185,12 @@ def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) 
     kernel = next((fates.kernels[name] for name in (*results, *sorted(exclusive)) if name in fates.kernels), "")
     decoder = fates.decoder(exclusive, exclusive & _codes_of(tensor))
     if find_root(tensor) is not None:
-        return WeightFate(tensor.name, node.op, shape, Fate.FLOAT, node.op, "stored as float; convert it")
+        return WeightFate(tensor.name, node.op, shape, Fate.FLOAT, node.op, "stored as float; convert the model")
     if kernel:
-        why = "with activations that it rounds to int8 by default" if kernel == "MatMulNBits" else ""
+        why = "it rounds its activations to int8 by default" if kernel == "MatMulNBits" else ""
         return WeightFate(tensor.name, node.op, shape, Fate.FUSED, kernel, why)
     if looks_up_codes(node):
-        return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, "only the entries that are looked up")
+        return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, "only the entries that are looked up are decoded")
     if decoder:
         return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, _why_decoded(node, tensor, decoder))
     return WeightFate(tensor.name, node.op, shape, Fate.FOLDED, node.op, _why_float(node))
@@ -217,11 +218,11 @@ def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
         codes = tensor.inputs[0].inputs[0]
         quantized = any(result.outputs and result.outputs[0].op == "QuantizeLinear" for result in _results(node))
         if not quantized and not OPERATORS[node.op].float_results:
-            return "its output is not quantized, so no integer kernel takes it"
+            return "its output is not quantized, so no integer kernel can be used"
         kind = onnx.TensorProto.DataType.Name(codes.dtype).lower() if isinstance(codes.dtype, int) else codes.dtype
         if kind is not None and str(kind) not in ("int8", "uint8"):
-            return f"no integer kernel takes codes of type {kind}; int8 is taken"
-        return "ONNX Runtime finds no integer kernel for what follows it"
+            return f"no integer kernel reads codes of type {kind}; int8 is supported"
+        return "ONNX Runtime has no integer kernel for the nodes after it"
     return (
         "ONNX Runtime never folds DequantizeLinear; use --form folded, or session.disable_quant_qdq=1 (requant_onnx.load_session)"
     )
@@ -229,5 +230,5 @@ def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
 
 def _why_float(node: gs.Node) -> str:
     if _producer(node.inputs[0]) == "DequantizeLinear":
-        return "the decode gives a float weight, so no integer kernel takes it"
-    return "float speed, for its activations are float; --form int8 quantizes them"
+        return "the decode gives a float weight, so no integer kernel can be used"
+    return "float speed, because its activations are float; --form int8 quantizes them"

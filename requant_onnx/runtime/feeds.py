@@ -134,7 +134,7 @@ def fit_feed(session: InferenceSession, feed: Feed) -> Feed:
     """Inputs in the types that a model takes.  Raises DataError where they are not those of the model, or do not fit."""
     taken = {item.name: item for item in session.get_inputs()}
     if feed.keys() != taken.keys():
-        raise DataError(f"the inputs given are {sorted(feed)} and the model takes {sorted(taken)}; give each by its name")
+        raise DataError(f"the given inputs are {sorted(feed)}, but the model takes {sorted(taken)}; give each by its name")
     return {name: _fitted(taken[name], values) for name, values in feed.items()}
 
 
@@ -152,7 +152,7 @@ class FedModel:
         first = self.session.get_outputs()[0].name
         values = run_session(self.session, self.name, [first], fit_feed(self.session, feed))[0]
         if not isinstance(values, np.ndarray) or values.dtype.kind in "OSU" or values.size == 0:
-            raise ModelError(f"the first output of {self.name} is no tensor of numbers, so there is nothing to compare")
+            raise ModelError(f"the first output of {self.name} is not a tensor of numbers, so there is nothing to compare")
         return values.reshape(1, -1).astype(np.float32)
 
     def latency(self, feed: Feed) -> float:
@@ -183,14 +183,14 @@ def _fitted(item: Any, values: AnyArray) -> AnyArray:
     if not fits or cast is None:
         have, want = (_listed(shape) for shape in (values.shape, ["?" if size is None else size for size in sizes]))
         raise DataError(
-            f"the input '{item.name}' is given as {values.dtype} of shape {have} and the model takes {kind} of shape {want}; "
-            "make it so"
+            f"the input '{item.name}' has type {values.dtype} and shape {have}, but the model takes {kind} of shape {want}; "
+            "convert it"
         )
     return cast
 
 
 def _cast(values: AnyArray, kind: str) -> AnyArray | None:
-    """None where values would change, or NumPy lacks the type."""
+    """The values in another type; None if values would change, or NumPy lacks the type."""
     if str(values.dtype) == kind:
         return values
     if values.dtype.kind == "U" or kind == "string":
@@ -244,11 +244,11 @@ def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
         return calibration.images.drawn(calibration.count, calibration.seed)
     image = classifier.image_shape(calibration.size)
     if image is not None and calibration.size not in (None, image[1:]):
-        raise DataError(f"the model takes images of {image[1]}x{image[2]}, not noise of another size; drop the size")
+        raise DataError(f"the model takes images of {image[1]}x{image[2]}, so noise cannot have another size; drop the size")
     if image is None:
-        raise DataError("the model leaves the size of its images free; give noise of a size, for instance noise:224x224, or images")
+        raise DataError("the model leaves the size of images free; give noise with a size, for example noise:224x224, or images")
     if calibration.count * math.prod(image) > MAX_VALUES:
-        raise DataError(f"{calibration.count} images of {image[1]}x{image[2]} are too much noise to hold; make fewer of it")
+        raise DataError(f"{calibration.count} noise images of {image[1]}x{image[2]} do not fit in memory; use fewer")
     return ImageSet(noise_images(calibration.count, *image, seed=calibration.seed), None)
 
 
@@ -260,5 +260,5 @@ def _batch_size(classifier: Classifier, images: ImageSet, normalization: Normali
 
 def _add(histogram: Histogram, name: str, values: AnyArray) -> None:
     if not np.isfinite(values).all():
-        raise ModelError(f"'{name}' is NaN or infinite on the calibration inputs; check them and their normalization")
+        raise ModelError(f"'{name}' has NaN or infinite values on the calibration inputs; check the inputs and their normalization")
     histogram.add(values.astype(np.float32, copy=False))

@@ -1,7 +1,7 @@
 """Compute weights that the graph derives from float constants: weight normalization, slices and joins of constants, scaled weights.
 
-A decode of integer codes is no such weight.  What tells the two apart is size: computing a weight has to take away at least as many
-floats as it adds, and codes are no floats.
+A decode of integer codes is not such a weight.  The two differ in size: computing a weight must remove at least as many floats as
+it adds, and codes are not floats.
 """
 
 from __future__ import annotations

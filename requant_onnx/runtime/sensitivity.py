@@ -1,4 +1,4 @@
-"""What errors in the weights do to the outputs of a model: measured in ONNX Runtime, on a few calibration inputs."""
+"""The effect of errors in the weights on the outputs of a model, measured in ONNX Runtime on a few calibration inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from requant_onnx.runtime.sessions import open_session, run_session
 from requant_onnx.runtime.stream import Chunk, constants_to_initializers
 
 Outputs = list[list[Float64Array]]
-"""For each chunk of inputs, the outputs."""
+"""The outputs for each chunk of inputs."""
 
 
 def output_errors(

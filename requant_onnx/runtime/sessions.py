@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: of any model, of a converted file with the options that suit it, and optimized graphs."""
+"""ONNX Runtime sessions for any model, sessions with suitable options for a converted file, and optimized graphs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CPU = "CPUExecutionProvider"
 def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
     """Register libraries of custom operators with every session from now on, in this process and those it starts.
 
-    libraries: paths, as for onnxruntime.SessionOptions.register_custom_ops_library; none forgets those of before.
-    Raises ConfigError when one cannot be loaded.  https://onnxruntime.ai/docs/reference/operators/add-custom-op.html
+    libraries: paths, as for onnxruntime.SessionOptions.register_custom_ops_library; they replace those of earlier calls.
+    Raises ConfigError if one cannot be loaded.  https://onnxruntime.ai/docs/reference/operators/add-custom-op.html
     """
     for library in libraries:
         _register(onnxruntime.SessionOptions(), library)
@@ -40,11 +40,11 @@ def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
 def use_provider(name: str | None) -> None:
     """Run models on an execution provider of the installed ONNX Runtime from now on, in this process and those it starts.
 
-    Calibration, self-checks and validation run there, and what it lacks runs on the CPU.  Constants of a model are always computed
-    on the CPU, which `explain` and the promises of the forms are about too.  Results change within the rounding of the provider.
+    Calibration, self-checks and validation run there; operators that it lacks run on the CPU.  Constants of a model are always
+    computed on the CPU, and `explain` always describes the CPU.  Results differ by the rounding of the provider.
 
-    name: with or without "ExecutionProvider", in any case, for instance "cuda"; None: the CPU.
-    Raises ConfigError where ONNX Runtime has no such provider.  https://onnxruntime.ai/docs/execution-providers/
+    name: name of the provider in upper or lower case, with or without "ExecutionProvider", for example "cuda"; None: the CPU.
+    Raises ConfigError if ONNX Runtime has no such provider.  https://onnxruntime.ai/docs/execution-providers/
     """
     os.environ[PROVIDER] = CPU if name is None else _provider(name)
 
@@ -59,8 +59,8 @@ def _provider(name: str) -> str:
     wanted = name.lower().removesuffix("executionprovider")
     if wanted not in short:
         raise ConfigError(
-            f"ONNX Runtime {onnxruntime.__version__} has no execution provider '{name}' here; it has {', '.join(sorted(short))}; "
-            "install the package of ONNX Runtime for yours, for instance onnxruntime-gpu"
+            f"ONNX Runtime {onnxruntime.__version__} has no execution provider '{name}'; it has {', '.join(sorted(short))}; "
+            "install the ONNX Runtime package for it, for example onnxruntime-gpu"
         )
     return short[wanted]
 
@@ -69,7 +69,7 @@ def _register(options: onnxruntime.SessionOptions, library: str | os.PathLike[st
     try:
         options.register_custom_ops_library(os.fspath(library))
     except Exception as error:  # onnxruntime raises many types of its own
-        text = f"'{library}' is no library of custom operators that ONNX Runtime loads ({first_line(error)}); check the path"
+        text = f"ONNX Runtime cannot load '{library}' as a library of custom operators ({first_line(error)}); check the path"
         raise ConfigError(text) from None
 
 
@@ -98,11 +98,12 @@ PRECISION = "session.x64quantprecision"
 
 
 def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-    """An InferenceSession on the provider in use (default: the CPU) with the options that suit the form of a converted model.
+    """Open an InferenceSession with the options that suit the form of a converted model, on the provider in use (default: CPU).
 
-    qdq: decode at load (`session.disable_quant_qdq`), for float speed.  int8 with levels up to 127: sums that cannot saturate on
-    CPUs without VNNI (`session.x64quantprecision`).  Any other file: default options.  options: to start from.
-    Raises ModelError when it does not load.
+    qdq files decode at load (`session.disable_quant_qdq`), for float speed.  int8 files with levels up to 127 do not saturate on
+    CPUs without VNNI (`session.x64quantprecision`).  Any other file gets default options.
+    model: path, ModelProto, bytes or binary file object.  options: session options to start from.
+    Raises ModelError if the model does not load.
     """
     options = options or quiet_options()
     source = source_of(model)
@@ -138,7 +139,7 @@ def run_session(
         return list(session.run(outputs, dict(feed)))
     except Exception as error:  # onnxruntime raises many types of its own
         sizes = ", ".join("x".join(map(str, values.shape)) for values in feed.values())
-        raise ModelError(f"{name} fails in ONNX Runtime on inputs of {sizes} ({first_line(error)})") from None
+        raise ModelError(f"{name} fails in ONNX Runtime on inputs with shapes {sizes} ({first_line(error)})") from None
 
 
 def start_session(
@@ -153,7 +154,7 @@ def start_session(
     except Exception as error:  # onnxruntime raises many types of its own
         raise LoadError(f"{name} does not load in ONNX Runtime {onnxruntime.__version__} ({first_line(error)})") from None
     if provider not in session.get_providers():
-        raise ConfigError(f"{provider} does not start on this machine; install what it needs, or use another --provider")
+        raise ConfigError(f"{provider} does not start on this machine; install its libraries, or use another --provider")
     return session
 
 
@@ -162,7 +163,7 @@ def serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> by
     if not isinstance(model, onnx.ModelProto):
         return str(model)
     if is_large(model):
-        raise ModelError(f"{name} is larger than 2 GB, more than ONNX Runtime takes from memory; save it and give its path")
+        raise ModelError(f"{name} is larger than 2 GB, more than ONNX Runtime can load from memory; save it and give its path")
     data: bytes = model.SerializeToString()
     return data
 

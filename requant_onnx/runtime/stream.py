@@ -1,6 +1,6 @@
 """Run a model piece by piece on calibration inputs, in float and with the weights quantized so far, side by side.
 
-Only tensors that a later node reads are kept; inputs are run in chunks, so that nothing is assumed about shapes.
+Only tensors that a later node reads are kept.  Inputs run in chunks, so nothing is assumed about shapes.
 """
 
 from __future__ import annotations

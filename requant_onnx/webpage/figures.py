@@ -1,6 +1,6 @@
-"""Charts as SVG for a page (matplotlib): colors are variables of the page, so that they follow its theme; text stays text.
+"""Charts as SVG for a page (matplotlib).  Colors are variables of the page, so they follow its theme; text stays text.
 
-Each chart has a text that describes it to readers who do not see it.
+Each chart has a text that describes it to readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from requant_onnx.evaluate.weight_comparison import ComparedWeight, Curve, Densi
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}
 MARKERS, LINES = "os^Dvx", ("-", "--")
-EXACT = 120.0  # dB, where outputs without error are drawn
+EXACT = 120.0  # dB, at which outputs without error are plotted
 SMALL, WIDE = (3.6, 2.4), (9.0, 2.7)  # inches, at 72 units an inch
 STYLE = {
     "svg.fonttype": "none",
@@ -47,7 +47,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart.  title: a few words.  text: description in words.  svg: element to insert into a page."""
+    """A chart.  title: short title.  text: description for readers.  svg: element to insert into a page."""
 
     title: str
     text: str
@@ -55,7 +55,7 @@ class Chart:
 
 
 def charts_of(weight: ComparedWeight, number: int) -> list[Chart]:
-    """The charts of one weight; none where it lies on no grid.  number: number that makes the ids unique."""
+    """The charts of one weight; none if it is not on a grid.  number: number that makes the ids unique."""
     if weight.grid is None or weight.curve is None or weight.densities is None or weight.scales is None or weight.alpha is None:
         return []
     space = shown_transform(weight.grid)
@@ -65,7 +65,7 @@ def charts_of(weight: ComparedWeight, number: int) -> list[Chart]:
         _density_chart(plain, "weights and levels", "weight / first level", f"w{number}b"),
         _density_chart(
             transformed,
-            f"the same in the space of {space.formula('w')}",
+            f"weights and levels after {space.formula('w')}",
             f"sign(w) {space.formula('w / first level')}",
             f"w{number}c",
         ),
@@ -88,7 +88,7 @@ def growth_chart(weights: Sequence[ComparedWeight]) -> Chart | None:
         worst = min(known, key=lambda item: item[1])
         shown = {k: "no error" if value == EXACT else f"{value:.1f} dB" for k, value in known}
         ends = [f"{shown[k]} after {weights[k].name}" for k, _ in (known[0], known[-1], worst)]
-        text = f"Output SQNR after each of {len(known)} layers: {ends[0]}, the first; {ends[1]}, the last; the least is {ends[2]}."
+        text = f"Output SQNR after each of {len(known)} layers: first {ends[0]}, last {ends[1]}, lowest {ends[2]}."
         return Chart("Where the error enters, and how it grows", text, _svg(figure, "growth"))
 
 
@@ -123,16 +123,16 @@ def trials_chart(trials: Sequence[Trial], measure: str) -> Chart:
 def _curve_chart(curve: Curve, alpha: tuple[float, float, float], key: str) -> Chart:
     with mpl.rc_context(STYLE):
         figure, axes = _figure(SMALL)
-        axes.plot(curve.alphas, curve.sqnr_db, color=FIRST, lw=1.4, label="one alpha for all")
+        axes.plot(curve.alphas, curve.sqnr_db, color=FIRST, lw=1.4, label="one alpha for all channels")
         axes.plot(*curve.best, "o", color=FIRST, ms=5, label=f"optimum, {curve.best[0]:.2f}")
         axes.plot(1.0, curve.full, "s", color=SECOND, ms=5, label="full range")
-        axes.axhline(curve.per_channel, color=THIRD, lw=1, ls="--", label="each channel its own")
-        axes.axvspan(max(alpha[0], 0.3), min(alpha[2], 1.02), color=FILL, lw=0, label=f"taken, mean {alpha[1]:.2f}")
+        axes.axhline(curve.per_channel, color=THIRD, lw=1, ls="--", label="one alpha per channel")
+        axes.axvspan(max(alpha[0], 0.3), min(alpha[2], 1.02), color=FILL, lw=0, label=f"chosen, mean {alpha[1]:.2f}")
         axes.set(xlabel="alpha", ylabel="weight SQNR, dB", xlim=(0.28, 1.03))
         axes.legend(loc="lower right", fontsize=7)
         text = (
-            f"Weight SQNR over alpha: best {curve.best[1]:.1f} dB at {curve.best[0]:.2f}, {curve.full:.1f} dB with the full range, "
-            f"{curve.per_channel:.1f} dB when each channel has its own; taken were {alpha[0]:.3f} to {alpha[2]:.3f}."
+            f"Weight SQNR over alpha: best {curve.best[1]:.1f} dB at {curve.best[0]:.2f}; {curve.full:.1f} dB with the full range; "
+            f"{curve.per_channel:.1f} dB with one alpha per channel; the chosen values are {alpha[0]:.3f} to {alpha[2]:.3f}."
         )
         return Chart("error over alpha", text, _svg(figure, key))
 
@@ -149,7 +149,7 @@ def _density_chart(density: Density, title: str, label: str, key: str) -> Chart:
         axes.set(xlabel=label, ylabel="density", ylim=(-0.12, 1.05))
         axes.set_yticks([])
         ends = f"from {density.edges[0]:.3g} to {density.edges[-1]:.3g}"
-        text = f"Histogram of the weights, {ends}, with {density.levels.size} levels below it."
+        text = f"Histogram of the weights, {ends}, with its {density.levels.size} levels marked below."
         return Chart(title, text, _svg(figure, key))
 
 

@@ -1,4 +1,4 @@
-"""The network as a picture: a block for each weight, from the top down, each a link to its weight."""
+"""A picture of the network from top to bottom, with a block for each weight, which links to its details."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _places(flow: Sequence[Block]) -> list[tuple[int, int]]:
 
 
 def _line(source: tuple[int, int], target: tuple[int, int]) -> str:
-    """From the middle of the lower edge of one to that of the upper edge of another, past the blocks in between."""
+    """A path from the middle of the lower edge of one block to that of the upper edge of another, around the blocks in between."""
     x1, y1, x2, y2 = source[0] + WIDTH // 2, source[1] + HEIGHT, target[0] + WIDTH // 2, target[1]
     if y2 - y1 <= DOWN - HEIGHT:
         return f"M{x1},{y1}L{x2},{y2}"

@@ -29,13 +29,16 @@ def html_report(
     settings: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> str:
-    """Make a self-contained web page that shows the error and the cost of each weight.  Any tool may have made the candidate.
+    """Make a self-contained web page that shows the error and the cost of each weight.  Returns the page as HTML.
 
-    images: images on which the models are compared, with labels for accuracy.  calibration: other inputs instead of images, noise
-    of a size or inputs by name.  Without both: noise, where the model takes images of a known size.
-    data: name of these inputs, for the reader.  used: whether they were used to make the candidate, which the page then says.
-    conversion: report of the conversion, if there was one.  settings: (title, text) of the settings that made the file.
-    Raises ModelError, DataError as `validate`; ConfigError where the extra `report` is not installed.
+    reference, candidate: path, ModelProto, bytes or binary file object; any tool may have made the candidate.
+    images: images on which the models are compared, with labels for accuracy.  normalization: normalization of uint8 images.
+    calibration: other inputs instead of images, such as inputs by name or noise of a given size.  Without both, noise is used if
+    the model takes images of a known size.
+    data: name of the inputs on the page.  used: whether the conversion also used them, which the page then states.
+    task: detect:HEAD, as in `validate`.  conversion: report of the conversion, if there was one.
+    settings: (title, text) pairs with the settings that made the file.  progress: callback for progress.
+    Raises ModelError and DataError as `validate`; ConfigError if the extra `report` is not installed.
     """
     require()
     from requant_onnx.webpage.report_page import render  # noqa: PLC0415
@@ -47,7 +50,7 @@ def html_report(
 
 
 def html_comparison(comparison: Comparison, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
-    """Make a web page with the table of a comparison, and charts.  Raises ConfigError where the extra `report` is not installed."""
+    """Make a web page with the table and the charts of a comparison.  Raises ConfigError if the extra `report` is not installed."""
     require()
     from requant_onnx.webpage.recipes_page import render_comparison  # noqa: PLC0415
 
@@ -55,7 +58,7 @@ def html_comparison(comparison: Comparison, name: str, settings: Sequence[tuple[
 
 
 def require() -> None:
-    """Raise ConfigError where the extra is not installed."""
+    """Raise ConfigError if the extra `report` is not installed."""
     try:
         import requant_onnx.webpage.report_page  # noqa: F401, PLC0415
     except ImportError as error:

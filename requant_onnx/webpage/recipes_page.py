@@ -23,9 +23,9 @@ def render_comparison(comparison: Comparison, name: str, settings: Sequence[tupl
     return fill(
         "comparison.html",
         title=f"Recipes for {name}",
-        subtitle="Every recipe at every width, beside the float model.",
+        subtitle="Every recipe at every width, compared to the float model.",
         cards=[{"label": label, "value": value, "note": note} for label, value, note in cards],
-        notes=[] if labeled else ["The images have no labels: this says how alike the models answer, not how well."],
+        notes=[] if labeled else ["The images have no labels: this shows how similar the models' answers are, not how good."],
         charts=[trials_chart(comparison.trials, measure) for measure in measures],
         columns=[Column(title, title == "recipe") for title in titles],
         rows=[_row(k, trial, labeled) for k, trial in enumerate(comparison.trials)],

@@ -1,4 +1,4 @@
-"""A self-contained page about a conversion: it needs no network, has a light and a dark theme, and fits every screen width."""
+"""A self-contained page on a conversion, which needs no network, has a light and a dark theme, and fits every screen width."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ THUMBNAIL = 160  # pixels, the longer side of the image of an example
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.  title: heading.  text: whether it holds text.  term: that of the glossary which explains it."""
+    """A column of a table.  title: heading.  text: whether it contains text.  term: term of the glossary that explains it."""
 
     title: str
     text: bool = False
@@ -67,7 +67,7 @@ def render(study: Study, progress: Progress | None = None) -> str:
     return fill(
         "page.html",
         title=Path(study.names[1]).name,
-        subtitle=f"Quantized weights next to {study.names[0]}: what became of each, and what it costs.",
+        subtitle=f"Quantized weights compared to {study.names[0]}: how each was converted, and what it costs.",
         data="" if answers is None else answers.data,
         verdict=study.verdict,
         cards=_cards(study),
@@ -89,10 +89,10 @@ def render(study: Study, progress: Progress | None = None) -> str:
 def _example(shown: Shown) -> dict[str, Any]:
     """An example for the page.  image: as a data URI, "" where there is none."""
     example = shown.example
-    same = f"both {example.answers[0]}" if example.answers[0] else "values only"
+    same = f"both {example.answers[0]}" if example.answers[0] else "only values"
     answers = f"float {example.answers[0]}, converted {example.answers[1]}" if example.differs else same
     sqnr = "no SQNR" if math.isnan(example.sqnr_db) else f"{_decibels(example.sqnr_db)} SQNR"
-    text = f"input {example.index}: {answers}, {f'right is {example.label}, ' if example.label else ''}{sqnr}"
+    text = f"input {example.index}: {answers}, {f'right answer {example.label}, ' if example.label else ''}{sqnr}"
     return {"text": text, "image": "" if shown.pixels is None else _data_uri(shown.pixels), "differs": example.differs}
 
 
@@ -166,7 +166,7 @@ def _cards(study: Study) -> list[dict[str, str]]:
         cards.append(("coverage", f"{made.coverage:.1%}", f"of the bytes of all float constants; {note}"))
     else:
         quantized = sum(weight.outcome == "grid" for weight in study.weights)
-        cards.append(("weights", f"{quantized}", f"of {len(study.weights)} lie on a grid"))
+        cards.append(("weights", f"{quantized}", f"of {len(study.weights)} are quantized"))
     return [{"label": label, "value": value, "note": note, "term": _term(label)} for label, value, note in cards]
 
 
@@ -180,8 +180,8 @@ def _notes(study: Study) -> list[str]:
     notes = [*study.notes, *(result.notes if result else ())]
     notes += study.conversion.notes if study.conversion else ()
     if result is not None and result.top1 is None and result.mean_ap is None:
-        notes.append("the inputs have no labels: this says how alike the models answer, not how well")
-    notes = [f"outputs of layers were compared on {study.inputs}", *notes] if study.inputs else notes
+        notes.append("the inputs have no labels: this shows how similar the models' answers are, not how good")
+    notes = [f"the outputs of layers were compared on {study.inputs}", *notes] if study.inputs else notes
     return [note[:1].upper() + note[1:].rstrip(".") + "." for note in notes]
 
 
@@ -234,19 +234,19 @@ def _detail(number: int, weight: ComparedWeight, fate: WeightFate | None, report
         facts += [("grid", f"{weight.bits} bits, {transform}, {scales}")]
         facts += [("alpha", f"{weight.alpha[0]:.3f} to {weight.alpha[2]:.3f}, mean {weight.alpha[1]:.3f}")]
     kinds = {
-        "same": "the same values",
-        "changed": f"{_decibels(weight.sqnr_db)}, on no grid that is known here",
+        "same": "identical values",
+        "changed": f"{_decibels(weight.sqnr_db)}, on an unknown grid",
         "grid": _decibels(weight.sqnr_db),
         "unknown": "not compared",
     }
     facts += [("weight SQNR", kinds[weight.outcome]), ("output SQNR", _decibels(weight.output_sqnr_db))]
     if not math.isnan(weight.alone_sqnr_db):
-        facts += [("output SQNR of the model, this weight alone", _decibels(weight.alone_sqnr_db))]
+        facts += [("output SQNR of the model with only this weight quantized", _decibels(weight.alone_sqnr_db))]
     if report is not None:
         facts += [("form", report.form), ("method", report.method), ("bytes", f"{report.bytes_before:,} to {report.bytes_after:,}")]
         tried = ", ".join(f"{step} {error:.2e}" for step, error in report.output_errors.items())
-        facts += [("relative output error of what was tried", tried)] if tried else []
-        facts += [("not int8, for it", report.why_not_int8)] if report.why_not_int8 else []
+        facts += [("relative output error by method tried", tried)] if tried else []
+        facts += [("not int8, because it", report.why_not_int8)] if report.why_not_int8 else []
     if fate is not None:
         facts += [
             ("in ONNX Runtime", f"{fate.fate.value}, read by {fate.kernel or weight.op}{f': {fate.why}' if fate.why else ''}")

@@ -1,11 +1,12 @@
-"""A page that runs a float model and its converted file side by side in the browser, by onnxruntime-web.
+"""Serve a page that runs a float model and its converted file side by side in the browser, with onnxruntime-web.
 
     python tools/demo/serve.py                     # then open http://localhost:8000
-    python tools/demo/serve.py --for download      # the file of another goal of requant convert
-    python tools/demo/serve.py --converted my.onnx # a file of your own, made from models/resnet20_cifar10.onnx
+    python tools/demo/serve.py --for download      # another goal of requant convert
+    python tools/demo/serve.py --converted my.onnx # your own file, made from models/resnet20_cifar10.onnx
 
-Converts models/resnet20_cifar10.onnx, compresses both files (gzip, and brotli where it is installed), installs onnxruntime-web from
-npm into tools/demo/build, and serves all of it.  Nothing else is downloaded, and the page loads nothing from elsewhere.
+Converts models/resnet20_cifar10.onnx, compresses both files (with gzip, and with brotli if it is installed), installs
+onnxruntime-web from npm into tools/demo/build, and serves all of this.  Nothing else is downloaded, and the page loads nothing from
+other servers.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def install_runtime(build: Path = BUILD) -> Path:
     manifest = package / "package.json"
     if not manifest.exists() or json.loads(manifest.read_text())["version"] != NPM_VERSION:
         if shutil.which("npm") is None:
-            raise DemoError("npm is missing, which installs onnxruntime-web; install Node.js")
+            raise DemoError("npm, which installs onnxruntime-web, is missing; install Node.js")
         build.mkdir(parents=True, exist_ok=True)
         (build / "package.json").write_text("{}")
         command = ["npm", "install", "--silent", "--ignore-scripts", "--no-audit", f"onnxruntime-web@{NPM_VERSION}"]
@@ -93,7 +94,7 @@ def describe(name: str, title: str, folder: Path) -> dict[str, str | int]:
     try:
         (folder / f"{name}.onnx.br").write_bytes(compress(data, OptimizeFor.BROTLI))
     except ConfigError as error:
-        print(f"note: no brotli, gzip instead: {error}")
+        print(f"note: gzip is used, because brotli is not available: {error}")
     return {"id": name, "title": title, "url": f"{name}.onnx", "bytes": len(data)}
 
 
@@ -118,7 +119,7 @@ def build_site(folder: Path, runtime: Path, goal: str = "web", options: Sequence
     elif converted.is_file():
         shutil.copyfile(converted, folder / "converted.onnx")
     else:
-        raise DemoError(f"'{converted}' is no file; give a model that was made from {MODEL.name}")
+        raise DemoError(f"'{converted}' is not a file; give a model that was made from {MODEL.name}")
     made = f"requant, --for {goal}" if converted is None else converted.name
     models = [describe("float", "float, 32 bits", folder), describe("converted", made, folder)]
     pictures = [f"image{index}.png" for index in SHOWN]
@@ -194,9 +195,10 @@ def main() -> int:
     """Build the site and serve it until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too, which get gzip instead of brotli")
+    what = "address to listen at; 0.0.0.0 also serves other machines, which get gzip instead of brotli"
+    parser.add_argument("--host", default="127.0.0.1", help=what)
     parser.add_argument("--for", dest="goal", choices=tuple(GOALS), default="web", help="goal of requant convert (default: web)")
-    parser.add_argument("--converted", metavar="FILE", type=Path, help="converted model to show, instead of one by --for")
+    parser.add_argument("--converted", metavar="FILE", type=Path, help="converted model to show, instead of one made by --for")
     args = parser.parse_args()
     try:
         site = build_site(BUILD / "site", install_runtime(), args.goal, converted=args.converted)
@@ -204,7 +206,7 @@ def main() -> int:
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"http://localhost:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
+    print(f"http://localhost:{server.server_address[1]}  (press Ctrl-C to stop)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     return 0

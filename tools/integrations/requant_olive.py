@@ -3,11 +3,11 @@
     pip install olive-ai requant_onnx
     python requant_olive.py workflow.json
 
-with a pass in workflow.json, here with the options of `requant convert` that are wanted; width is what a search may choose:
+with a pass in workflow.json, which gives options of `requant convert`; width is the option that a search may choose:
 
     "passes": {"quantize": {"type": "Requant", "options": ["--for", "web"], "width": 4}}
 
-Copy this file to where the workflow is.  From Python: `olive.workflows.run(workflow, package_config=package_config())`.
+Copy this file to the directory of the workflow.  From Python: `olive.workflows.run(workflow, package_config=package_config())`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Requant(Pass):  # type: ignore[misc]
     def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:  # noqa: ARG003
         return {
             "options": PassConfigParam(type_=list, default_value=["--for", "web"], description="options of requant convert"),
-            "width": PassConfigParam(type_=int, default_value=None, description="bits of a weight, 2 to 8; overrides the options"),
+            "width": PassConfigParam(type_=int, default_value=None, description="bits per weight, 2 to 8; overrides the options"),
         }
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> ONNXModelHandler:
@@ -44,7 +44,7 @@ class Requant(Pass):  # type: ignore[misc]
         width = [] if config.width is None else ["--bits", str(config.width)]
         code = requant(["convert", str(model.model_path), str(output), "--quiet", "--force", *config.options, *width])
         if code:
-            raise RuntimeError(f"requant convert ended with exit code {code}; what it said is above")
+            raise RuntimeError(f"requant convert ended with exit code {code}; its message is above")
         return ONNXModelHandler(model_path=str(output))
 
 

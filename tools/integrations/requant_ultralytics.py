@@ -1,14 +1,14 @@
-"""Quantize what Ultralytics (https://github.com/ultralytics/ultralytics) exports to ONNX.
+"""Quantize the ONNX exports of Ultralytics (https://github.com/ultralytics/ultralytics).
 
     from ultralytics import YOLO
     from requant_ultralytics import on_export_end
 
     model = YOLO("yolo11n.pt")
     model.add_callback("on_export_end", on_export_end)
-    model.export(format="onnx")              # yolo11n.onnx, and beside it yolo11n_requant.onnx
+    model.export(format="onnx")              # yolo11n.onnx, and next to it yolo11n_requant.onnx
     YOLO("yolo11n_requant.onnx").predict("bus.jpg")
 
-Copy this file to where your script is, or call quantize_exported("yolo11n.onnx") after an export.
+Copy this file to the directory of your script, or call quantize_exported("yolo11n.onnx") after an export.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PIXELS = ("--mean", "0", "--std", "1")
 
 
 def quantize_exported(path: str | Path, *options: str) -> Path | None:
-    """Write NAME_requant.onnx beside NAME.onnx, and return its path; None, after a sentence on why, where nothing was written.
+    """Write NAME_requant.onnx next to NAME.onnx, and return its path; if nothing was written, print why and return None.
 
     options: of requant convert, instead of --for web; for instance "--bits", "8", or "--calibrate", "images:photos", "--fit".
     """
@@ -31,7 +31,7 @@ def quantize_exported(path: str | Path, *options: str) -> Path | None:
     output = source.with_name(f"{source.stem}_requant.onnx")
     wanted = options or ("--for", "web")
     code = requant(["convert", str(source), str(output), "--force", "--quiet", *PIXELS, *wanted])
-    print(f"requant: {output}" if code == 0 else f"requant: '{source}' stays as it is (exit code {code})")
+    print(f"requant: {output}" if code == 0 else f"requant: '{source}' was not converted (exit code {code})")
     return output if code == 0 else None
 
 

@@ -1,12 +1,12 @@
-"""Weight forms: how codes are stored and decoded in the graph.
+"""The forms of weights: how codes are stored and decoded in the graph.
 
     qdq      codes or their integer levels -> DequantizeLinear     which ONNX Runtime runs at every inference
     folded   levels -> Mul with the scale                          which ONNX Runtime folds to a float weight at load
     int8     levels -> int8 -> DequantizeLinear                    levels folded at load, the rest fused to an integer kernel
 
-Codes are packed to their true width (packing.py), or stored as INT8, UINT8 or UINT4 where that is their width and the target
-runtime can read it.  Weights that differ only in the number of channels are decoded together and then split, for the nodes of a
-decode take more room than many a weight's codes.  https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+Codes are packed to their true width (packing.py), or stored as INT8, UINT8 or UINT4 if that is their width and the target
+runtime can read it.  Weights that differ only in the number of channels are decoded together and then split, because the nodes
+of a decode can be larger than the codes of a weight.  https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _write_dequantize(writer: DecodeWriter, weight: Coded, *inputs: str) -> None
 
 
 def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequence[str] | None = None) -> list[str]:
-    """The stack taken apart into weights of their own shape."""
+    """Split the stack into weights of their own shape."""
     q = stack.quantized
     names: Sequence[str | None] = outputs or [None] * len(stack.sizes)
     if not stack.added_axis:
@@ -233,7 +233,7 @@ def _largest_level(q: QuantizedWeight) -> int:
 
 
 class Fate(Enum):
-    """What ONNX Runtime makes of a weight: it stays the float that is stored, is decoded to a float at load or at every run, or an
+    """The treatment of a weight by ONNX Runtime: it stays a stored float, is decoded to a float at load or in every run, or an
     integer kernel reads its codes."""
 
     FLOAT = "float"
@@ -282,7 +282,7 @@ FORMS: dict[Form, FormRow] = {
         transposes_gemm=True,
         decodes_lookups=True,
         session_options=(("session.disable_quant_qdq", "1"),),
-        hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load: float speed",
+        hint="ONNX Runtime decodes these weights at every inference; --form folded decodes them once, at load, for float speed",
     ),
     Form.FOLDED: FormRow(write=_write_folded, promise=Fate.FOLDED, dequantizes=False, half_vectors=True),
     Form.INT8: FormRow(write=_write_int8, promise=Fate.FUSED, half_vectors=True, on_integers=True, fallback=Form.FOLDED),

@@ -1,4 +1,4 @@
-"""Look up codes before they are decoded: a table behind DequantizeLinear would be decoded whole at every run.
+"""Look up codes before they are decoded, because a table behind DequantizeLinear would be decoded as a whole in every run.
 
     y = Gather(decode(codes), indices)  ->  y = Cast(Gather(levels, indices)) * Gather(scale, indices)
 

@@ -4,14 +4,14 @@
     rows     index + its zero point's first row of the table, where channels have zero points of their own
     levels   Gather(table, index) -> Reshape;  the table holds the levels L[code - zero_point] of the codes of every index
     weights  levels * scale
-    split    the weights of a group, decoded together, apart
+    split    separates the weights of a group that is decoded together
 
-A table is computed in the graph too, by nodes that all decodes of one kind share:  digits of 0, 1, 2, ... = codes;  codes - zero
+A table is also computed in the graph, by nodes that all decodes of one kind share:  digits of 0, 1, 2, ... = codes;  codes - zero
 points = k;  uniform L = k,  square root L = k * |k|,  any other L from a list.
 
 Operators: Cast, Gather, Reshape, Add, Sub, Mul, Div, Mod, Abs, Range, Transpose, Slice, Split (https://onnx.ai/onnx/operators/).
 They read initializers only, so ONNX Runtime computes them once, when it loads the model.  It keeps the results of all of them until
-it has computed the last: what counts are bytes of intermediate results, so levels are int8 until the end.
+it has computed the last one, so levels stay int8 until the end to save memory for intermediate results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Codes of less than 8 bits at their true size in uint8 tensors: a few codes make an index, and a table says what an index is for.
+"""Codes of less than 8 bits, stored at their true size in uint8 tensors: several codes form an index, which a table decodes.
 
     bits            2    3    4    5    6    7       8        1.6  2.33    2.67  3.33  3.67    4.5   5.5
     levels          4    8    16   32   64   128     256      3    5       6     10    12      22    45
@@ -7,10 +7,10 @@
 
 The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B levels.  Its lowest 8 bits are a byte, and what
 is above them is in fields of 4, 2 and 1 bits, of which other bytes hold 2, 4 or 8 each, the first in the lowest bits.  Indices that
-fill a byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7, 8 for 4.5.  A table has at most 2**14 entries, for
-runtimes compute and keep it when they load a model; in so many, 7 levels, say, are stored no better than 8 are.
+fill a byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7, 8 for 4.5.  A table has at most 2**14 entries,
+because runtimes compute it when they load a model, and keep it.  Within this limit, 7 levels, for example, take as much as 8.
 
-A decode is a lookup by Gather, which every runtime does alike; bit operators differ (OpenVINO's BitShift saturates).
+A decode is a lookup by Gather, which is the same in every runtime; bit operators differ (OpenVINO's BitShift saturates).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Packing:
         return int(self.base**self.codes)
 
     def bytes_of(self, count: int) -> int:
-        """The bytes of so many codes, about."""
+        """The approximate bytes of a number of codes."""
         return count * (BYTE + sum(self.fields)) // (BYTE * self.codes)
 
     @property

@@ -1,4 +1,4 @@
-"""Put decodes in the place of weights.  No decisions here: it does what it is given."""
+"""Replace weights by their decodes.  This module makes no decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases and other vectors as float16: all of them in one tensor, one Cast and one Split, for a node each would cost what is saved.
+"""Biases and other vectors as float16: all are in one tensor with one Cast and one Split, because a node for each would be larger.
 
     float16 (n,) -> Cast to float32 -> Split
 

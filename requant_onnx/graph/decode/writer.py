@@ -1,4 +1,4 @@
-"""What decodes are written with: nodes and initializers of one weight or group, and those that the decodes of a model share."""
+"""A writer for decodes: nodes and initializers of one weight or group, and those that the decodes of a model share."""
 
 from __future__ import annotations
 

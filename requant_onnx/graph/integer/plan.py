@@ -1,10 +1,10 @@
-"""Decide which part of a graph runs on 8-bit integers: which activations are quantized, and what each node works on.
+"""The part of a graph that runs on 8-bit integers: which activations are quantized, and which nodes work on them.
 
     weighted   Conv, Gemm, MatMul with a converted weight      int8 weight, uint8 activation -> QLinearConv, QGemm, QLinearMatMul
-    generic    Add, Mul, Concat, pools, Sigmoid, LeakyRelu     where all that they read is uint8 and their result is wanted so
-    moves      MaxPool, Reshape, Slice, Pad, ...               on the codes themselves: values only change places
+    generic    Add, Mul, Concat, pools, Sigmoid, LeakyRelu     if all their inputs are uint8 and their result is wanted as uint8
+    moves      MaxPool, Reshape, Slice, Pad, ...               on the codes themselves, because values only move
 
-A Relu, or a Clip from 0, behind the first two needs no node of its own: codes start at 0 (the zero point is the type's minimum).
+A Relu, or a Clip from 0, after the first two kinds needs no node, because codes start at 0 (the zero point is the type's minimum).
 Every other node works on floats.  https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -135,7 +135,7 @@ def _ceiling(clip: gs.Node) -> float:
 
 
 def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
-    """By id of the node.  A weight counts only if everything that reads it can work on integers."""
+    """The nodes with weights, by id.  A weight counts only if all its readers can work on integers."""
     weighted: dict[int, WeightedNode] = {}
     axes: dict[str, int] = {}
     for node in graph.nodes:
@@ -158,7 +158,7 @@ def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str
 def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
     operator = operator_of(node)
     if operator is None or operator.kernel is None:
-        return f"is read by {node.op}, which ONNX Runtime has no integer kernel for"
+        return f"is read by {node.op}, for which ONNX Runtime has no integer kernel"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
     if from_constants(node.inputs[0]):
@@ -167,11 +167,11 @@ def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
     refusal = operator.refusal(node.attrs, bias is not None)
     if refusal:
         return refusal
-    return "is added to a bias that is no constant vector" if bias is not None and not _is_vector(bias, node) else None
+    return "is added to a bias that is not a constant vector" if bias is not None and not _is_vector(bias, node) else None
 
 
 def _channel_axis(node: gs.Node, rank: int) -> int:
-    """Of the weight at input 1."""
+    """The axis of the output channels in the weight at input 1."""
     return OPERATORS[node.op].channel_axis(node.attrs, 1, rank)
 
 

@@ -1,8 +1,8 @@
-"""Which nodes integer kernels make slower, by a table of costs: those are better left in float.
+"""The nodes that would be slower with integer kernels, by a table of costs; these stay in float.
 
-A node on integers saves time on products and loses it at its edges, where activations are quantized and decoded, and in operators
-that ONNX Runtime fuses into a convolution on floats only.  Integer nodes that hand codes to each other form a region; a region that
-is slower as a whole is left in float, and so are nodes at its edge that make it slower.
+A node on integers saves time in products, but loses time at its edges, where activations are quantized and decoded, and in
+operators that ONNX Runtime fuses only into float convolutions.  Integer nodes that pass codes to each other form a region.  A
+region that is slower as a whole stays in float, and so do nodes at its edge that make it slower.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ VNNI = Costs(2000, (0.0105, 0.0026), (0.025, 0.042), (2.5, 1.3), (0.05, 0.10), 0
 WASM = Costs(1500, (0.062, 0.028), (0.300, 0.850), (10.0, 5.0), (0.50, 1.50), 4.0, 4.0, 1.5, 20.0)
 FEW = 8  # channels
 COSTS = {Runtime.WEB: WASM}
-"""By runtime; VNNI for all others."""
+"""Costs by runtime; those of VNNI apply to all others."""
 FAST = tuple(op for op in GENERIC if op != "AveragePool")
 """Operators without a weight whose integer kernels are no slower; that of windows takes 5 ns an element, the float one 0.26."""
-SLOWER = "would be slower on integers; --int8-speed all puts it there"
+SLOWER = "would be slower on integers; --int8-speed all converts it anyway"
 
 
 def watched_tensors(plan: IntegerPlan) -> set[str]:

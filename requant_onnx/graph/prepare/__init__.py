@@ -1,1 +1,1 @@
-"""Rewrites before a conversion, one in each module: what they return answers as the model given does."""
+"""Rewrites before a conversion, one in each module, which do not change the answers of the model."""

@@ -1,10 +1,10 @@
-"""Bring constant weights to where they can be converted: the main graph, in the shape that their reader takes.
+"""Move constant weights to where they can be converted: to the main graph, in the shape that their reader expects.
 
-1. Initializers leave the list of inputs, where IR 3 demands them.
+1. Initializers are removed from the list of inputs, which had to contain them in IR 3.
 2. Model-local functions that hold weights are inlined, as ONNX Runtime does when it loads them
    (https://onnx.ai/onnx/api/inliner.html).
-3. Transpose, Reshape, Unsqueeze, Squeeze and Flatten between a constant and its only reader are computed once and for all.
-4. Sparse weights become dense where codes of 8 bits take no more room.
+3. Transpose, Reshape, Unsqueeze, Squeeze and Flatten between a constant and its only reader are computed in advance.
+4. Sparse weights become dense if codes of 8 bits are not larger.
 5. Weights in bodies of If, Loop and Scan move to the main graph, which bodies can read.
 """
 

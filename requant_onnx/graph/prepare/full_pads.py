@@ -1,4 +1,4 @@
-"""Write Pad without its `axes`: ONNX Runtime moves Pad across layouts, and fails on one with axes among integer kernels.
+"""Write Pad without its `axes`, because ONNX Runtime moves Pad across layouts, and fails with axes among integer kernels.
 
 https://onnx.ai/onnx/operators/onnx__Pad.html
 """

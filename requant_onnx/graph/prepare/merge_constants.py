@@ -1,6 +1,6 @@
-"""Store equal small constants once: the axes, shapes and scalars that exporters write anew, with a long name, for every node.
+"""Store equal small constants once: axes, shapes and scalars that exporters write again, with a long name, for every node.
 
-Those of bodies of If, Loop and Scan move to the main graph, which bodies can read.
+Constants in bodies of If, Loop and Scan move to the main graph, which bodies can read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Raise a model's opset, changing as little as possible.
 
-Where no operator in use changed between the two versions but for wider types and optional attributes whose absence means
-the old behavior, only the version number changes.  Otherwise onnx.version_converter does it, and what it drops is put back.
+If the operators in use differ between the two versions only by more types, and by optional attributes whose absence means
+the old behavior, only the version number changes.  Otherwise onnx.version_converter is used, and what it drops is restored.
 https://onnx.ai/onnx/api/version_converter.html
 """
 

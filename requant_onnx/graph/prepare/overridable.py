@@ -1,4 +1,4 @@
-"""Take from callers the right to replace weights: initializers that are inputs of the graph too, as older exporters wrote them.
+"""Make weights constant that callers could replace: initializers that are also graph inputs, as older exporters wrote them.
 
 ONNX Runtime treats such an initializer as an input that has a default value (IR 4 and later), and folds nothing that depends on it.
 https://onnx.ai/onnx/repo-docs/IR.html#graphs

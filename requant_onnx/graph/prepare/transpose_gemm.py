@@ -1,4 +1,4 @@
-"""Store the weight of a Gemm as (ic, oc): behind DequantizeLinear, ONNX Runtime fuses that layout only (MatMulNBits, from 1.26).
+"""Store the weight of a Gemm as (ic, oc), the only layout that ONNX Runtime fuses behind DequantizeLinear (MatMulNBits, from 1.26).
 
     y = x @ W.T  (transB = 1)  ->  y = x @ V  (transB = 0),   V = W.T
 
