@@ -60,7 +60,8 @@ class RangeMode(Choice):
 
 
 class EdgeLayers(Choice):
-    """Treatment of the first and last layers: quantization without the transform, no quantization, or 8 bits."""
+    """Treatment of the first and last layers: quantization without the transform, no quantization, or 8 bits (except for a
+    layer with more than a twentieth of the weights, such as a large classifier)."""
 
     PLAIN = "plain"
     FLOAT = "float"

@@ -251,3 +251,15 @@ def test_a_conversion_imports_the_graph_once_for_each_of_its_states(monkeypatch:
         imports.clear()
         quantize_model(small_cnn(), config, calibration=calibration)
         assert len(imports) == expected
+
+
+def test_a_large_classifier_gets_the_bits_asked_for() -> None:
+    """At 8 bits it would decide the size of the file, and hardly the outputs; a small one costs nothing."""
+    text = """net (float[n, 3, 8, 8] x) => (float[n, classes] y) {
+        a = Conv(x, w1) b = Relu(a) c = Conv(b, w2) d = Relu(c) e = Conv(d, w3)
+        f = GlobalAveragePool(e) g = Flatten(f) y = MatMul(g, w4) }"""
+    convolutions = {"w1": laplace(64, 3, 3, 3), "w2": laplace(64, 64, 3, 3, seed=1), "w3": laplace(128, 64, 3, 3, seed=2)}
+    for classes, bits in ((1000, 4), (10, 8)):
+        model = parse(text.replace("classes", str(classes)), **convolutions, w4=laplace(128, classes, seed=3))
+        found = {weight.name: weight.bits for weight in quantize_model(model, QuantConfig(4))[1].converted}
+        assert found == {"w1": 8, "w2": 4, "w3": 4, "w4": bits}

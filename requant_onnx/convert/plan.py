@@ -18,10 +18,9 @@ EDGE_BITS = 8
 REFERENCE_BITS = 4
 SHORT_CHANNEL = 600  # weights; in longer ones, scales take less than 2 % of the codes
 MOST, FEW = 1 / 2, 4  # share of all weights that is most of them, in a model of at least so many
-TERNARY, BALANCED = (
-    3,
-    (3, 5),
-)  # levels alike in all kinds of grids; that reach as far to both sides, and gain nothing by zero points
+LARGE, LARGE_SHARE = 1 << 16, 1 / 20  # elements of a large weight, and the share of all from which 8 bits cost more than they bring
+TERNARY = 3  # levels, which are the same in all kinds of grids
+BALANCED = (3, 5)  # numbers of levels that reach equally far to both sides, because zero points bring nothing
 SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
 
 
@@ -50,7 +49,8 @@ class Plan:
 def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] = ()) -> Plan:
     """Give each weight its grid and form; first and last layers by `config.edge_layers`.
 
-    A first or last layer that holds most of the weights gets the bits asked for: at 8 it alone would decide the size of the file.
+    A first or last layer that holds much of the weights gets the bits asked for.  The classifier of a MobileNetV2 holds 37 % of
+    them: 8 bits instead of 4 make the file a third larger, and the outputs 0.1 dB better.
 
     integers: the weights that an integer kernel multiplies with, in the int8 form.
     """
@@ -61,10 +61,16 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
         if reason is not None:
             left.append(SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
         else:
-            is_most = len(view.weights) >= FEW and math.prod(weight.shape) > MOST * total
             own = config.of_layer(weight.names, weight.op)
-            planned.append(_planned(weight, own, weight.is_edge and not is_most, weight.name in integers))
+            is_edge = weight.is_edge and not _is_much(weight, total, len(view.weights))
+            planned.append(_planned(weight, own, is_edge, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
+
+
+def _is_much(weight: Weight, total: int, count: int) -> bool:
+    """Whether a weight holds much of the elements of all weights.  total: their number.  count: of weights."""
+    size = math.prod(weight.shape)
+    return count >= FEW and size > total * (LARGE_SHARE if size >= LARGE else MOST)
 
 
 def opset_for(config: QuantConfig) -> int:
