@@ -41,6 +41,7 @@ nav:
   - Background:
     - Method: requant_onnx/numerics/README.md
     - Results: tools/results.md
+    - Accuracy over size: tools/frontier.md
     - Runtimes: tools/runtimes.md
   - Develop:
     - Contributing: .github/CONTRIBUTING.md
