@@ -137,7 +137,7 @@ def main() -> None:
     version = onnxruntime.__version__
     made = f"Made on {today} by `python tools/frontier.py` with ONNX Runtime {version}; the tool describes the methods."
     plot = f"![Top-1 accuracy over the size of the download, by method]({args.out.with_suffix('.png').name})"
-    args.out.write_text(f"# What a model loses at each size\n\n{made}\n\n{plot}\n\n{table(found)}\n", "utf-8")
+    args.out.write_text(f"# Accuracy over the size of the file\n\n{made}\n\n{plot}\n\n{table(found)}\n", "utf-8")
 
 
 if __name__ == "__main__":
