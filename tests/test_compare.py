@@ -136,7 +136,7 @@ def test_a_process_that_is_killed_is_an_error_and_others_pass_through() -> None:
         run_all(executor, {1: (_end, ())}, lambda *_: None)
     with pytest.raises(DataError, match="one sentence"), open_executor(2) as executor:
         run_all(executor, {1: (_refuse, ())}, lambda *_: None)
-    with pytest.raises(ConfigError, match="--jobs 0"), open_executor(0):
+    with pytest.raises(ConfigError, match="--jobs must be 1 or more"), open_executor(0):
         pass
 
 

@@ -27,7 +27,15 @@ PAGES = pages()
 BLOCKS = [block for path in PAGES for block in blocks(path)]
 RUN_ELSEWHERE = {"cpp": "tools/check_cpp.py", "javascript": "tools/check_runtimes", "yaml": "its commands are checked"}
 SHELL = ("bash", "console", "yaml", "text", "")  # languages of blocks whose lines may be commands
-SLOW = ("--max-drop", "--size", "compare", "convert-many", "report", "--for archive")  # words of commands that are parsed only
+SLOW = (
+    "--max-drop",
+    "--size",
+    "compare",
+    "convert-many",
+    "report",
+    "--for archive",
+    "--for transformers.js",
+)  # words of commands that are parsed only
 SOURCES = [*(ROOT / "tools").glob("check*"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tools").glob("*/*.py")]
 EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
