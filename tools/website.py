@@ -36,6 +36,7 @@ nav:
   - Use:
     - Conversion: requant_onnx/convert/README.md
     - Forms: requant_onnx/graph/decode/README.md
+    - Worked example: tools/example.md
     - Command line: requant_onnx/cli/README.md
     - Python and architecture: requant_onnx/README.md
   - Background:
