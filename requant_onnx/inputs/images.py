@@ -59,6 +59,15 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __repr__(self) -> str:
+        """The shape and the type of the images, without their values.
+
+        >>> ImageSet(np.zeros((2, 3, 4, 4), np.uint8), np.array([0, 1]))
+        ImageSet(2 images of 3x4x4, uint8, labeled)
+        """
+        shape, labels = "x".join(map(str, self.x.shape[1:])), ", labeled" if self.y is not None else ""
+        return f"ImageSet({len(self):,} images of {shape}, {self.x.dtype}{labels})"
+
     @property
     def pixels(self) -> Pixels:
         """The images as an array in memory."""
