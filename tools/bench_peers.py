@@ -5,7 +5,7 @@
 Each option is the Python interpreter of an environment with the tool (aimet-onnx, nncf).  All tools get the same model and 256
 images of noise.  The output SQNR is measured on 64 other images, compared to the float model, on ONNX Runtime's CPU provider (for
 AIMET, in its own simulation).  Weights have 4 bits and one scale per output channel, with float activations; for tools that do not
-support this, weights and activations have 8 bits.  Runs longer than 15 minutes are stopped, and the table says so.  MobileNetV2 is
+support this, weights and activations have 8 bits.  Runs longer than 15 minutes are stopped and marked in the table.  MobileNetV2 is
 read from $REQUANT_MODELS.
 """
 

@@ -53,7 +53,7 @@ def alphas_by_output(
         trial = _Trial(stream, name, exact, partial(grid_at, name), axis)
         alphas[name] = _descend(trial.error, starts[name])
         for chunk, rounded in zip(stream.values, trial.rounded(alphas[name]), strict=True):
-            chunk[name] = rounded
+            chunk[name] = rounded.astype(chunk[name].dtype)
     return alphas
 
 
@@ -76,7 +76,8 @@ class _Trial:
 
     def error(self, alpha: float) -> float:
         """Of the outputs."""
-        changed = ({**chunk, self._name: x} for chunk, x in zip(self._chunks, self.rounded(alpha), strict=True))
+        pairs = zip(self._chunks, self.rounded(alpha), strict=True)
+        changed = ({**chunk, self._name: x.astype(chunk[self._name].dtype)} for chunk, x in pairs)
         return relative_error(self._exact, [numbers_in(self._rest(chunk)) for chunk in changed])
 
     def rounded(self, alpha: float) -> list[Float32Array]:
