@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from requant_onnx import Form, Int8Speed, QuantConfig, quantize_model
+from requant_onnx import Form, ImageSet, Int8Speed, QuantConfig, quantize_model
 from requant_onnx.choices import ActivationRange
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.synthetic import noise_images
@@ -121,11 +121,43 @@ def test_a_range_by_output_clips_what_does_not_matter_and_a_range_by_its_own_err
     alpha = alphas_by_output(model, {"x": start}, grid_at, chunks, corrected=False)["x"]
     assert start > 0.5
     assert alpha < 0.1
-    y, made = (
-        np.concatenate([run(chunk["x"]) @ [1.0, 1e-4] for chunk in chunks]) for run in (np.asarray, grid_at("x", alpha).rounded)
-    )
-    coarse = np.concatenate([own.rounded(chunk["x"]) @ [1.0, 1e-4] for chunk in chunks])
-    assert np.square(made - y).mean() < 0.05 * np.square(coarse - y).mean()
+    weights, fine = np.array([1.0, 1e-4]), grid_at("x", alpha)
+    x = np.concatenate([chunk["x"] for chunk in chunks])
+    error, coarse = (float(np.square((grid.rounded(x) - x) @ weights).mean()) for grid in (fine, own))
+    clipped = float(np.square(x[:, 1] * weights[1]).mean())  # what the second channel gives at all
+    assert error <= 2 * ((fine.scale / 2) ** 2 + clipped) < coarse  # (a + b)**2 <= 2 a**2 + 2 b**2
+
+
+def test_ranges_by_output_stay_where_they_start_when_the_time_is_over() -> None:
+    model, chunks = outliers_without_weight()
+    histogram = histogram_of(*(chunk["x"] for chunk in chunks))
+
+    def grid_at(_name: str, alpha: float) -> ActivationGrid:
+        return activation_grid(histogram, ActivationRange.OUTPUT, alpha=alpha)
+
+    asked: list[tuple[int, int]] = []
+
+    def never(done: int, total: int) -> bool:
+        asked.append((done, total))
+        return False
+
+    assert alphas_by_output(model, {"x": 0.9}, grid_at, chunks, corrected=False, goes_on=never) == {"x": 0.9}
+    assert asked == [(0, 1)]
+
+
+def test_a_time_limit_also_ends_the_choice_of_activation_ranges() -> None:
+    steps: list[str] = []
+    images = Calibration(ImageSet(noise_images(8, 3, 8, 8, seed=1), None), count=8)
+    config = QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL)
+
+    def progress(what: str, _done: int, _total: int) -> None:
+        steps.append(what)
+
+    for limit in (None, 1e-6):
+        steps.clear()
+        _, report = quantize_model(small_cnn(), config, calibration=images, progress=progress, time_limit=limit)
+        assert (steps.count("choosing activation ranges") > 1) == (limit is None)
+        assert len(report.activations) > 1
 
 
 def test_rounded_values_lie_on_the_grid() -> None:

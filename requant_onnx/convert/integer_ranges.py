@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import onnx
@@ -12,6 +12,7 @@ from requant_onnx.choices import ActivationRange, Granularity, Int8Speed, Refine
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert.plan import kept_in_float
 from requant_onnx.convert.report import ActivationReport, Bounds
+from requant_onnx.convert.schedule import Clock
 from requant_onnx.files.load import is_large
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS
@@ -31,6 +32,7 @@ from requant_onnx.runtimes import RUNTIMES
 LOSS_INPUTS = 16  # on which the loss by activations is measured
 RANGE_INPUTS, FEWEST_INPUTS, TRIALS = 64, 4, 5  # on which ranges of activations are compared; trials of each range, about
 RANGE_ELEMENTS = 1 << 34  # of activations that are computed for that, at most: half a minute
+RANGE_SHARE = 0.3  # of the time left, for that
 MARGIN_DB = 1.0  # that the weights may take of the least SQNR
 
 
@@ -60,6 +62,7 @@ def watch_integers(
     config: QuantConfig,
     calibration: Calibration,
     excluded: Collection[str],
+    clock: Clock,
     progress: Progress | None,
 ) -> Integers:
     """Plan the integer part and find its ranges.  excluded: weights that stay float.  Raises as `watch_activations`."""
@@ -75,7 +78,7 @@ def watch_integers(
         return Integers(plan)
     report = None if progress is None else (lambda done, total: progress("watching activations", done, total))
     histograms = watch_activations(model.proto, sorted(set(plan.source.values())), calibration, report)
-    grid_of = _grids(model.proto, histograms, plan, config, calibration)
+    grid_of = _grids(model.proto, histograms, plan, config, calibration, _while_time_is_left(clock, progress))
     unfit = _unfit(model.proto, grid_of, config, calibration)
     if unfit:
         plan = _without(model, plan, unfit, config)
@@ -85,8 +88,25 @@ def watch_integers(
     return Integers(plan, grids, tuple(biases), min_scales_of(biases, grids, per_channel=per_channel))
 
 
+def _while_time_is_left(clock: Clock, progress: Progress | None) -> Callable[[int, int], bool]:
+    """Report progress, and tell whether the comparison of ranges may take more time."""
+    end = clock.elapsed + RANGE_SHARE * clock.left
+
+    def goes_on(done: int, total: int) -> bool:
+        if progress is not None:
+            progress("choosing activation ranges", done, total)
+        return clock.elapsed < end
+
+    return goes_on
+
+
 def _grids(
-    model: onnx.ModelProto, histograms: Mapping[str, Histogram], plan: IntegerPlan, config: QuantConfig, calibration: Calibration
+    model: onnx.ModelProto,
+    histograms: Mapping[str, Histogram],
+    plan: IntegerPlan,
+    config: QuantConfig,
+    calibration: Calibration,
+    goes_on: Callable[[int, int], bool],
 ) -> dict[str, ActivationGrid]:
     """The grid of each watched activation.  Noise reaches less far than images do, and does not tell what may be clipped."""
     row, method = RUNTIMES[config.runtime], config.activation_range
@@ -106,7 +126,7 @@ def _grids(
     every = calibration_chunks(model, calibration)
     chunks = every[:: math.ceil(len(every) / max(1, len(every) * count // calibration.count))]
     corrected = config.refinement is not Refinement.NONE
-    alphas = alphas_by_output(model, starts, grid_at, chunks, corrected=corrected)
+    alphas = alphas_by_output(model, starts, grid_at, chunks, corrected=corrected, goes_on=goes_on)
     return {name: grid_at(name, alpha) for name, alpha in alphas.items()}
 
 

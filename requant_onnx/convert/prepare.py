@@ -125,7 +125,7 @@ def prepare(
     view = find_weights(model)
     integers = Integers()
     if form.on_integers and calibration is not None:
-        integers = watch_integers(model, view, config, calibration, excluded, progress)
+        integers = watch_integers(model, view, config, calibration, excluded, clock, progress)
     plan = plan_conversion(view, config, integers.plan.weights)
     return Prepared(origin, model, config, folded, integers, plan, refining, means, clock)
 

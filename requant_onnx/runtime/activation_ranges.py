@@ -30,11 +30,13 @@ def alphas_by_output(
     chunks: Sequence[Chunk],
     *,
     corrected: bool,
+    goes_on: Callable[[int, int], bool] = lambda _done, _total: True,
 ) -> dict[str, float]:
     """The alpha of least output error for each tensor, in steps of STEP from where it starts.
 
     starts: by tensor, 0 < alpha <= 1.  grid_at: tensor, alpha -> grid.  chunks: of inputs.  corrected: whether biases will make up
-    for the mean error of each channel.
+    for the mean error of each channel.  goes_on: called before each tensor with the number of those done and of all; where it is
+    false, the remaining tensors stay where they start.
     """
     work = onnx.ModelProto()
     work.CopyFrom(model)
@@ -43,9 +45,10 @@ def alphas_by_output(
     exact = [numbers_in(outputs) for outputs in map(stream.rest(), stream.values)]
     last = {name for node in work.graph.node if node.op_type in PRODUCTS for name in node.input}
     alphas = dict(starts)
-    for position, name in _tensors(work):
-        if name not in starts:
-            continue
+    found = ((position, name) for position, name in _tensors(work) if name in starts)
+    for done, (position, name) in enumerate(found):
+        if not goes_on(done, len(starts)):
+            break
         stream.advance(position, {})
         if not all(name in chunk for chunk in stream.values):
             continue
