@@ -39,6 +39,11 @@ def test_other_options_override_a_goal(tmp_path: Path) -> None:
     assert (config["bits"], config["runtime"], config["form"]) == (6, "web", "folded")
 
 
+def test_only_options_that_nothing_overrides_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_of(tmp_path, "--for", "web", "--bits", "6")
+    assert capsys.readouterr().out.splitlines()[1:3] == ['runtime = "web"', 'form = "folded"']
+
+
 def test_help_lists_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["convert", "--help"])

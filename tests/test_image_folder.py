@@ -77,6 +77,13 @@ def test_a_crop_larger_than_the_image_is_padded_with_black(tmp_path: Path) -> No
     np.testing.assert_array_equal(cropped, np.pad(pixels, ((2, 2), (2, 2), (0, 0))))
 
 
+def test_fit_does_not_touch_images_of_the_right_size() -> None:
+    fit = Pipeline(9, (8, 6), only_others=True)
+    assert fit.places((6, 8)) == ((6, 8), 0, 0)
+    assert fit.places((8, 6)) == Pipeline(9, (8, 6)).places((8, 6))
+    assert Pipeline(9, (8, 6)).places((6, 8))[0] == (9, 12)
+
+
 def test_images_of_several_sizes_need_a_pipeline(tmp_path: Path) -> None:
     write(tmp_path / "a.png", 8, 8)
     write(tmp_path / "b.png", 16, 8)

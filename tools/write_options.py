@@ -1,4 +1,4 @@
-"""Write the options of every command from the parser into the page on the command line.
+"""Write the options of every command, and the terms, from the code into the page on the command line.
 
     python tools/write_options.py           # after a change of an option, its default or its help
 
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from requant_onnx.cli.options import parser_of
 from requant_onnx.cli.parser import commands_of
+from requant_onnx.webpage.terms import TERMS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "requant_onnx" / "cli" / "README.md"
 START, END = "<!-- options: written by python tools/write_options.py, from here -->", "<!-- options: to here -->"
+TERMS_START, TERMS_END = "<!-- terms: written by python tools/write_options.py, from here -->", "<!-- terms: to here -->"
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -32,8 +34,10 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def page() -> str:
-    """The whole page, with the options as they are now."""
-    before, _, rest = PAGE.read_text("utf-8").partition(START)
+    """The whole page, with the options and the terms as they are now."""
+    before, _, rest = PAGE.read_text("utf-8").partition(TERMS_START)
+    terms = "\n".join(f"- **{term}**: {text}" for term, text in sorted(TERMS.items(), key=lambda item: item[0].lower()))
+    before, _, rest = f"{before}{TERMS_START}\n\n{terms}\n\n{TERMS_END}{rest.partition(TERMS_END)[2]}".partition(START)
     written: list[str] = []
     first: dict[str, str] = {}
     for name, parser in commands().items():

@@ -56,6 +56,7 @@ from requant_onnx.files.load import data_files, file_bytes, is_large, materializ
 from requant_onnx.files.save import save_model
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
 from requant_onnx.inputs.feeds import FeedSet
+from requant_onnx.inputs.image_folder import FolderImages
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import explain
@@ -65,6 +66,7 @@ from requant_onnx.webpage.pages import html_comparison, html_report
 
 PAGE_IMAGES, PAGE_VALUES = 1000, 1 << 24  # that the page of a conversion compares on: images at most, and values of them
 PAGE_INPUTS = 64  # that a page compares on at least, and on noise and inputs by name at most
+MORE_BITS_OR_DATA = ["use more --bits", "give your own inputs to --calibrate"]
 TARGET_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with under a target; images that one is judged on
 
 
@@ -78,7 +80,7 @@ def run_convert(args: argparse.Namespace) -> None:
     check_page(args.html, args.force, args.input, args.output, *data)
     check_apart(args.json, args.html)
     if args.goal is not None:
-        console_for(args).print(escape(f"--for {args.goal}, {GOALS[args.goal].title}:\n{lines_of(args.goal)}"))
+        console_for(args).print(escape(f"--for {args.goal}, {GOALS[args.goal].title}:\n{lines_of(args.goal, args.from_file)}"))
     with progress_bar(args, "quantizing") as progress:
         report, sizes, calibration = convert_file(args, progress)
     if not report.converted:
@@ -138,9 +140,11 @@ def convert_file(
     """
     model, report, calibration = _converted(args, progress, threads)
     if report.check is not None and report.check.is_broken and not args.force_quality:
+        advice = ["raise --time-limit"] if args.time_limit is not None else []
+        advice += ["use more --bits"] if calibration is not None and not calibration.is_noise else MORE_BITS_OR_DATA
         raise QualityError(
-            f"{report.check.sentence()}: this is too low to be useful, so nothing was written; use more --bits, give your own "
-            "inputs to --calibrate, or add --force-quality"
+            f"{report.check.sentence()}: this is too low to be useful, so nothing was written; {', '.join(advice)}, or add "
+            "--force-quality"
         )
     before, stored = file_bytes(args.input), args.input.stat().st_size
     if report.converted or before != stored or args.external_data:  # a copy would refer to external data that it does not have
@@ -159,7 +163,9 @@ def _converted(
         return _targeted(args, config, target, progress, threads)
     if args.calibrate not in (None, "auto"):
         calibration = calibration_of(args)
-        return *pipeline.convert_model(args.input, config, calibration, progress, threads, time_limit), calibration
+        model, report = pipeline.convert_model(args.input, config, calibration, progress, threads, time_limit)
+        notes = () if calibration is None else (_calibrated_on(args.calibrate, calibration),)
+        return model, replace(report, notes=(*notes, *report.notes)), calibration
     chosen, calibration = automatic(args, config)
     if calibration is not None:
         try:
@@ -173,6 +179,19 @@ def _converted(
         why = ""
     model, report = pipeline.convert_model(args.input, config, None, progress, threads, time_limit)
     return model, replace(report, notes=(*report.notes, f"not calibrated{why}")) if why else report, None
+
+
+def _calibrated_on(spec: str, calibration: Calibration) -> str:
+    """The inputs of a calibration, in words."""
+    images = calibration.images
+    if images is None:
+        count = min(calibration.count, len(calibration.feeds)) if calibration.feeds else calibration.count
+        return f"calibrated on {count} {f'inputs of {spec}' if calibration.feeds else 'images of noise'}"
+    text = f"calibrated on {min(calibration.count, len(images)):,} of {len(images):,} images of {spec}"
+    if isinstance(images.x, FolderImages):
+        text += f", which are {'x'.join(map(str, images.x.size))} pixels"
+    how = calibration.normalization
+    return text if how is None else f"{text}, normalized with mean {_listed(how.mean)} and std {_listed(how.std)}"
 
 
 def _targeted(
@@ -251,7 +270,7 @@ def run_validate(args: argparse.Namespace) -> None:
         )
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
     both = [_downloads(path) for path in (args.reference, args.candidate)]
-    downloads = {name: (size, both[1][name]) for name, size in both[0].items() if name in both[1]}
+    downloads = {name: (both[0].get(name), size) for name, size in both[1].items()} if both[0] else {}
     write_json(args.json, {**report.to_dict(), **names, "downloads": {name: list(sizes) for name, sizes in downloads.items()}})
     console = console_for(args)
     if normalization is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +34,17 @@ TRANSFORMERS_JS_SUFFIX = {"q4": "_q4", "q8": "_quantized"}
 """dtype -> end of the name: DEFAULT_DTYPE_SUFFIX_MAPPING of its src/utils/dtypes.js, as far as all versions from 3 on have it."""
 
 
-def lines_of(goal: str) -> str:
-    """A goal as TOML, to be edited.
+def lines_of(goal: str, names: Collection[str] | None = None) -> str:
+    """A goal as TOML, to be edited.  names: of the options, with underscores, that nothing overrides (default: all).
 
     >>> print(lines_of("web"))
     runtime = "web"
     form = "folded"
     bits = "4"
     """
-    return "\n".join(f'{name} = "{value}"' for name, value in GOALS[goal].options.items())
+    return "\n".join(
+        f'{name} = "{value}"' for name, value in GOALS[goal].options.items() if names is None or name.replace("-", "_") in names
+    )
 
 
 def dtype_of(bits: str) -> str:

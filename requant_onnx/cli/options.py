@@ -245,8 +245,8 @@ def _add_calibration(parser: Parser) -> None:
     inputs.add_argument(
         "--time-limit",
         metavar="TIME",
-        help="approximate time that the conversion may take, for example 90s, 5min or 1h; the layers that gain least for their "
-        "time are not refined (default: no limit)",
+        help="approximate time of the conversion, without the check at its end, for example 90s, 5min or 1h; the layers that gain "
+        "least for their time are not refined (default: no limit)",
     )
     _add_choice(refining, "refinement", "R", "how rounding uses the calibration inputs: ")
     refining.add_argument(
@@ -392,7 +392,10 @@ def _add_images(group: Container, whose: str) -> None:
     group.add_argument("--resize", metavar="N", help="for images:DIR: resize the shorter side to N pixels (default: no resizing)")
     group.add_argument("--crop", metavar="N", help="for images:DIR: crop the center to N pixels or to HxW (default: no cropping)")
     group.add_argument(
-        "--fit", action="store_true", help="for images:DIR: resize to 8/7 of the size that the model takes, then crop to that size"
+        "--fit",
+        action="store_true",
+        help="for images:DIR: resize the shorter side to 8/7 of the size that the model takes, then crop the center to that size; "
+        "images that have this size already stay unchanged",
     )
 
 

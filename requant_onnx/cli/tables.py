@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,16 @@ from rich.markup import escape
 from requant_onnx.choices import Form
 from requant_onnx.cli.grid import Grid
 from requant_onnx.cli.record import Line
-from requant_onnx.convert.report import Compared, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
+from requant_onnx.convert.report import (
+    GOOD_AGREEMENT,
+    GOOD_DB,
+    Compared,
+    FrontPoint,
+    InspectReport,
+    QuantReport,
+    ValidationReport,
+    WeightReport,
+)
 from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.evaluate.sensitivity import WeightCost
@@ -22,6 +32,7 @@ from requant_onnx.numerics.outputs import OutputReport
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
 
+NOISY = 0.5  # interquartile range of latencies, relative to the lower quartile
 ALIKE = 3  # skipped weights with the same reason that get a line each
 
 
@@ -61,6 +72,9 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
 def _print_end(console: Console, report: QuantReport, downloads: Mapping[str, int]) -> None:
     if downloads:
         console.print(f"download: {', '.join(f'{size:,} bytes as {PACKERS[name]}' for name, size in downloads.items())}")
+    if report.download_bytes is not None and report.converted:
+        weights = sum(math.prod(weight.shape) for weight in report.converted)
+        console.print(f"in the download, a weight takes {8 * report.download_bytes / weights:.2f} bits")
     if report.converted:
         console.print(escape(_check(report)))
 
@@ -68,7 +82,10 @@ def _print_end(console: Console, report: QuantReport, downloads: Mapping[str, in
 def _check(report: QuantReport) -> str:
     if report.check is None:
         return f"not checked: {report.why_unchecked}"
-    return f"{'check' if report.check.is_good else 'warning'}: {report.check.sentence()}"
+    if report.check.is_good:
+        return f"check: {report.check.sentence()}"
+    limits = f"{GOOD_DB:g} dB and {GOOD_AGREEMENT:.0%}"
+    return f"warning: {report.check.sentence()}; below {limits}, answers may change, so compare the models with `requant validate`"
 
 
 def _print_front(console: Console, front: tuple[FrontPoint, ...]) -> None:
@@ -82,9 +99,19 @@ def _print_front(console: Console, front: tuple[FrontPoint, ...]) -> None:
 
 def _remarks(report: QuantReport) -> list[str]:
     """One line for each weight that is folded instead of int8, and for each note."""
-    folded = [weight for weight in report.converted if weight.why_not_int8]
-    lines = [f"folded, not int8: {weight.name} ({weight.op}) {weight.why_not_int8}" for weight in folded]
+    folded: dict[str, list[WeightReport]] = {}
+    for weight in report.converted:
+        if weight.why_not_int8:
+            folded.setdefault(weight.why_not_int8, []).append(weight)
+    lines = [f"folded, not int8: {_names(weights)} {why}" for why, weights in folded.items()]
     return lines + [f"note: {note}" for note in report.notes]
+
+
+def _names(weights: Sequence[WeightReport]) -> str:
+    """The weights that share a reason: each by name if there are few."""
+    if len(weights) > ALIKE:
+        return f"{len(weights)} weights; each"
+    return ", ".join(f"{weight.name} ({weight.op})" for weight in weights)
 
 
 def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
@@ -102,8 +129,11 @@ def print_skipped(console: Console, items: tuple[SkippedWeight, ...]) -> None:
         console.print(escape(f"skipped: {count} constants{amount} ({ops}); each {reason}"))
 
 
-def print_validation(console: Console, report: ValidationReport, downloads: Mapping[str, tuple[int, int]]) -> None:
-    """Print the reference next to the candidate, and the similarity of every output.  downloads: bytes of both, by compressor."""
+def print_validation(console: Console, report: ValidationReport, downloads: Mapping[str, tuple[int | None, int]]) -> None:
+    """Print the reference next to the candidate, and the similarity of every output.
+
+    downloads: bytes of both, by compressor; None where compressing would take too long.
+    """
     table = Grid(f"{report.images:,} {report.kind}", "reference", "candidate", "")
     if report.top1 is not None and report.top1_error is not None:
         table.add_row("top-1", *(f"{value:.2%}" for value in report.top1), _change(report.top1, report.top1_error))
@@ -111,11 +141,17 @@ def print_validation(console: Console, report: ValidationReport, downloads: Mapp
         table.add_row("mAP", *(f"{value:.2%}" for value in report.mean_ap), _change(report.mean_ap, report.mean_ap_error or 0.0))
         table.add_row("AP50", *(f"{value:.2%}" for value in report.ap50), f"{100 * (report.ap50[1] - report.ap50[0]):+.2f} points")
     table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
-    for name, both in downloads.items():
-        table.add_row(f"as {PACKERS[name]}", *(f"{size:,}" for size in both), f"{both[0] / both[1]:.2f} x smaller")
+    for name, (before, after) in downloads.items():
+        cells = (
+            ("too large to measure", f"{after:,}", "")
+            if before is None
+            else (f"{before:,}", f"{after:,}", f"{before / after:.2f} x smaller")
+        )
+        table.add_row(f"as {PACKERS[name]}", *cells)
     if report.latency_ms is not None and report.latency_ratio is not None:
         latency = f"latency, batch {report.latency_batch}"
-        table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{report.latency_ratio:.2f} x the time")
+        noise = " (noisy: other work runs on this machine)" if max(report.latency_spread or (0.0,)) > NOISY else ""
+        table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{report.latency_ratio:.2f} x the time{noise}")
     table.show(console)
     answers = []
     if report.agreement is not None:
@@ -134,8 +170,8 @@ def print_validation(console: Console, report: ValidationReport, downloads: Mapp
 def _change(shares: Compared, error: float) -> str:
     """A change in accuracy with its standard error, and whether it is within the error."""
     change = 100 * (shares[1] - shares[0])
-    within = ", within it" if abs(change) <= 100 * error else ""
-    return f"{change:+.2f} points, standard error {100 * error:.2f}{within}"
+    within = ", not significant" if abs(change) <= 100 * error else ""
+    return f"{change:+.2f} points (standard error {100 * error:.2f}{within})"
 
 
 def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from requant_onnx.cli.paths import STDOUT
 
 UNWRAPPED = 10_000  # columns
 WHOLE_RUN = 1e9  # seconds of the past from which the time left is extrapolated: steps are shares of the time of the whole run
+PLAIN_SECONDS = 30.0  # between two lines of progress, where there is no terminal
 
 
 def console_for(args: argparse.Namespace) -> Console:
@@ -29,15 +31,39 @@ def console_for(args: argparse.Namespace) -> Console:
 
 @contextlib.contextmanager
 def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progress | None]:
-    """Show a progress bar on standard error; None if that is not a terminal, or with --quiet."""
+    """Show a progress bar on standard error, or a line now and then if that is not a terminal; None with --quiet."""
     console = Console(stderr=True)
-    if args.quiet or not console.is_terminal:
+    if args.quiet:
         yield None
+        return
+    if not console.is_terminal:
+        yield _plain_progress(what)
         return
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, speed_estimate_period=WHOLE_RUN) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda item, done, total: bar.update(task, description=escape(item), completed=done, total=total)
+        task, last = bar.add_task("", total=None), (0, 0)
+
+        def show(item: str, done: int, total: int) -> None:
+            nonlocal last
+            if total != last[1] or done < last[0]:  # the next phase, whose speed is another one
+                bar.reset(task)
+            last = (done, total)
+            bar.update(task, description=escape(item), completed=done, total=total)
+
+        yield show
+
+
+def _plain_progress(what: str) -> progress.Progress:
+    """Print a line of progress every PLAIN_SECONDS, for logs and pipes."""
+    shown = time.monotonic()
+
+    def show(item: str, done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= PLAIN_SECONDS:
+            shown = time.monotonic()
+            print(f"{what}: {done / max(1, total):.0%} ({item})", file=sys.stderr, flush=True)
+
+    return show
 
 
 def status_line(args: argparse.Namespace, what: str) -> contextlib.AbstractContextManager[object]:

@@ -36,6 +36,7 @@ TOPICS = {
     "refinement": Topic(CONVERSION, "Refinement", "bias correction, error feedback and descent"),
     "int8": Topic(CONVERSION, "Activations of the int8 form", "ranges of activations, and which nodes run on integers"),
     "budgets": Topic(CONVERSION, "Bits for each weight", "files of a given size or accuracy"),
+    "layers": Topic(CONVERSION, "Single layers", "how to keep a layer in float, or to set its bits"),
     "downloads": Topic(CONVERSION, "Downloads", "files that compress well"),
     "defaults": Topic(CONVERSION, "Defaults", "how the defaults were chosen"),
     "limits": Topic(CONVERSION, "Limits", "what the tool cannot do"),
@@ -50,6 +51,7 @@ TOPICS = {
     "reports": Topic(COMMANDS, "Reports", "web pages, JSON, and tables of recipes"),
     "files": Topic(COMMANDS, "Options in a file", "options in a TOML file"),
     "errors": Topic(COMMANDS, "Errors and exit codes", "errors and exit codes"),
+    "terms": Topic(COMMANDS, "Terms", "a glossary: SQNR, alpha, folded, and other terms"),
     "options": Topic(COMMANDS, "All options", "every option of every command"),
     "package": Topic(ARCHITECTURE, None, "the architecture of the package (whole page)"),
     "python": Topic(ARCHITECTURE, "Python", "the Python API"),
@@ -75,7 +77,8 @@ def run_help(args: argparse.Namespace) -> None:
 def text_of(name: str) -> str:
     """The Markdown of a topic, with links as names of other topics.  Raises ConfigError if there is no such topic."""
     if name not in TOPICS:
-        near = difflib.get_close_matches(name, TOPICS, 1)
+        near = [topic for topic, row in TOPICS.items() if name.lower() in re.findall(r"\w+", row.about.lower())]
+        near = near or difflib.get_close_matches(name, TOPICS, 1)
         raise ConfigError(f"there is no topic '{name}'; " + (f"is it '{near[0]}'?" if near else "requant help lists the topics"))
     page = PACKAGE / TOPICS[name].page
     return _without_files(_section(page.read_text("utf-8"), TOPICS[name].heading), page)

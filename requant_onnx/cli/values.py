@@ -26,6 +26,7 @@ from requant_onnx.runtimes import RUNTIMES
 
 SIZES = ("resize", "crop", "fit")
 FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # of --calibrate auto: from so many bits on, few images do
+CHECKED, SHARE_CHECKED = 32, 8  # images, and one in how many, that are held out for the self-check where there are few
 RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
 
 
@@ -146,6 +147,8 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
         _refuse(args, ("seed",), f"applies to images, but '{spec}' holds inputs by name;")
         return Calibration.from_feeds(feeds, count)
     images = images_of(args, spec, "train")
+    if args.calibrate_limit is None:
+        count = min(count, len(images) - min(CHECKED, len(images) // SHARE_CHECKED))
     return Calibration(images, normalization_of(args, spec, images), count, seed, memory=_memory(args))
 
 
@@ -167,7 +170,8 @@ def is_noise(spec: str) -> bool:
 
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
-    _refuse(args, SIZES, "applies to images:DIR, not to noise;")
+    if not whole_spec(getattr(args, "data", None) or "noise").startswith("images:"):  # of which these options may be meant
+        _refuse(args, SIZES, "applies to images:DIR, but the calibration inputs are noise; give --calibrate images:DIR, or")
     return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]), memory=_memory(args))
 
 
@@ -214,7 +218,7 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
         if args.resize is not None or args.crop is not None:
             raise ConfigError("--fit chooses --resize and --crop; drop --fit, or these two")
         size = _image_size(model_of(args))
-        return Pipeline(round(max(size) * RESIZE), size)
+        return Pipeline(round(max(size) * RESIZE), size, only_others=True)
     resize = None if args.resize is None else whole_of(args.resize, "--resize")
     return Pipeline(resize, None if args.crop is None else _crop(args.crop))
 

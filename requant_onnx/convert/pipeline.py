@@ -97,6 +97,8 @@ def convert_model(
                     f"the model is not valid ONNX ({loaded.complaint}), and the converted model does not run; export it again"
                 )
             report = replace(report, notes=(*report.notes, *notes), complaint=loaded.complaint)
+            if progress is not None:
+                progress("checking the result", 1, 1)
             return made, (_checked(loaded.proto, made, config, calibration, report) if check and report.converted else report)
         for name, fate in broken.items():
             if not FORMS[config.form].on_integers or name in excluded:

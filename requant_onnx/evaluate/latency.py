@@ -20,7 +20,7 @@ FEWEST = 5
 class Latency:
     """Milliseconds of one run of the reference and of the candidate: lower quartiles over all runs.
 
-    spread: interquartile range over the lower quartile of each.  ratio: candidate over reference, the median over pairs of blocks.
+    spread: interquartile range over the lower quartile of each.  ratio: of these milliseconds, candidate over reference.
     """
 
     milliseconds: tuple[float, float]
@@ -41,7 +41,6 @@ def compare_latency(reference: Callable[[], float], candidate: Callable[[], floa
             run()
             times.append(np.array([run() for _ in range(count)]))
     quartiles = [np.quantile(np.concatenate(times), (0.25, 0.75)) for times in blocks]
-    ratios = [np.quantile(b, 0.25) / np.quantile(a, 0.25) for a, b in zip(*blocks, strict=True)]
     low, high = (tuple(float(q[k]) for q in quartiles) for k in (0, 1))
     spread = tuple((b - a) / a for a, b in zip(low, high, strict=True))
-    return Latency((1e3 * low[0], 1e3 * low[1]), (spread[0], spread[1]), float(np.median(ratios)))
+    return Latency((1e3 * low[0], 1e3 * low[1]), (spread[0], spread[1]), low[1] / low[0])

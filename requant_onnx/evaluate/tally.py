@@ -116,6 +116,12 @@ class Tally:
                 f"the reference itself has an AP50 of {precision.ap50.reference:.2%}; check the labels, the head (--task), and the "
                 f"normalization (mean {listed})"
             )
+        directories = getattr(self._images.x, "classes", 0) if isinstance(self._images, ImageSet) else 0
+        if self._right[0] and directories and directories != self._classes:
+            notes.append(
+                f"the models give {self._classes:,} scores, but the images are in {directories:,} subdirectories, so the labels "
+                "are probably wrong: the k-th subdirectory, by name, counts as class k"
+            )
         if self._right[0]:
             share, chance = float(np.mean(self._right[0])), 1 / self._classes
             if share < chance + CHANCE * math.sqrt(chance * (1 - chance) / len(self._right[0])):

@@ -25,10 +25,15 @@ DEEP = 1 << 8  # levels of a 16-bit image for one of 8 bits
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Steps applied to an image.  resize: length of the shorter side, or None.  crop: (height, width) of the center, or None."""
+    """Steps applied to an image.
+
+    resize: length of the shorter side, in pixels, or None.  crop: (height, width) of the center, in pixels, or None.
+    only_others: whether images that have the size of the crop already stay unchanged.
+    """
 
     resize: int | None = None
     crop: tuple[int, int] | None = None
+    only_others: bool = False
 
     def __post_init__(self) -> None:
         sizes = [value for value in (self.resize, *(self.crop or ())) if value is not None]
@@ -47,7 +52,7 @@ class Pipeline:
 
     def places(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
         """Where pixels go: (width, height) after resizing, and left and top of the crop in that.  size: (width, height) before."""
-        if self.resize is not None:
+        if self.resize is not None and not (self.only_others and size[::-1] == self.crop):
             other = int(self.resize * max(size) / min(size))
             size = (self.resize, other) if size[0] <= size[1] else (other, self.resize)
         height, width = self.crop or (size[1], size[0])
@@ -58,13 +63,14 @@ class Pipeline:
 class FolderImages:
     """Images that behave like an array of uint8 pixels, (n, 3, h, w).
 
-    size: (h, w) of every image.  unreadable: files that were skipped.
+    size: (h, w) of every image.  unreadable: files that were skipped.  classes: number of subdirectories that give the labels.
     """
 
     paths: tuple[Path, ...]
     pipeline: Pipeline
     size: tuple[int, int]
     unreadable: tuple[Path, ...] = ()
+    classes: int = 0
     dtype = np.dtype(np.uint8)
 
     @property
@@ -127,7 +133,7 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
     paths = tuple(path for path, good in zip(given, readable, strict=True) if good)
     height, width, _ = _decoded(paths[0], pipeline).shape
     known = np.array([label for (_, label), good in zip(labeled, readable, strict=True) if good], np.int64) if labeled else None
-    return FolderImages(paths, pipeline, (height, width), unreadable), known
+    return FolderImages(paths, pipeline, (height, width), unreadable, len(classes) if labeled else 0), known
 
 
 def size_of(path: Path) -> tuple[int, int]:
