@@ -13,7 +13,8 @@ import pytest
 from conftest import OWN_MODEL
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-START = "import sys; print('up', flush=True); from requant_onnx.cli.start import run; sys.exit(run())"
+LIGHT = "import sys; from requant_onnx.cli.start import run; assert not {'numpy', 'onnx', 'rich'} & sys.modules.keys()"
+START = f"{LIGHT}; print('up', flush=True); sys.exit(run())"  # before that, the entry point itself is imported, in milliseconds
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.1])
