@@ -1,1 +1,1 @@
-"""The structure of a model: operators, constants, weights and layers; written with onnx, navigated with onnx_graphsurgeon."""
+"""The structure of a model: operators, constants, weights and layers; onnx to write, onnx_graphsurgeon to navigate."""

@@ -1,1 +1,1 @@
-"""The method in NumPy, independent of ONNX: level tables, ranges, the exact error curve, the search, rounding."""
+"""The method in NumPy: level tables, ranges, the exact error curve, the search, rounding.  No ONNX here."""

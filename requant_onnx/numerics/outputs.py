@@ -171,7 +171,7 @@ class DetectionTally:
     def add(
         self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None
     ) -> tuple[list[Candidates], list[Candidates]] | None:
-        """Compare a batch.  reference, candidate: all outputs.  Returns their candidates in each image, None without a known head."""
+        """Compare a batch.  reference, candidate: all outputs.  Returns the candidates in each image, None without known head."""
         pair = [find_candidates(y, images, size, self._head) if self.recognized else None for y in (reference, candidate)]
         if pair[0] is None or pair[1] is None:
             self.recognized = False

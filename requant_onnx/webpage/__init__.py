@@ -1,1 +1,1 @@
-"""Reports as web pages, each a single file.  Needs the extra: pip install 'requant_onnx[report]'."""
+"""Reports as web pages, each in a single file.  Needs the extra: pip install 'requant_onnx[report]'."""
