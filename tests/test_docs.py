@@ -208,7 +208,7 @@ def test_toml_is_read(tmp_path: Path) -> None:
 
 
 def test_the_page_lists_the_options_as_they_are() -> None:
-    """After a change of an option, its default or its help: python tools/write_options.py."""
+    """After a change of an option, its default or its help, run: python tools/write_options.py."""
     assert PAGE.read_text("utf-8") == page()
 
 

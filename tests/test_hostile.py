@@ -118,7 +118,7 @@ def overflowing(model: onnx.ModelProto) -> None:
 
 
 def wrapping(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].dims[:] = [2**62, 4, 1, 1]  # 2**64 elements: 0 in 64 bits
+    model.graph.initializer[0].dims[:] = [2**62, 4, 1, 1]  # 2**64 elements, which overflows to 0 in 64 bits
 
 
 def negative(model: onnx.ModelProto) -> None:

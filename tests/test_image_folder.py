@@ -61,7 +61,7 @@ def test_gray_and_transparent_images_become_color(tmp_path: Path) -> None:
     ],
 )
 def test_resize_sets_the_shorter_side_as_torchvision_does(size: tuple[int, int], resized: tuple[int, int]) -> None:
-    """torchvision.transforms.functional._compute_resized_output_size: (size, int(size * long / short))."""
+    """As torchvision.transforms.functional._compute_resized_output_size: (size, int(size * long / short))."""
     assert Pipeline(resize=256).apply(image_module.new("RGB", size[::-1])).size == resized[::-1]
 
 

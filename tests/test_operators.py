@@ -107,7 +107,7 @@ def test_the_matrix_product_is_what_onnx_runtime_computes(
 def test_the_channel_axis_is_that_of_the_output_channels(
     name: str, op: str, x_shape: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
-    """Doubling the first channel of the weight doubles the first channel of each group of the output, and no other."""
+    """Doubling the first channel of the weight doubles only the first channel of each group of the output."""
     w, x = laplace(*shape), inputs(x_shape)
     product = layer_of(model_of(op, x_shape, w)).product
     axis = OPERATORS[name].channel_axis(product.attributes, 1, len(shape))

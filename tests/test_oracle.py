@@ -1,4 +1,4 @@
-"""ONNX Runtime on the converted file equals ONNX Runtime on the float file with w_hat in its place: no rewriting error."""
+"""ONNX Runtime on the converted file equals ONNX Runtime on the float file with w_hat in its place: rewriting adds no error."""
 
 from __future__ import annotations
 

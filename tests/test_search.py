@@ -24,7 +24,7 @@ from requant_onnx.numerics.search import search_alpha
 CURVE_TOLERANCE = 1e-9  # sum u**2 - 2A + B cancels: float64's 1e-16 times the ratio of signal to error, below 1e6 here
 SEARCH_TOLERANCE = 1e-6  # of the error, relative to the best point of the scan, as the search guarantees
 RAGGEDNESS = 1e-3  # every weight that changes its level adds a kink to the curve; the search stops at one (5e-4 measured)
-ALPHAS = np.arange(1, 257) / 256  # those of the scan, for rows as short as here
+ALPHAS = np.arange(1, 257) / 256  # the points of the scan for short rows, as here
 EXPONENTS = (1.0, 0.5, 2 / 3)
 SPACES = ((True, True), (True, False), (False, True), (False, False))
 rows_strategy = hnp.arrays(np.float32, (2, 40), elements=st.floats(-4, 4, width=32))

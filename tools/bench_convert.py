@@ -1,4 +1,4 @@
-"""Measure time and memory of calibrated conversions of models of realistic size, as Markdown.
+"""Measure time and memory of calibrated conversions of realistically sized models, as Markdown.
 
     python tools/bench_convert.py                                        all cases
     python tools/bench_convert.py resnet50 mobilenet                     some of them

@@ -89,7 +89,7 @@ class Task:
 def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
     """The table lines of a model, and the verdict on the paper's claim."""
     model, how = task.path.read_bytes(), task.normalization
-    images = Calibration(task.train, how)  # for the last of the recipes
+    images = Calibration(task.train, how)  # for the last recipe
     found = compare(model, BITS, RECIPES, task.test, how, images, executor, form=Form.FOLDED, cache=cache)
     trials = {(trial.recipe, trial.bits): trial for trial in found.trials}
     own = {bits: _by_onnxruntime(task, kind, cache) for bits, kind in OWN_KINDS.items()}

@@ -1,7 +1,7 @@
 """Train a CIFAR model on this machine's CPU or GPU and export it to ONNX.  Needs the extra: pip install '.[train]'
 
     python tools/train.py --data DIR                                  # ResNet-20 on CIFAR-10, about 140 s per epoch on 2 cores
-    python tools/train.py --data DIR --checkpoint run.pt              # running it again continues where it stopped
+    python tools/train.py --data DIR --checkpoint run.pt              # a second run continues where the first one stopped
     python tools/train.py --model resnet50 --dataset cifar100 --epochs 60     # on a GPU, with bfloat16 where it is exact enough
 
 The recipe is fixed before the run: SGD with Nesterov momentum, one learning-rate cycle (linear warm-up over a tenth of the
@@ -40,7 +40,7 @@ def normalize(x: np.ndarray, dataset: str) -> Tensor:
 
 
 def augment(x: Tensor, epoch: int, order: Tensor, generator: torch.Generator) -> Tensor:
-    """Crop a random 32x32 window of the image padded by 4 (reflect); flip every image in every second epoch."""
+    """Crop a random 32x32 window of the image padded by 4 (reflect); flip each image in every second epoch."""
     padded = functional.pad(x, (4, 4, 4, 4), mode="reflect")
     top, left = torch.randint(0, 9, (2, len(x)), generator=generator).to(x.device)
     line = torch.arange(32, device=x.device)

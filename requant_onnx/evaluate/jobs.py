@@ -118,7 +118,7 @@ def _interrupts_held() -> Iterator[None]:
     Processes inherit the mask of this thread; in this process, another thread may receive the signal, hence the handler too.
     """
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    if not ours or not hasattr(signal, "pthread_sigmask"):  # Windows has none
+    if not ours or not hasattr(signal, "pthread_sigmask"):  # Windows has no pthread_sigmask
         yield
         return
     came: list[int] = []

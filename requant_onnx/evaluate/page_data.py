@@ -139,7 +139,7 @@ def _is_noise(asked: Asked) -> bool:
 
 
 def _weaknesses(asked: Asked, answers: Answers | None) -> tuple[str, ...]:
-    """The weaknesses of the data, as sentences."""
+    """Weaknesses of the data, as sentences."""
     if answers is None:
         return ()
     if asked.used:
@@ -209,7 +209,7 @@ def _doubts(weights: Sequence[ComparedWeight], sizes: FileSizes) -> list[str]:
 def _inputs(
     model: Source, calibration: Calibration | None, notes: list[str]
 ) -> tuple[ImageSet | FeedSet, Normalization | None] | None:
-    """The inputs asked for, or noise that the model takes; None, and a note, where nothing was asked for and it takes none."""
+    """The given inputs, or noise that the model takes; None, and a note, if none were given and it takes no noise."""
     if calibration is not None and calibration.feeds:
         return FeedSet(calibration.feeds[: calibration.count]), None
     if calibration is not None:

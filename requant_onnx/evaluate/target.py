@@ -142,7 +142,7 @@ class _Search:
             size = (min(held) + max(*failed, self._too_small)) // 2
             try:
                 self._try(replace(self._config, bits=Budget(size=size)), "auto")
-            except ConfigError:  # no choice of bits is that small
+            except ConfigError:  # no choice of bits reaches this size
                 self._too_small = size
         return self._found()
 

@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The answer to "can I ship this?"."""
+        """The answer to whether the model can be shipped."""
         return {
             Level.GOOD: "Yes, as far as this data shows.",
             Level.DOUBTFUL: "Not before you have checked the doubtful points below.",

@@ -79,7 +79,7 @@ def _matmul_axis(attributes: Attributes, operand: int, rank: int) -> int:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """The same axis in every node; a negative one counts from the last."""
+    """A channel axis that is the same in every node; a negative one counts from the last."""
 
     axis: int
 

@@ -146,7 +146,7 @@ class _ChannelsSecond(Product):
 
 @dataclass(frozen=True)
 class ConvProduct(_ChannelsSecond):
-    """https://onnx.ai/onnx/operators/onnx__Conv.html."""
+    """The product of a Conv.  https://onnx.ai/onnx/operators/onnx__Conv.html."""
 
     @property
     def rows(self) -> int:
@@ -183,7 +183,7 @@ class ConvProduct(_ChannelsSecond):
 
 @dataclass(frozen=True)
 class ConvTransposeProduct(_ChannelsSecond):
-    """https://onnx.ai/onnx/operators/onnx__ConvTranspose.html, without auto_pad and output_shape."""
+    """The product of a ConvTranspose without auto_pad and output_shape: https://onnx.ai/onnx/operators/onnx__ConvTranspose.html"""
 
     @property
     def rows(self) -> int:

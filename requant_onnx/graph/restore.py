@@ -104,7 +104,7 @@ def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[
     ours = settings_of(model) is not None
     made = set(makers)
     renamed: dict[str, str] = {}  # old name -> the tensor that replaces it
-    final: dict[str, str] = {}  # float tensor -> its last name
+    final: dict[str, str] = {}  # float tensor -> its final name
     doomed, copies = [], []
     for source, behind in groups:
         bounds = None if ours else _rectified(graph, source, makers.get(source.input[0]))
@@ -120,7 +120,7 @@ def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[
                 doomed.append(node)
                 tensor, after = renamed.get(node.input[0], node.input[0]), node.output[0]
                 if tensor not in final and tensor in made - outputs and tensor.startswith(PREFIX) and not after.startswith(PREFIX):
-                    final[tensor] = after  # the tensor gets its old name back
+                    final[tensor] = after  # restores the old name of the tensor
                 elif after in outputs:
                     copies.append(helper.make_node("Identity", [final.get(tensor, tensor)], [after]))
                 else:

@@ -1,6 +1,6 @@
 """Remove everything that no runtime needs from a finished model.
 
-This is types that shape inference can restore, attributes with default values, uninformative node names, and references to the
+These are types that shape inference can restore, attributes with default values, uninformative node names, and references to the
 exporter's source code: a tenth of the size of small files of few bits.
 https://onnx.ai/onnx/api/shape_inference.html
 """
@@ -18,7 +18,7 @@ from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import is_standard_proto
 from requant_onnx.graph.edit import compact, delete_where
 
-KNOWN_BY_SHAPE = 1024  # bytes of an initializer whose values no inference reads
+KNOWN_BY_SHAPE = 1024  # bytes; inference does not read the values of larger initializers
 
 Test = Callable[[onnx.AttributeProto], bool]
 

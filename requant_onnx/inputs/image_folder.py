@@ -80,7 +80,7 @@ class FolderImages:
         return pixels
 
     def subset(self, which: slice | Sequence[int]) -> FolderImages:
-        """Some of the images, still not decoded."""
+        """Some of the images, not yet decoded."""
         chosen = self.paths[which] if isinstance(which, slice) else tuple(self.paths[k] for k in which)
         return replace(self, paths=chosen)
 

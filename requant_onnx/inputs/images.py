@@ -46,7 +46,7 @@ _LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 class ImageSet:
     """Images and, if known, their labels.
 
-    x: uint8 pixels 0..255 or float32 values that are already normalized, (n, c, h, w), n >= 1.
+    x: uint8 pixels 0..255 or normalized float32 values, (n, c, h, w), n >= 1.
     FolderImages behave like such an array.
     y: class indices, (n,) int64, or None.
     objects: labeled objects in each image, for detectors, or None.

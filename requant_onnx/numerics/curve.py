@@ -219,7 +219,7 @@ def _energy(values: AnyArray, times: AnyArray | None) -> float:
 
 
 def _positions(rows: AnyArray, bounds: Float64Array) -> Int64Array:
-    """The number of elements of each sorted row below each bound of the row, (rows, bounds)."""
+    """The number of elements of each sorted row below each of its bounds, (rows, bounds)."""
     if rows.dtype == np.float32:  # an element is below a bound if it is below the smallest float32 that is not below the bound
         with np.errstate(over="ignore"):
             rounded = bounds.astype(np.float32)

@@ -218,7 +218,7 @@ def _write_dequantize(writer: DecodeWriter, weight: Coded, *inputs: str) -> None
 
 
 def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequence[str] | None = None) -> list[str]:
-    """Split the stack into weights of their own shape."""
+    """Split the stack into weights of their original shapes."""
     q = stack.quantized
     names: Sequence[str | None] = outputs or [None] * len(stack.sizes)
     if not stack.added_axis:

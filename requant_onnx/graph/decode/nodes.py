@@ -101,7 +101,7 @@ class _Window:
         low, high, middle = int(q.zero_point.min()), int(q.zero_point.max()), q.table.symmetric_zero_point
         if low == high:
             return cls(low, 1)
-        odd = q.table.max_code + 1 - 2 * middle  # 1 where as many levels are above the middle as below it
+        odd = q.table.max_code + 1 - 2 * middle  # 1 if equally many levels are above and below the middle
         half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k) + odd)
         return cls(middle - half, 2 * half + odd)
 
@@ -213,7 +213,7 @@ def _look_up(writer: DecodeWriter, codes: UInt8Array, packing: Packing, table: s
 
 
 def _cut(writer: DecodeWriter, tensor: str, excess: int, shape: Sequence[int]) -> str:
-    """The first elements of a tensor in a shape that takes all but `excess` of them."""
+    """The elements of a tensor except the last `excess`, in this shape."""
     if excess:
         ends = [writer.shared(np.array([k], np.int64)) for k in (0, math.prod(shape))]
         tensor = writer.node("Slice", writer.reshape(tensor, (-1,)), *ends)

@@ -96,7 +96,7 @@ class Constants:
         return self._decodes
 
     def initializer(self, values: GenericArray) -> str:
-        """The one initializer with these values."""
+        """The name of the single initializer with these values."""
         key = (str(values.dtype), values.shape, values.tobytes())
         if key not in self._initializers:
             name = self._next_name()
@@ -104,7 +104,7 @@ class Constants:
         return str(self._initializers[key].name)
 
     def node(self, op: str, inputs: Sequence[str], attributes: Mapping[str, int]) -> str:
-        """The output of the one node that computes this."""
+        """The output of the single shared node that computes this."""
         node = helper.make_node(op, inputs, [""], **attributes)  # type: ignore[arg-type]
         key = node.SerializeToString()
         if key not in self._nodes:
@@ -118,7 +118,7 @@ class Constants:
 
 @dataclass
 class DecodeWriter:
-    """Collects the nodes and initializers of one decode."""
+    """A collector of the nodes and initializers of one decode."""
 
     constants: Constants
     nodes: list[onnx.NodeProto] = field(default_factory=list)
