@@ -9,12 +9,12 @@ RequantError (exit code 2 on the command line)
 ├── QualityError  the result is below the required quality (exit code 3 after a conversion, 4 after a validation)
 └── OutputError   the output path is the input, exists already or is not writable
 
-Each message is one sentence that says what is wrong, where it is, and what to do.
+Each message is one sentence that states what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
 
-INTERRUPTED, INTERRUPTED_MESSAGE = 130, "interrupted; no file was left half-written"  # exit code, as of a shell, after Ctrl-C
+INTERRUPTED, INTERRUPTED_MESSAGE = 130, "interrupted; no file was left half-written"  # exit code after Ctrl-C, as in a shell
 
 
 class RequantError(Exception):

@@ -18,7 +18,7 @@ from requant_onnx.choices import Form, Granularity, Transform, parse_choice, wid
 from requant_onnx.errors import ConfigError
 
 Rules: TypeAlias = "Sequence[LayerRule | str] | Mapping[str, Any]"
-"""Rules as a caller gives them: LayerRules, texts, or a table from patterns to settings."""
+"""Rules as accepted from callers: LayerRules, strings, or a table from patterns to settings."""
 KEEP = "float"
 PARTS = "bits:N, form:F, transform:T, granularity:G, or float"
 
@@ -106,7 +106,7 @@ class LayerRule:
 
 
 def rules_of(given: Rules) -> tuple[LayerRule, ...]:
-    """The rules that were given, as LayerRules.  Raises ConfigError."""
+    """The given rules as LayerRules.  Raises ConfigError."""
     if isinstance(given, Mapping):
         return tuple(LayerRule.of(pattern, settings) for pattern, settings in given.items())
     if isinstance(given, str) or not isinstance(given, Sequence):

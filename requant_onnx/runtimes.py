@@ -1,4 +1,4 @@
-"""The runtimes, and what a file for each of them may contain."""
+"""The runtimes, and the permitted contents of files for each of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from requant_onnx.choices import LEVELS, Form, Runtime
 
 @dataclass(frozen=True)
 class RuntimeRow:
-    """What a file for one runtime may contain.
+    """The permitted contents of a file for one runtime.
 
     title: name of the runtime for users.  forms: supported forms, the default first.  bits: supported widths of codes.
     native4: whether codes of 4 bits are stored as UINT4 (or INT4), which DequantizeLinear reads.
@@ -19,7 +19,7 @@ class RuntimeRow:
     grouped: whether weights are decoded together and then split.
     paired: whether each reader of an integer activation has its own DequantizeLinear, including pools and reshapes.
     int32_biases: whether biases of integer kernels are stored as integers.
-    checked: whether the conversion checks that ONNX Runtime treats each weight as the form promises.
+    checked: whether the conversion verifies that ONNX Runtime treats each weight as the form promises.
     """
 
     title: str
@@ -55,4 +55,4 @@ RUNTIMES: dict[Runtime, RuntimeRow] = {
     Runtime.WEB: RuntimeRow("onnxruntime-web", forms=(Form.FOLDED, Form.INT8, Form.QDQ)),
     Runtime.MOBILE: RuntimeRow("ONNX Runtime's .ort files", forms=(Form.QDQ, Form.INT8), signed=True),
 }
-"""What a file for each runtime may contain."""
+"""The permitted contents of files, by runtime."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, without its full stop, to quote inside a sentence."""
+    """The first line of a message without its full stop, for quotation inside a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 

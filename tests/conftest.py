@@ -1,6 +1,6 @@
-"""Where the tests find data: CIFAR in $CIFAR_DIR (or the cache), trained models in $REQUANT_MODELS.
+"""The data of the tests: CIFAR in $CIFAR_DIR (or the cache), trained models in $REQUANT_MODELS.
 
-Missing data skips the tests that need it, visibly; with REQUIRE_DATA=1 it fails them.
+Tests whose data is missing are skipped, visibly; with REQUIRE_DATA=1 they fail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from requant_onnx.graph.weights import SkippedWeight, View
 
 ROOT = Path(__file__).parents[1]
 OWN_MODEL = ROOT / "models" / "resnet20_cifar10.onnx"
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several that pytest-xdist has started
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several workers of pytest-xdist
 OWN_NORMALIZATION = Normalization((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 MODEL_NAMES = (
     "resnet20_cifar10",
@@ -53,7 +53,7 @@ def parse(text: str, *, opset: Any = 18, ir: Any = 8, **weights: Any) -> onnx.Mo
 
 
 def parsed(command: str) -> argparse.Namespace:
-    """A command line that a file shows, as requant reads it; SystemExit where it does not."""
+    """A documented command line, as requant parses it; raises SystemExit if it is invalid."""
     words = shlex.split(command, comments=True)
     assert words[0] == "requant"
     return parse_options(parser_of(**dict.fromkeys(inspect.signature(parser_of).parameters, print)), words[1:])
@@ -65,12 +65,12 @@ def laplace(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def skipped_weights(report: QuantReport | InspectReport | View) -> list[SkippedWeight]:
-    """Those skipped that are weights: no vectors, which many conversions leave as they are."""
+    """The skipped weights, without vectors, which many conversions do not change."""
     return [item for item in report.skipped if item.reason != VECTOR]
 
 
 def small_cnn(**options: int) -> onnx.ModelProto:
-    """Conv, Conv, Conv, Gemm: first, two middle and last layer."""
+    """A model of Conv, Conv, Conv, Gemm: first, two middle and last layer."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1)
         b = Relu(a)
@@ -94,7 +94,7 @@ def small_cnn(**options: int) -> onnx.ModelProto:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: whoever is done with them has quick ones to go on with, while another worker ends its last."""
+    """Run slow tests first, so that quick ones can fill the time while another worker finishes its last slow test."""
     if IS_WORKER:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -106,7 +106,7 @@ def missing(what: str) -> NoReturn:
 
 
 def trained_model(name: str) -> Path:
-    """A trained model of $REQUANT_MODELS; skips where it is missing."""
+    """A trained model of $REQUANT_MODELS; skips the test if it is missing."""
     folder = os.environ.get("REQUANT_MODELS")
     path = Path(folder or "") / f"{name}.onnx"
     if not folder or not path.is_file():
@@ -122,10 +122,10 @@ def wheel_of(package: str) -> Path | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_each() -> Iterator[None]:
-    """Beside other workers of pytest-xdist, ONNX Runtime and BLAS take one thread where nobody asks for another number.
+    """In workers of pytest-xdist, let ONNX Runtime and BLAS use one thread unless a test sets another number.
 
-    By themselves they start one for every core in every worker, and those of ONNX Runtime spin while they wait: two workers on
-    two cores then mostly keep each other from working.  Without pytest-xdist nothing is changed.
+    By default they start one per core in every worker, and those of ONNX Runtime spin while they wait: two workers on two cores
+    then mostly block each other.  Without pytest-xdist nothing changes.
     """
     if not IS_WORKER:
         yield
@@ -140,35 +140,35 @@ def one_thread_each() -> Iterator[None]:
         **kwargs: Any,
     ) -> None:
         options = onnxruntime.SessionOptions() if sess_options is None else sess_options
-        if options.intra_op_num_threads == 0:  # nobody asked
+        if options.intra_op_num_threads == 0:  # not set
             options.intra_op_num_threads = 1
         start(session, model, options, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(limits=1, user_api="blas"):
         patch.setattr(onnxruntime.InferenceSession, "__init__", start_with_one)
-        for library in ("OMP", "OPENBLAS", "MKL"):  # of the processes that tests start
+        for library in ("OMP", "OPENBLAS", "MKL"):  # for the processes that tests start
             patch.setenv(f"{library}_NUM_THREADS", "1")
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Beside other workers, temporary files lie in a folder of this one, also those of the processes that tests start.
+    """Give each worker its own directory for temporary files, including those of the processes that tests start.
 
-    Some tests count what conversions leave there, and a conversion tidies up what it takes for left by a killed one.
+    Some tests count the files that conversions leave there, and a conversion deletes files that seem left by a killed one.
     """
     if not IS_WORKER:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
-        patch.setattr(tempfile, "tempdir", None)  # asks $TMPDIR again
+        patch.setattr(tempfile, "tempdir", None)  # makes it read $TMPDIR again
         yield
 
 
 @pytest.fixture(scope="session")
 def cifar10() -> Path:
-    """The folder of CIFAR-10's .bin files; skips where it is missing."""
+    """The directory of CIFAR-10's .bin files; skips the test if it is missing."""
     folder = find_cifar("cifar10")
     if folder is None:
         missing("CIFAR-10 is neither in $CIFAR_DIR nor in the cache")
@@ -177,13 +177,13 @@ def cifar10() -> Path:
 
 @pytest.fixture(scope="session")
 def own_report(cifar10: Path) -> ValidationReport:
-    """Our model against itself in 8 bits, on all test images.  Who reads it is in one xdist_group: it takes a while."""
+    """The comparison of our model with itself in 8 bits, on all test images.  It is slow, so its tests share one xdist_group."""
     converted, _ = quantize_model(OWN_MODEL)
     return validate(OWN_MODEL, converted, load_images(f"cifar10:{cifar10}"), OWN_NORMALIZATION)
 
 
 def top1(model: Path | onnx.ModelProto, images: ImageSet, normalization: Normalization) -> float:
-    """The accuracy of one model by itself, with ONNX Runtime's default options as validate() has them; that one runs two."""
+    """The accuracy of a single model with ONNX Runtime's default options, as in validate(), which runs two."""
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -49,7 +49,7 @@ def test_zero_is_exact_and_min_max_covers_all(x: np.ndarray, method: ActivationR
     assert grid.low <= 0.0 <= grid.high
     assert grid.scale > 0.0
     if method is ActivationRange.MIN_MAX:
-        slack = float(grid.scale) * 0.51  # the zero point is rounded to a whole code
+        slack = float(grid.scale) * 0.51  # the zero point is rounded to an integer
         assert grid.low - slack <= min(0.0, x.min())
         assert grid.high + slack >= max(0.0, x.max())
 
@@ -73,13 +73,13 @@ def test_the_mse_range_has_the_least_error_and_the_percentile_leaves_outliers_ou
 
 
 def test_relu_gets_the_zero_point_0() -> None:
-    """Only then ONNX Runtime absorbs the Relu."""
+    """With another zero point, ONNX Runtime does not absorb the Relu."""
     for method in ActivationRange:
         assert activation_grid(histogram_of(np.arange(100, dtype=np.float32)), method).zero_point == 0
 
 
 def test_noise_looks_like_images() -> None:
-    """The power of natural images falls as 1/f**2: about a factor 4 an octave."""
+    """The power of natural images falls as 1/f**2: about a factor of 4 per octave."""
     images = noise_images(64, 3, 32, 32)
     assert (images == noise_images(64, 3, 32, 32)).all()
     assert not (images == noise_images(64, 3, 32, 32, seed=1)).all()
@@ -103,7 +103,7 @@ def test_batches_are_bounded_by_the_memory_of_what_is_watched(monkeypatch: pytes
 
 
 def outliers_without_weight() -> tuple[onnx.ModelProto, list[dict[str, np.ndarray]]]:
-    """A model that multiplies its second channel, where values are 100 times as large, with next to nothing; and inputs."""
+    """A model with a tiny weight on its second channel, where values are 100 times as large; and inputs."""
     model = parse("net (float[n, 2] x) => (float[n, 1] y) { y = MatMul(x, w) }", w=np.array([[1.0], [1e-4]], np.float32))
     x = np.random.default_rng(0).normal(size=(4, 64, 2)).astype(np.float32) * np.array([1, 100], np.float32)
     return model, [{"x": part} for part in x]
@@ -124,7 +124,7 @@ def test_a_range_by_output_clips_what_does_not_matter_and_a_range_by_its_own_err
     weights, fine = np.array([1.0, 1e-4]), grid_at("x", alpha)
     x = np.concatenate([chunk["x"] for chunk in chunks])
     error, coarse = (float(np.square((grid.rounded(x) - x) @ weights).mean()) for grid in (fine, own))
-    clipped = float(np.square(x[:, 1] * weights[1]).mean())  # what the second channel gives at all
+    clipped = float(np.square(x[:, 1] * weights[1]).mean())  # the whole contribution of the second channel
     assert error <= 2 * ((fine.scale / 2) ** 2 + clipped) < coarse  # (a + b)**2 <= 2 a**2 + 2 b**2
 
 

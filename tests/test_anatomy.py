@@ -1,4 +1,4 @@
-"""What became of each weight is found out from the two files alone."""
+"""The change of each weight is determined from the two files alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_grids_errors_and_scales_are_those_of_the_report(form: Form) -> None:
     config = QuantConfig(bits=4, form=form, int8_speed=Int8Speed.ALL, transform=Transform(None if form is Form.INT8 else 0.5))
     made, report = quantize_model(small_cnn(), config, calibration=INPUTS if form is Form.INT8 else None)
     found = dissect(small_cnn(), made, INPUTS)
-    assert [sorted(weight.shape) for weight in found] == [sorted(weight.shape) for weight in report.converted]  # Gemm is turned
+    assert [sorted(weight.shape) for weight in found] == [sorted(weight.shape) for weight in report.converted]  # Gemm is transposed
     for weight, told in zip(found, report.converted, strict=True):
         assert (weight.op, weight.outcome) == (told.op, "grid")
         assert weight.bits <= told.bits
@@ -34,7 +34,7 @@ def test_grids_errors_and_scales_are_those_of_the_report(form: Form) -> None:
         assert weight.sqnr_db == pytest.approx(told.sqnr_db, abs=0.01)
         assert weight.scales is not None
         np.testing.assert_allclose((weight.scales.min(), weight.scales.max()), told.scale, rtol=1e-4)
-        if form is not Form.INT8:  # whose scales have a floor
+        if form is not Form.INT8:  # int8 scales have a lower bound
             assert weight.alpha is not None
             assert weight.alpha[0] == pytest.approx(told.alpha[0], rel=2e-3)
             assert weight.alpha[2] == pytest.approx(told.alpha[1], rel=2e-3)
@@ -118,7 +118,7 @@ def residual() -> onnx.ModelProto:
 
 
 def test_no_weight_is_missed_in_the_int8_form() -> None:
-    """Whose nodes give tensors of other names than in the reference."""
+    """In it, outputs of nodes have other names than in the reference."""
     made, report = quantize_model(residual(), QuantConfig(4, form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=INPUTS)
     found = dissect(residual(), made, INPUTS)
     assert [weight.name for weight in found] == [told.name for told in report.converted]
@@ -126,7 +126,7 @@ def test_no_weight_is_missed_in_the_int8_form() -> None:
 
 
 def test_a_folded_weight_whose_output_has_another_name_is_compared_as_folded() -> None:
-    """In the int8 form of a residual block the name of the output moves behind the rounding, and that of the weight stays."""
+    """In the int8 form of a residual block, the output's name moves to after the rounding; the weight keeps its name."""
     text = RESIDUAL.replace(
         "e = Conv<pads = [1, 1, 1, 1]>(d, w3)", "p = Conv<pads = [1, 1, 1, 1]>(d, w3) e = BatchNormalization(p, s, z, z, v)"
     )
@@ -155,7 +155,7 @@ def test_no_weight_is_missed_in_files_of_onnxruntime(tmp_path: Path, form: str) 
     assert all(weight.sqnr_db > 30 for weight in found)
     compared = [weight.output_sqnr_db for weight in found if not math.isnan(weight.output_sqnr_db)]
     assert compared
-    assert min(compared) > 15  # Conv and Relu become one node: what is compared lies behind both
+    assert min(compared) > 15  # Conv and Relu become one node, so the tensor after both is compared
 
 
 def test_weights_that_cannot_be_told_are_shown_as_such(tmp_path: Path) -> None:

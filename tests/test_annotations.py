@@ -1,4 +1,4 @@
-"""Labeled boxes follow their image, and are found by its name."""
+"""Labeled boxes are transformed with their image, and found by its name."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def objects(boxes: Any, categories: Any, crowds: Any = None) -> Objects:
         (Pipeline(), (200, 100), [10, 20, 30, 60]),
         (Pipeline(resize=50), (200, 100), [5, 10, 15, 30]),
         (Pipeline(resize=50), (100, 200), [5, 10, 15, 30]),
-        (Pipeline(crop=(80, 160)), (200, 100), [0, 10, 10, 50]),  # 20 off the left and 10 off the top; cut off at the edge
-        (Pipeline(resize=50, crop=(40, 40)), (200, 100), None),  # 100x50, and 30 off the left: the center, at 10, is gone
+        (Pipeline(crop=(80, 160)), (200, 100), [0, 10, 10, 50]),  # 20 cropped at the left and 10 at the top; clipped at the edge
+        (Pipeline(resize=50, crop=(40, 40)), (200, 100), None),  # 100x50, 30 cropped at the left: the center, at 10, is outside
         (Pipeline(crop=(100, 16)), (16, 100), None),  # the center, at 20, is beyond the right edge
-        (Pipeline(crop=(120, 220)), (200, 100), [20, 30, 40, 70]),  # black around it
+        (Pipeline(crop=(120, 220)), (200, 100), [20, 30, 40, 70]),  # with a black border
         (Pipeline(resize=99), (201, 100), [10 * 198 / 201, 20 * 0.99, 30 * 198 / 201, 60 * 0.99]),  # 198x99
     ],
 )
@@ -42,7 +42,7 @@ def test_boxes_follow_their_image(pipeline: Pipeline, size: tuple[int, int], exp
 
 
 def test_boxes_lie_where_the_pixels_are(tmp_path: Path) -> None:
-    """A white rectangle, resized and cropped: its box covers what is bright."""
+    """The box of a white rectangle covers the bright pixels after resizing and cropping."""
     pixels = np.zeros((90, 150, 3), np.uint8)
     pixels[30:60, 60:100] = 255
     image_module.fromarray(pixels).save(tmp_path / "a.png")
@@ -51,11 +51,11 @@ def test_boxes_lie_where_the_pixels_are(tmp_path: Path) -> None:
     assert images.objects is not None
     y, x = np.nonzero(images.pixels[0, 0] > 127)
     expected = [x.min(), y.min(), x.max() + 1, y.max() + 1]
-    np.testing.assert_allclose(images.objects.images[0].boxes, [expected], atol=1.0)  # a pixel is the unit
+    np.testing.assert_allclose(images.objects.images[0].boxes, [expected], atol=1.0)  # in pixels
 
 
 def coco(path: Path, boxes: dict[str, list[list[float]]], category: int = 7, **changes: Any) -> Path:
-    """Write labels of one category, or of two where `changes` says so."""
+    """Write labels of one category, or of two if `changes` contains them."""
     listed = [(k, box) for k, each in enumerate(boxes.values()) for box in each]
     document = {
         "images": [{"id": k, "file_name": name} for k, name in enumerate(boxes)],

@@ -1,4 +1,4 @@
-"""A module's folder says what it may import, each third-party package has one home, and the public names are these."""
+"""A module's directory determines its permitted imports, each third-party package has one home, and public names are fixed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLOORS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-"""Rooms and single modules, from the bottom up: each may import what lies below it, and nothing beside it."""
+"""Rooms and single modules, from the bottom up: each may import from lower floors, but not from its own."""
 BASE = FLOORS[0]
 ROOMS = tuple(room for floor in FLOORS[1:-1] for room in floor)
 HOMES = {
@@ -55,7 +55,7 @@ HOMES = {
     "onnx": {"files", "graph", "runtime", "convert", "evaluate", "cli"},
     "onnx_graphsurgeon": {"graph", "runtime"},
 }
-"""Package -> the rooms that may import it; every package that is not of the standard library stands here."""
+"""Package -> the rooms that may import it, for every package outside the standard library."""
 
 
 def modules() -> list[Path]:
@@ -63,7 +63,7 @@ def modules() -> list[Path]:
 
 
 def room_of(dotted: tuple[str, ...]) -> str:
-    """The room, or the module at the top, of a path below the package."""
+    """The room, or top-level module, of a path in the package."""
     return dotted[0] if dotted else "__init__"
 
 
@@ -79,7 +79,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def own_imports(path: Path) -> Iterator[tuple[str, ...]]:
-    """Modules of the package, as parts below it."""
+    """The imported modules of the package, as parts relative to it."""
     for name in imports(path):
         parts = tuple(name.split(".")[1:])
         if name.split(".")[0] == "requant_onnx" and parts:
@@ -106,7 +106,7 @@ def test_no_module_imports_from_a_room_above_or_beside_its_own() -> None:
 
 
 def test_no_circle_of_modules() -> None:
-    """Inside a room too.  TopologicalSorter raises CycleError, which names the circle."""
+    """Nor inside a room.  TopologicalSorter raises CycleError, which names the cycle."""
     known = {below(path): path for path in modules()}
     arrows = {name: [parts for parts in own_imports(path) if parts in known] for name, path in known.items()}
     assert len(list(TopologicalSorter(arrows).static_order())) == len(known)
@@ -124,7 +124,7 @@ def test_each_package_has_its_home() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_say_what_they_are_for(room: str) -> None:
-    """In the docstring of their __init__, which holds nothing else, and in the map with the same sentence."""
+    """Their __init__ contains only a docstring, and the map repeats it."""
     text = (PACKAGE / room / "__init__.py").read_text("utf-8")
     docstring = importlib.import_module(f"requant_onnx.{room}").__doc__
     assert docstring is not None
@@ -159,7 +159,7 @@ def test_public_names() -> None:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("requant_onnx")
         for alias in node.names
     }
-    assert typed == {name: getattr(requant_onnx, name) for name in requant_onnx.__all__}  # for type checkers, and when it runs
+    assert typed == {name: getattr(requant_onnx, name) for name in requant_onnx.__all__}  # for type checkers and at run time
 
 
 def test_the_package_is_imported_at_once() -> None:

@@ -1,4 +1,4 @@
-"""Bits chosen by what they cost: never above the budget, and no worse than the same bits everywhere."""
+"""Bits chosen by their cost: never above the budget, and no worse than uniform bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOISE = Calibration(None, Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435
 
 
 def net() -> onnx.ModelProto:
-    """Five Conv, of which the third writes what the output hardly notices."""
+    """A model of five Conv, of which the third hardly affects the output."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1) b = Relu(a) c = Conv<pads = [1, 1, 1, 1]>(b, w2) d = Conv<pads = [1, 1, 1, 1]>(b, w3)
         e = Mul(d, little) f = Add(c, e) g = Relu(f) h = Conv<pads = [1, 1, 1, 1]>(g, w4) y = Conv<pads = [1, 1, 1, 1]>(h, w5) }"""
@@ -60,7 +60,7 @@ def test_the_file_is_never_above_the_budget(form: Form, calibration: Calibration
 
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
 def test_budgets_are_spent_on_widths_between_whole_numbers(form: Form) -> None:
-    """Below what 2 bits take, too; and no byte more than there is."""
+    """Also below the size of 2 bits, and never above the budget."""
     sizes = [quantize_model(net(), QuantConfig(bits, form=form))[0].ByteSize() for bits in (1.6, 2, 3)]
     for size in (sum(sizes[:2]) // 2, sum(sizes[1:]) // 2):
         made, report = quantize_model(net(), QuantConfig(Budget(size=size), form=form))
@@ -111,7 +111,7 @@ def test_a_target_is_reached_in_less_than_the_same_bits_everywhere(refinement: R
 
 @pytest.mark.slow
 def test_auto_is_no_worse_than_the_same_bits_everywhere() -> None:
-    """Our ResNet-20 at the size of 3 bits, without data: the output error, on other images of noise, within 0.5 dB of luck."""
+    """Our ResNet-20 at the size of 3 bits, without data: the output error on other noise images, within 0.5 dB of chance."""
     others = calibration_chunks(onnx.load(OWN_MODEL), Calibration(None, NOISE.normalization, count=64, seed=1))
     exact = outputs_of(onnx.load(OWN_MODEL), others)
     same, _ = quantize_model(OWN_MODEL, QuantConfig(3, form=Form.FOLDED), calibration=NOISE)

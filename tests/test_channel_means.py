@@ -1,4 +1,4 @@
-"""Means of activations from BatchNormalization, and biases corrected by them: without any data."""
+"""Means of activations from BatchNormalization, and biases corrected by them, without any data."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_what_is_not_known_is_left_out(text: str) -> None:
 
 
 def net() -> onnx.ModelProto:
-    """Conv, BatchNormalization with the statistics of its input, Relu, grouped Conv with weights that round to one side."""
+    """A model of Conv, BatchNormalization with its input's statistics, Relu, grouped Conv with weights that round to one side."""
     text = """net (float[n, 4, 12, 12] x) => (float[n, 8, h, w] y) {
         a = Conv(x, w) b = BatchNormalization(a, gamma, beta, m, v) c = Relu(b) y = Conv<group = 2>(c, u) }"""
     generator = np.random.default_rng(0)
     w, u = laplace(8, 4, 3, 3), np.abs(laplace(8, 4, 3, 3, seed=1)) ** 2
-    statistics = {"m": np.zeros(8, np.float32), "v": (w**2).sum((1, 2, 3))}  # of independent inputs
+    statistics = {"m": np.zeros(8, np.float32), "v": (w**2).sum((1, 2, 3))}  # for independent inputs
     gamma, beta = (generator.normal(1.0, 0.3, 8).astype(np.float32) for _ in range(2))
     return parse(text, w=w, u=u, gamma=gamma, beta=beta, **statistics)
 

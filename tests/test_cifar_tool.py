@@ -21,12 +21,12 @@ NAME = cifar.ARCHIVES["cifar10"][0]
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Nothing on the terminal."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the address under which it is served."""
+    """A directory and the address at which it is served."""
     folder = tmp_path / "served"
     folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as http:
@@ -38,7 +38,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def archive(path: Path, members: dict[str, bytes], link: str | None = None) -> str:
-    """Write a .tar.gz; returns its MD5."""
+    """Write a .tar.gz and return its MD5."""
     with tarfile.open(path, "w:gz") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -66,7 +66,7 @@ def test_download_verify_unpack_then_found_in_the_cache(
     assert cifar.find_cifar("cifar10") is None
     found = cifar.find_or_fetch("cifar10", base_url=address)
     assert [path.name for path in found.iterdir()] == ["test_batch.bin"]
-    assert [path.name for path in found.parent.iterdir()] == ["cifar-10-batches-bin"]  # no archive, no partial folder
+    assert [path.name for path in found.parent.iterdir()] == ["cifar-10-batches-bin"]  # no archive, no partial directory
     (folder / NAME).unlink()
     assert cifar.find_or_fetch("cifar10", base_url=address) == found
 

@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it prints, and one sentence with exit code 2 for every bad input."""
+"""The command line: its files, its output, and one sentence with exit code 2 for every bad input."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def broken_inputs(folder: Path) -> dict[str, Path]:
-    """Files that are no usable model."""
+    """Files that are not usable models."""
     names = ("empty", "text", "short", "nan", "old", "future", "invalid", "external", "long")
     files = {name: folder / f"{name}.onnx" for name in names}
     files["empty"].write_bytes(b"")

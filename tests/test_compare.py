@@ -1,4 +1,4 @@
-"""The comparison: one table, wherever its items run."""
+"""The comparison: the same table, wherever its items run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
 from requant_onnx.inputs.calibration import NATURAL
 from requant_onnx.inputs.synthetic import noise_images
 
-pytestmark = pytest.mark.xdist_group("compare")  # one table to compare with, and free ports that nobody else looks for
+pytestmark = pytest.mark.xdist_group("compare")  # one reference table, and no race for free ports
 RNG = np.random.default_rng(0)
 IMAGES = ImageSet(RNG.integers(0, 256, (1200, 3, 8, 8)).astype(np.uint8), RNG.integers(0, 10, 1200))
 CALIBRATION = Calibration(IMAGES.first(40))
@@ -112,12 +112,12 @@ def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
     for k in range(5):
         cache.put(f"{k}", bytes(100))
         os.utime(tmp_path / f"{k}", (k, k))
-    assert cache.get("0") == bytes(100)  # and now it is the newest
+    assert cache.get("0") == bytes(100)  # now the most recently used
     cache.trim(250)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "4"]
     Cache(tmp_path / "no" / "folder").trim()
     (tmp_path / "file").write_text("")
-    Cache(tmp_path / "file").put("a", b"b")  # what cannot be kept is not
+    Cache(tmp_path / "file").put("a", b"b")  # a result that cannot be stored is dropped
     assert Cache(tmp_path / "file").get("a") is None
     assert Cache(None).get("a") is None
 
@@ -151,7 +151,7 @@ def _free_port() -> int:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and two workers on loopback: its address, the workers."""
+    """A scheduler and two workers on loopback, as (address, workers)."""
     pytest.importorskip("distributed")
     address = f"tcp://127.0.0.1:{_free_port()}"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
@@ -247,7 +247,7 @@ def test_the_command_writes_the_table_in_every_form(tmp_path: Path, capsys: pyte
     for row in rows:
         assert f"{int(row['bytes']):,}" in printed
         assert f"{int(row['bytes']):,}" in files["html"].read_text()
-    assert main([*command, "--csv", str(files["csv"])]) == 2  # is there
+    assert main([*command, "--csv", str(files["csv"])]) == 2  # exists already
     assert main([*command, "--csv", str(files["csv"]), "--force", "-q"]) == 0
 
 
@@ -276,10 +276,10 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
 def test_ctrl_c_is_one_line_while_processes_start(tmp_path: Path, seconds: float) -> None:
-    """As a terminal does it, to all processes at once; seconds: after the first of them has started."""
+    """As in a terminal, sent to all processes at once.  seconds: time after the first process has started."""
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     command = [sys.executable, "-m", "requant_onnx", "compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "2"]
-    command += ["--bits", "8,7,6,5.5,5,4.5,4,3.67,3.33,3,2.67,2.33,2,1.6"]  # enough for more than the largest of `seconds`
+    command += ["--bits", "8,7,6,5.5,5,4.5,4,3.67,3.33,3,2.67,2.33,2,1.6"]  # takes longer than the largest of `seconds`
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     try:
         started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)

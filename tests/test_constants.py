@@ -1,4 +1,4 @@
-"""Constants that are no plain initializers: inputs of the graph too, computed, vectors; and the account of all of them."""
+"""Constants that are not plain initializers: also graph inputs, computed, vectors; and the account of all constants."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONSTANTS = {
 
 
 def near(made: onnx.ModelProto, source: onnx.ModelProto, error: float = 0.02) -> None:
-    """error: of the largest output.  8 bits round a weight by 1/510 of the range of its channel at most."""
+    """error: tolerance relative to the largest output.  8 bits round a weight by at most 1/510 of its channel's range."""
     feeds = feeds_for(source)
     for y, expected in zip(run(made, feeds), run(source, feeds), strict=True):
         np.testing.assert_allclose(y, expected, atol=error * abs(expected).max())
@@ -87,7 +87,7 @@ def test_decodes_of_codes_are_no_float_constants(text: str, reason: str) -> None
 
 
 def test_a_constant_with_another_reader_counts_as_kept() -> None:
-    """Two weights of half its size are no gain where the constant itself stays."""
+    """Two weights of half its size save nothing if the constant itself stays."""
     text = "{ w = Slice(v, zero, eight, zero) y = Conv(x, w) z = Identity(v) }"
     source = parse(IO[:-1] + ", float[16, 8, 3, 3] z)" + text, v=FULL["v"], zero=np.array([0]), eight=np.array([8]))
     _, report = quantize_model(source)
@@ -98,7 +98,7 @@ def test_a_constant_with_another_reader_counts_as_kept() -> None:
 
 
 def with_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every initializer is an input too."""
+    """Make every initializer an input too."""
     for item in model.graph.initializer:
         model.graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, item.dims))
     return model
@@ -168,7 +168,7 @@ def test_a_vector_beyond_float16_stays(value: float) -> None:
 
 
 def test_every_float_constant_is_in_the_account() -> None:
-    """Converted, skipped with a reason, or gone: bytes add up to those of the input."""
+    """Each is converted, skipped with a reason, or removed; the bytes add up to those of the input."""
     text = """net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y) {
         k = Constant<value = float[2, 2] { 1.0, 2.0, 3.0, 4.0 }>()
         a = Conv(x, v, b) c = Clip(a, low) d = Mul(c, scale) e = MatMul(d, m) y = Pad(e, pads, low) }"""
@@ -183,7 +183,7 @@ def test_every_float_constant_is_in_the_account() -> None:
 
 
 def test_equal_small_constants_are_stored_once() -> None:
-    """Those of bodies too; not what a body defines anew under the same name, nor an output."""
+    """Also those in bodies, but not constants that a body redefines under the same name, nor outputs."""
     text = """net (float[1, 8, 6, 6] x, bool c) => (float[n, c, h, w] y, int64[2] shape) {
         a = Conv(x, v) p = Squeeze(a, first) q = Unsqueeze(p, again)
         y = If (c) <
@@ -216,5 +216,5 @@ def test_what_no_runtime_needs_is_dropped() -> None:
     conv = next(node for node in made.graph.node if node.op_type == "Conv")
     assert [item.name for item in conv.attribute] == ["pads"]
     assert not any(node.metadata_props or node.name for node in made.graph.node)
-    assert [item.name for item in made.graph.value_info] == ["nowhere"]  # inference does not tell
+    assert [item.name for item in made.graph.value_info] == ["nowhere"]  # inference does not determine it
     near(made, source)

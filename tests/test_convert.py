@@ -1,4 +1,4 @@
-"""The conversion as a whole: what changes, what must not."""
+"""The conversion as a whole: what changes and what must not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_only_weights_change(bits: int, transform: str) -> None:
     converted, report = quantize_model(model, QuantConfig(bits=bits, transform=Transform.parse(transform)))
     onnx.checker.check_model(converted, full_check=True)
     assert [weight.name for weight in report.converted] == ["w1", "w2", "w3", "w4"]
-    kept = nodes_of(converted)[-len(model.graph.node) :]  # in their order, behind the decodes
+    kept = nodes_of(converted)[-len(model.graph.node) :]  # in their order, after the decodes
     assert kept[:-1] == nodes_of(model)[:-1]
     assert (converted.graph.node[-1].op_type, list(converted.graph.node[-1].attribute)) == ("Gemm", [])  # transB: it was transposed
     assert converted.graph.input == model.graph.input
@@ -182,7 +182,7 @@ def outputs(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("opset", "op"), [(10, "Resize"), (9, "Upsample")])
 def test_scaling_before_opset_11_stays_without_the_half_pixel_shift(opset: int, op: str) -> None:
-    """onnx.version_converter alone gives 7 dB here."""
+    """With onnx.version_converter alone, the SQNR is only 7 dB here."""
     text = "net (float[1, 3, 9, 9] x) => (float[1, 16, h, v] y) { a = Conv(x, w) y = " + op + '<mode = "linear">(a, s) }'
     model = parse(text, opset=opset, ir=5, w=laplace(16, 3, 3, 3), s=np.array([1, 1, 2, 2], np.float32))
     x = np.random.default_rng(0).normal(size=(1, 3, 9, 9)).astype(np.float32)
@@ -233,7 +233,7 @@ def test_rounding_in_transformed_space_is_for_nearest_levels(refinement: Refinem
 
 @pytest.mark.slow
 def test_a_conversion_imports_the_graph_once_for_each_of_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As given, with BatchNormalization folded, and ready; once more to refine, and for the check in ONNX Runtime."""
+    """As given, with BatchNormalization folded, and prepared; again for refinement, and for the check in ONNX Runtime."""
     imports: list[int] = []
     original = gs.import_onnx
 
@@ -254,7 +254,7 @@ def test_a_conversion_imports_the_graph_once_for_each_of_its_states(monkeypatch:
 
 
 def test_a_large_classifier_gets_the_bits_asked_for() -> None:
-    """At 8 bits it would decide the size of the file, and hardly the outputs; a small one costs nothing."""
+    """At 8 bits it would dominate the file size, but hardly affect the outputs; a small one costs nothing."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, classes] y) {
         a = Conv(x, w1) b = Relu(a) c = Conv(b, w2) d = Relu(c) e = Conv(d, w3)
         f = GlobalAveragePool(e) g = Flatten(f) y = MatMul(g, w4) }"""

@@ -1,4 +1,4 @@
-"""convert-many: one table, one record, what failed stops nothing, and a second run does what is missing."""
+"""convert-many: one table and one record; failures do not stop the run, and a second run converts only missing files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from requant_onnx.files.save import save_model
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    """Three models in two folders, one of them no model."""
+    """Three files in two directories, one of which is not a model."""
     for folder in ("zoo/a", "zoo/b"):
         (tmp_path / folder).mkdir(parents=True)
     text = "net (float[n, 64] x) => (float[n, 32] y) { y = MatMul(x, w) }"

@@ -1,4 +1,4 @@
-"""A crash in native code ends with one sentence, from whatever thread it comes."""
+"""A crash in native code ends with one sentence, whichever thread it occurs in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CRASHES = {
 
 @pytest.mark.skipif(os.name == "nt", reason="the C library has another name")
 def test_an_abort_is_one_sentence() -> None:
-    """As where C++ throws and nobody catches."""
+    """As after an uncaught C++ exception."""
     code = "import os; from requant_onnx.cli.crash import report_crashes; report_crashes(); os.abort()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)

@@ -1,4 +1,4 @@
-"""Custom operators: a library that the user names is loaded into every session (onnxruntime-extensions, from its wheel)."""
+"""Custom operators: a library named by the user is loaded into every session (onnxruntime-extensions, from its wheel)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _forget() -> Iterator[None]:
 
 
 def with_custom_op(path: Path) -> Path:
-    """A custom operator between two layers."""
+    """Write a model with a custom operator between two layers."""
     model = small_cnn()
     relu = model.graph.node[3]
     relu.output[0] = "positive"

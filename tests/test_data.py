@@ -1,4 +1,4 @@
-"""Loading images: what is accepted, and the sentence for what is not."""
+"""Loading images: accepted inputs, and the error sentence for others."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_what_the_tool_renders() -> None:
-    """Within one level: the last bit of exp and sin differs between machines."""
+    """Within one level, because the last bit of exp and sin differs between machines."""
     shipped = load_images(str(ROOT / "models" / "sample_images.npz")).x
     rendered = render(OWN_MODEL, 20, 2026).transpose(0, 3, 1, 2)
     assert np.abs(shipped[:20].astype(int) - rendered.astype(int)).max() <= 1

@@ -1,4 +1,4 @@
-"""The page of tools/demo: both models answer in Chromium as they do in ONNX Runtime, and what is shown of their files is so."""
+"""The page of tools/demo: both models answer in Chromium as in ONNX Runtime, and the displayed facts about their files hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onnxruntime import InferenceSession
 
 
 class Demo(NamedTuple):
-    """browser: a driver of Chromium.  folder: the files of the site."""
+    """browser: driver of Chromium.  folder: directory of the site's files."""
 
     browser: Any
     url: str
@@ -59,7 +59,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 def answer(model: Path, pixels: np.ndarray) -> list[tuple[str, float]]:
-    """The three best answers of ONNX Runtime for one image, with their shares."""
+    """The three best answers of ONNX Runtime for an image, with their probabilities."""
     session = InferenceSession(model, providers=["CPUExecutionProvider"])
     scores = np.asarray(
         session.run(None, {session.get_inputs()[0].name: OWN_NORMALIZATION.apply(pixels.transpose(2, 0, 1)[None])})[0]
@@ -99,7 +99,7 @@ def test_the_page_shows_what_both_models_answer_and_what_was_sent(demo: Demo) ->
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_the_page_decompresses_gzip_files_and_takes_pictures(demo: Demo, tmp_path: Path) -> None:
-    """A picture twice as wide as high: its middle is taken."""
+    """Of a picture twice as wide as high, the middle is used."""
     open_page(demo.browser, demo.url, 1000, "dark")
     demo.browser.find_element("css selector", "[value=page]").click()
     wait(demo.browser)
@@ -128,7 +128,7 @@ def test_nothing_of_the_page_is_cut_on_a_phone(demo: Demo) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[http.client.HTTPConnection]:
-    """A server of one file, /net.onnx, that it has as it is, as gzip and as brotli."""
+    """A server of one file, /net.onnx, uncompressed, as gzip and as brotli."""
     for suffix in ("", ".gz", ".br"):
         (tmp_path / f"net.onnx{suffix}").write_text(f"net{suffix}")
     server = serve.server_of({"/net.onnx": tmp_path / "net.onnx"})

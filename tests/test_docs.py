@@ -1,4 +1,4 @@
-"""The pages of the documentation: links lead somewhere, commands and options exist, code runs, and `requant help` shows them."""
+"""The documentation pages: links have targets, commands and options exist, code runs, and `requant help` shows the pages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SLOW = (
     "report",
     "--for archive",
     "--for transformers.js",
-)  # words of commands that are parsed only
+)  # words of commands that are only parsed
 SOURCES = [*(ROOT / "tools").glob("check*"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tools").glob("*/*.py")]
 EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -50,7 +50,7 @@ def commands_in(text: str) -> Iterator[str]:
 
 
 def documented_commands() -> dict[str, str]:
-    """All commands in blocks and in text -> where they are."""
+    """All commands in blocks and in text -> their places."""
     found = {}
     for block in BLOCKS:
         if block.language in SHELL and not block.is_excused:
@@ -65,7 +65,7 @@ COMMANDS = documented_commands()
 
 
 def is_shape(command: str) -> bool:
-    """Whether a command of the text is only named (`requant convert`), or shows its shape (`requant COMMAND --help`)."""
+    """Whether a command in text is only named (`requant convert`), or shows its syntax (`requant COMMAND --help`)."""
     return re.fullmatch(r"requant (COMMAND|TOPIC|[a-z-]+)( --help| TOPIC)?|requant .*\[.*", command) is not None
 
 
@@ -94,7 +94,7 @@ def test_the_front_page_is_short_and_has_two_commands() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("requant ") and not is_shape(c)])
 def test_commands_can_be_parsed(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the parser itself; where they say how a model is converted, the settings are valid too."""
+    """By the parser itself; the settings of conversions are valid too."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "requant.toml").write_text("")
     try:
@@ -114,7 +114,7 @@ def test_commands_that_are_named_exist() -> None:
 
 
 def test_other_commands_exist() -> None:
-    """Of Python: the file, and its options.  Of pip: the extra.  All others are known here."""
+    """For Python: the file and its options.  For pip: the extra.  All others are listed here."""
     extras = re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text().partition("extras_require]")[2], re.MULTILINE)
     known = r"\. \.venv/bin/activate|python3? -m (venv \.venv|requant_onnx)|pip download|pip install (--quiet )?(\.|requant_onnx)"
     for command, where in COMMANDS.items():
@@ -143,7 +143,7 @@ def test_options_in_the_text_exist(path: Path) -> None:
 
 
 def test_every_block_is_accounted_for() -> None:
-    """Commands are parsed, Python is run, TOML is read, all else is checked elsewhere or prose; a comment excuses the others."""
+    """Commands are parsed, Python is run, TOML is read; the rest is checked elsewhere, prose, or excused by a comment."""
     for block in BLOCKS:
         assert block.language in (*SHELL, *RUN_ELSEWHERE, "python", "toml"), str(block)
         if block.language == "bash" and not block.is_excused:
@@ -154,7 +154,7 @@ def test_every_block_is_accounted_for() -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with what the commands of the front page read."""
+    """A directory with the files that the commands of the front page read."""
     for name in ("net", "yolo"):
         onnx.save(small_cnn(), tmp_path / f"{name}.onnx")
     (tmp_path / "zoo").mkdir()
@@ -186,7 +186,7 @@ def test_the_commands_of_the_front_page_run(workplace: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and "example.md" not in str(b)], ids=str)
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a small model and the sample images, which lie where the code looks for them; `run_example.py` runs the example."""
+    """On a small model and the sample images, at the paths that the code uses; `run_example.py` runs the example."""
     model = small_cnn()
     for axis in (2, 3):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 32
@@ -208,7 +208,7 @@ def test_toml_is_read(tmp_path: Path) -> None:
 
 
 def test_the_page_lists_the_options_as_they_are() -> None:
-    """After a change of an option, its default or its help: python tools/write_options.py."""
+    """After a change of an option, its default or its help, run: python tools/write_options.py."""
     assert PAGE.read_text("utf-8") == page()
 
 

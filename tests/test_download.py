@@ -1,4 +1,4 @@
-"""Files that are sent compressed: fewer bytes for the same error, and a size that holds for the compressed file, byte for byte."""
+"""Files for compressed transfer: fewer bytes for the same error, and a size limit that the compressed file meets exactly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from requant_onnx.numerics.quantize import Grid, quantize_weight
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
 
-ROUNDING = 1e-5  # of the largest output; float32 sums in another order (tests/test_oracle.py)
+ROUNDING = 1e-5  # relative to the largest output; float32 sums in another order (tests/test_oracle.py)
 AIMS = [aim for aim in OptimizeFor if aim.compresses]
 FEW = Calibration(count=8)
 NOISE = Calibration(None, Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)), count=32)
@@ -70,7 +70,7 @@ def grid_of(w: np.ndarray, step: float) -> RowGrid:
 
 
 def test_a_code_is_taken_for_its_bits() -> None:
-    """By hand: 0.6 steps from zero, level 1 costs 0.16 and three bits, level 0 costs 0.36 and none."""
+    """By hand: for 0.6 steps, level 1 costs 0.16 and three bits, level 0 costs 0.36 and none."""
     bits = np.full(256, 9.0)
     bits[ZERO : ZERO + 2] = 0.0, 3.0
     for slope, level in ((0.06, 1), (0.07, 0)):
@@ -92,7 +92,7 @@ def test_descent_never_raises_error_and_price(seed: int, step: float, slope: flo
 
 @pytest.mark.parametrize("step", [1.0, 2.0])
 def test_codes_that_know_their_price_take_fewer_bits_at_equal_error(step: float) -> None:
-    """The error of rounding alone, with the step that makes it as large, against that of rounding by the price."""
+    """The bits of plain rounding, with the step that gives the same error, compared with those of rounding by price."""
     w, h = laplace(64, 150).astype(np.float64)[None], correlated_inputs(150)[None]
     triangle, moments, step = factor(h.astype(np.float32)), h.astype(np.float32), step * float(w.std())
 
@@ -110,7 +110,7 @@ def test_codes_that_know_their_price_take_fewer_bits_at_equal_error(step: float)
 
 
 def test_moments_of_a_few_places_are_better_held_to_their_diagonal() -> None:
-    """60 places for 150 inputs, judged by the moments that they were drawn from."""
+    """60 places for 150 inputs, evaluated with the moments of their distribution."""
     w, h = laplace(32, 150).astype(np.float64)[None], correlated_inputs(150)
     x = np.random.default_rng(1).multivariate_normal(np.zeros(150), h, 60)
     seen = (x.T @ x / 60).astype(np.float32)[None]
@@ -124,7 +124,7 @@ def test_levels_reach_as_far_as_the_weights(step: float) -> None:
     w = laplace(8, 30)
     q = quantize_weight(w, Grid.by_step(step, 0, half_scales=True))
     assert np.abs(q.levels()).max() <= REACH
-    assert np.abs(q.dequantize() - w).max() <= 2 * q.scale.max()  # to zero, at most a level further than the nearest
+    assert np.abs(q.dequantize() - w).max() <= 2 * q.scale.max()  # toward zero, at most one level beyond the nearest
 
 
 @given(low=st.integers(-9, 0), high=st.integers(0, 9), bits=st.sampled_from([2, 4]))
@@ -158,7 +158,7 @@ def test_gzip_is_gzip() -> None:
 
 
 def test_more_answers_are_right_in_the_same_download() -> None:
-    """Than with the bits that most files get, rounded as well as they can be and compressed afterwards."""
+    """Compared with the usual bits, refined and compressed afterwards."""
     chunks = calibration_chunks(net(), Calibration(count=32, seed=1))
     exact, config = outputs_of(net(), chunks), QuantConfig(3, form=Form.FOLDED)
     packed, _ = quantize_model(net(), config, calibration=Calibration(count=64))
@@ -279,7 +279,7 @@ def test_the_command_line_says_both_sizes(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_a_trained_network_answers_better_in_the_same_download() -> None:
-    """Our ResNet-20 in the bytes of 3 refined bits, compressed, without data: at least 2 dB, on other images of noise."""
+    """Our ResNet-20 in the compressed size of 3 refined bits, without data: at least 2 dB better, on other noise images."""
     chunks = calibration_chunks(onnx.load(OWN_MODEL), Calibration(None, NOISE.normalization, count=64, seed=1))
     exact = outputs_of(onnx.load(OWN_MODEL), chunks)
     packed, _ = quantize_model(OWN_MODEL, QuantConfig(3, form=Form.FOLDED), calibration=NOISE)

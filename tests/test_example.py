@@ -1,4 +1,4 @@
-"""The worked example runs, and its page is what the notebook says.  tools/run_example.py --check runs it as it stands."""
+"""The worked example runs, and its page matches the notebook.  tools/run_example.py --check runs it unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_commands_of_the_page_are_commands() -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_the_cells_run() -> None:
-    """Quickly: on 8 images, and with 3 bits everywhere instead of a search for the best ones."""
+    """Quickly: on 8 images, and with 3 bits everywhere instead of a search for the best bits."""
     try:
         serve.install_runtime()
     except serve.DemoError as error:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime does with a weight, form by form: these tests fail when it stops folding or fusing."""
+"""The treatment of weights by ONNX Runtime, for each form: these tests fail when it stops folding or fusing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_broken_promise_is_found() -> None:
 
 
 def test_a_weight_without_integer_kernel_becomes_float_and_the_others_not() -> None:
-    """ONNX Runtime makes a float Gemm of MatMul and Add before it looks for integer kernels."""
+    """ONNX Runtime fuses MatMul and Add into a float Gemm before it looks for integer kernels."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
         a = Conv(x, v)  r = Relu(a)  p = GlobalAveragePool(r)  f = Flatten(p)  m = MatMul(f, w)  y = Add(m, b) }"""
     model = parse(text, v=laplace(40, 3, 3, 3), w=laplace(40, 10), b=laplace(10))
@@ -126,7 +126,7 @@ def test_load_session_decodes_qdq_at_load(tmp_path: Path) -> None:
 
 
 def test_declared_shapes_that_contradict_each_other_do_no_harm() -> None:
-    """ONNX Runtime loads such a model, and shape inference refuses it (found by tools/fuzz.py)."""
+    """ONNX Runtime loads such a model, but shape inference rejects it (found by tools/fuzz.py)."""
     model = small_cnn()
     model.graph.value_info.append(onnx.helper.make_tensor_value_info("b2", onnx.TensorProto.FLOAT, [4, 4]))
     with pytest.raises(onnx.shape_inference.InferenceError):
@@ -137,7 +137,7 @@ def test_declared_shapes_that_contradict_each_other_do_no_harm() -> None:
 
 
 def test_codes_that_numpy_lacks_are_named() -> None:
-    """float8 behind DequantizeLinear: graphsurgeon gives its type as a number.  ONNX Runtime 1.20 does not load such a model."""
+    """float8 read by DequantizeLinear: graphsurgeon returns its type as a number.  ONNX Runtime 1.20 cannot load such a model."""
     weight = onnx.helper.make_tensor("q", onnx.TensorProto.FLOAT8E4M3FN, [4, 3, 3, 3], laplace(108).tolist())
     text = """net (float[n, 3, 8, 8] x) => (float[n, 4, 6, 6] y) {
         xq = QuantizeLinear(x, s, z) xd = DequantizeLinear(xq, s, z) w = DequantizeLinear(q, s)
@@ -151,7 +151,7 @@ def test_codes_that_numpy_lacks_are_named() -> None:
 
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
 def test_a_weight_with_a_live_reader_is_folded_all_the_same(form: Form) -> None:
-    """A table of embeddings, gathered from at every run, whose transpose is the weight of the last layer."""
+    """An embedding table, gathered from in every run, whose transpose is the weight of the last layer."""
     text = """net (float[n, 16] x, int64[k] i) => (float[n, 40] y, float[k, 16] e) {
         t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) e = Gather(w, i) }"""
     model, report = quantize_model(parse(text, w=laplace(40, 16)), QuantConfig(4, form=form))
@@ -161,7 +161,7 @@ def test_a_weight_with_a_live_reader_is_folded_all_the_same(form: Form) -> None:
 
 
 def test_a_scalar_of_the_model_that_equals_one_of_the_decode_is_not_decoding() -> None:
-    """ONNX Runtime merges equal scalars, and a node of the model then reads what has the decode's name."""
+    """ONNX Runtime merges equal scalars, so that a node of the model may read a scalar with the decode's name."""
     w = np.linspace(-7.5, 7.5, 400).reshape(16, 25).astype(np.float32)
     plain = parse("net (float[n, 16] x) => (float[n, 25] y) { y = MatMul(x, w) }", w=w)
     config = QuantConfig(4, granularity=Granularity.PER_TENSOR, form=Form.FOLDED, edge_layers=EdgeLayers.PLAIN)

@@ -1,4 +1,4 @@
-"""Each rung of the ladder has its reason to exist: correction restores means, feedback and descent lower the output error."""
+"""Each step of refinement helps: correction restores means, feedback and descent lower the output error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from requant_onnx.runtime.stream import Chunk, Lanes, Stream
 
 
 def correlated_inputs(columns: int, seed: int = 0) -> np.ndarray:
-    """H = E[x x'] of inputs that vary together, as those of a layer do."""
+    """H = E[x x'] of correlated inputs, like those of a layer."""
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(4 * columns, columns)) @ generator.normal(size=(columns, columns)) ** 3 / columns
     return np.asarray(x.T @ x / len(x))
@@ -85,7 +85,7 @@ def test_descent_never_raises_the_error(seed: int, bits: int, exponent: float, r
 
 @pytest.mark.filterwarnings("error")
 def test_inputs_without_power_move_no_weight() -> None:
-    """Of tiny inputs, rounding may leave second moments of 0, or below."""
+    """The second moments of tiny inputs may round to 0 or less."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 24))
     h = (x.T @ x / 200)[None]
@@ -107,7 +107,7 @@ def test_feedback_of_independent_inputs_is_nearest_rounding() -> None:
 
 
 def test_the_factor_solves_and_tells_what_is_left_of_each_input() -> None:
-    """In blocks of two sizes, and for groups; feedback by it is that of the textbook, with the inverse."""
+    """In blocks of two sizes, and for groups; feedback with it equals the textbook version with the inverse."""
     for groups, n in ((1, 700), (3, 40)):
         h = np.stack([correlated_inputs(n, seed) for seed in range(groups)])
         made = factor(h.astype(np.float32))
@@ -122,7 +122,7 @@ def test_the_factor_solves_and_tells_what_is_left_of_each_input() -> None:
 
 
 def test_feedback_is_that_of_the_textbook() -> None:
-    """GPTQ as published: the error of each weight, over U_jj, times row j of U, is pushed into those not yet rounded."""
+    """GPTQ as published: the error of each weight, divided by U_jj, times row j of U, is propagated to those not yet rounded."""
     w, h = laplace(6, 300).astype(np.float64), correlated_inputs(300)
     grid, _ = grid_of(w, 3, 1.0)
     made = factor(h.astype(np.float32)[None])
@@ -136,12 +136,12 @@ def test_feedback_is_that_of_the_textbook() -> None:
         error = (left[:, j] - levels[np.arange(6), codes[:, j]]) / upper[j, j]
         left[:, j:] -= error[:, None] * upper[j, j:]
     found = feedback(w[None], made, grid)[0][:, order]
-    assert (found == codes).mean() > 0.99  # where a weight lies between two levels, float32 decides
+    assert (found == codes).mean() > 0.99  # float32 decides for weights between two levels
 
 
 @pytest.mark.parametrize("groups", [1, 40])
 def test_results_do_not_depend_on_the_number_of_threads(groups: int) -> None:
-    """Of sums, factors, feedback and descent, for layers wider than a strip."""
+    """The results of sums, factors, feedback and descent, for layers wider than a strip."""
     n, rows = (1200, 300) if groups == 1 else (9, 2)
     generator = np.random.default_rng(0)
     x, y = (generator.normal(size=(groups, 2 * n, k)).astype(np.float32) for k in (n, rows))
@@ -163,7 +163,7 @@ def test_results_do_not_depend_on_the_number_of_threads(groups: int) -> None:
 
 
 def test_lanes_run_fewer_chunks_where_memory_is_short() -> None:
-    """The second of three stops has large tensors; behind it, chunks that were left out are run up to where the others are."""
+    """The second of three stops has large tensors; after it, the omitted chunks catch up with the others."""
     text = """net (float[n, 2, 4, 4] x) => (float[n, 2] y) { a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c)
         e = GlobalAveragePool(d) f = Flatten(e) y = Gemm(f, u) }"""
     model = parse(text, w=laplace(200, 2, 1, 1), v=laplace(2, 200, 1, 1), u=laplace(2, 2))
@@ -240,7 +240,7 @@ def test_every_decision_is_reported_and_none_is_worse_than_nearest() -> None:
 
 
 def heavy_tailed_net() -> onnx.ModelProto:
-    """Three Conv; the weights of the middle one have tails that a uniform grid cannot serve."""
+    """A model of three Conv; the weights of the middle one have tails too heavy for a uniform grid."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 64, a, b] y) {
         c = Conv<pads = [1, 1, 1, 1]>(x, w) d = Conv<pads = [1, 1, 1, 1]>(c, v) y = Conv(d, u) }"""
     middle = np.random.default_rng(0).standard_t(2.0, size=(16, 16, 3, 3)).astype(np.float32)
@@ -273,7 +273,7 @@ def test_the_chosen_transform_lowers_the_error() -> None:
 
 
 def test_a_layer_makes_up_for_the_error_of_its_shortcut() -> None:
-    """The Conv behind a shortcut aims at what the sum should be: its own output in float is not what is best to give."""
+    """The target of the Conv before the sum is the exact sum minus the rounded shortcut, not its own float output."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 16, a, b] y) {
         c = Conv<pads = [1, 1, 1, 1]>(x, w) d = Conv<pads = [1, 1, 1, 1]>(c, v) y = Add(c, d) }"""
     model = parse(text, w=laplace(16, 3, 3, 3), v=laplace(16, 16, 3, 3, seed=1))
@@ -322,8 +322,8 @@ def test_accuracy_of_our_model_without_any_data(bits: int) -> None:
 
 
 def test_second_moments_of_few_places_are_held_to_their_diagonal() -> None:
-    """And of many are not, where that only takes time."""
+    """Moments of many places are not shrunk, which would only take time."""
     for count, expected in ((2, True), (64, False)):
         _, report = quantize_model(small_cnn(), QuantConfig(3), calibration=Calibration(images().first(count), count=count))
-        steps = {step for weight in report.converted[:3] for step in weight.output_errors}  # 64 places an image, 27 to 144 inputs
+        steps = {step for weight in report.converted[:3] for step in weight.output_errors}  # 64 places per image, 27 to 144 inputs
         assert any("shrinkage" in step for step in steps) == expected

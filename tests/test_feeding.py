@@ -1,4 +1,4 @@
-"""Any model can be fed: noise of any number of channels, arrays by name in any layout, folders as they are."""
+"""Any model can be fed: noise of any number of channels, arrays by name in any layout, unmodified directories."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Net = tuple[str, dict[str, np.ndarray]]
 
 
 def net(channels: int, kind: str = "float", before: str = "a = Identity(x)") -> onnx.ModelProto:
-    """A small net whose image has so many channels, or is turned into one by the nodes `before`."""
+    """A small net whose image has this number of channels, or obtains it through the nodes `before`."""
     shape = {"float": f"n, {channels}, 16, 16", "uint8": f"n, 16, 16, {channels}"}.get(kind, f"n, {channels}, 16, 16")
     text = f"net ({kind}[{shape}] x) => (float[n, 8] y) {{ {before} b = Conv(a, w) c = GlobalAveragePool(b) y = Flatten(c) }}"
     return parse(text, w=laplace(8, channels, 3, 3), v=laplace(8, 8, seed=1))

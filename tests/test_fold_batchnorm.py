@@ -1,4 +1,4 @@
-"""Folding keeps the function and touches only what it must."""
+"""Folding keeps the function and changes only what it must."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_folding_keeps_the_output(text: str, shape: tuple[int, ...], channels: i
     assert fold_batchnorm(ModelGraph.of(model)) == 1
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] in (["Conv"], ["ConvTranspose"])
-    assert len(model.graph.initializer) == 2  # the parameters of the BatchNormalization have gone
+    assert len(model.graph.initializer) == 2  # the parameters of the BatchNormalization are removed
     np.testing.assert_allclose(run(model, (2, 4, 6, 6)), before, rtol=FLOAT32_SUMS, atol=FLOAT32_SUMS * np.abs(before).max())
 
 

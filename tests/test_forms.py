@@ -1,4 +1,4 @@
-"""ONNX Runtime decodes each form to exactly the weights that NumPy decodes, and folds what it promises to fold."""
+"""ONNX Runtime decodes each form to exactly the weights that NumPy decodes, and folds what the form promises."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def grid(bits: float, exponent: float, axis: int | None, form: Form) -> Grid:
 )
 @pytest.mark.parametrize("form", Form)
 def test_decode_is_exact(bits: float, exponent: float, axis: int | None, form: Form) -> None:
-    """Skewed weights have their zero point at an end of the range, slanted ones one for each channel; 5 * 7 * 3 of them do not fill
-    their last byte, channels of 8 * 3 in rows or columns fill bytes of their own."""
+    """Skewed weights have their zero point at an end of the range, slanted ones a separate one per channel; 5 * 7 * 3 of them do
+    not fill their last byte, and channels of 8 * 3 in rows or columns fill whole bytes."""
     for shape, skew, uint4 in itertools.product(((5, 7, 3), (8, 5, 4), (8, 7, 3)), (0.0, 1.0, None), EITHER):
         slant = np.linspace(-0.6, 1.0, shape[axis or 0], dtype=np.float32).reshape(
             [-1 if k == (axis or 0) else 1 for k in range(3)]
@@ -112,7 +112,7 @@ def test_payload_is_3_per_cent_above_the_true_size_at_most_and_all_of_it_is_read
     ],
 )
 def test_weights_decoded_together_are_exact(form: Form, bits: float, exponent: float, axis: int | None) -> None:
-    """Weights of several numbers of channels; per tensor of one shape."""
+    """Weights with different numbers of channels; with per-tensor scales, of one shape."""
     channels = (5, 7, 1) if axis is not None else (5, 5, 5)
     shapes = {f"w{k}": (n, 6, 3) if axis != 1 else (6, n, 3) for k, n in enumerate(channels)}
     coded = [
@@ -134,7 +134,7 @@ def test_weights_decoded_together_are_exact(form: Form, bits: float, exponent: f
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.75])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_two_bits_reach_further_to_either_side_without_zero_points(exponent: float, axis: int) -> None:
-    """Channels that reach one level further up have a negative scale in the folded form."""
+    """Channels with one more level above zero have a negative scale in the folded form."""
     w = laplace(12, 40, 12)
     q = quantize_weight(w, Grid(2, PowerGrid(exponent), axis, half_scales=True))
     assert set(q.zero_point.tolist()) == {1, 2}
@@ -156,7 +156,7 @@ def test_a_group_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("exponent", [1.0, 0.75, 0.5])
 @pytest.mark.parametrize("limit", [64, 127])
 def test_int8_levels_keep_the_limit(bits: float, exponent: float, limit: int) -> None:
-    """Exact, that is no rounded table, where the integers fit (4 bits with the square root: 64 at most)."""
+    """The table is exact, not rounded, if the integers fit (4 bits with the square root: at most 64)."""
     q = quantize_weight(
         laplace(6, 50) + np.linspace(-1, 1, 6, dtype=np.float32)[:, None], Grid(bits, PowerGrid(exponent), 0, limit=limit)
     )
@@ -175,7 +175,7 @@ def test_integer_type_of_levels_beyond_int8() -> None:
 
 
 def operators(model: onnx.ModelProto, folder: Path) -> list[str]:
-    """The operators that are left after ONNX Runtime has optimized the model with default options."""
+    """The operators that remain after ONNX Runtime has optimized the model with default options."""
     options = SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")

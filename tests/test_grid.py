@@ -1,4 +1,4 @@
-"""Tables: no number is split, at any width; a pipe gets tabs."""
+"""Tables: no number is split, at any width; piped output has tabs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_lines_fit_and_numbers_are_whole(width: int) -> None:
     lines = shown(weights(), width)
     assert len(lines) == 4
     assert all(len(line) <= width for line in lines)
-    assert all("18,701" in line and "19.3" in line for line in lines[1:])  # what counts most is dropped last
+    assert all("18,701" in line and "19.3" in line for line in lines[1:])  # the most important columns are dropped last
     assert {line.split()[0][:5] for line in lines[1:]} == {"backb"}
 
 

@@ -1,4 +1,4 @@
-"""Heads of detectors, told or recognized: boxes by hand, and what is refused."""
+"""Heads of detectors, named or recognized: boxes by hand, and rejected outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def found(head: str | None, *outputs: np.ndarray, size: tuple[int, int] | None =
 
 
 def rows(*values: list[float], anchors: int = ANCHORS) -> np.ndarray:
-    """(1, anchors, len(values[0])): zeros behind the values."""
+    """The values padded with zeros, (1, anchors, len(values[0]))."""
     head = np.zeros((1, anchors, len(values[0])), np.float32)
     head[0, : len(values)] = values
     return head
@@ -73,7 +73,7 @@ def test_heads_by_hand(head: str | None, outputs: list[np.ndarray]) -> None:
 
 
 def test_cells_of_yolox_by_hand() -> None:
-    """Anchor 5 is the cell (1, 1) of stride 8, four a row; anchor 33 the cell (1, 0) of stride 16, anchor 41 (0, 1) of 32."""
+    """Anchor 5 is the cell (1, 1) of stride 8, four per row; anchor 33 the cell (1, 0) of stride 16, anchor 41 (0, 1) of 32."""
     head = np.full((1, ANCHORS, 6), -3.0, np.float32)
     head[..., 4:] = 0.0
     head[0, 5] = [0.5, 0.25, math.log(2), 0.0, 0.9, 1.0]
@@ -91,7 +91,7 @@ def test_what_a_told_head_cannot_be_is_refused() -> None:
         ("yolov8", [np.zeros((1, 10), np.float32)], r"1x10 on images of 64x32, which do not match the head 'yolov8': \(n, 4"),
         ("yolox", [V5[:, :40]], "1x40x8 on images of 64x32"),  # too few cells
         ("nms", [V5], "1x42x8"),
-        ("nms", [LISTED + 0.5], "2x6"),  # classes that are no whole numbers
+        ("nms", [LISTED + 0.5], "2x6"),  # classes that are not integers
         ("nms-class-first", [LISTED], "do not match the head 'nms-class-first'"),
         ("boxes", [BOXES, BOXES], "1x2x4, 1x2x4"),
         ("tf-boxes", [BOXES], "1x2x4"),
@@ -122,7 +122,7 @@ def test_sizes_that_are_logarithms_tell_that_a_head_is_not_decoded() -> None:
 
 
 def test_an_image_without_objects_is_one() -> None:
-    """Detectors of TensorFlow then give scores of 0, which are whole numbers, and labels of 1."""
+    """TensorFlow detectors then return scores of 0, which are integers too, and labels of 1."""
     nothing, ones = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
     for outputs in ([BOXES, ones, nothing], [BOXES, nothing, ones]):
         assert len(found("tf-boxes", *outputs).scores) == 0
@@ -156,7 +156,7 @@ def test_unknown_tasks(task: str, message: str) -> None:
 
 
 def test_a_told_head_is_compared() -> None:
-    """Ten anchors are those of no image of 64x64, and so are recognized by nobody."""
+    """No head has ten anchors for images of 64x64, so this one is not recognized by itself."""
     text = "net (float[1, 3, 64, 64] x) => (float[1, 10, 8] y) { m = ReduceMean<keepdims = 0>(x) s = Mul(m, e) y = Add(h, s) }"
     model = parse(text, h=V5[:, :10], e=np.zeros(1, np.float32))
     images = ImageSet(np.zeros((2, 3, 64, 64), np.uint8), None)

@@ -1,4 +1,4 @@
-"""Every operator of the table of holders is converted, and answers with w_hat in the place of w.  A new row needs a case here."""
+"""Every operator in the table of holders is converted, and computes with w_hat in place of w.  A new row needs a case here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 SEQUENCE = "net (float[5, 2, 16] x) => (float[s, d, n, h] y)"
 ROW = "net (float[2, 32] x) => (float[a, b] y)"
 IMAGE = "net (float[1, 8, 9, 9] x) => (float[n, c, h, w] y)"
-CASES: list[tuple[str, str, Shapes, dict[str, int | None]]] = [  # operator, text, weights, channel axis of each
+CASES: list[tuple[str, str, Shapes, dict[str, int | None]]] = [  # operator, text, weights, channel axis per weight
     ("LSTM", SEQUENCE + "{ y = LSTM<hidden_size = 24>(x, w, r) }", {"w": (1, 96, 16), "r": (1, 96, 24)}, {"w": 1, "r": 1}),
     ("GRU", SEQUENCE + "{ y = GRU<hidden_size = 24>(x, w, r) }", {"w": (1, 72, 16), "r": (1, 72, 24)}, {"w": 1, "r": 1}),
     ("RNN", SEQUENCE + "{ y = RNN<hidden_size = 40>(x, w, r) }", {"w": (1, 40, 16), "r": (1, 40, 40)}, {"w": 1, "r": 1}),
@@ -61,7 +61,7 @@ CASES: list[tuple[str, str, Shapes, dict[str, int | None]]] = [  # operator, tex
     ),
 ]
 UNTRIED = {"NhwcFusedConv", "FusedMatMulActivation", "TransposeMatMul", "EmbedLayerNormalization"}
-"""Rows whose operators ONNX Runtime makes itself, and runs on some processors only, or whose layout is that of another row."""
+"""Rows whose operators only ONNX Runtime creates, and runs only on some processors, or whose layout is that of another row."""
 EVERY_CASE = pytest.mark.parametrize(("name", "text", "shapes", "axes"), CASES)
 CONFIGS = [
     QuantConfig(8),
@@ -126,7 +126,7 @@ def test_gemm_with_its_weight_on_the_left(turned: int, shape: tuple[int, ...], a
 
 
 def test_a_folded_embedding_before_a_cast_is_folded_all_the_same() -> None:
-    """Cast and Mul behind a lookup are no decode where the table is floats."""
+    """Cast and Mul after a lookup are not a decode if the table is float."""
     text = "net (int64[3] x, float16[3, 20] g) => (float16[a, b] y) { e = Gather(w, x) h = Cast<to = 10>(e) y = Mul(h, g) }"
     made, report = quantize_model(model_of(text, {"w": (60, 20)}), QuantConfig(4, form=Form.FOLDED))
     assert len(report.converted) == 1

@@ -1,4 +1,4 @@
-"""Files made to do harm, or broken: one sentence and exit code 2, no file written, none read outside the model's folder."""
+"""Malicious or corrupt files: one sentence and exit code 2, no file written, none read outside the model's directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGES = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
 
 
 def refused(folder: Path, data: bytes, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """The error of converting a file; nothing else may appear in its folder, nor on standard output."""
+    """The error of converting a file; nothing else may appear in its directory or on standard output."""
     path = folder / "in.onnx"
     path.write_bytes(data)
     before = sorted(folder.rglob("*"))
@@ -40,7 +40,7 @@ def refused(folder: Path, data: bytes, capsys: pytest.CaptureFixture[str], *opti
 
 
 def referring(location: str, offset: str | None = None, length: str | None = None) -> bytes:
-    """A model whose first weight (16, 3, 3, 3), 1,728 bytes, lies in a file."""
+    """A model whose first weight, (16, 3, 3, 3), 1,728 bytes, is in a file."""
     model = small_cnn()
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
@@ -53,7 +53,7 @@ def referring(location: str, offset: str | None = None, length: str | None = Non
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with a data file, beside another one, and links out of it."""
+    """A directory with a data file and links to the outside, next to another directory."""
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "w.bin").write_bytes(bytes(4096))
@@ -118,7 +118,7 @@ def overflowing(model: onnx.ModelProto) -> None:
 
 
 def wrapping(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].dims[:] = [2**62, 4, 1, 1]  # 2**64 elements: 0 in 64 bits
+    model.graph.initializer[0].dims[:] = [2**62, 4, 1, 1]  # 2**64 elements, which overflows to 0 in 64 bits
 
 
 def negative(model: onnx.ModelProto) -> None:
@@ -167,7 +167,7 @@ def calling_each_other(model: onnx.ModelProto) -> None:
 
 
 def call(model: onnx.ModelProto, functions: dict[str, list[str]]) -> None:
-    """Functions that hold a Conv and call others, and a call of the first."""
+    """Add functions that contain a Conv and call others, and a call of the first."""
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
     for name, called in functions.items():
         nodes = [helper.make_node(other, ["x"], [f"t{k}"], domain="local") for k, other in enumerate(called)]
@@ -193,7 +193,7 @@ def test_models_that_contradict_themselves(tmp_path: Path, change: Change, capsy
 
 
 def test_functions_that_multiply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each calls the next one eight times: a file of some kB, and 8**12 nodes when it is inlined."""
+    """Each calls the next one eight times: a file of a few kB, but 8**12 nodes after inlining."""
     model = small_cnn()
     call(model, {f"f{k}": [f"f{k + 1}"] * 8 if k < 12 else [] for k in range(13)})
     assert "too many nodes" in refused(tmp_path, model.SerializeToString(), capsys)
@@ -201,7 +201,7 @@ def test_functions_that_multiply(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("depth", [10, 24, 40, 2000])
 def test_deeply_nested_bodies(tmp_path: Path, depth: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Converted, or refused where protobuf or ONNX Runtime end."""
+    """They are converted, or rejected at the limits of protobuf or ONNX Runtime."""
     text = "() => (float[n, k, h, w] z) { z = Conv(x, w) }"
     inner = parse("a " + text, w=laplace(32, 4, 3, 3)).graph.SerializeToString()
     for _ in range(depth):
@@ -215,7 +215,7 @@ def test_deeply_nested_bodies(tmp_path: Path, depth: int, capsys: pytest.Capture
 
 
 def field(number: int, data: bytes) -> bytes:
-    """As protobuf has it on the wire."""
+    """A field in the wire format of protobuf."""
     size, coded = len(data), bytearray()
     while size > 127:
         coded.append(size & 127 | 128)
@@ -256,7 +256,7 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", [b"\x0a\x00", b"\x2a\x00", field(1, b"\x0a\x00" * 40), field(1, field(5, b"") * 40)])
 def test_a_bomb_takes_no_memory(tmp_path: Path, unit: bytes) -> None:
-    """60 MB of empty nodes or the like, which parse to 1 GB and more."""
+    """60 MB of empty nodes or similar, which would parse to 1 GB or more."""
     (tmp_path / "in.onnx").write_bytes(b"\x08\x08" + field(7, unit * (60_000_000 // len(unit))))
     command = [sys.executable, "-c", BOMB, str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
     limit = 6 << 30
@@ -277,7 +277,7 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, unit: bytes) -> None:
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_weights_all_equal_huge_or_denormal(value: float, form: Form, bits: int) -> None:
-    """They convert, to weights that are finite and not further away than the largest of them."""
+    """They are converted to finite weights of the same magnitude within 1 %; denormal ones may become 0."""
     w = np.full((32, 4, 3, 3), value, np.float32)
     converted, report = quantize_model(parse(IMAGES + "{ y = Conv(x, w) }", w=w), QuantConfig(bits, form=form))
     assert len(report.converted) == 1

@@ -1,4 +1,4 @@
-"""Folders of images: the pipeline, labels, refusals."""
+"""Directories of images: the pipeline, labels, errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_images_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
 def test_labels_are_the_places_of_the_classes(tmp_path: Path) -> None:
     for k, name in enumerate(["dog/1.png", "cat/2.PNG", "dog/deep/3.png", "ape/0.png"]):
         write(tmp_path / name, seed=k)
-    (tmp_path / "cow").mkdir()  # a class without images keeps its place
+    (tmp_path / "cow").mkdir()  # a class without images keeps its index
     images = load_images(f"images:{tmp_path}")
     assert images.y is not None
     assert images.y.tolist() == [0, 1, 3, 3]
@@ -61,14 +61,14 @@ def test_gray_and_transparent_images_become_color(tmp_path: Path) -> None:
     ],
 )
 def test_resize_sets_the_shorter_side_as_torchvision_does(size: tuple[int, int], resized: tuple[int, int]) -> None:
-    """torchvision.transforms.functional._compute_resized_output_size: (size, int(size * long / short))."""
+    """As torchvision.transforms.functional._compute_resized_output_size: (size, int(size * long / short))."""
     assert Pipeline(resize=256).apply(image_module.new("RGB", size[::-1])).size == resized[::-1]
 
 
 def test_the_crop_is_of_the_center(tmp_path: Path) -> None:
     pixels = write(tmp_path / "a.png", 9, 12)
     cropped = load_images(f"images:{tmp_path}", pipeline=Pipeline(crop=(4, 6))).pixels[0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(cropped, pixels[2:6, 3:9])  # round(2.5) is 2, in Python and so in torchvision
+    np.testing.assert_array_equal(cropped, pixels[2:6, 3:9])  # round(2.5) is 2 in Python, and therefore in torchvision
 
 
 def test_a_crop_larger_than_the_image_is_padded_with_black(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The int8 form: which nodes run on integers, that they compute what plain QDQ says, and how accurate it is."""
+"""The int8 form: which nodes run on integers, whether they compute what plain QDQ defines, and the accuracy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ RESIDUAL = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) {
 
 
 def residual_net() -> onnx.ModelProto:
-    """A residual and an inception block with shared weights, of every kind of node that runs on integers."""
+    """A residual and an inception block with shared weights, with every kind of node that runs on integers."""
     return parse(
         RESIDUAL,
         w1=laplace(8, 3, 3, 3),
@@ -88,7 +88,7 @@ def run(model: onnx.ModelProto, x: np.ndarray, level: str = "ORT_ENABLE_ALL") ->
 
 
 def with_plain_levels(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with each int8 weight stored as such, decoded here by onnx's reference implementation in NumPy."""
+    """The same model with each int8 weight stored directly, as decoded by onnx's reference implementation in NumPy."""
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     graph = plain.graph
@@ -130,7 +130,7 @@ def test_it_computes_what_plain_int8_qdq_of_the_same_codes_does(config: QuantCon
 
 
 def test_whole_blocks_stay_on_integers() -> None:
-    """Residual and inception blocks, pools, Pad, Relu and Clip: one Quantize in front, nothing else around the kernels."""
+    """Residual and inception blocks, pools, Pad, Relu and Clip: one QuantizeLinear at the start, nothing else between kernels."""
     model, report = quantize_model(residual_net(), INT8, calibration=NOISE)
     assert {weight.form for weight in report.converted} == {"int8"}
     explanation = explain(model)
@@ -142,18 +142,18 @@ def test_whole_blocks_stay_on_integers() -> None:
 
 
 def test_kernels_agree_with_the_definition() -> None:
-    """Integer kernels against the same graph run operator by operator in float: a step or two of the last activation."""
+    """Integer kernels compared with the same graph run by operators in float: a step or two of the last activation."""
     model, report = quantize_model(residual_net(), QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
     x = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
     fast, slow = run(model, x), run(model, x, "ORT_DISABLE_ALL")
     assert abs(fast - slow).max() <= 0.02 * abs(slow).max()
-    float_model = run(residual_net(), x, "ORT_DISABLE_ALL")  # ONNX Runtime 1.20 averages wrongly over the padding otherwise
+    float_model = run(residual_net(), x, "ORT_DISABLE_ALL")  # otherwise ONNX Runtime 1.20 averages wrongly over the padding
     assert ((fast - float_model) ** 2).sum() <= 1e-2 * (float_model**2).sum()  # 20 dB
     assert all(item.range[0] <= 0.0 <= item.range[1] for item in report.activations)
 
 
 def test_a_bias_far_above_the_weights_is_kept() -> None:
-    """A channel with weights of 1e-9 would count its bias of 1000 in steps far too fine for int32."""
+    """The steps of a channel with weights of 1e-9 would be far too fine for its bias of 1000 in int32."""
     w, b = laplace(4, 3, 3, 3), np.array([1000.0, -1000.0, 0.1, -3.0], np.float32)
     w[0] *= 1e-9
     w[1] = 0.0
@@ -176,7 +176,7 @@ def test_what_has_no_integer_kernel_stays_float() -> None:
 
 
 def test_plan_of_a_tensor_with_other_readers() -> None:
-    """A Relu that does not stand alone behind a Conv is not absorbed; an output of the model keeps its name."""
+    """A Relu that is not the only reader of a Conv is not absorbed; an output of the model keeps its name."""
     text = """net (float[n, 4, 8, 8] x) => (float[n, 4, a, b] c, float[n, 4, d, e] y) {
         c = Conv(x, w)  r = Relu(c)  y = Conv(r, w) }"""
     model = parse(text, w=laplace(4, 4, 3, 3))
@@ -242,14 +242,14 @@ STRUCTURES = {
 @pytest.mark.parametrize("refinement", [Refinement.NONE, Refinement.DESCENT])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structures(name: str, refinement: Refinement) -> None:
-    """Close to the float model, whatever part of it runs on integers."""
+    """The result is close to the float model, whichever part of it runs on integers."""
     text, weights = STRUCTURES[name]
     used = {key: value for key, value in {"w": W1, "v": W2, **weights}.items() if re.search(rf"[(, ]{key}[,)]", text)}
     model = parse(text, opset=19, ir=9, **used)
     generator = np.random.default_rng(0)
     shape = (32, 16) if "float[n, 16]" in text else (32, 3, 8, 8)
     x = generator.normal(size=shape).astype(np.float32)
-    if len(shape) == 2:  # calibration takes images
+    if len(shape) == 2:  # calibration requires images
         with pytest.raises(ModelError, match="input has 4 dimensions"):
             quantize_model(model, QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=NOISE)
         return
@@ -272,7 +272,7 @@ def test_a_relu_in_a_body_is_not_taken_for_one_behind_the_conv() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_cifar10", "resnet56_cifar10", "googlenet_cifar10"])
 def test_accuracy_is_within_0_3_points_of_float_activations(name: str, cifar10: Path) -> None:
-    """Same 4-bit weights in both; calibrated on 256 images of the train split."""
+    """Both have the same 4-bit weights; calibration uses 256 images of the train split."""
     path, norm = trained_model(name), (CIFAR if name.startswith("google") else IMAGENET)
     train = Calibration(load_images(f"cifar10:{cifar10}", split="train").first(256), norm)
     config = QuantConfig(bits=4, edge_layers=EdgeLayers.PLAIN, form=Form.INT8, int8_speed=Int8Speed.ALL, refinement=Refinement.NONE)
@@ -292,7 +292,7 @@ def test_own_model_keeps_its_accuracy_without_any_data(cifar10: Path, own_report
 
 
 def hard_swish_net(channels: int) -> onnx.ModelProto:
-    """1x1 convolutions with HardSwish between them, which has no integer kernel."""
+    """A model of 1x1 convolutions with HardSwish between them, which has no integer kernel."""
     text = f"""net (float[n, 3, 32, 32] x) => (float[n, {channels}, 32, 32] y) {{ a = Conv(x, w0) b = HardSwish(a) c = Conv(b, w1)
         d = HardSwish(c) e = Conv(d, w2) f = HardSwish(e) y = Conv(f, w3) }}"""
     shapes = {"w0": (channels, 3, 1, 1), **{f"w{k}": (channels, channels, 1, 1) for k in (1, 2, 3)}}
@@ -301,7 +301,7 @@ def hard_swish_net(channels: int) -> onnx.ModelProto:
 
 @pytest.mark.parametrize(("channels", "on_integers"), [(32, False), (384, True)])
 def test_layers_that_integers_make_slower_stay_float(channels: int, on_integers: bool) -> None:
-    """What quantizing, decoding and a HardSwish on its own cost is paid back by many products only."""
+    """Only many products compensate for the cost of quantizing, decoding and a separate HardSwish."""
     config = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
     _, report = quantize_model(hard_swish_net(channels), config, calibration=NOISE)
     assert any(weight.form == "int8" for weight in report.converted) == on_integers
@@ -355,7 +355,7 @@ def test_the_cpu_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def unequal_channels() -> onnx.ModelProto:
-    """One channel between two layers is a thousand times larger than the others, and counts for no more than they."""
+    """A model with one channel between two layers a thousand times larger than the others, but no more important."""
     text = """net (float[n, 8, 12, 12] x) => (float[n, 10] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, u) b = Relu(a) c = Conv<pads = [1, 1, 1, 1]>(b, v) d = Relu(c)
         e = Conv<pads = [1, 1, 1, 1]>(d, w) g = GlobalAveragePool(e) f = Flatten(g) y = MatMul(f, t) }"""
@@ -391,7 +391,7 @@ def test_a_least_sqnr_is_a_number(least: object) -> None:
 
 
 def test_files_of_full_levels_load_with_the_precision_that_they_need() -> None:
-    """ONNX Runtime then replaces the zero points of weights, and fails where two weights share one."""
+    """ONNX Runtime then replaces the zero points of weights, and fails if two weights share one."""
     model = parse(
         """net (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {
             a = Conv<pads = [1, 1, 1, 1]>(x, w1)

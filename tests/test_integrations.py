@@ -1,6 +1,6 @@
-"""requant in other people's tools: the files of tools/integrations, the hooks of pre-commit, the action and the workflow of GitHub.
+"""requant in third-party tools: the files of tools/integrations, pre-commit hooks, GitHub action and workflow.
 
-Olive and Ultralytics are not installed for this, as they need PyTorch: what the files take from them is looked up in their wheels.
+Olive and Ultralytics are not installed, because they need PyTorch: the names that the files import are looked up in their wheels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def source_of(package: str, path: str) -> str:
 
 
 def exported(folder: Path) -> Path:
-    """A model as Ultralytics leaves it: what it reads later is in the metadata."""
+    """A model as exported by Ultralytics, with the metadata that it reads later."""
     model = small_cnn()
     onnx.helper.set_model_props(model, {"task": "classify", "names": "{0: 'cat'}"})
     onnx.save(model, folder / "net.onnx")
@@ -81,13 +81,13 @@ def test_the_exporter_of_ultralytics_has_what_the_callback_reads() -> None:
 
 
 def functions(source: str) -> dict[str, list[str]]:
-    """The parameters of all functions of a module, by name, methods of classes too."""
+    """The parameters of all functions and methods of a module, by name."""
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     return {node.name: [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)] for node in found}
 
 
 def test_olive_has_what_the_pass_takes_from_it() -> None:
-    """The file itself: its classes, their methods and parameters.  What it does there was tried by hand with 0.13.0."""
+    """Classes, methods and parameters are checked in its file.  The behavior was tested by hand with 0.13.0."""
     path = ROOT / "tools" / "integrations" / "requant_olive.py"
     own, base = functions(path.read_text("utf-8")), functions(source_of("olive_ai", "olive/passes/olive_pass.py"))
     for name in ("_default_config", "_run_for_config"):
@@ -126,7 +126,7 @@ def metadata() -> configparser.SectionProxy:
 
 @pytest.mark.parametrize(("gate", "code"), [("agreement=0", 0), pytest.param("sqnr=300", 4, marks=pytest.mark.slow), ("", 0)])
 def test_the_action_converts_and_validates(gate: str, code: int, tmp_path: Path) -> None:
-    """The scripts of its steps, as a runner runs them: bash -e -o pipefail."""
+    """The scripts of its steps run as on a runner: bash -e -o pipefail."""
     onnx.save(small_cnn(), tmp_path / "net.onnx")
     (tmp_path / "requant").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m requant_onnx "$@"\n')
     (tmp_path / "requant").chmod(0o755)
@@ -149,7 +149,7 @@ def test_the_action_converts_and_validates(gate: str, code: int, tmp_path: Path)
 
 
 def test_the_inputs_of_the_action_reach_its_scripts_as_variables_only() -> None:
-    """Inputs within scripts would be run as commands."""
+    """Inputs inside scripts would be run as commands."""
     action = loaded(".github/actions/requant/action.yml")
     text = (ROOT / ".github" / "actions" / "requant" / "action.yml").read_text("utf-8")
     example = yaml.safe_load("\n".join(line[1:] for line in text.splitlines() if line.startswith("#   ")))[0]

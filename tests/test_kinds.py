@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def yolo() -> tuple[onnx.ModelProto, Data]:
-    """A head of YOLOv8 on images of 64x64: strides 8, 16 and 32, 84 anchors, center, size and 3 classes of each."""
+    """A YOLOv8 head for images of 64x64: strides 8, 16 and 32, 84 anchors, each with center, size and 3 classes."""
     text = """net (float[1, 3, 64, 64] x) => (float[1, 7, 84] y) {
         a = Conv<kernel_shape = [8, 8], strides = [8, 8]>(x, w1)
         b = Relu(a)
@@ -88,7 +88,7 @@ def segmentation() -> tuple[onnx.ModelProto, Data]:
 
 
 def audio() -> tuple[onnx.ModelProto, Data]:
-    """The voice detector of silero: samples, a state and a sample rate."""
+    """The voice detector of silero, with samples, a state and a sample rate."""
     model = onnx.load(trained_model("silero_vad"))
     shapes = {item.name: [d.dim_value or 1 for d in item.type.tensor_type.shape.dim] for item in model.graph.input}
     data = {"input": RNG.normal(size=(24, 1, 512)).astype(np.float32) / 10, "sr": np.full(24, 16000, np.int64)}
@@ -103,7 +103,7 @@ KINDS: dict[str, tuple[Callable[[], tuple[onnx.ModelProto, Data]], str, str]] = 
     "segmentation": (segmentation, "mask", "agreement=80"),
     "audio": (audio, "values", "worst-sqnr=10"),
 }
-"""Kind -> the model and its data, the kind of an output that is recognized, and a gate."""
+"""Kind -> the model and its data, the recognized kind of an output, and a gate."""
 
 
 @pytest.mark.parametrize("kind", [pytest.param(name, marks=pytest.mark.slow if name == "audio" else ()) for name in KINDS])

@@ -1,4 +1,4 @@
-"""The knapsack against brute force."""
+"""The knapsack compared with brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mAP of detectors: by hand, by the command line, and of a trained model."""
+"""The mAP of detectors: by hand, on the command line, and of a trained model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def candidates(boxes: Any, scores: Any, classes: Any) -> Candidates:
 def precision(
     truths: Sequence[Objects], found: Sequence[Candidates], *, ids: bool = False, known: Any = (3, 8)
 ) -> tuple[float, float]:
-    """AP and AP50 of the same detections as those of both models."""
+    """The AP and AP50 if both models have these detections."""
     tally = PrecisionTally(ObjectLabels(known, tuple(truths)), SIZE, ids=ids)
     tally.add((found, found))
     report = tally.report()
@@ -63,7 +63,7 @@ def test_perfect_detections() -> None:
 
 
 def test_figures_by_hand() -> None:
-    """Right, wrong, right: precision is 1 up to a recall of 1/2, 51 of 101 points, and then 2/3."""
+    """With right, wrong, right, precision is 1 up to a recall of 1/2, 51 of 101 points, and then 2/3."""
     truths = [objects([A, B], [3, 3])]
     found = [candidates([A, C, B], [0.9, 0.8, 0.7], [0, 0, 0])]
     expected = (51 + 50 * 2 / 3) / 101
@@ -79,7 +79,7 @@ def test_a_crowd_is_no_object_and_no_mistake() -> None:
 
 
 def test_models_differ_and_the_error_is_that_of_the_change() -> None:
-    """The candidate misses the object of every second of 8 images."""
+    """The candidate misses the object in every second of 8 images."""
     truths = [objects([A], [3])] * 8
     both = ([candidates([A], [0.9], [0])] * 8, [candidates([A], [0.9 - 0.8 * (k % 2)], [k % 2]) for k in range(8)])
     tally = PrecisionTally(ObjectLabels((3, 8), tuple(truths)), SIZE, ids=False)
@@ -87,11 +87,11 @@ def test_models_differ_and_the_error_is_that_of_the_change() -> None:
         tally.add((both[0][start : start + 4], both[1][start : start + 4]))
     report = tally.report()
     assert report.mean_ap == pytest.approx((1.0, 51 / 101))
-    assert report.error == pytest.approx((0.25 / 8) ** 0.5, rel=0.25)  # a binomial share; 100 resamples tell it to 7 %
+    assert report.error == pytest.approx((0.25 / 8) ** 0.5, rel=0.25)  # a binomial share; 100 resamples estimate it to within 7 %
 
 
 def test_resampling_has_the_figures_of_pycocotools() -> None:
-    """The mAP with weights, of random detections: each image once is pycocotools' own; some twice is that of so many images."""
+    """The weighted mAP of random detections equals pycocotools' mAP on images repeated as often as their weights."""
     rng = np.random.default_rng(0)
     truths, found = [], []
     for _ in range(12):
@@ -121,7 +121,7 @@ def test_classes_and_labels_that_do_not_fit_are_refused() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images of 64x64, labels, and two detectors: the second one finds one object of two elsewhere."""
+    """Two images of 64x64, labels, and two detectors: the second one misplaces one object of two."""
     for name in "ab":
         write(tmp_path / f"photos/{name}.png", 64, 64)
     coco(tmp_path / "labels.json", {"a.png": [[8, 8, 16, 16]], "b.png": [[8, 8, 16, 16], [40, 40, 10, 10]]})
@@ -239,7 +239,7 @@ def test_without_the_extra_the_error_says_what_to_install(folder: Path, monkeypa
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ConfigError, match=r"pip install 'requant_onnx\[detection\]'"):
         PrecisionTally(ObjectLabels((1,), ()), SIZE, ids=False)
-    assert main(command(folder)) == 0  # without labels nothing needs it
+    assert main(command(folder)) == 0  # without labels it is not needed
 
 
 LETTERS: tuple[list[list[tuple[float, float]]], ...] = (
@@ -254,7 +254,7 @@ LETTERS: tuple[list[list[tuple[float, float]]], ...] = (
 
 
 def drawn(path: Path, seed: int) -> list[list[float]]:
-    """An image of four letters on a smooth background; returns their boxes, [x, y, width, height]."""
+    """Draw an image of four letters on a smooth background; return their boxes, [x, y, width, height]."""
     draw_module = pytest.importorskip("PIL.ImageDraw")
     rng = np.random.default_rng(seed)
     image = image_module.fromarray(rng.integers(60, 200, (8, 8, 3)).astype(np.uint8)).resize(
@@ -279,7 +279,7 @@ def drawn(path: Path, seed: int) -> list[list[float]]:
 
 @pytest.mark.slow
 def test_a_trained_detector_keeps_its_map_at_8_bits(tmp_path: Path) -> None:
-    """ddddocr finds letters, as in captchas.  Labels: where they were drawn, and what the float model itself finds."""
+    """ddddocr finds letters, as in captchas.  Labels: their true places, and the detections of the float model."""
     wheel = wheel_of("ddddocr")
     if wheel is None:
         missing("the wheel of ddddocr is not in $REQUANT_PACKAGES")
@@ -302,7 +302,7 @@ def test_a_trained_detector_keeps_its_map_at_8_bits(tmp_path: Path) -> None:
 
 
 def strong(model: onnx.ModelProto, path: Path) -> list[list[float]]:
-    """What the float model finds by itself, [x, y, width, height]."""
+    """The detections of the float model, [x, y, width, height]."""
     from onnxruntime import InferenceSession  # noqa: PLC0415
 
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

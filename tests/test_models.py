@@ -1,4 +1,4 @@
-"""The models that come with the repository are what their README says, and are converted whole."""
+"""The models in the repository match their README, and all their weights are converted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 FILES = sorted(path for path in (ROOT / "models").iterdir() if path.suffix in (".onnx", ".npz"))
 MODELS = [path for path in FILES if path.suffix == ".onnx"]
 TABLE = (ROOT / "models" / "README.md").read_text()
-SOME = 1000  # images
+SOME = 1000  # number of images
 HERE = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 
 
@@ -40,7 +40,7 @@ def test_all_weights_are_converted_and_the_oracle_holds(path: Path, config: Quan
 @pytest.mark.slow
 @HERE
 def test_accuracy_is_that_of_the_readme(path: Path) -> None:
-    """On some of the test images: within three standard errors of what the README says of all of them."""
+    """On some of the test images, it is within three standard errors of the README's figure for all of them."""
     dataset = path.stem.rpartition("_")[2]
     folder = find_cifar(dataset)
     if folder is None:

@@ -1,6 +1,6 @@
-"""A conversion that is killed, or meets a full disk or a folder it may not write to, leaves what was there.
+"""A conversion that is killed, or fails on a full disk or a directory without write permission, preserves existing files.
 
-The next one tidies up.  The same input and options give the same bytes.
+The next one removes temporary files.  The same input and options produce the same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from requant_onnx.cli.main import main
 from requant_onnx.files.leftovers import scratch_folder
 from requant_onnx.files.load import load_model
 
-MOMENTS = 8  # of a run, one in each eighth of it
+MOMENTS = 8  # number of moments in a run, one in each eighth of it
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def large_model(folder: Path) -> Path:
-    """8 MB, so that writing takes a while."""
+    """Write a model of 8 MB, so that writing the output takes some time."""
     text = "net (float[n, 512] x) => (float[n, 512] y) { a = MatMul(x, u) b = MatMul(a, v) c = MatMul(b, w) y = MatMul(c, z) }"
     save_model(parse(text, **{name: laplace(512, 1024 // 2, seed=k) for k, name in enumerate("uvwz")}), folder / "in.onnx")
     return folder / "in.onnx"
@@ -54,7 +54,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--form", "folded"], ["--external-data"]], ids=["one file", "external data"])
 def test_killed_at_any_moment(tmp_path: Path, options: list[str]) -> None:
-    """The output is the old file or the new one, whole; after one more run there is nothing else."""
+    """The output is the complete old or new file; after one more run there are no other files."""
     home = tmp_path / "home"
     home.mkdir()
     source, output = large_model(home), home / "out.onnx"
@@ -66,7 +66,7 @@ def test_killed_at_any_moment(tmp_path: Path, options: list[str]) -> None:
     duration = run_until(command, None)
     for k in range(MOMENTS):
         run_until(command, duration * generator.uniform(k, k + 1) / MOMENTS)
-        load_model(output)  # whole, and its data are there
+        load_model(output)  # complete, with its data
         assert contents(home)["in.onnx"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert main(["convert", str(source), str(output), "--force", *options]) == 0
     assert len(contents(home)) == settled
@@ -78,7 +78,7 @@ def scratch() -> list[Path]:
 
 
 def run_until(command: list[str], seconds: float | None) -> float:
-    """Kill the process that long after it is ready; without a time, wait for it.  Returns how long it lived after that."""
+    """Kill the process some seconds after it is ready, or wait for it if None.  Returns how long it ran after it was ready."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -92,7 +92,7 @@ def run_until(command: list[str], seconds: float | None) -> float:
 
 @pytest.fixture
 def full_disk() -> Iterator[Path]:
-    """A folder on a file system with room for 100 kB; where none can be mounted, any folder."""
+    """A directory on a file system of 100 kB; if none can be mounted, any directory."""
     folder = Path(tempfile.mkdtemp())
     mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True, check=False)
     try:
@@ -106,7 +106,7 @@ def full_disk() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--external-data"], ["--json"]], ids=["one file", "external data", "report"])
 def test_a_full_disk(full_disk: Path, options: list[str]) -> None:
-    """Full, or, where no file system could be mounted for it, with a limit to the size of a file."""
+    """The disk is full, or, if no file system could be mounted, the file size is limited."""
     save_model(small_cnn(), full_disk / "out.onnx")
     mounted = full_disk.is_mount()
     if mounted:
@@ -123,13 +123,13 @@ def test_a_full_disk(full_disk: Path, options: list[str]) -> None:
 
 
 def limited() -> None:
-    """No file above 1 kB."""
+    """Limit file sizes to 1 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
 
 @pytest.mark.slow
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
-    """As somebody who is not the administrator, who may write everywhere."""
+    """Run without administrator rights, which allow writing everywhere."""
     shutil.copy(OWN_MODEL, tmp_path / "in.onnx")
     home = tmp_path / "home"
     home.mkdir()
@@ -143,7 +143,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
 
 
 def without_rights() -> None:
-    """Drop the capability of writing everywhere (PR_CAPBSET_DROP is not enough for the one who has it: exec then takes it away)."""
+    """Drop the capability of writing everywhere (PR_CAPBSET_DROP alone takes effect only at exec)."""
     if os.geteuid() == 0:
         import ctypes  # noqa: PLC0415
 
@@ -155,7 +155,7 @@ def without_rights() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--bits", "4", "--form", "folded"], ["--bits", "3", "--calibrate", "noise"]])
 def test_the_same_bytes_every_time(tmp_path: Path, options: list[str]) -> None:
-    """In another process, with another hash seed and another number of threads."""
+    """Also in another process, with another hash seed and number of threads."""
     save_model(small_cnn(), tmp_path / "in.onnx")
     found = set()
     for k, threads in enumerate(("1", "2", "3")):

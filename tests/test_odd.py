@@ -1,4 +1,4 @@
-"""Models that are odd and run in ONNX Runtime are converted; what is hostile is refused (test_hostile.py)."""
+"""Unusual models that run in ONNX Runtime are converted; hostile ones are rejected (test_hostile.py)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def external(path: Path) -> None:
 
 @links
 def test_a_cache_of_links_into_a_folder_of_blobs(tmp_path: Path) -> None:
-    """As huggingface_hub lays it out."""
+    """The layout of huggingface_hub."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -113,7 +113,7 @@ def test_the_newest_opset() -> None:
 def test_external_data_that_stay_in_their_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form, calibration: Calibration | None
 ) -> None:
-    """As those of more than FETCHED_BYTES do, with a constant among them that nothing converts."""
+    """As for more than FETCHED_BYTES, with one constant that is not converted."""
     monkeypatch.setattr("requant_onnx.files.load.FETCHED_BYTES", 0)
     model = small_cnn()
     model.graph.node[-1].output[0] = "z"

@@ -1,4 +1,4 @@
-"""Every row of the operator table says what ONNX Runtime computes.  A new row fails here until it has cases of its own."""
+"""Every row of the operator table describes what ONNX Runtime computes.  A new row fails here until it has its own cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from requant_onnx.graph.layers import Layer, find_layers
 from requant_onnx.graph.operators import KERNELS, OPERATORS
 from requant_onnx.runtime.explain import explain
 
-PRODUCT_TOLERANCE = 1e-4  # of the largest result: float32 sums of up to 100 products in another order
+PRODUCT_TOLERANCE = 1e-4  # relative to the largest result: float32 sums of up to 100 products in another order
 IMAGE, ROW = (3, 4, 7, 8), (3, 5)
 CASES = [
     ("Conv", "Conv<pads = [1, 1, 1, 1]>", IMAGE, (6, 4, 3, 3)),
@@ -67,7 +67,7 @@ def inputs(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def channel_of_output(y: np.ndarray, name: str) -> np.ndarray:
-    """(channels, everything else)."""
+    """The output as (channels, rest)."""
     axis = 1 if OPERATORS[name].channels_second else -1
     return np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1)
 
@@ -107,7 +107,7 @@ def test_the_matrix_product_is_what_onnx_runtime_computes(
 def test_the_channel_axis_is_that_of_the_output_channels(
     name: str, op: str, x_shape: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
-    """Doubling the first channel of the weight doubles the first channel of each group of the output, and no other."""
+    """Doubling the first channel of the weight doubles only the first channel of each group of the output."""
     w, x = laplace(*shape), inputs(x_shape)
     product = layer_of(model_of(op, x_shape, w)).product
     axis = OPERATORS[name].channel_axis(product.attributes, 1, len(shape))
@@ -136,7 +136,7 @@ def test_the_bias_is_added_to_the_rows_in_their_order(name: str, op: str, x_shap
 
 @EVERY_CASE
 def test_means_of_inputs_give_the_mean_of_the_output(name: str, op: str, x_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """On an image that is constant in each channel, away from its borders."""
+    """On an image with constant channels, away from its borders."""
     w = laplace(*shape)
     channels_second = OPERATORS[name].channels_second
     means = np.arange(1.0, x_shape[1 if channels_second else -1] + 1)
@@ -162,7 +162,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", [name for name, row in OPERATORS.items() if row.kernel is not None])
 def test_the_integer_kernel_is_the_one_that_onnx_runtime_runs(name: str) -> None:
-    """The first of two layers gives integers to the second, which gives floats where its kernel can."""
+    """The first of two layers outputs integers to the second, which outputs floats if its kernel can."""
     image = OPERATORS[name].channels_second
     shape, tail = ((3, 4, 7, 8), "4, 7, 8] x) => (float[n, a, b, c]") if image else ((3, 5), "5] x) => (float[n, a]")
     weights = (laplace(6, 4, 3, 3), laplace(6, 6, 1, 1)) if image else (laplace(5, 6), laplace(6, 6))
@@ -214,7 +214,7 @@ ABOUT_ONE_OPERATOR = {
     "graph/weights.py": {"Cast", "Constant", "DequantizeLinear"},
     "runtime/explain.py": {"Relu", "Clip", "QuantizeLinear"},
 }
-"""Modules that compare names of operators -> which: rewrites about that one operator, and nodes without weights."""
+"""Modules that compare operator names -> those names: rewrites of one operator, and nodes without weights."""
 
 
 def test_operators_with_weights_are_compared_only_in_the_table() -> None:

@@ -1,4 +1,4 @@
-"""Options: from a file, from the command line, and how much is printed."""
+"""Options from a file and from the command line, and the amount of output."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_every_option_of_convert_can_be_in_a_file() -> None:
 
 
 def test_what_is_for_other_commands_in_a_file_is_no_error(model: Path) -> None:
-    """The mean is for validate; and options on the command line take away what those of the file were for."""
+    """The mean applies to validate; and options on the command line may make those of the file irrelevant."""
     images = model.with_name("images.npz")
     np.savez(images, x=np.zeros((4, 8, 8, 3), np.uint8))
     np.savez(model.with_name("floats.npz"), x=np.zeros((4, 3, 8, 8), np.float32))
@@ -226,7 +226,7 @@ def test_what_is_for_other_commands_in_a_file_is_no_error(model: Path) -> None:
     for more in ([], ["--calibrate", "none"], ["--calibrate", "noise"], ["--calibrate", str(images)]):
         assert main([*command, *more]) == 0
     assert main([*command, "--calibrate", str(model.with_name("floats.npz"))]) == 0
-    assert main([*command, "--calibrate", "noise", "--crop", "8"]) == 2  # asked for here
+    assert main([*command, "--calibrate", "noise", "--crop", "8"]) == 2  # given on this command line
     assert main([*command, "--mean", "0.5", "--calibrate", "none"]) == 2
 
 
@@ -234,7 +234,7 @@ def test_help_is_grouped_and_help_all_has_every_option(capsys: pytest.CaptureFix
     from requant_onnx.cli.parser import HIDDEN  # noqa: PLC0415
 
     for name, parser in _commands().items():
-        if name == "help":  # has no options
+        if name == "help":  # it has no options
             continue
         texts = {}
         for flag in ("--help", "--help-all"):

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the converted file equals ONNX Runtime on the float file with w_hat in its place: no rewriting error."""
+"""ONNX Runtime on the converted file equals ONNX Runtime on the float file with w_hat in its place: rewriting adds no error."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from requant_onnx.graph.weights import find_weights
 from requant_onnx.numerics.quantize import quantize_weight
 
 ROUNDING = 1e-5
-"""Of the largest output.  The weights are equal bit for bit (test_forms.py); what differs is the order of the float32 sums,
-since Conv behind DequantizeLinear runs without the blocked layout: 6e-8 an addition, sqrt(4608 additions) a layer is 4e-6,
-and normalized layers pass errors on without growth; 9e-7 measured at most on the trained models."""
+"""Tolerance relative to the largest output.  The weights are bitwise equal (test_forms.py); only the order of the float32 sums
+differs, because Conv after DequantizeLinear runs without the blocked layout: 6e-8 per addition, times sqrt(4608 additions) per
+layer, is 4e-6, and normalized layers do not amplify errors; at most 9e-7 was measured on the trained models."""
 SPATIAL = {"rapidocr_cls": (48, 192)}
-PLAIN = Refinement.NONE  # biases stay; what changes them is tested in test_channel_means.py and test_feedback.py
+PLAIN = Refinement.NONE  # biases stay; their changes are tested in test_channel_means.py and test_feedback.py
 CONFIGS = {
     "default": QuantConfig(refinement=PLAIN),
     "paper4": QuantConfig.paper(4),
@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def with_decoded_weights(source: ModelLike, config: QuantConfig, converted: set[str]) -> onnx.ModelProto:
-    """The float model, BatchNormalization folded, with w_hat from NumPy in the place of each converted weight."""
+    """The float model with BatchNormalization folded, and w_hat from NumPy in place of each converted weight."""
     model = load_model(source)
     fold_batchnorm(ModelGraph.of(model))
     if config.form is Form.QDQ:
@@ -77,7 +77,7 @@ def test_small_model(config: QuantConfig) -> None:
 
 @pytest.mark.parametrize("name", ["default", "paper4", "paper6", "power5", "folded3"])
 def test_trained_model(trained: Path, name: str) -> None:
-    if trained.stem == "silero_vad":  # all weights in branches by the sampling rate, half of them of LSTM, computed there
+    if trained.stem == "silero_vad":  # all weights are in branches by sampling rate; half of them are of LSTM, and computed there
         for rate, samples in ((16_000, 512), (8_000, 256)):
             sound = np.random.default_rng(7).normal(size=(2, samples)).astype(np.float32)
             feeds: dict[str, np.ndarray] = {

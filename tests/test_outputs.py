@@ -1,4 +1,4 @@
-"""Outputs of two models compared: errors, answers of every kind, detections; gates; latency."""
+"""Comparison of two models' outputs: errors, answers of every kind, detections; gates; latency."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def only(outputs: list[np.ndarray], images: int, size: tuple[int, int] | None) -
 
 
 def heads(rng: np.random.Generator, boxes: np.ndarray, classes: np.ndarray, anchors: int) -> np.ndarray:
-    """(1, 4 + 3, anchors): the head of a YOLOv8 of three classes, with these boxes (center, size) at random anchors."""
+    """The head of a YOLOv8 of three classes, (1, 4 + 3, anchors), with these boxes (center, size) at random anchors."""
     head = np.zeros((1, 7, anchors))
     head[0, :4] = rng.uniform(0, 640, (4, anchors))
     at = rng.choice(anchors, len(boxes), replace=False)
@@ -132,13 +132,13 @@ def test_overlaps_and_matches_by_hand() -> None:
     a = np.array([[0, 0, 10, 10], [0, 0, 10, 10]], float)
     np.testing.assert_allclose(overlaps(a[:1], np.array([[5, 0, 15, 10], [20, 20, 30, 30]], float)), [[1 / 3, 0.0]])
     reference = Detections(a, np.array([0.9, 0.8]), np.array([1, 1]))
-    assert matched(reference, Detections(a[:1], np.array([0.9]), np.array([1])), 0.5) == 1  # each counts once
+    assert matched(reference, Detections(a[:1], np.array([0.9]), np.array([1])), 0.5) == 1  # each detection counts once
     assert matched(reference, Detections(a[:1], np.array([0.9]), np.array([0])), 0.5) == 0
     assert matched(reference, Detections(a[:0], np.zeros(0), np.zeros(0, int)), 0.5) == 0
 
 
 def test_a_detector_is_judged_by_what_it_finds() -> None:
-    """A model whose head is a constant that its input shifts a little."""
+    """The head of the model is a constant that its input shifts slightly."""
     head = heads(np.random.default_rng(1), np.array([[100, 100, 50, 80], [300, 200, 40, 40]], float), np.array([0, 2]), 84)
     text = "net (float[1, 3, 64, 64] x) => (float[1, 7, 84] y) { m = ReduceMean<keepdims = 0>(x) s = Mul(m, e) y = Add(h, s) }"
 
@@ -217,7 +217,7 @@ def test_every_figure_of_a_gate_can_be_read() -> None:
 
 
 def test_a_ratio_of_times_survives_other_work() -> None:
-    """Two models, one twice as slow; every seventh run of both takes five times as long.  Nothing is timed here."""
+    """Two models, one twice as slow; every seventh run of both takes five times as long.  The times are simulated."""
     count = 0
 
     def model(seconds: float) -> float:

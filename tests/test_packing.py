@@ -33,7 +33,7 @@ def test_an_index_has_the_bits_of_its_codes_and_no_more(bits: float) -> None:
 
 @pytest.mark.parametrize("bits", PACKINGS)
 def test_every_index_is_read_back(bits: float) -> None:
-    """The largest too, in each place of a block."""
+    """Including the largest, in each position of a block."""
     packing = PACKINGS[bits]
     codes = np.resize(digits(packing.base, packing.codes)[::-1].astype(np.uint8), (packing.size, *packing.block, packing.codes))
     np.testing.assert_array_equal(unpack(pack(codes, packing), packing), codes)

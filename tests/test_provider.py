@@ -1,4 +1,4 @@
-"""Models run on the execution provider that is asked for; constants are computed on the CPU."""
+"""Models run on the requested execution provider; constants are computed on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from requant_onnx import Calibration, ConfigError, Form, QuantConfig, quantize_m
 from requant_onnx.cli.main import main
 from requant_onnx.runtime.sessions import provider_in_use
 
-OTHER = "AzureExecutionProvider"  # is in every build of ONNX Runtime for Python, and leaves all operators of ONNX to the CPU
+OTHER = "AzureExecutionProvider"  # in every build of ONNX Runtime for Python; leaves all ONNX operators to the CPU
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _back_to_the_cpu() -> Iterator[None]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The providers of every session that is made."""
+    """The providers of every session that is created."""
     seen: list[list[str]] = []
     make = onnxruntime.InferenceSession
 
@@ -58,7 +58,7 @@ def test_the_command_line_runs_on_the_provider(tmp_path: Path, asked: list[list[
     assert main(["validate", str(OWN_MODEL), str(OWN_MODEL), "--data", str(tmp_path / "x.npz"), "--provider", "azure"]) == 0
     assert asked
     assert all(providers[0] == OTHER for providers in asked)
-    assert main(["inspect", str(OWN_MODEL)]) == 0  # which runs nothing and takes no provider
+    assert main(["inspect", str(OWN_MODEL)]) == 0  # it runs nothing and has no provider option
     asked.clear()
     assert main(["validate", str(OWN_MODEL), str(OWN_MODEL), "--data", str(tmp_path / "x.npz")]) == 0
     assert all(providers == ["CPUExecutionProvider"] for providers in asked)

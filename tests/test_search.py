@@ -22,9 +22,9 @@ from requant_onnx.numerics.ranges import RowRanges, row_ranges
 from requant_onnx.numerics.search import search_alpha
 
 CURVE_TOLERANCE = 1e-9  # sum u**2 - 2A + B cancels: float64's 1e-16 times the ratio of signal to error, below 1e6 here
-SEARCH_TOLERANCE = 1e-6  # of the error, relative to the best point of the scan: the promise of the search
-RAGGEDNESS = 1e-3  # every weight that changes its level puts a kink in the curve; the search stops at one (5e-4 measured)
-ALPHAS = np.arange(1, 257) / 256  # those of the scan, for rows as short as here
+SEARCH_TOLERANCE = 1e-6  # of the error, relative to the best point of the scan, as the search guarantees
+RAGGEDNESS = 1e-3  # every weight that changes its level adds a kink to the curve; the search stops at one (5e-4 measured)
+ALPHAS = np.arange(1, 257) / 256  # the points of the scan for short rows, as here
 EXPONENTS = (1.0, 0.5, 2 / 3)
 SPACES = ((True, True), (True, False), (False, True), (False, False))
 rows_strategy = hnp.arrays(np.float32, (2, 40), elements=st.floats(-4, 4, width=32))
@@ -36,7 +36,7 @@ def sorted_rows(w: np.ndarray, bits: int, exponent: float) -> tuple[np.ndarray, 
 
 
 def brute_force(w: np.ndarray, bits: int, exponent: float, alpha: float, in_weights: bool, round_in_weights: bool) -> np.ndarray:
-    """The definition (arXiv 2510.04044): quantize every weight of every row, average the squared error."""
+    """The error by definition (arXiv 2510.04044): quantize every weight of every row, and average the squared error."""
     v = PowerGrid(exponent).transform(w)
     v_min, v_max = np.minimum(v.min(1), 0.0)[:, None], np.maximum(v.max(1), 0.0)[:, None]
     scale = alpha * (v_max - v_min) / (2**bits - 1)
@@ -116,7 +116,7 @@ def real_layers() -> list[np.ndarray]:
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("source", ["gaussian", "laplace", "real"])
 def test_curve_is_convex_around_its_minimum(source: str, exponent: float) -> None:
-    """REQuant's claim (arXiv 2510.04044): locally convex.  A parabola with a minimum explains the curve within 2/64 of its own."""
+    """REQuant's claim (arXiv 2510.04044) of local convexity: a parabola with a minimum fits the curve within 2/64 of the best."""
     generator = np.random.default_rng(5)
     samples = {"gaussian": [generator.normal(size=(1, 50_000))], "laplace": [generator.laplace(size=(1, 50_000))]}
     for w in samples.get(source) or real_layers():

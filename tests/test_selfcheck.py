@@ -1,4 +1,4 @@
-"""Conversions end with a check on inputs that were not used for them, and are calibrated where they can be."""
+"""Conversions end with a check on unused inputs, and are calibrated if possible."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_models_that_take_no_images_are_not_calibrated(tmp_path: Path, capsys: p
 
 
 def test_a_model_that_fails_on_noise_is_converted_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It takes images, and wants 7 of them at a time, which its type does not say."""
+    """The model requires 7 images at a time, which its input type does not declare."""
     text = "net (float[n, 3, 4, 4] x) => (float[a, b] y) { r = Reshape(x, s) y = MatMul(r, w) }"
     model = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
     save_model(model, tmp_path / "in.onnx")

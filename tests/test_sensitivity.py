@@ -1,4 +1,4 @@
-"""inspect --sensitivity: what each weight costs alone."""
+"""inspect --sensitivity: the cost of quantizing each weight alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and calibration inputs come in several shapes; the result is the same."""
+"""Models and calibration inputs may be given in several ways; the result is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refinement on models as exporters write them: weights behind other nodes, half precision, sizes that depend on the data."""
+"""Refinement on models as exporters write them: weights before other nodes, half precision, data-dependent sizes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from requant_onnx.convert.steps import check_belief
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
 from requant_onnx.runtime.stream import Chunk
 
-SAME_DB = 0.5  # what other float sums, and half precision of the weights, may change in the output SQNR
+SAME_DB = 0.5  # tolerance of the output SQNR for other float sums, and for half precision of the weights
 FEEDS: list[Chunk] = [{"x": np.random.default_rng(seed).normal(size=(4, 3, 8, 8)).astype(np.float32)} for seed in range(12)]
 HELD_OUT: list[Chunk] = [{"x": np.random.default_rng(99).normal(size=(32, 3, 8, 8)).astype(np.float32)}]
 WEIGHTS = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 16, 3, 3), "w4": (16, 16, 3, 3)}
 
 
 def net() -> onnx.ModelProto:
-    """Four Conv in a row: what is not seen of the first ones' errors cannot be made up for by the last ones."""
+    """A model of four Conv in a row: errors of the first ones that are missed cannot be compensated by the last ones."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 16, 8, 8] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1) b = Relu(a) c = Conv<pads = [1, 1, 1, 1]>(b, w2, b2) d = Relu(c)
         e = Conv<pads = [1, 1, 1, 1]>(d, w3, b3) f = Relu(e) y = Conv<pads = [1, 1, 1, 1]>(f, w4, b4) }"""
@@ -82,7 +82,7 @@ STORES: dict[str, Store] = {
 
 
 def rewritten(store: Store, at_the_head: bool) -> onnx.ModelProto:
-    """The net with its weights stored in another way, by nodes at the head of the graph or each just before its reader."""
+    """The net with its weights stored differently, with nodes at the head of the graph or each just before its reader."""
     model = net()
     tensors = [item for item in model.graph.initializer if item.name in WEIGHTS]
     kept = [item for item in model.graph.initializer if item.name not in WEIGHTS]
@@ -101,7 +101,7 @@ def rewritten(store: Store, at_the_head: bool) -> onnx.ModelProto:
 
 
 def sqnr_db(model: onnx.ModelProto, form: Form, bits: int = 3) -> float:
-    """Of the output on inputs that were not calibrated on."""
+    """The output SQNR on inputs that were not used for calibration."""
     config = QuantConfig(bits, form=form, int8_speed=Int8Speed.ALL)
     made, _ = quantize_model(model, config, calibration=Calibration.from_feeds(FEEDS))
     return float(-10 * np.log10(relative_error(outputs_of(net(), HELD_OUT), outputs_of(made, HELD_OUT))))
@@ -120,7 +120,7 @@ def test_the_result_does_not_depend_on_how_weights_are_stored(plain: tuple[Form,
 
 
 def half(model: onnx.ModelProto, *, casts: bool) -> onnx.ModelProto:
-    """The model in float16: its inputs and outputs too, or float ones behind Cast."""
+    """The model in float16, including inputs and outputs, or with casts to float ones."""
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     if not casts:
@@ -141,7 +141,7 @@ def half(model: onnx.ModelProto, *, casts: bool) -> onnx.ModelProto:
 @pytest.mark.parametrize("with_biases", [True, False])
 @pytest.mark.parametrize("casts", [True, False])
 def test_half_precision_is_refined_as_single_is(form: Form, with_biases: bool, casts: bool) -> None:
-    """A new bias has the type of its node: ONNX Runtime refuses a Conv of float16 with a bias of float32."""
+    """A new bias has the type of its node: ONNX Runtime rejects a float16 Conv with a float32 bias."""
     exact, model = net(), half(net(), casts=casts)
     if not with_biases:
         for each in (exact, model):
@@ -187,7 +187,7 @@ CALIBRATED = pytest.mark.parametrize(
 @CALIBRATED
 @pytest.mark.parametrize("threshold", [2.0, 1e6], ids=["some rows", "no row"])
 def test_layers_whose_number_of_inputs_depends_on_the_data_keep_nearest_levels(config: QuantConfig, threshold: float) -> None:
-    """Rows above a threshold, as NonMaxSuppression selects boxes: the float and the quantized model keep different ones."""
+    """With rows above a threshold, as with boxes in NonMaxSuppression, the float and the quantized model select different ones."""
     text = """net (float[n, 8, 8, 8] x) => (float[k, 24] y) {
         a = Conv(x, w1, b1) h = Relu(a) p = Transpose<perm = [0, 2, 3, 1]>(h) r = Reshape(p, s)
         m = ReduceMax<keepdims = 0>(r, one) g = Greater(m, t) q = Compress<axis = 0>(r, g) y = Gemm(q, w2) }"""
@@ -197,7 +197,7 @@ def test_layers_whose_number_of_inputs_depends_on_the_data_keep_nearest_levels(c
     generator = np.random.default_rng(0)
     feeds: list[Chunk] = [{"x": generator.normal(size=(2, 8, 8, 8)).astype(np.float32)} for _ in range(8)]
     made, report = quantize_model(model, config, calibration=Calibration.from_feeds(feeds))
-    if not isinstance(config.bits, Budget):  # which may leave the first layer so many bits that the same rows are kept
+    if not isinstance(config.bits, Budget):  # a budget may give the first layer so many bits that the same rows are selected
         last = next(weight for weight in report.converted if weight.name == "w2")
         assert last.method == "nearest"
         assert last.why_nearest == ("gets no input" if threshold > 1e3 else DEPENDS)
@@ -220,7 +220,7 @@ def test_sequences_and_sparse_initializers_are_calibrated(config: QuantConfig) -
 
 
 def test_biases_stay_float32_where_float16_changes_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large biases that the next layer takes out again: rounded to float16 they are the largest error of the model."""
+    """Large biases that the next layer cancels: rounded to float16, they are the largest error of the model."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)
         y = Conv(a, w2, b2)

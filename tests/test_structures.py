@@ -1,4 +1,4 @@
-"""Every place and shape that exporters give weights: the bytes are really quantized, and the oracle holds."""
+"""All places and shapes of weights that exporters write: the bytes are really quantized, and the oracle holds."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_structure(structure: str, config: QuantConfig) -> None:
 def test_every_opset(config: QuantConfig, opset: int) -> None:
     text = IMAGES + "{ c = Conv(x, w) r = Relu(c) p = MaxPool<kernel_shape = [2, 2]>(r) y = Conv(p, v) }"
     model = parse(text, opset=opset, ir=3 if opset < 9 else 8, w=W, v=laplace(16, 32, 2, 2))
-    if opset < 9:  # IR 3 wants initializers listed as inputs
+    if opset < 9:  # IR 3 requires initializers in the list of inputs
         model.graph.input.extend(helper.make_tensor_value_info(item.name, 1, item.dims) for item in model.graph.initializer)
     report = check(model, config)
     assert len(report.converted) == 2
@@ -157,7 +157,7 @@ def test_weights_of_the_same_name_in_two_branches(config: QuantConfig, taken: bo
 
 
 def test_what_a_branch_computes_from_activations_is_no_weight() -> None:
-    """Even where its condition is constant: the decode of `v` is what is folded, not the product's other operand."""
+    """Even if its condition is constant: only the decode of `v` is folded, not the product's other operand."""
     text = "() => (float[n, k, h, w] z) { z = Conv(x, w) }"
     branch = with_if(body("a " + text, w=W), body("b " + text, w=W), c=np.array(True))
     del branch.graph.input[1:]
@@ -279,7 +279,7 @@ def test_everything_else_is_kept() -> None:
 
 
 def test_a_graph_without_nodes_is_copied(tmp_path: Path) -> None:
-    """Valid ONNX, and ONNX Runtime runs it (found by tools/soak.py)."""
+    """It is valid ONNX, and ONNX Runtime runs it (found by tools/soak.py)."""
     model = parse("net (float[n, 4] x) => (float[n, 4] x) { }")
     onnx.save(model, tmp_path / "in.onnx")
     assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]) == 0

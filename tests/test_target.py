@@ -1,4 +1,4 @@
-"""Targets: the smallest file that keeps a target, on data that rounding has not used."""
+"""Targets: the smallest file that meets a target, on data that rounding has not used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_bits_of_their_own_save_more() -> None:
 
 
 def test_a_function_of_ones_own() -> None:
-    """The score falls by 1 in files below 200 kB: 6 bits are the fewest that keep it."""
+    """The score falls by 1 in files below 200 kB: 6 bits are the fewest that preserve it."""
     tried: list[int] = []
 
     def score(model: onnx.ModelProto) -> float:

@@ -1,4 +1,4 @@
-"""The benchmark subjects are what they say."""
+"""The benchmark subjects have their documented sizes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onnxruntime import InferenceSession
 
 @pytest.mark.parametrize(("depth", "parameters"), [(18, 11_164_352), pytest.param(50, 23_467_712, marks=pytest.mark.slow)])
 def test_resnets_have_the_published_size_and_run(depth: int, parameters: int) -> None:
-    """Convolution and linear weights for 10 classes and a 3x3 stem."""
+    """The parameters are convolution and linear weights for 10 classes and a 3x3 stem."""
     model = resnet(depth)
     onnx.checker.check_model(model, full_check=True)
     assert sum(np.prod(item.dims) for item in model.graph.initializer if len(item.dims) > 1) == parameters
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     scores = session.run(None, {"x": np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)})[0]
     assert np.asarray(scores).shape == (2, 10)
-    assert 0.01 < np.abs(scores).max() < 100  # activations keep their size
+    assert 0.01 < np.abs(scores).max() < 100  # activations keep their magnitude

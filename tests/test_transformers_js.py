@@ -1,4 +1,4 @@
-"""transformers.js, as npm has it, finds and runs the file that --for transformers.js writes."""
+"""transformers.js from npm finds and runs the file that --for transformers.js writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ window.answer = (async () => {
 
 
 def install_transformers_js() -> Path:
-    """The file of transformers.js for browsers, which imports onnxruntime-web."""
+    """Install transformers.js and return its file for browsers, which imports onnxruntime-web."""
     script = serve.BUILD / f"transformers.web-{NPM_VERSION}.min.js"
     if not script.exists():
         if shutil.which("npm") is None:
@@ -56,7 +56,7 @@ def install_transformers_js() -> Path:
 
 
 def write_repository(folder: Path) -> None:
-    """ResNet-20 as an exporter of transformers leaves it: config.json, preprocessor_config.json, onnx/model.onnx."""
+    """Write ResNet-20 as an exporter of transformers does: config.json, preprocessor_config.json, onnx/model.onnx."""
     model = onnx.load(OWN_MODEL)
     for node in model.graph.node:
         node.input[:] = ["pixel_values" if name == "input" else name for name in node.input]
@@ -78,7 +78,7 @@ def test_transformers_js_loads_what_is_written_for_it(tmp_path: Path) -> None:
     write_repository(tmp_path / "repo")
     command = ["convert", str(tmp_path / "repo" / "onnx" / "model.onnx"), str(tmp_path / "repo"), "--for", "transformers.js"]
     assert main([*command, "--calibrate-limit", "8"]) == 0
-    (tmp_path / "repo" / "onnx" / "model.onnx").unlink()  # q4 is what there is
+    (tmp_path / "repo" / "onnx" / "model.onnx").unlink()  # only q4 is left
     pixels = np.load(serve.IMAGES)["x"][serve.SHOWN[1]]
     (tmp_path / "image.png").write_bytes(serve.png(pixels))
     (tmp_path / "index.html").write_text(PAGE)

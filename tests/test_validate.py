@@ -1,4 +1,4 @@
-"""Validation: figures by hand, shapes, refusals."""
+"""Validation: figures by hand, shapes, errors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ CHANNELS_LAST = "net (float[n, 2, 2, 3] x) => (float[n, 3] y) { s = ReduceMean<a
 
 
 def scorer(text: str, *factors: float) -> onnx.ModelProto:
-    """Scores are the mean of each channel times its factor."""
+    """A model whose scores are the mean of each channel times its factor."""
     return parse(text, opset=13, w=np.array(factors, np.float32))
 
 
 def pictures(*brightest: int, labels: tuple[int, ...] | None = None) -> ImageSet:
-    """2x2 images, 255 in one channel, 102 in the others."""
+    """Images of 2x2, 255 in one channel, 102 in the others."""
     x = np.full((len(brightest), 3, 2, 2), 102, np.uint8)
     for image, channel in zip(x, brightest, strict=True):
         image[channel] = 255
@@ -45,8 +45,7 @@ def pictures(*brightest: int, labels: tuple[int, ...] | None = None) -> ImageSet
 
 
 def test_figures_by_hand() -> None:
-    """The candidate doubles channel 0: it answers 0 on (255, 102, 102), 1 where 255 > 204 is in channel 1; no disagreement
-    but where 102 * 3 wins."""
+    """The candidate triples channel 0, so it always answers 0: 102 * 3 > 255."""
     reference, candidate = scorer(MEANS, 1, 1, 1), scorer(MEANS, 3, 1, 1)
     report = validate(reference, candidate, pictures(0, 1, 2, 2, labels=(0, 1, 2, 1)))
     assert report.top1 == (0.75, 0.25)

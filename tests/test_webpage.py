@@ -1,4 +1,4 @@
-"""The page: in a real browser where there is one, and as text."""
+"""The page: in a real browser, if available, and as text."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_pages_do_not_replace_files(page: Path, capsys: pytest.CaptureFixture[st
         assert capsys.readouterr().err.count("\n") == 1
     assert page.read_bytes() == before
     assert main(["report", *models, str(page.with_name("again.html"))]) == 0
-    assert main(["report", models[0], str(page), str(page.with_name("third.html"))]) == 2  # no model
+    assert main(["report", models[0], str(page), str(page.with_name("third.html"))]) == 2  # not a model
     assert not page.with_name("third.html").exists()
 
 
@@ -173,7 +173,7 @@ def test_blocks_are_weights_and_places_where_ways_meet() -> None:
     assert found == [
         ("x", "input", None, ()),
         ("w1", "Conv", 0, (0,)),
-        ("w2", "Conv", 1, (1,)),  # of the swish, both inputs come the same way
+        ("w2", "Conv", 1, (1,)),  # both inputs of the swish come from the same block
         ("Add", "Add", None, (1, 2)),
         ("y", "output", None, (3,)),
     ]
@@ -222,7 +222,7 @@ def test_ranges_of_activations_are_read_from_the_graph() -> None:
 
 
 def test_the_page_of_a_conversion_shows_no_accuracy(tmp_path: Path) -> None:
-    """The labels of images for calibration are those that the model was trained on."""
+    """Calibration images have labels that the model was trained on."""
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "images.npz", x=rng.integers(0, 256, (48, 8, 8, 3), np.uint8), y=rng.integers(0, 10, 48))
@@ -335,7 +335,7 @@ def test_the_page_is_used_by_keyboard(browser: Any, page: Path) -> None:
 
 
 def test_nothing_is_cut_on_a_phone(browser: Any, page: Path) -> None:
-    """Every text lies within the page, or within a box that scrolls."""
+    """All text is within the page, or within a scrollable box."""
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     )

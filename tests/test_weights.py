@@ -1,4 +1,4 @@
-"""Which weights are found, with which axis, and why the others stay."""
+"""Which weights are found, with which axis, and why others are skipped."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_skipped_with_a_reason(text: str, weight: np.ndarray | None, reason: str
 )
 def test_weights_of_a_converted_model_are_skipped(config: QuantConfig, reason: str) -> None:
     converted, _ = quantize_model(small_cnn(), config)
-    del converted.metadata_props[:]  # with them it would be refused
+    del converted.metadata_props[:]  # with them it would be rejected
     again, report = quantize_model(converted)
     assert {item.reason.partition(",")[0] for item in skipped_weights(report)} == {reason}
     assert again.SerializeToString() == converted.SerializeToString()
@@ -133,7 +133,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
 
 
 def test_kernels_written_by_hand_stay_exact_and_are_no_last_layer() -> None:
-    """The head of a YOLO: distances are means of 0..15 over their probabilities, by a Conv that nobody trained (DFL)."""
+    """In a YOLO head, distances are means of 0..15 over their probabilities, by an untrained Conv (DFL)."""
     model = parse(
         """net (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] boxes, float[n, 5, 8, 8] scores) {
             a = Conv<pads = [1, 1, 1, 1]>(x, w1)

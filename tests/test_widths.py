@@ -1,4 +1,4 @@
-"""Widths between whole numbers of bits: wherever bits are given, chosen, stored, run or reported."""
+"""Fractional widths, wherever bits are given, chosen, stored, run or reported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_grids_between_whole_numbers_are_found(bits: float, axis: int | None) ->
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("bits", [1.6, 2.33, 3.67, 4.5])
 def test_every_form_runs(bits: float, form: Form, runtime: Runtime) -> None:
-    """The whole of a net; its answers get better with the bits, and the report says which they are."""
+    """A whole net; its outputs improve with the bits, and the report states the width."""
     made, report = quantize_model(small_cnn(), QuantConfig(bits, form=form, runtime=runtime), calibration=Calibration(count=8))
     assert {weight.bits for weight in report.converted} <= {bits, 7, 8}
     assert bits in {weight.bits for weight in report.converted}

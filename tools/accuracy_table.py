@@ -7,7 +7,7 @@
 
 Calibration uses images of the train split: the first 256 with --int8, and the number in the row, chosen by seed, with --refined.
 
-A suffix gives the normalization with which a model was trained, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
+A suffix gives the normalization used to train a model, `=cifar` (default) or `=imagenet`.  Everything runs in ONNX Runtime
 with default options.  The table gives top-1 in percent, top-1 agreement with float, output SQNR and the size of the file.
 """
 
@@ -57,7 +57,7 @@ Case = tuple[str, QuantConfig, Calibration | None]
 
 
 def acceptance() -> Iterator[tuple[str, QuantConfig]]:
-    """Max per tensor, the paper, the default; 8, 6 and 4 bits."""
+    """Recipes max per tensor, paper and default at 8, 6 and 4 bits."""
     for bits in (8, 6, 4):
         yield f"{bits} bits, max per tensor", replace(MAX_PER_TENSOR, bits=bits)
         yield f"{bits} bits, --recipe paper", QuantConfig.paper(bits)
@@ -65,7 +65,7 @@ def acceptance() -> Iterator[tuple[str, QuantConfig]]:
 
 
 def grid() -> Iterator[tuple[str, QuantConfig]]:
-    """Every combination of granularity, transform and range at 8, 6 and 4 bits, then edges and rounding at 4 bits."""
+    """All combinations of granularity, transform and range at 8, 6 and 4 bits, then edges and rounding at 4 bits."""
     for bits in (8, 6, 4):
         for granularity in Granularity:
             for transform in ("none", "power:0.75", "sqrt"):
@@ -81,7 +81,7 @@ def grid() -> Iterator[tuple[str, QuantConfig]]:
 
 
 def int8(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
-    """The int8 form by activation range, on images and on noise, compared to the same weights with float activations."""
+    """The int8 form by activation range, on images and on noise, compared with the same weights and float activations."""
     images, noise = Calibration(train, normalization), Calibration(None, normalization)
     base = QuantConfig(form=Form.INT8, refinement=Refinement.NONE)
     for bits in (8, 4):
@@ -93,7 +93,7 @@ def int8(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
 
 
 def refined(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
-    """Without data: 4 and 3 bits on noise; with 256 images the same; 2 bits with 1,024; each with three seeds."""
+    """Refinement at 4 and 3 bits on noise and on 256 images, and at 2 bits on 1,024 images, each with three seeds."""
     for bits, count in ((4, None), (4, 256), (3, None), (3, 256), (2, 1024)):
         config = QuantConfig(bits, form=Form.FOLDED)
         for seed in range(3):
@@ -104,7 +104,7 @@ def refined(train: ImageSet, normalization: Normalization) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One conversion against float.  change: of top-1 in points; agreement: of top-1; bytes: of the file; seconds: it took."""
+    """A conversion compared with float.  change: of top-1, in points.  agreement: of top-1.  bytes: file size.  seconds: time."""
 
     top1: float
     change: float
@@ -122,7 +122,7 @@ def measured(
     y: npt.NDArray[np.int64] | None,
     reference: npt.NDArray[np.float32],
 ) -> Measured:
-    """Convert and compare.  x: (n, c, h, w) as the model takes it, y: (n,) labels, reference: the scores of the float model."""
+    """Convert and compare.  x: normalized images, (n, c, h, w).  y: labels, (n,).  reference: scores of the float model."""
     assert y is not None
     started = time.perf_counter()
     converted, _ = quantize_model(model, config, calibration=calibration)
@@ -135,13 +135,13 @@ def measured(
 
 
 def scores(model: onnx.ModelProto, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(n, classes)"""
+    """The scores of the images, (n, classes)."""
     classifier = open_classifier(model, "the model")
     return np.concatenate([classifier.scores(x[k : k + 100]) for k in range(0, len(x), 100)])
 
 
 def rows(path: Path, normalization: Normalization, images: ImageSet, cases: Iterable[Case]) -> Iterator[str]:
-    """The lines of one model."""
+    """The table lines of a model."""
     assert images.y is not None
     x = normalization.apply(images.pixels)
     model = onnx.load(path)

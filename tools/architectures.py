@@ -1,6 +1,6 @@
 """ONNX models of ResNet-18, ResNet-50 and a detector with random Laplace weights, for benchmarks of time and memory only.
 
-The layout of the ResNets is that of arXiv 1512.03385, for 32x32 images with a 3x3 stem of stride 1 and no pooling after it;
+The ResNets are those of arXiv 1512.03385, for 32x32 images with a 3x3 stem of stride 1 and no pooling after it;
 BatchNormalization is folded.
 """
 
@@ -28,7 +28,7 @@ class _Net:
         return name
 
     def weight(self, *shape: int, gain: float = 1.0) -> str:
-        """Variance gain / fan-in, so that activations keep their size through the layers."""
+        """Add a weight of variance gain / fan-in, so that activations keep their magnitude through the layers."""
         values = self.generator.laplace(scale=(gain / 2 / np.prod(shape[1:])) ** 0.5, size=shape).astype(np.float32)
         self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
         return self.weights[-1].name
@@ -40,12 +40,12 @@ class _Net:
         return self.node("Conv", x, weight, self.weights[-1].name, pads=[pad] * 4, strides=[stride] * 2)
 
     def silu(self, x: str, ic: int, oc: int, kernel: int, stride: int = 1) -> str:
-        """Conv and SiLU."""
+        """Append Conv and SiLU."""
         y = self.conv(x, ic, oc, kernel, stride)
         return self.node("Mul", y, self.node("Sigmoid", y))
 
     def split_block(self, x: str, ic: int, oc: int, count: int, shortcut: bool = True) -> str:
-        """Half of the channels go through `count` pairs of 3x3 convolutions, and all stages are joined."""
+        """Append a block: half of the channels go through `count` pairs of 3x3 convolutions, and all stages are concatenated."""
         half = oc // 2
         parts = [self.silu(x, ic, half, 1), self.silu(x, ic, half, 1)]
         for _ in range(count):
@@ -54,12 +54,12 @@ class _Net:
         return self.silu(self.node("Concat", *parts, axis=1), (2 + count) * half, oc, 1)
 
     def doubled(self, x: str) -> str:
-        """Twice the size, by nearest neighbors."""
+        """Append nearest-neighbor upsampling by 2."""
         self.weights.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), f"s{len(self.weights)}"))
         return self.node("Resize", x, "", self.weights[-1].name, mode="nearest")
 
     def model(self, name: str, size: int, outputs: dict[str, int]) -> onnx.ModelProto:
-        """Of images of that size.  outputs: channels of each."""
+        """Make the model.  size: height and width of the images.  outputs: output -> number of channels."""
         x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, size, size])
         rank = 4 if self.nodes[-1].op_type == "Concat" else 2
         results = [
@@ -70,7 +70,7 @@ class _Net:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
     def block(self, x: str, ic: int, width: int, stride: int, bottleneck: bool) -> tuple[str, int]:
-        """One residual block; returns its output and the channels of that."""
+        """Append a residual block; return its output and the number of its channels."""
         if bottleneck:
             oc = 4 * width
             y = self.node("Relu", self.conv(x, ic, width, 1))
@@ -85,9 +85,9 @@ class _Net:
 
 
 def resnet(depth: int, classes: int = 10, seed: int = 0, size: int = 32) -> onnx.ModelProto:
-    """depth: 18 (11.2 M weights) or 50 (23.5 M).  Input x (n, 3, size, size), output y (n, classes).
+    """A ResNet.  depth: 18 (11.2 M weights) or 50 (23.5 M).  Input x (n, 3, size, size), output y (n, classes).
 
-    size: of 32 with a stem of stride 1; larger ones have that of the paper, 7x7 of stride 2 and a pool.
+    size: 32 for a stem of stride 1; larger sizes have the stem of the paper, 7x7 of stride 2 and a pool.
     """
     net = _Net(seed)
     if size == 32:
@@ -106,9 +106,9 @@ def resnet(depth: int, classes: int = 10, seed: int = 0, size: int = 32) -> onnx
 
 
 def detector(size: int = 640, seed: int = 0) -> onnx.ModelProto:
-    """The shapes of YOLOv8s (11.1 M weights): SiLU, split blocks, a pooling pyramid, two ways through three scales.
+    """A detector shaped like YOLOv8s (11.1 M weights): SiLU, split blocks, a pooling pyramid, two paths through three scales.
 
-    Input x (n, 3, size, size); output: of each scale the boxes and classes, (n, 144, size / 8 .. 32, ...).
+    Input x (n, 3, size, size); output: boxes and classes at each scale, (n, 144, size / 8 .. 32, ...).
     """
     net = _Net(seed)
     x = net.silu(net.silu("x", 3, 32, 3, 2), 32, 64, 3, 2)

@@ -1,8 +1,8 @@
-"""Measure time and memory of calibrated conversions of models of realistic size, as Markdown.
+"""Measure time and memory of calibrated conversions of realistically sized models, as Markdown.
 
     python tools/bench_convert.py                                        all cases
     python tools/bench_convert.py resnet50 mobilenet                     some of them
-    python tools/bench_convert.py --before OTHER/bin/python              compared to another version, in turn
+    python tools/bench_convert.py --before OTHER/bin/python              compared with another version, in turn
 
 Each conversion runs in its own process; memory is the peak of that process (ru_maxrss).  Models from packages are read from the
 wheels in $REQUANT_PACKAGES, and MobileNetV2 from $REQUANT_MODELS; the table names missing models, which are skipped.
@@ -40,7 +40,7 @@ print(json.dumps([time.perf_counter() - started, time.process_time() - used, pea
 
 @dataclass(frozen=True)
 class Case:
-    """A conversion.  make: writes the model, False where it is missing.  images: of noise; 0 for none."""
+    """A conversion.  make: writes the model; False if it is missing.  images: number of noise images; 0 for no calibration."""
 
     title: str
     make: Callable[[Path], bool]
@@ -94,9 +94,9 @@ CASES = {
 
 
 def measured(python: str, path: Path, case: Case) -> tuple[float, float, float]:
-    """Seconds, seconds of all processors, and bytes."""
+    """Wall time in s, processor time in s, and peak memory in bytes."""
     command = [python, "-W", "ignore", "-c", CHILD, str(path), case.form, str(case.images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)  # where no package lies
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)  # a directory without packages
     if done.returncode:
         raise SystemExit(f"{case.title} fails: {done.stderr[-1000:]}")
     seconds, used, peak = json.loads(done.stdout)

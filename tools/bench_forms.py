@@ -1,4 +1,4 @@
-"""Compare size, load time, memory, latency and accuracy of every form to ONNX Runtime's own quantizer, as Markdown.
+"""Compare size, load time, memory, latency and accuracy of every form with ONNX Runtime's own quantizer, as Markdown.
 
     python tools/bench_forms.py                                   ResNet-18 and ResNet-50 shapes, and our ResNet-20
     REQUANT_MODELS=DIR python tools/bench_forms.py resnet56_cifar10 googlenet_cifar10
@@ -65,7 +65,7 @@ print(json.dumps([seconds, peak * 1024]))
 
 @dataclass
 class Row:
-    """One form of one model.  latency: batch -> milliseconds of each run."""
+    """A form of a model.  latency: batch -> times of the runs, in ms."""
 
     name: str
     path: Path
@@ -75,7 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with the normalization of its images.  labeled: whether its accuracy means anything."""
+    """A model with the normalization of its images.  labeled: whether its accuracy is meaningful."""
 
     name: str
     model: onnx.ModelProto
@@ -123,7 +123,7 @@ def rows_of(subject: Subject, train: ImageSet, folder: Path) -> list[Row]:
 
 
 def quantize_with_onnxruntime(subject: Subject, train: ImageSet, source: Path, output: Path, kind: str) -> None:
-    """onnxruntime.quantization.quantize_static with its usual settings: QDQ, per channel, uint8 activations, min-max."""
+    """Run onnxruntime.quantization.quantize_static with its usual settings: QDQ, per channel, uint8 activations, min-max."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # noqa: PLC0415  (slow, and it warns)
     from onnxruntime.quantization.calibrate import CalibrationDataReader  # noqa: PLC0415
 
@@ -151,12 +151,12 @@ def quantize_with_onnxruntime(subject: Subject, train: ImageSet, source: Path, o
 
 
 def measure_latency(subject: Subject, rows: list[Row], x: np.ndarray) -> None:
-    """Fill in Row.latency: each round runs every form once, in an order that turns."""
+    """Fill in Row.latency: each round runs every form once, in a rotating order."""
     sessions = []
     for row in rows:
         options = quiet_options()
         options.intra_op_num_threads = 2
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle sessions must not take the cores
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle sessions must not occupy the cores
         for key, value in row.settings.items():
             options.add_session_config_entry(key, value)
         sessions.append(onnxruntime.InferenceSession(str(row.path), options, providers=["CPUExecutionProvider"]))
@@ -166,14 +166,14 @@ def measure_latency(subject: Subject, rows: list[Row], x: np.ndarray) -> None:
             for i in [(i + k) % len(rows) for i in range(len(rows))]:
                 started = time.perf_counter()
                 sessions[i].run(None, feed)
-                if k >= 2:  # two to warm up
+                if k >= 2:  # the first two are warm-ups
                     rows[i].latency.setdefault(batch, []).append((time.perf_counter() - started) * 1000)
     del sessions
     gc.collect()
 
 
 def probe(row: Row) -> tuple[float, float]:
-    """Seconds to load, and the most megabytes that this takes."""
+    """The load time in s, and the peak memory in MB."""
     command = [sys.executable, "-c", PROBE, str(row.path), json.dumps(row.settings)]
     found = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
     return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found) / 1e6

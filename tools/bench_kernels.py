@@ -1,4 +1,4 @@
-"""Measure the time of ONNX Runtime's integer and float kernels on this machine: the figures of graph/integer/worth.py.
+"""Measure the times of ONNX Runtime's integer and float kernels on this machine, for graph/integer/worth.py.
 
     python tools/bench_kernels.py
 
@@ -38,7 +38,7 @@ RUNS = 25
 
 
 def layer(ic: int, oc: int, kernel: int, groups: int, size: int, on_integers: bool) -> onnx.ModelProto:
-    """Conv and Relu, or the same between QuantizeLinear and DequantizeLinear."""
+    """A model of Conv and Relu, or the same between QuantizeLinear and DequantizeLinear."""
     rng = np.random.default_rng(0)
     stored: dict[str, np.ndarray] = {}
     shape = (oc, ic // groups, kernel, kernel)
@@ -66,7 +66,7 @@ def layer(ic: int, oc: int, kernel: int, groups: int, size: int, on_integers: bo
 
 
 def profiled(model: onnx.ModelProto, x: np.ndarray, folder: str) -> dict[str, float]:
-    """Microseconds of each operator."""
+    """The time of each operator, in microseconds."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"

@@ -1,9 +1,9 @@
-"""Compare time, memory and output SQNR of calibrated conversions to those of other tools, as Markdown.
+"""Compare time, memory and output SQNR of calibrated conversions with those of other tools, as Markdown.
 
     python tools/bench_peers.py --aimet A/bin/python --nncf N/bin/python
 
 Each option is the Python interpreter of an environment with the tool (aimet-onnx, nncf).  All tools get the same model and 256
-images of noise.  The output SQNR is measured on 64 other images, compared to the float model, on ONNX Runtime's CPU provider (for
+noise images.  The output SQNR, relative to the float model, is measured on 64 other images, on ONNX Runtime's CPU provider (for
 AIMET, in its own simulation).  Weights have 4 bits and one scale per output channel, with float activations; for tools that do not
 support this, weights and activations have 8 bits.  Runs longer than 15 minutes are stopped and marked in the table.  MobileNetV2 is
 read from $REQUANT_MODELS.
@@ -73,7 +73,7 @@ outputs = lambda: run(made.SerializeToString())
 
 @dataclass(frozen=True)
 class Run:
-    """A tool at work.  python: "ours", or the option that names its interpreter.  code: makes `outputs`."""
+    """The run of a tool.  python: "ours", or the option that names its interpreter.  code: code that computes `outputs`."""
 
     title: str
     python: str
@@ -91,7 +91,7 @@ RUNS = (
 
 
 def measured(python: str, code: str, model: Path, data: Path, folder: str) -> tuple[str, np.ndarray | None]:
-    """Time and memory as text, and the outputs; what went wrong, and None."""
+    """The time and memory as text, and the outputs; on failure, a description of it, and None."""
     command = [python, "-W", "ignore", "-c", START + code + END, str(model), str(data), f"{folder}/out.npy"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT, cwd=folder)

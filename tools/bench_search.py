@@ -1,4 +1,4 @@
-"""Compare the speed of the range search to a plain golden-section search that quantizes the whole tensor in each step.
+"""Compare the speed of the range search with a plain golden-section search that quantizes the whole tensor in each step.
 
     python tools/bench_search.py                # 4 bits, square root, ResNet-18's 11.2 M weights, per channel and per tensor
     python tools/bench_search.py --convert      # time and peak memory of `requant convert` on ResNet-50's 23.5 M weights
@@ -35,18 +35,18 @@ from requant_onnx.numerics.search import search_alpha
 Weights = npt.NDArray[np.float32]
 Alphas = npt.NDArray[np.float64]
 BITS, GRID = 4, PowerGrid(0.5)
-GOLDEN, TOLERANCE = (5**0.5 - 1) / 2, 1e-5  # of the plain search: ratio of the section, and width of the last interval of alpha
+GOLDEN, TOLERANCE = (5**0.5 - 1) / 2, 1e-5  # for the plain search: ratio of the section, and width of the last interval of alpha
 
 
 def ours(rows: Weights) -> Alphas:
-    """(rows, n) unsorted -> (rows,)"""
+    """The best alphas by our search.  rows: unsorted, (rows, n)."""
     ordered = np.sort(rows, axis=1)
     ranges = row_ranges(ordered[:, 0].astype(np.float64), ordered[:, -1].astype(np.float64), BITS, GRID)
     return search_alpha(ordered, ranges, level_table(BITS, GRID), objective_in_weights=True, round_in_weights=False)
 
 
 class Plain:
-    """Golden-section search on (0, 1] for all rows at once; every evaluation quantizes all weights."""
+    """A golden-section search on (0, 1] for all rows at once, where every evaluation quantizes all weights."""
 
     def __init__(self, w: Weights) -> None:
         self.w = w
@@ -59,7 +59,7 @@ class Plain:
         self.buffers = np.empty_like(w), np.empty_like(w)
 
     def error(self, alpha: Weights) -> Weights:
-        """Squared error of each row.  alpha: (rows, 1)."""
+        """The squared error of each row.  alpha: (rows, 1)."""
         k, magnitude = self.buffers
         scale = alpha * self.step
         np.multiply(self.v, 1 / scale, out=k)
@@ -97,7 +97,7 @@ def errors(rows: Weights, alphas: Alphas) -> Alphas:
 
 
 def compare(weights: list[Weights], name: str, threads: int, repeats: int) -> None:
-    """One line of the table."""
+    """Print a line of the table."""
     largest_first = sorted(weights, key=lambda w: -w.size)
 
     def run_ours() -> list[Alphas]:
@@ -114,7 +114,7 @@ def compare(weights: list[Weights], name: str, threads: int, repeats: int) -> No
 
     times: list[float] = []
     results: list[list[Alphas]] = []
-    for _ in range(repeats + 1):  # the first round warms up
+    for _ in range(repeats + 1):  # the first round is a warm-up
         results = []
         for run in (run_sort, run_ours, run_plain):
             started = time.perf_counter()
@@ -132,7 +132,7 @@ def compare(weights: list[Weights], name: str, threads: int, repeats: int) -> No
 
 
 def convert_resnet50() -> None:
-    """Whole conversions in a process of their own: wall time and peak memory."""
+    """Measure wall time and peak memory of whole conversions, each in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "resnet50.onnx"
         onnx.save(resnet(50), source)

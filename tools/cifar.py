@@ -56,7 +56,7 @@ def find_or_fetch(dataset: str, given: Path | None = None, base_url: str = OFFIC
 
 
 def fetch(dataset: str, into: Path, base_url: str = OFFICIAL) -> Path:
-    """Download, verify and unpack the dataset below `into`; the folder appears whole or not at all."""
+    """Download, verify and unpack the dataset below `into`; the directory appears complete or not at all."""
     name, md5 = ARCHIVES[dataset]
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into, prefix=".partial-") as partial:
@@ -69,7 +69,7 @@ def fetch(dataset: str, into: Path, base_url: str = OFFICIAL) -> Path:
 
 
 def _download(url: str, path: Path, md5: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)  # the checksum the official page publishes
+    digest = hashlib.md5(usedforsecurity=False)  # the checksum published on the official page
     try:
         with urllib.request.urlopen(url, timeout=60) as response, path.open("wb") as out:
             total = int(response.headers.get("Content-Length") or 0)
@@ -87,7 +87,7 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 
 def _unpack(archive: Path, into: Path, folder: str) -> None:
-    """Copy the plain .bin files of one folder out of the archive; links, other names and larger files are refused."""
+    """Extract the plain .bin files of one directory of the archive; links, other names and larger files are rejected."""
     (into / folder).mkdir()
     with tarfile.open(archive) as tar:
         for member in tar:

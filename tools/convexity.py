@@ -1,8 +1,8 @@
-"""Measure how often the error over alpha is convex, and the loss of a search that assumes so, as a Markdown table.
+"""Measure how often the error is convex in alpha, and the loss of a search that assumes convexity, as a Markdown table.
 
     python tools/convexity.py models/*.onnx
 
-The curve of each weight (one scale), and of each of its output channels (a scale for each), is computed exactly at POINTS points of
+The curve of each weight (one scale), and of each of its output channels (one scale each), is computed exactly at POINTS points of
 [FROM, 1].  It counts as convex if no second difference is negative.  A deep minimum is below both sides by at least 1 % of the
 least error.  The last columns describe a golden-section search on (0, 1] with the exact curve: the share of its results whose error
 is more than 1 % above that of search_alpha, and the largest excess.
@@ -27,10 +27,10 @@ from requant_onnx.numerics.ranges import row_ranges
 from requant_onnx.numerics.search import search_alpha
 
 POINTS = 1024
-FROM = 0.1  # the least alpha that is looked at: every best alpha of these models lies above it
-ROUNDING = 1e-12  # of the energy of a row: differences of its error below this are those of float64
+FROM = 0.1  # the smallest alpha examined; every best alpha of these models is above it
+ROUNDING = 1e-12  # relative to the energy of a row; smaller differences of its error are float64 rounding
 GOLDEN, TOLERANCE = (5**0.5 - 1) / 2, 1e-5
-DEPTH = 0.01  # of the least error: shallower minima do not matter
+DEPTH = 0.01  # relative to the least error; shallower minima do not matter
 KINDS = {"none": 1.0, "square root": 0.5}
 BITS = (8, 6, 4, 3, 2)
 Rows = npt.NDArray[np.float32]
@@ -50,13 +50,13 @@ HEAD = (
 
 
 def matrices(path: str) -> Iterator[Rows]:
-    """The weights of a model with one row for each output channel."""
+    """The weights of a model, with one row per output channel."""
     for weight in find_weights(ModelGraph.of(load_model(path))).weights:
         yield to_rows(weight.load(), weight.channel_axis)
 
 
 def shares(rows: Rows, bits: int, kind: PowerGrid) -> tuple[Flags, Flags, Flags, Errors]:
-    """For each row: whether its curve is convex, has one minimum and one deep one, and the excess of the other search."""
+    """For each row: whether its curve is convex, has one minimum, has one deep minimum; and the excess of golden section."""
     rows = np.sort(rows, axis=1)
     rows = rows[rows[:, 0] < rows[:, -1]]
     ranges = row_ranges(rows[:, 0].astype(np.float64), rows[:, -1].astype(np.float64), bits, kind)
@@ -74,9 +74,9 @@ def shares(rows: Rows, bits: int, kind: PowerGrid) -> tuple[Flags, Flags, Flags,
 
 
 def _minima(errors: Errors, depth: Errors) -> npt.NDArray[np.int64]:
-    """How many local minima each row has, (rows,), that lie at least depth, (rows,), below both sides; ends of a row are high."""
+    """The number of local minima of each row, (rows,), at least depth, (rows,), below both sides; beyond its ends a row is high."""
     count, is_rising = np.zeros(len(errors), np.int64), np.zeros(len(errors), bool)
-    extreme = errors[:, 0]  # the least error while it falls, the largest while it rises
+    extreme = errors[:, 0]  # the least error so far while falling, the largest while rising
     for error in errors[:, 1:].T:
         turns = np.where(is_rising, extreme - error, error - extreme) > depth
         count += turns & ~is_rising

@@ -1,4 +1,4 @@
-"""Take the screenshot of the demo page in headless Chromium, in light and dark, at the widths of a desktop and a phone.
+"""Take screenshots of the demo page in headless Chromium, in light and dark, at desktop and phone widths.
 
     python tools/demo_screenshot.py tools/demo/demo.png
 
@@ -23,7 +23,7 @@ GAP = 24
 
 
 def open_browser() -> Any:
-    """A headless Chromium.  Raises DemoError where it is missing."""
+    """A headless Chromium.  Raises DemoError if it is missing."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         raise DemoError("there is no chromium with its chromedriver")
@@ -47,7 +47,7 @@ def open_page(browser: Any, url: str, width: int, scheme: str) -> None:
 
 
 def wait(browser: Any) -> None:
-    """Until both models have answered."""
+    """Wait until both models have answered."""
     browser.set_script_timeout(20)
     state = browser.execute_async_script("""const done = arguments[0];
         const look = () => ["done", "failed"].includes(document.querySelector("main").dataset.state)
@@ -58,7 +58,7 @@ def wait(browser: Any) -> None:
 
 
 def shot(browser: Any) -> Image.Image:
-    """The whole page."""
+    """The screenshot of the whole page."""
     data = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})["data"]
     return Image.open(io.BytesIO(b64decode(data))).convert("RGB")
 

@@ -1,4 +1,4 @@
-"""The accuracy of models over the size of their files, by method: a table and a plot.
+"""Measure the accuracy of models as a function of file size, by method, as a table and a plot.
 
     python tools/frontier.py --data DIR                        # the models in models/, into tools/frontier.md and frontier.png
     python tools/frontier.py --data DIR models/resnet20_cifar10.onnx --limit 2000
@@ -36,17 +36,17 @@ from requant_onnx.choices import OptimizeFor
 from requant_onnx.evaluate.recipes import RECIPES
 from requant_onnx.files.compressed import compress
 
-IMAGES = 256  # of the train split
+IMAGES = 256  # number of calibration images, from the train split
 WIDTHS = (8, 6, 5, 4, 3, 2)
-FRACTIONS = (2.33, 1.6)  # of bits, for this tool only
-DOWNLOADS = (5, 4, 3, 2)  # bits of a weight, compressed
+FRACTIONS = (2.33, 1.6)  # fractional bits, for this tool only
+DOWNLOADS = (5, 4, 3, 2)  # bits per weight after compression
 METHODS = {"max": "C7", "paper": "C1", "ort": "C3", "refined": "C0", "download": "C2"}
-LOWEST = 10.0  # points below float that the plot shows
+LOWEST = 10.0  # lowest point of the plot, in points below float
 
 
 @dataclass(frozen=True)
 class Point:
-    """One file.  packed, brotli: bytes.  agreement, top1: 0..1."""
+    """A file.  packed, brotli: sizes in bytes.  agreement, top1: 0..1."""
 
     model: str
     method: str
@@ -58,7 +58,7 @@ class Point:
 
 
 def candidates(task: Task) -> Iterator[tuple[str, float, onnx.ModelProto]]:
-    """(method, bits, model) of every file."""
+    """The files, as (method, bits, model)."""
     images = Calibration(task.train, task.normalization, IMAGES)
     for bits in WIDTHS:
         for recipe in ("max", "paper"):
@@ -73,7 +73,7 @@ def candidates(task: Task) -> Iterator[tuple[str, float, onnx.ModelProto]]:
 
 
 def points(task: Task) -> Iterator[Point]:
-    """The float model, and every file."""
+    """The points of the float model and of every file."""
     assert task.test.y is not None
     x, labels = task.normalization.apply(task.test.pixels), task.test.y
     exact = scores(onnx.load(task.path), x).argmax(1)
@@ -89,7 +89,7 @@ def points(task: Task) -> Iterator[Point]:
 
 
 def table(found: list[Point]) -> str:
-    """Markdown."""
+    """The table as Markdown."""
     lines = ["| model | method | bits | file, kB | brotli, kB | agreement | top-1 |", "|---|---|---|---|---|---|---|"]
     for p in found:
         cells = (p.model, p.method, f"{p.bits:g}", f"{p.packed / 1000:.1f}", f"{p.brotli / 1000:.1f}")
@@ -98,7 +98,7 @@ def table(found: list[Point]) -> str:
 
 
 def draw(found: list[Point], out: Path) -> None:
-    """Top-1 over the download, a panel for each model."""
+    """Plot top-1 as a function of download size, with a panel per model."""
     names = list(dict.fromkeys(p.model for p in found))
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first N test images")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "frontier.md", help="the table; the plot lies next to it")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantizer advises what has been done
+    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantizer recommends steps already taken
     found: list[Point] = []
     for text in args.models or sorted(str(path) for path in (ROOT / "models").glob("*.onnx")):
         task = Task(text, args.data)

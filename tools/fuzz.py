@@ -4,8 +4,8 @@
     python tools/fuzz.py --seconds 60 --seed 0                      # the run of the continuous integration
     python tools/fuzz.py --replay found/CASE                        # repeat a finding
 
-Bytes are flipped, cut, copied and inserted; fields of the parsed message get values of other fields, or hostile values: shapes,
-names, types, operators, references to data files, and cycles.  Hypothesis chooses the mutations, and shrinks a finding.  Each
+Bytes are flipped, cut, copied and inserted; fields of the parsed message get values of other fields, or invalid values: shapes,
+names, types, operators, references to data files, and cycles.  Hypothesis chooses the mutations, and shrinks findings.  Each
 model is converted in another process, with bounded memory.  A finding is an exit code other than 0, 2 and 3, a message
 that is not one line, a run of more than TIMEOUT seconds or MEMORY bytes, a changed input, a file left behind or written
 elsewhere, an invalid output, or an output that ONNX Runtime does not run although it runs the input.
@@ -43,7 +43,7 @@ from oracle import feeds_for, run
 from random_models import random_model
 
 TIMEOUT = 60.0
-MAX_INPUT = 1 << 20  # values of an input that models are run on
+MAX_INPUT = 1 << 20  # limit on the values in an input for running models
 MEMORY = 2 << 30
 OPTIONS: tuple[list[str], ...] = (
     [],
@@ -65,7 +65,7 @@ Step = tuple[str, int]
 
 
 def mutate(data: bytes, steps: list[Step]) -> bytes:
-    """Steps on bytes and on messages in turn; a message that no longer parses is left to the steps on bytes."""
+    """Apply steps on bytes and on messages in turn; if a message no longer parses, only the steps on bytes apply."""
     for kind, number in steps:
         random = Random(number)
         if kind in BYTES:
@@ -102,7 +102,7 @@ def _put(data: bytes, random: Random) -> bytes:
 
 
 def _fields(message: Message) -> list[tuple[Message, Any]]:
-    """(message, field) of everything that is set in it, at all depths."""
+    """All fields that are set, at all depths, as (message, field)."""
     found = []
     for descriptor, value in message.ListFields():
         found.append((message, descriptor))
@@ -123,7 +123,7 @@ def _value(descriptor: Any, random: Random) -> Any:
 
 
 def _set(model: onnx.ModelProto, random: Random) -> None:
-    """Another value in one field."""
+    """Change the value of a field."""
     message, descriptor = random.choice(_fields(model))
     value = getattr(message, descriptor.name)
     with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -136,7 +136,7 @@ def _set(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _move(model: onnx.ModelProto, random: Random) -> None:
-    """A field's value from a field of the same type elsewhere: other inputs, shapes, types, names, nodes."""
+    """Copy a value between fields of the same type: other inputs, shapes, types, names, nodes."""
     fields = _fields(model)
     message, descriptor = random.choice(fields)
     sources = [m for m, d in fields if d is descriptor or d.full_name == descriptor.full_name]
@@ -160,7 +160,7 @@ def _move(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _rename(model: onnx.ModelProto, random: Random) -> None:
-    """One input or output of a node becomes another tensor's name: cycles, two producers, none."""
+    """Give an input or output of a node another tensor's name: cycles, two producers, none."""
     names = [name for node in model.graph.node for name in (*node.input, *node.output)] + ["", "nowhere"]
     node = random.choice(model.graph.node) if model.graph.node else onnx.NodeProto()
     field = random.choice((node.input, node.output))
@@ -169,7 +169,7 @@ def _rename(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _weights(model: onnx.ModelProto, random: Random) -> None:
-    """Values that no training gives."""
+    """Set values that training does not produce."""
     floats = [item for item in model.graph.initializer if item.data_type == TensorProto.FLOAT and item.raw_data]
     if floats:
         tensor = random.choice(floats)
@@ -180,7 +180,7 @@ def _weights(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _shape(model: onnx.ModelProto, random: Random) -> None:
-    """As many values in another shape."""
+    """Change a shape, with the same number of values."""
     if model.graph.initializer:
         tensor = random.choice(model.graph.initializer)
         count, divisor = math.prod(tensor.dims), random.choice((1, 2, 3, 4, 9))
@@ -191,7 +191,7 @@ def _shape(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _declare(model: onnx.ModelProto, random: Random) -> None:
-    """Another size of an input, an output, or a value between."""
+    """Change the declared size of an input, an output or an intermediate value."""
     infos = [*model.graph.input, *model.graph.input, *model.graph.output, *model.graph.value_info]
     dims = [dim for info in infos for dim in info.type.tensor_type.shape.dim]
     if dims:
@@ -199,7 +199,7 @@ def _declare(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _attribute(model: onnx.ModelProto, random: Random) -> None:
-    """A number in an attribute."""
+    """Change a number in an attribute."""
     found = [item for node in model.graph.node for item in node.attribute if item.ints or item.HasField("i")]
     if found:
         attribute, value = random.choice(found), random.choice((0, 1, 2, 3, 5, -1, 100, 2**31, -(2**62)))
@@ -210,7 +210,7 @@ def _attribute(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _refer(model: onnx.ModelProto, random: Random) -> None:
-    """An initializer whose values are said to lie in a file."""
+    """Declare that the values of an initializer are in a file."""
     if not model.graph.initializer:
         return
     tensor = random.choice(model.graph.initializer)
@@ -224,7 +224,7 @@ def _refer(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _nest(model: onnx.ModelProto, random: Random) -> None:
-    """The graph inside an If inside an If ..."""
+    """Nest the graph inside an If inside an If ..."""
     for _ in range(random.choice((1, 3, 12, 40))):
         body = onnx.GraphProto()
         body.CopyFrom(model.graph)
@@ -235,7 +235,7 @@ def _nest(model: onnx.ModelProto, random: Random) -> None:
 
 
 def _recurse(model: onnx.ModelProto, random: Random) -> None:
-    """Functions that call each other."""
+    """Add functions that call each other."""
     names = ["conv0", "deep", "again"][: random.randrange(1, 4)]
     for name, called in zip(names, [*names[1:], names[0]], strict=True):
         function = model.functions.add(name=name, domain="local", input=["x"], output=["z"])
@@ -263,7 +263,7 @@ GENTLE = (
     "declare",
     "attribute",
     "attribute",
-)  # these leave most models valid enough to get further
+)  # these leave most models valid enough to pass the first checks
 STEPS = st.lists(st.tuples(st.sampled_from([*MESSAGES, *GENTLE, *GENTLE, *BYTES]), st.integers(0, 2**32)), min_size=1, max_size=4)
 
 
@@ -271,7 +271,7 @@ STEPS = st.lists(st.tuples(st.sampled_from([*MESSAGES, *GENTLE, *GENTLE, *BYTES]
 
 
 class Case:
-    """A folder with a model, what else an attacker may have put there, and a file outside."""
+    """A directory with a model, other files that an attacker may have put there, and a file outside."""
 
     def __init__(self, folder: Path, data: bytes) -> None:
         self.outside, self.home = folder / "outside.bin", folder / "home"
@@ -288,7 +288,7 @@ class Case:
         return {str(path.relative_to(self.home.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def wrong(self, code: int, message: str) -> str:
-        """What a run must not have done; '' when all is well."""
+        """The violation of a run, '' if there is none."""
         after = self._contents()
         made = {name for name in after if name not in self.before}
         if any(after.get(name) != digest for name, digest in self.before.items()):
@@ -312,7 +312,7 @@ class Case:
 
 
 def _complaint(path: Path) -> str:
-    """What onnx.checker says of an input that was converted all the same, for ONNX Runtime runs it."""
+    """The error of onnx.checker for an input, which may be converted anyway because ONNX Runtime runs it; '' if none."""
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:
@@ -321,7 +321,7 @@ def _complaint(path: Path) -> str:
 
 
 def _fails(path: Path, plain: bool) -> str:
-    """What onnx.checker says of a model, and, if it is plain, ONNX Runtime on random inputs; '' when all is well."""
+    """The error of onnx.checker for a model, or, if it is plain, of ONNX Runtime on random inputs; '' if none."""
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=plain)
@@ -333,21 +333,21 @@ def _fails(path: Path, plain: bool) -> str:
 
 
 def _is_plain(model: onnx.ModelProto) -> bool:
-    """Whether its declared sizes can be true: no -1, which some exporters write for a size that is not known, and none so large
-    that running the model would take long.  The operators of older opsets do not notice such a size; those of newer ones do."""
+    """Whether its declared sizes are plausible: no -1, which some exporters write for an unknown size, and none so large that
+    running the model would take long.  Operators of older opsets do not check such a size; those of newer ones do."""
     infos = [*model.graph.input, *model.graph.output, *model.graph.value_info]
     return not _takes_much(model) and all(dim.dim_value >= 0 for info in infos for dim in info.type.tensor_type.shape.dim)
 
 
 def _takes_much(model: onnx.ModelProto) -> bool:
-    """Whether running it may well take long, and much memory, in ONNX Runtime."""
+    """Whether running it in ONNX Runtime may take much time and memory."""
     sizes = [math.prod(max(d.dim_value, 1) for d in item.type.tensor_type.shape.dim) for item in model.graph.input]
     pads = (n for node in model.graph.node for item in node.attribute if item.name == "pads" for n in item.ints)
     return max([*sizes, *pads], default=1) > MAX_INPUT
 
 
 def work() -> None:
-    """The other process: a line with folder, options -> a line with what is wrong and the memory taken."""
+    """Run the other process: it reads lines with directory and options, and writes lines with the violation and the memory used."""
     from requant_onnx.cli.main import main  # noqa: PLC0415
 
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))
@@ -369,7 +369,7 @@ def work() -> None:
 
 
 class Worker:
-    """A process that converts, started again when it dies."""
+    """A process that converts, restarted when it dies."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -401,7 +401,7 @@ class Worker:
         return str(wrong)
 
     def _end(self, silent: bool) -> str:
-        """Stop a process that is silent, or wait for one that is ending by itself."""
+        """Stop a process that is silent, or wait for one that is ending."""
         assert self.process is not None
         if silent:
             self.process.kill()
@@ -413,17 +413,17 @@ class Worker:
 
 
 class Found(Exception):  # noqa: N818
-    """A case that went wrong."""
+    """A case with a violation."""
 
 
 def signature(wrong: str) -> str:
-    """What tells one finding from another: the last frame of ours and the error."""
+    """The identity of a finding: the last stack frame in requant_onnx and the error."""
     frames = [line.strip() for line in wrong.splitlines() if "requant_onnx/" in line]
     return f"{frames[-1] if frames else ''} {wrong.strip().splitlines()[-1][:80]}".strip()
 
 
 def fuzz(seconds: float, first: int, models: list[Path], found: Path) -> tuple[Counter[int], dict[str, Path]]:
-    """(runs by exit code, findings: signature -> folder)"""
+    """Fuzz for some seconds; return (runs by exit code, findings: signature -> directory)."""
     sources = [random_model(k).SerializeToString() for k in range(24)] + [path.read_bytes() for path in models]
     findings: dict[str, Path] = {}
     end = time.monotonic() + seconds
@@ -435,7 +435,7 @@ def fuzz(seconds: float, first: int, models: list[Path], found: Path) -> tuple[C
             data = mutate(sources[source], steps)
             wrong = worker.run(data, OPTIONS[options]) if time.monotonic() < end else ""
             if wrong.startswith(("took", "no answer", "the process died")) and "--calibrate" in OPTIONS[options] and _costly(data):
-                wrong = ""  # what running such a model takes is not ours
+                wrong = ""  # the resources for running such a model are not our concern
             if wrong and signature(wrong) not in findings:
                 last[:] = [wrong, data, OPTIONS[options], steps]
                 raise Found(signature(wrong))

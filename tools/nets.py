@@ -18,7 +18,7 @@ COLORS = 3
 def conv(
     ic: int, oc: int, kernel: Size = 3, stride: int = 1, groups: int = 1, activation: nn.Module | None = None
 ) -> nn.Sequential:
-    """Convolution that keeps the size, but for its stride; BatchNormalization; an activation, ReLU by default."""
+    """A convolution that keeps the size, except for its stride; BatchNormalization; an activation, ReLU by default."""
     sides = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = (sides[0] // 2, sides[1] // 2)
     layers = [nn.Conv2d(ic, oc, sides, stride, padding, groups=groups, bias=False), nn.BatchNorm2d(oc)]
@@ -26,7 +26,7 @@ def conv(
 
 
 class Head(nn.Module):  # type: ignore[misc,unused-ignore]  # torch is typed only where it is installed
-    """Mean over the image, and one linear layer."""
+    """The mean over the image, and one linear layer."""
 
     def __init__(self, ic: int, classes: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def mobilenet(classes: int) -> nn.Module:
 
 
 class Branches(nn.Module):  # type: ignore[misc,unused-ignore]
-    """Branches over the same input, side by side in the output's channels."""
+    """Branches over the same input, concatenated along the channels."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def small_inception(classes: int) -> nn.Module:
 
 
 class _InceptionV3:
-    """The blocks of Inception-v3 (table 1 of arXiv 1512.00567), with all channels divided by one number."""
+    """The blocks of Inception-v3 (table 1 of arXiv 1512.00567), with all numbers of channels divided by the same factor."""
 
     def __init__(self, divisor: int) -> None:
         self._divisor = divisor

@@ -1,4 +1,4 @@
-"""The oracle: a converted model must give the answers of the float model with w_hat in place of w."""
+"""The oracle: a converted model must return the outputs of the float model with w_hat in place of w."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from requant_onnx.files.load import load_model
 from requant_onnx.graph.edit import tensor_proto
 
 ROUNDING = 2e-5
-"""Of the largest output; what differs is the order of float32 sums (test_oracle.py)."""
+"""The tolerance relative to the largest output; only the order of float32 sums differs (test_oracle.py)."""
 Feeds = dict[str, np.ndarray]
 
 
@@ -29,7 +29,7 @@ def run(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
 
 
 def feeds_for(model: onnx.ModelProto, seed: int = 7, free: int = 2) -> Feeds:
-    """Random values for every input; free: the size of dimensions that are not fixed."""
+    """Random values for every input.  free: size of free dimensions."""
     generator = np.random.default_rng(seed)
     stored = {item.name for item in model.graph.initializer}
     feeds = {}
@@ -42,7 +42,7 @@ def feeds_for(model: onnx.ModelProto, seed: int = 7, free: int = 2) -> Feeds:
 
 
 def with_decoded_weights(source: onnx.ModelProto, config: QuantConfig, converted: set[str]) -> onnx.ModelProto:
-    """The normalized model with w_hat from NumPy in the place of each converted weight."""
+    """The normalized model with each converted weight replaced by w_hat from NumPy."""
     prepared = prepare(load_model(source), config, None, (), Clock(), None)
     for result in quantize(prepared, prepared.plan.planned, None, None).results:
         weight = result.planned.weight
@@ -72,7 +72,7 @@ def same(found: list[np.ndarray], expected: list[np.ndarray], rounding: float) -
 
 
 def check(source: onnx.ModelProto, config: QuantConfig, feeds: Feeds | None = None, rounding: float = ROUNDING) -> QuantReport:
-    """Convert without refinement, with float biases, and hold the rewrite to the oracle, the normalized model to the source."""
+    """Convert without refinement, with float biases; compare the result with the oracle, the normalized model with the source."""
     config = replace(config, refinement=Refinement.NONE, biases=BiasType.FLOAT)
     feeds = feeds or feeds_for(source)
     converted, report = quantize_model(source, config)

@@ -2,7 +2,7 @@
 
 The source distribution also contains the tests, with the models and tools that they need; setuptools could read such a list only
 from a file MANIFEST.in in the top directory.  The description for package indexes is the README without links to files, because
-the files do not exist there.
+the files do not exist on the index.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from setuptools.command.sdist import sdist
 
 DIRECTORIES = (".ci", ".github", "models", "requant_onnx", "tests", "tools")
 FILES = (".gitignore", ".pre-commit-hooks.yaml", "CHANGELOG.md")
-GENERATED = {"__pycache__", "build"}  # as .gitignore says
+GENERATED = {"__pycache__", "build"}  # as in .gitignore
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[([^\]]+)\]\((?!https?://|#)[^)\s]+\)")
 
 
 def without_links_to_files(text: str) -> str:
-    """Markdown in which links to files are their text, and pictures their description."""
+    """Markdown with links to files replaced by their text, and pictures by their description."""
     return "".join(part if part.startswith("```") else LINK.sub(r"\1", part) for part in FENCED.split(text))
 
 
 class EggInfo(egg_info):  # type: ignore[misc]
-    """The command that both distributions have their metadata from."""
+    """The command that provides the metadata of both distributions."""
 
     def run(self) -> None:
         metadata = self.distribution.metadata

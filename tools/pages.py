@@ -18,7 +18,7 @@ NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 
 @dataclass(frozen=True)
 class Block:
-    """A code block.  language: that of its fence, '' where it has none.  is_excused: whether a comment says why nothing runs it."""
+    """A code block.  language: language of its fence, '' if none.  is_excused: whether a comment says why no test runs it."""
 
     page: Path
     line: int
@@ -79,5 +79,5 @@ def blocks(page: Path) -> list[Block]:
 
 
 def inline_code(page: Path) -> list[str]:
-    """All code inside of text and tables."""
+    """All inline code in text and tables."""
     return [token.content for token in _inline(page, "code_inline")]

@@ -1,4 +1,4 @@
-"""Plot the figure of the method: the weights of a layer with their levels, and the exact error curve.  Needs: pip install '.[plot]'
+"""Plot the figure of the method: a layer's weights with their levels, and the exact error curve.  Needs: pip install '.[plot]'
 
 python tools/plot_method.py models/resnet20_cifar10.onnx tools/method.png
 """

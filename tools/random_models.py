@@ -1,9 +1,10 @@
 """Make random CNNs from the structures that exporters write; each one is valid and runs in ONNX Runtime.
 
-Weights are stored as initializers, in Constant nodes, in float16 and bfloat16, behind Identity, Cast, Transpose, Reshape and
-Unsqueeze, computed, shared between layers, in branches and in model-local functions; layers in one to three dimensions, grouped,
-depthwise, dilated and transposed, with residuals, concatenations and BatchNormalization on either side; LSTM, GRU and RNN,
-Einsum, embeddings, tables, layers in float16, sequences, and rows whose number depends on the data; opset 7 to 25.
+Weights are stored as initializers, in Constant nodes, in float16 and bfloat16, before Identity, Cast, Transpose, Reshape and
+Unsqueeze, computed, shared between layers, in branches and in model-local functions.  Layers have one to three dimensions, and are
+grouped, depthwise, dilated and transposed, with residuals, concatenations and BatchNormalization on either side.  There are
+also LSTM, GRU and RNN, Einsum, embeddings, tables, layers in float16, sequences, and rows whose number depends on the data.
+The opset is 7 to 25.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def random_model(seed: int) -> onnx.ModelProto:
 
 @dataclass
 class Generator:
-    """Appends layers to a graph; `tensor` and `shape` (channels, then sizes) are what the last one gave."""
+    """A graph under construction; `tensor` and `shape` (channels, then sizes) are the output of the last layer."""
 
     random: np.random.Generator
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Generator:
         rows = self.selected_rows() if self.opset >= 13 and self.chance(0.1) else None
         self.head()
         outputs = [helper.make_tensor_value_info(self.tensor, TensorProto.FLOAT, [batch, *self.shape])]
-        stored = [item for item in self.initializers if item.data_type != TensorProto.BFLOAT16]  # which NumPy does not have
+        stored = [item for item in self.initializers if item.data_type != TensorProto.BFLOAT16]  # NumPy lacks bfloat16
         if stored and self.chance(0.05):
             weight = self.pick(*stored)
             outputs.append(helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
@@ -66,7 +67,7 @@ class Generator:
         return helper.make_model(graph, opset_imports=imports, ir_version=ir_version, functions=self.functions)
 
     def convolution(self, out: int | None = None, keep: bool = False) -> None:
-        """Conv, with its BatchNormalization or without.  keep: of the same size."""
+        """Append a Conv, with or without BatchNormalization.  keep: whether the size stays the same."""
         ic, rank = self.shape[0], len(self.shape) - 1
         groups = [g for g in (1, 1, 2, 4, ic) if ic % g == 0]
         group = int(self.random.choice(groups))
@@ -131,7 +132,7 @@ class Generator:
         self.add("Concat", [name for name, _ in ends[1:]], (sum(c for _, c in ends), *shape[1:]), axis=1)
 
     def branches(self) -> None:
-        """An If whose two branches hold a Conv each."""
+        """Append an If with a Conv in each branch."""
         oc, rank, reads = int(self.random.integers(1, 24)), len(self.shape) - 1, self.tensor
         taken = self.constant(np.array(self.chance(0.5)))
         bodies = []
@@ -141,13 +142,13 @@ class Generator:
             conv = helper.make_node("Conv", [reads, weight.name], [out])
             info = helper.make_tensor_value_info(out, TensorProto.FLOAT, [None, oc, *self.shape[1:]])
             constant = helper.make_node("Constant", [], [weight.name], value=weight)
-            stored = ([constant, conv], []) if self.opset < 9 else ([conv], [weight])  # IR 3 wants initializers among the inputs
+            stored = ([constant, conv], []) if self.opset < 9 else ([conv], [weight])  # IR 3 requires initializers among the inputs
             bodies.append(helper.make_graph(stored[0], name, [], [info], stored[1]))
         self.tensor = taken
         self.add("If", [], (oc, *self.shape[1:]), then_branch=bodies[0], else_branch=bodies[1])
 
     def function(self) -> None:
-        """A call of a model-local function that holds a Conv."""
+        """Append a call of a model-local function that contains a Conv."""
         if self.opset < 15:
             return
         oc, rank = int(self.random.integers(1, 24)), len(self.shape) - 1
@@ -159,7 +160,7 @@ class Generator:
         self.add(name, [], (oc, *self.shape[1:]), domain=LOCAL)
 
     def recurrent(self) -> None:
-        """LSTM, GRU or RNN over all places of an image, in one direction or both."""
+        """Append an LSTM, GRU or RNN over all places of an image, in one or both directions."""
         op, gates = self.pick(("LSTM", 4), ("GRU", 3), ("RNN", 1))
         c, sizes, hidden, both = self.shape[0], self.shape[1:], int(self.random.integers(2, 13)), self.chance(0.5)
         d = 2 if both else 1
@@ -173,13 +174,13 @@ class Generator:
         self.add("Reshape", [self.constant(np.array([0, d * hidden, *sizes]))], (d * hidden, *sizes))
 
     def einsum(self) -> None:
-        """A product over channels."""
+        """Append a product over channels."""
         if self.opset >= 12:
             places, oc = "xyz"[: len(self.shape) - 1], int(self.random.integers(1, 24))
             self.add("Einsum", [self.weight((oc, self.shape[0]))], (oc, *self.shape[1:]), equation=f"bc{places},dc->bd{places}")
 
     def embedding(self) -> None:
-        """A row of a table for each place, by its largest channel."""
+        """Append a lookup of a table row for each place, by its largest channel."""
         rank, d, c = len(self.shape) - 1, 16, self.shape[0]
         self.add("ArgMax", [], self.shape[1:], axis=1, keepdims=0)
         self.add("Gather", [self.constant(self.values((max(64, c), d)))], self.shape, left=True)
@@ -187,11 +188,11 @@ class Generator:
         self.shape = (d, *self.shape)
 
     def table(self) -> None:
-        """A table of positions, or of factors."""
+        """Append a table of positions, or of factors."""
         self.add(self.pick("Add", "Mul"), [self.constant(self.values((1, *self.shape)) + np.float32(1))], self.shape)
 
     def half(self) -> None:
-        """A Conv in float16."""
+        """Append a Conv in float16."""
         oc, rank = int(self.random.integers(1, 24)), len(self.shape) - 1
         weight = self.constant(self.values((oc, self.shape[0], *[1] * rank)).astype(np.float16))
         self.add("Cast", [], self.shape, to=TensorProto.FLOAT16)
@@ -199,13 +200,13 @@ class Generator:
         self.add("Cast", [], self.shape, to=TensorProto.FLOAT)
 
     def sequence(self) -> None:
-        """Into a sequence, and out of it again."""
+        """Append a conversion to a sequence and back."""
         if self.opset >= 11:
             self.add("SequenceConstruct", [self.tensor], self.shape)
             self.add("SequenceAt", [self.constant(np.array(1))], self.shape)
 
     def selected_rows(self) -> onnx.ValueInfoProto:
-        """A product for every positive value of the input, whose number nobody knows before."""
+        """Append a product per positive value of the input, so that their number depends on the data."""
         places = self.node("NonZero", [self.node("Greater", ["x", self.constant(np.float32(0))])])
         values = self.node("GatherND", ["x", self.node("Transpose", [places])])
         column = self.node("Unsqueeze", [values, self.constant(np.array([1]))])
@@ -213,12 +214,12 @@ class Generator:
         return helper.make_tensor_value_info(rows, TensorProto.FLOAT, [None, 200])
 
     def head(self) -> None:
-        """What follows the layers: nothing, or rows of features and a Gemm or MatMul."""
+        """Append the head: nothing, or rows of features and a Gemm or MatMul."""
         if self.chance(0.2):
             return
         self.add("GlobalAveragePool", [], (self.shape[0], *[1] * (len(self.shape) - 1)))
         c, classes = self.shape[0], int(self.random.integers(2, 40))
-        if len(self.shape) == 2 and self.chance(0.5):  # (n, c, 1): a product for each row, its weight on the left
+        if len(self.shape) == 2 and self.chance(0.5):  # (n, c, 1): a product per row, with the weight on the left
             self.add("MatMul", [self.weight((classes, c))], (classes, 1), left=True)
             return
         self.add("Flatten", [], (c,))
@@ -231,7 +232,7 @@ class Generator:
         self.add("Gemm", [weight, *bias], (classes,), transB=turned, alpha=self.pick(1.0, 0.5), beta=self.pick(1.0, 2.0))
 
     def weight(self, shape: tuple[int, ...]) -> str:
-        """A tensor name with values of the shape: one of before, or a new constant, maybe behind other nodes."""
+        """The name of a tensor with values of the shape: an earlier one, or a new constant, possibly before other nodes."""
         fitting = [name for name, values in self.shared.items() if values.shape == shape]
         if fitting and self.chance(0.3):
             return self.pick(*fitting)
@@ -275,7 +276,7 @@ class Generator:
         return self.node("Mul", [self.constant(values / 2), gain])
 
     def values(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Heavy tails, and a spread that keeps activations at their size."""
+        """Values with heavy tails, and a spread that keeps the magnitude of activations."""
         return self.random.laplace(scale=1 / np.sqrt(2 * np.prod(shape[1:])), size=shape).astype(np.float32)
 
     def bias(self, channels: int) -> list[str]:
@@ -286,7 +287,7 @@ class Generator:
         return self.initializers[-1].name
 
     def node(self, op: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
-        """Append a node with one output, and return that."""
+        """Append a node with one output, and return the output."""
         name = self.fresh(self.pick("t", "t", "d1", "node/"))
         self.nodes.append(helper.make_node(op, inputs, [name], name="" if self.chance(0.2) else f"{op}{self.count}", domain=domain))
         given = {key: value for key, value in attributes.items() if value is not None}
@@ -296,7 +297,7 @@ class Generator:
     def add(
         self, op: str, more: Sequence[str], shape: tuple[int, ...], *, left: bool = False, domain: str = "", **attributes: Any
     ) -> None:
-        """A node behind the last one; left: `more` comes first."""
+        """Append a node after the last one.  left: whether `more` comes first."""
         self.tensor = self.node(op, [*more, self.tensor] if left else [self.tensor, *more], domain=domain, **attributes)
         self.shape = shape
 

@@ -4,8 +4,8 @@
 
 Each image has a sky and a ground, 1/f noise (the power spectrum of natural photographs falls as 1/f**2: Field 1987), and one to
 four shaded ellipses, boxes and triangles, rendered at four times the size and averaged.  The images are this project's own work.
-They show how similar the answers of two models are, not how good, because the scenes belong to no class.  Scenes of which the model
-is unsure are dropped, because their answers change with every rounding.
+They show how similar the answers of two models are, not how good, because the scenes belong to no class.  Scenes on which the model
+is unsure are dropped, because their answers change with any rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def render(model: Path, count: int, seed: int) -> npt.NDArray[np.uint8]:
-    """(count, 32, 32, 3) uint8: the first scenes of which the model is sure."""
+    """The first scenes on which the model is sure, (count, 32, 32, 3) uint8."""
     session = InferenceSession(model, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(seed)
     kept: list[npt.NDArray[np.uint8]] = []
@@ -44,7 +44,7 @@ def render(model: Path, count: int, seed: int) -> npt.NDArray[np.uint8]:
 
 
 def _best_score(session: InferenceSession, scene: npt.NDArray[np.uint8]) -> float:
-    """The largest probability that the model gives to a class."""
+    """The largest class probability of the model."""
     x = ((scene / 255 - MEAN) / STD).transpose(2, 0, 1)[None].astype(np.float32)
     scores = np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0], np.float64)[0]
     return float(1 / np.exp(scores - scores.max()).sum())
@@ -66,7 +66,7 @@ def _scene(generator: np.random.Generator) -> npt.NDArray[np.uint8]:
 
 
 def _shape(generator: np.random.Generator, x: FloatArray, y: FloatArray) -> npt.NDArray[np.bool_]:
-    """The mask of an ellipse, a box or a triangle, rotated, somewhere near the middle."""
+    """The mask of a rotated ellipse, box or triangle near the middle."""
     angle = generator.uniform(0, np.pi)
     dx, dy = x - generator.uniform(0.25, 0.75), y - generator.uniform(0.25, 0.75)
     u = (np.cos(angle) * dx + np.sin(angle) * dy) / generator.uniform(0.08, 0.35)
@@ -76,7 +76,7 @@ def _shape(generator: np.random.Generator, x: FloatArray, y: FloatArray) -> npt.
 
 
 def _noise(generator: np.random.Generator) -> FloatArray:
-    """(32, 32, 1) 1/f noise of mean 0 and variance 1."""
+    """1/f noise of mean 0 and variance 1, (32, 32, 1)."""
     spectrum = np.fft.fft2(generator.normal(size=(SIZE, SIZE)))
     frequency = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None])
     frequency[0, 0] = np.inf  # no constant part

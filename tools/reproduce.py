@@ -1,4 +1,4 @@
-"""Repeat REQuant's experiments (arXiv 2510.04044) on given models, next to the figures of the paper, as Markdown.
+"""Repeat REQuant's experiments (arXiv 2510.04044) on given models, alongside the figures of the paper, as Markdown.
 
     python tools/reproduce.py --data DIR                                  # the models in models/, in tools/results.md
     python tools/reproduce.py --data DIR models/*.onnx resnet18_cifar10.onnx other_cifar100.onnx=imagenet
@@ -49,7 +49,7 @@ PUBLISHED: dict[tuple[str, str], dict[tuple[str, int], float]] = {
     ("resnet50", "cifar10"): {("float", 32): 95.24, ("paper", 6): 95.21, ("paper", 4): 94.47},
     ("resnet50", "cifar100"): {("paper", 4): 76.84},
 }
-"""Top-1 in percent that the paper gives, for its own training runs."""
+"""The top-1 in percent published in the paper, for its own training runs."""
 
 START, END = "<!-- reproduce: written by python tools/reproduce.py, from here -->", "<!-- reproduce: to here -->"
 SECTION = """{made}
@@ -72,7 +72,7 @@ The paper's ablation claims it. Here, by more than two standard errors of the di
 
 
 class Task:
-    """A model, its images and their normalization.  Raises SystemExit where the name of the file does not say which."""
+    """A model, its images and their normalization.  Raises SystemExit if the file name does not identify them."""
 
     def __init__(self, text: str, data: Path | None) -> None:
         name, _, kind = text.partition("=")
@@ -87,9 +87,9 @@ class Task:
 
 
 def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
-    """The lines of one model, and what they say of the paper's claim."""
+    """The table lines of a model, and the verdict on the paper's claim."""
     model, how = task.path.read_bytes(), task.normalization
-    images = Calibration(task.train, how)  # for the last of the recipes
+    images = Calibration(task.train, how)  # for the last recipe
     found = compare(model, BITS, RECIPES, task.test, how, images, executor, form=Form.FOLDED, cache=cache)
     trials = {(trial.recipe, trial.bits): trial for trial in found.trials}
     own = {bits: _by_onnxruntime(task, kind, cache) for bits, kind in OWN_KINDS.items()}
@@ -113,10 +113,10 @@ def _row(*cells: str) -> str:
 
 
 def verdict(range_only: Trial, transform_only: Trial, both: Trial, images: int) -> str:
-    """Whether both beat the better one of either alone, by more than two standard errors of the difference.
+    """The verdict on whether both together beat the better of the two alone, by more than two standard errors of the difference.
 
-    Answers that differ are at most those in which either differs from float, and the variance of the difference at most their
-    share, divided by the number of images.
+    Answers that differ are at most those in which either differs from float; the variance of the difference is at most their
+    share divided by the number of images.
     """
     best = max((range_only, transform_only), key=lambda trial: trial.top1 or 0.0)
     gain = (both.top1 or 0.0) - (best.top1 or 0.0)
@@ -128,7 +128,7 @@ def verdict(range_only: Trial, transform_only: Trial, both: Trial, images: int) 
 
 
 def _by_onnxruntime(task: Task, kind: str, cache: Cache) -> float:
-    """Top-1 of the model as onnxruntime.quantization.quantize_static makes it, with 256 images of the train split."""
+    """The top-1 of the model quantized by onnxruntime.quantization.quantize_static, with 256 images of the train split."""
     key = key_of(
         "reproduce", onnxruntime.__version__, kind, task.path.read_bytes(), task.test.fingerprint(), repr(task.normalization)
     )
@@ -144,10 +144,10 @@ def _made_by_onnxruntime(task: Task, kind: str) -> float:
 
 
 def by_onnxruntime(task: Task, kind: str) -> onnx.ModelProto:
-    """The model as onnxruntime.quantization.quantize_static makes it, with 256 images of the train split.  kind: of QuantType."""
+    """The model quantized by onnxruntime.quantization.quantize_static, with 256 train images.  kind: member of QuantType."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "float.onnx", Path(folder) / "quantized.onnx"
-        options = onnxruntime.SessionOptions()  # constants folded first, as its manual asks
+        options = onnxruntime.SessionOptions()  # fold constants first, as its manual recommends
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(source)
         onnxruntime.InferenceSession(task.path, options, providers=["CPUExecutionProvider"])
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="number of processes (default: one per core)")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results.md", help="page whose section is replaced")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.ERROR)  # its quantizer advises what has been done
+    logging.getLogger().setLevel(logging.ERROR)  # its quantizer recommends steps already taken
     models = args.models or sorted(str(path) for path in (ROOT / "models").glob("*.onnx"))
     cache, lines = Cache(default_folder()), []
     with open_executor(args.jobs) as executor:

@@ -1,4 +1,4 @@
-"""Run the worked example, tools/example.ipynb, and write its output to it and to the page tools/example.md.
+"""Run the worked example, tools/example.ipynb, and write its output to the notebook and to tools/example.md.
 
 python tools/run_example.py            # half a minute; needs npm, for the part on the browser
 python tools/run_example.py --check    # run it without writing anything
@@ -25,9 +25,9 @@ def read_notebook() -> dict[str, Any]:
 
 
 def run(notebook: dict[str, Any], change: Callable[[str], str] = str) -> dict[str, Any]:
-    """Run the cells in order, put what they print into the notebook, and return their variables.
+    """Run the cells in order, store their output in the notebook, and return their variables.
 
-    change: of the source of a cell.
+    change: function applied to the source of each cell.
     """
     variables: dict[str, Any] = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

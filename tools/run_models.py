@@ -1,8 +1,8 @@
-"""Run models in one runtime, for runtime_matrix.py; needs NumPy and that runtime.
+"""Run models in a runtime, for runtime_matrix.py; needs NumPy and the runtime.
 
     python run_models.py RUNTIME CASES.json     [{model, input, dims, output}]
 
-Writes the first output of each as float32, or the error to output + ".error".  Cases whose output exists are skipped.
+Writes the first output of each model as float32, or the error to output + ".error".  Cases whose output exists are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def reference(model: str, x: np.ndarray) -> np.ndarray:
 
 
 def openvino(model: str, x: np.ndarray) -> np.ndarray:
-    """Fails where a decode of an int8 form is left, so that a layer does not run on integers."""
+    """Run in OpenVINO.  Fails if a decode of an int8 form remains, because then a layer does not run on integers."""
     import openvino as ov  # noqa: PLC0415
 
     core = ov.Core()
@@ -107,7 +107,7 @@ def main() -> None:
         failure = Path(f"{output}.error")
         if output.exists() or failure.exists():
             continue
-        failure.write_text("crashes")  # unless it comes back
+        failure.write_text("crashes")  # deleted if the run returns
         x = np.fromfile(case["input"], np.float32).reshape(case["dims"])
         try:
             np.asarray(run(case["model"], x), np.float32).tofile(output)

@@ -6,7 +6,7 @@ compare with ONNX Runtime.
     tools/check_runtimes --all --write tools/runtimes.md
 
 Each runtime runs in its own virtual environment under .venv, in the version given here; JavaScript needs node and npm.
-The exit code is 1 if the answers of a promised runtime differ from those of ONNX Runtime.
+The exit code is 1 if the outputs of a promised runtime differ from those of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ ROOT = Path(__file__).parents[1]
 TOOLS = Path(__file__).parent
 NPM_VERSION = "1.30.0"
 WIDTHS = (8, 4, 3, 2.33, 2, 1.6)
-FRACTIONS = "mixed"  # the subject that has them too: the smallest, whose channels fill no block
+FRACTIONS = "mixed"  # the subject that is also converted at fractional bits: the smallest, whose channels fill no block
 TOLERANCE = {Form.QDQ: 0.02, Form.FOLDED: 0.02, Form.INT8: 0.2}
-"""Of the root mean square of the answers.  ONNX Runtime's MatMulNBits and OpenVINO's fully connected layers round their inputs to 8
-bits, by default; kernels on integers round all activations, and one that rounds the other way moves what follows.  Garbage is off
-by 0.5 and more."""
+"""Tolerance relative to the root mean square of the outputs.  By default, ONNX Runtime's MatMulNBits and OpenVINO's fully connected
+layers round their inputs to 8 bits; integer kernels round all activations, and a different rounding changes all later values.
+Wrong outputs differ by 0.5 or more."""
 BROKEN = ("ONNX Runtime 1.24.4", "mixed", Form.INT8)
-"""Computes QLinearConv wrongly on CPUs with AMX, as 1.23 does (issue 26324 of ONNX Runtime; fixed in 1.25)."""
+"""The case that fails on CPUs with AMX: QLinearConv is wrong there, also in 1.23 (issue 26324 of ONNX Runtime; fixed in 1.25)."""
 AMX = "amx_int8" in Path("/proc/cpuinfo").read_text()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A runtime.  runner: in run_models.py, or the npm package.  packages: from PyPI, none for this environment.
+    """A runtime.  runner: name in run_models.py, or the npm package.  packages: from PyPI, none for this environment.
 
-    targets: the --runtime whose files it is given.  promised: whether it must answer as ONNX Runtime does.
+    targets: values of --runtime whose files it runs.  promised: whether its outputs must match ONNX Runtime's.
     """
 
     name: str
@@ -81,7 +81,7 @@ ENTRIES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A file.  scores: what ONNX Runtime answers."""
+    """A file.  scores: outputs of ONNX Runtime."""
 
     subject: str
     target: Runtime
@@ -94,7 +94,7 @@ class Case:
 
 
 def mixed() -> onnx.ModelProto:
-    """Odd numbers of channels, depthwise, strided and transposed convolutions, MatMul and Gemm."""
+    """A model with odd numbers of channels, depthwise, strided and transposed convolutions, MatMul and Gemm."""
     text = """<ir_version: 8, opset_import: ["": 13]> mixed (float[2, 3, 20, 20] x) => (float[2, 12] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1) b = Relu(a)
         c = Conv<group = 27, pads = [1, 1, 1, 1]>(b, w2, b2) d = Relu(c)
@@ -114,7 +114,7 @@ def mixed() -> onnx.ModelProto:
 
 
 def subjects() -> Iterator[tuple[str, onnx.ModelProto, tuple[int, ...]]]:
-    """Name, model and shape of the input."""
+    """The models, as (name, model, input shape)."""
     for name in ("resnet20", "mobilenet"):
         yield name, onnx.load(ROOT / "models" / f"{name}_cifar10.onnx"), (2, 3, 32, 32)
     yield "mixed", mixed(), (2, 3, 20, 20)
@@ -140,7 +140,7 @@ def write_cases(folder: Path, targets: set[Runtime]) -> list[Case]:
 
 
 def run(entry: Entry, cases: list[Case], folder: Path) -> dict[str, str]:
-    """'right', or what is wrong, by file."""
+    """The verdict by file: 'right', or a description of the failure."""
     outputs = folder / entry.name.replace(" ", "-")
     outputs.mkdir()
     mine = [case for case in cases if case.target in entry.targets]
@@ -151,7 +151,7 @@ def run(entry: Entry, cases: list[Case], folder: Path) -> dict[str, str]:
     (outputs / "cases.json").write_text(json.dumps(listed))
     command, where = command_of(entry, folder)
     command = [*command, str(outputs / "cases.json")]
-    for _ in mine:  # again where native code crashed: what has an answer is skipped
+    for _ in mine:  # repeat if native code crashed; finished cases are skipped
         done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             break
@@ -161,7 +161,7 @@ def run(entry: Entry, cases: list[Case], folder: Path) -> dict[str, str]:
 
 
 def command_of(entry: Entry, folder: Path) -> tuple[list[str], Path]:
-    """The command that runs cases, and where."""
+    """The command that runs cases, and its working directory."""
     if entry.runner.startswith("onnxruntime-"):
         if not (folder / "package.json").exists():
             (folder / "package.json").write_text("{}")
@@ -182,7 +182,7 @@ def command_of(entry: Entry, folder: Path) -> tuple[list[str], Path]:
 
 
 def judged(entry: Entry, case: Case, output: Path) -> str:
-    """'right', or what is wrong."""
+    """The verdict: 'right', or a description of the failure."""
     failure = Path(f"{output}.error")
     if failure.exists():
         return f"refuses: {failure.read_text()[:200]}"
@@ -196,7 +196,7 @@ def judged(entry: Entry, case: Case, output: Path) -> str:
 
 
 def table(results: dict[tuple[str, Runtime], dict[str, list[str]]]) -> str:
-    """Markdown: a row for each runtime and target, a column for each form and width."""
+    """The table as Markdown, with a row per runtime and target, and a column per form and width."""
     columns = [(form, bits) for form in Form for bits in WIDTHS]
     lines = [
         "| runtime | files of `--runtime` |" + "".join(f" {form} {bits} |" for form, bits in columns),
@@ -208,7 +208,7 @@ def table(results: dict[tuple[str, Runtime], dict[str, list[str]]]) -> str:
 
 
 def summary(verdicts: list[str]) -> str:
-    """One cell: of all models."""
+    """The content of a cell, over all models."""
     if not verdicts:
         return ""
     for kind in ("WRONG", "broken", "refuses"):

@@ -1,6 +1,6 @@
 """Check that a change of the sources does not change the files that `requant convert` writes.  Needs: pip install '.[test]', git
 
-    python tools/same_bytes.py HEAD                                # compare the working tree to the last commit, all cases
+    python tools/same_bytes.py HEAD                                # compare the working tree with the last commit, all cases
     python tools/same_bytes.py 3a759ad --only "resnet20_cifar10 --form int8" --keep /tmp/outputs --jobs 2
     python tools/same_bytes.py v0.1.0 --models DIR --expect expected.txt
 
@@ -9,7 +9,7 @@ the same versions of the required packages.  Environments are kept in .venv/same
 after a week without use.  Both versions convert every model in models/, and three models in --models (default: $REQUANT_MODELS), in
 every form with and without calibration; then the bytes are compared.
 
-A line of --expect names an intended difference by the first words of its line, and gives the reason; it is then not counted:
+A line of --expect identifies an intended difference by the first words of its line, and gives the reason; it is not counted:
 
     resnet56_cifar10 --form int8   # the ranges of activations changed
 
@@ -44,25 +44,25 @@ import onnxruntime
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / ".venv" / "same_bytes"
-INSTALLED = ("requant_onnx", "setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in")  # what the installed version is made of
+INSTALLED = ("requant_onnx", "setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in")  # sources of the installed version
 WEEK = 7 * 24 * 3600
 OTHERS = ("resnet56_cifar10", "silero_vad", "rapidocr_cls")
-AUDIO = "silero_vad"  # takes no images
-CALIBRATE = {AUDIO: f"{AUDIO}.npz", "rapidocr_cls": "noise:48x192"}  # the other models say how large their images are
+AUDIO = "silero_vad"  # does not take images
+CALIBRATE = {AUDIO: f"{AUDIO}.npz", "rapidocr_cls": "noise:48x192"}  # the other models declare their image size
 FEEDS, SAMPLES = 32, 512
 FORMS, BITS = ("qdq", "folded", "int8"), ("8", "4", "3")
 SIZE_PERCENT = 15
-SHOWN = 3  # facts of a difference
+SHOWN = 3  # number of facts shown per difference
 REFUSED = 2
 
 
 class ComparisonError(Exception):
-    """The comparison cannot be made.  Its text is one sentence."""
+    """The comparison is impossible.  Its text is one sentence."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One state of the sources, installed.  name: old or new."""
+    """An installed state of the sources.  name: old or new."""
 
     name: str
     environment: Path
@@ -73,19 +73,19 @@ class Version:
 
     @property
     def packages(self) -> str:
-        """Names and versions, one a line."""
+        """The names and versions of the packages, one per line."""
         return (self.environment / "packages.txt").read_text("utf-8")
 
     @property
     def variables(self) -> dict[str, str]:
-        """Of its processes: what it caches is its own."""
+        """The environment variables of its processes, with a separate cache."""
         own = {"XDG_CACHE_HOME": str(self.environment / "cache")}
         return {**os.environ, **own}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how it is converted."""
+    """A model and the options of its conversion."""
 
     model: Path
     options: tuple[str, ...]
@@ -96,13 +96,13 @@ class Case:
 
     @property
     def folder(self) -> str:
-        """A name for a folder of its outputs."""
+        """The name of the directory for its outputs."""
         return self.label.replace(" --", "-").replace(" ", "_").replace(":", "_")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one version made of a case.  said: the last line of its error output."""
+    """The result of a version for a case.  said: last line of its error output."""
 
     code: int
     said: str
@@ -114,7 +114,7 @@ class Outcome:
 
 
 class Kind(Enum):
-    """How a case ended."""
+    """The kind of outcome of a case."""
 
     SAME = "same"
     DIFFERENT = "different"
@@ -133,7 +133,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Expected:
-    """A difference that is meant.  words: those that the line of the case begins with."""
+    """An intended difference.  words: first words of the case's line."""
 
     words: tuple[str, ...]
     reason: str
@@ -143,7 +143,7 @@ class Expected:
 
 
 def git(*arguments: str) -> bytes:
-    """What git prints.  Raises ComparisonError."""
+    """The output of git.  Raises ComparisonError."""
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
     if done.returncode:
         raise ComparisonError(
@@ -158,14 +158,14 @@ def _last_line(output: bytes) -> str:
 
 
 def extract_commit(commit: str, folder: Path) -> None:
-    """The sources of a commit.  Raises ComparisonError."""
+    """Extract the sources of a commit.  Raises ComparisonError."""
     found = git("rev-parse", "--verify", f"{commit}^{{commit}}").decode().strip()
     with tarfile.open(fileobj=BytesIO(git("archive", "--format=tar", found))) as archive:
         archive.extractall(folder, filter="data")
 
 
 def copy_tree(folder: Path) -> None:
-    """The sources as they are now: tracked files and untracked ones, but for those ignored and those deleted."""
+    """Copy the current sources: tracked and untracked files, except ignored and deleted ones."""
     for name in git("ls-files", "-coz", "--exclude-standard").decode("utf-8", "surrogateescape").split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def copy_tree(folder: Path) -> None:
 
 
 def hash_of(sources: Path) -> str:
-    """A name for what is installed from these sources by this Python."""
+    """A hash of the installed sources and this Python version."""
     digest = hashlib.sha256(sys.version.encode())
     for top in INSTALLED:
         within = sorted((sources / top).rglob("*")) if (sources / top).is_dir() else [sources / top]
@@ -188,7 +188,7 @@ def hash_of(sources: Path) -> str:
 
 @contextlib.contextmanager
 def locked_store() -> Iterator[None]:
-    """Let no other run install or delete environments meanwhile."""
+    """Prevent other runs from installing or deleting environments."""
     STORE.mkdir(parents=True, exist_ok=True)
     with open(STORE / "lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -196,7 +196,7 @@ def locked_store() -> Iterator[None]:
 
 
 def installed(name: str, sources: Path) -> Version:
-    """The version in its environment, made where it is not there.  Raises ComparisonError when it cannot be installed."""
+    """The version in its environment, created if missing.  Raises ComparisonError when it cannot be installed."""
     version = Version(name, STORE / hash_of(sources))
     with locked_store():
         if not (version.environment / "packages.txt").exists():
@@ -210,7 +210,7 @@ def installed(name: str, sources: Path) -> Version:
 
 
 def _install(version: Version, sources: Path) -> None:
-    """packages.txt comes last: an environment without it is not complete.  The first environment's packages go for all."""
+    """Install, and write packages.txt last: without it an environment is incomplete.  All use the packages of the first one."""
     pins = STORE / "constraints.txt"
     _run_install(version, [sys.executable, "-m", "venv", "--clear", str(version.environment)])
     pip = [str(version.python), "-I", "-m", "pip", "--disable-pip-version-check"]
@@ -247,7 +247,7 @@ def versions_of(commit: str) -> tuple[Version, Version]:
 
 
 def models_of(folder: Path | None) -> list[Path]:
-    """Ours, then the others.  Raises ComparisonError when one is missing."""
+    """Our models, then the others.  Raises ComparisonError when one is missing."""
     ours = sorted((ROOT / "models").glob("*.onnx"))
     if not ours:
         raise ComparisonError(f"there is no model in {ROOT / 'models'}; check the clone")
@@ -261,7 +261,7 @@ def models_of(folder: Path | None) -> list[Path]:
 
 
 def cases_of(model: Path) -> list[Case]:
-    """Every form at every width; the paper's recipe; bits chosen for a size."""
+    """The cases of a model: every form at every width; the paper's recipe; bits chosen for a size."""
     calibrated = ("--calibrate", CALIBRATE.get(model.stem, "noise"), "--calibrate-limit", "64")
     options: list[tuple[str, ...]] = []
     for form, bits in itertools.product(FORMS, BITS):
@@ -274,10 +274,10 @@ def cases_of(model: Path) -> list[Case]:
 
 
 def write_feeds(model: Path, path: Path) -> None:
-    """Random inputs by name, one a row: free sizes become 1, and samples of sound many."""
+    """Write random inputs by name, one per row; free sizes become 1, those of audio SAMPLES."""
     random, feeds = np.random.default_rng(0), {}
     for item in onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"]).get_inputs():
-        if item.type == "tensor(int64)":  # samples a second
+        if item.type == "tensor(int64)":  # the sampling rate
             feeds[item.name] = np.full((FEEDS, *item.shape[1:]), 16_000, np.int64)
         else:
             free = SAMPLES if len(item.shape) == 2 else 1
@@ -288,7 +288,7 @@ def write_feeds(model: Path, path: Path) -> None:
 
 
 def convert(version: Version, case: Case, work: Path, outputs: Path) -> Outcome:
-    """Run one version, where neither's sources are."""
+    """Run a version in a directory without sources of either version."""
     path = outputs / case.folder / version.name / f"{case.model.stem}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -298,7 +298,7 @@ def convert(version: Version, case: Case, work: Path, outputs: Path) -> Outcome:
 
 
 def judge(case: Case, old: Outcome, new: Outcome, expected: Sequence[Expected]) -> Verdict:
-    """Compare what both made of a case.  Refused is what both decline in a sentence; a crash of both is a difference."""
+    """Compare both outcomes of a case.  REFUSED means that both report an error in a sentence; if both crash, they differ."""
     if old.code == new.code == REFUSED:
         later = "" if old.said == new.said else f"; now: {new.said}"
         return Verdict(case, Kind.REFUSED, f"refused by both: {old.said}{later}")
@@ -317,7 +317,7 @@ def _sha256(path: Path) -> str:
 
 
 def differences(old: Path, new: Path) -> list[str]:
-    """What differs between two models, a part of them each."""
+    """The differences between two models, one sentence per part."""
     before, after = parts_of(onnx.load(old)), parts_of(onnx.load(new))
     facts = []
     for name in before:
@@ -331,7 +331,7 @@ def differences(old: Path, new: Path) -> list[str]:
 
 
 def parts_of(model: onnx.ModelProto) -> dict[str, dict[str, bytes]]:
-    """What a model consists of: part -> name -> content."""
+    """The parts of a model: part -> name -> content."""
     graph = model.graph
     named = {"initializers": graph.initializer, "inputs": graph.input, "outputs": graph.output, "value_info": graph.value_info}
     return {
@@ -348,7 +348,7 @@ def _bytes_of(item: onnx.NodeProto | onnx.TensorProto | onnx.ValueInfoProto | on
 
 
 def read_expected(path: Path | None) -> list[Expected]:
-    """The differences that are meant.  Raises ComparisonError when the file is missing or a line is not understood."""
+    """The intended differences.  Raises ComparisonError when the file is missing or a line is invalid."""
     try:
         lines = [] if path is None else path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,12 +1,12 @@
-"""Convert random CNNs with random options, and compare each one to the oracle.  Needs: pip install '.[test]'
+"""Convert random CNNs with random options, and compare each one with the oracle.  Needs: pip install '.[test]'
 
     python tools/soak.py --count 1000              # about 5 minutes on 2 cores; a failure prints its seed
-    python tools/soak.py --seed 417 --count 1      # repeat that one
+    python tools/soak.py --seed 417 --count 1      # repeat one model
 
-Each model is converted without refinement, and must give the answers of the float model with the decoded weights in place of the
+Each model is converted without refinement, and must return the outputs of the float model with the decoded weights in place of its
 weights.  In the int8 form, which also quantizes activations, and in a third of the other cases, which are refined on calibration
-inputs, the answers must be close to those of the float model.  The same conversion with another number of threads must give the
-same bytes.
+inputs, the outputs must be close to those of the float model.  The same conversion with another number of threads must produce
+the same bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from random_models import random_model
 
 from requant_onnx import Calibration, Form, Granularity, Int8Speed, QuantConfig, QuantReport, Transform, quantize_model
 
-HALF_ROUNDING = 4e-3  # of the largest output: a few units in the last place of float16
+HALF_ROUNDING = 4e-3  # relative to the largest output: a few units in the last place of float16
 INT8_SQNR_DB = 12.0
-"""What 8-bit weights and activations keep at least in a random network of up to 20 layers; one of 4 bits has no bound."""
+"""The least output SQNR with 8-bit weights and activations in a random network of up to 20 layers; 4 bits have no bound."""
 
 
 def random_config(seed: int) -> QuantConfig:
@@ -44,7 +44,7 @@ def random_config(seed: int) -> QuantConfig:
 
 
 def soak(seed: int) -> QuantReport:
-    """Convert one model.  Raises AssertionError, or whatever the conversion raises, when something is wrong."""
+    """Convert one model.  Raises AssertionError, or what the conversion raises, on failure."""
     model, config = random_model(seed), random_config(seed)
     calibrated = config.form is Form.INT8 or seed % 3 == 0
     report = near(model, config) if calibrated else check(model, config, rounding=HALF_ROUNDING if in_half(model) else ROUNDING)
@@ -60,7 +60,7 @@ def converted(model: onnx.ModelProto, config: QuantConfig, threads: int, calibra
 
 
 def in_half(model: onnx.ModelProto) -> bool:
-    """Whether something is computed in float16."""
+    """Whether anything is computed in float16."""
     casts = [item.i for node in model.graph.node if node.op_type == "Cast" for item in node.attribute if item.name == "to"]
     return onnx.TensorProto.FLOAT16 in casts
 
@@ -70,7 +70,7 @@ def inputs_of(model: onnx.ModelProto, count: int) -> Calibration:
 
 
 def near(model: onnx.ModelProto, config: QuantConfig) -> QuantReport:
-    """Calibrated: it runs, and with 8-bit weights it answers nearly as the float model does."""
+    """Convert with calibration; the result must run, and with 8-bit weights be close to the float model."""
     feeds = feeds_for(model)
     made, report = quantize_model(model, config, calibration=inputs_of(model, 16))
     expected, found = run(model, feeds)[0], run(made, feeds)[0]
@@ -83,7 +83,7 @@ def near(model: onnx.ModelProto, config: QuantConfig) -> QuantReport:
 
 
 def attempt(seed: int) -> tuple[int, str, int, int]:
-    """(seed, what went wrong, bytes converted, bytes of weights)"""
+    """Run `soak`; return (seed, failure, bytes converted, bytes of weights)."""
     try:
         report = soak(seed)
     except Exception:

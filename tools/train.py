@@ -1,7 +1,7 @@
 """Train a CIFAR model on this machine's CPU or GPU and export it to ONNX.  Needs the extra: pip install '.[train]'
 
     python tools/train.py --data DIR                                  # ResNet-20 on CIFAR-10, about 140 s per epoch on 2 cores
-    python tools/train.py --data DIR --checkpoint run.pt              # running it again continues where it stopped
+    python tools/train.py --data DIR --checkpoint run.pt              # a second run continues where the first one stopped
     python tools/train.py --model resnet50 --dataset cifar100 --epochs 60     # on a GPU, with bfloat16 where it is exact enough
 
 The recipe is fixed before the run: SGD with Nesterov momentum, one learning-rate cycle (linear warm-up over a tenth of the
@@ -30,17 +30,17 @@ from requant_onnx.files.save import save_model
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, ImageSet, load_cifar
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
-SIZES = ((0.3, 20), (0.6, 24), (1.0, 32))  # --progressive: up to this part of the run, images of this many pixels a side
+SIZES = ((0.3, 20), (0.6, 24), (1.0, 32))  # --progressive: (end of the phase as a fraction of the run, side of the images)
 
 
 def normalize(x: np.ndarray, dataset: str) -> Tensor:
-    """(n, 3, 32, 32) uint8 -> float32, zero mean and unit variance over the train split."""
+    """Normalize (n, 3, 32, 32) uint8 to float32, with zero mean and unit variance over the train split."""
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in CIFAR_MEAN_STD[dataset])
     return (torch.from_numpy(x).float() / 255.0 - mean) / std
 
 
 def augment(x: Tensor, epoch: int, order: Tensor, generator: torch.Generator) -> Tensor:
-    """Crop a random 32x32 window of the image padded by 4 (reflect); flip every image in every second epoch."""
+    """Crop a random 32x32 window of the image padded by 4 (reflect); flip each image in every second epoch."""
     padded = functional.pad(x, (4, 4, 4, 4), mode="reflect")
     top, left = torch.randint(0, 9, (2, len(x)), generator=generator).to(x.device)
     line = torch.arange(32, device=x.device)
@@ -52,19 +52,19 @@ def augment(x: Tensor, epoch: int, order: Tensor, generator: torch.Generator) ->
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """One cycle: 0 -> peak over the first tenth, peak -> 0 over the rest.  progress in 0..1."""
+    """The learning rate of one cycle: 0 -> peak over the first tenth, peak -> 0 over the rest.  progress: 0..1."""
     return peak * min(progress / 0.1, (1.0 - progress) / 0.9)
 
 
 def image_size(progress: float) -> int:
-    """Pixels a side of the train images of --progressive.  progress in 0..1."""
+    """The side of the train images with --progressive, in pixels.  progress: 0..1."""
     return next(size for end, size in SIZES if progress < end)
 
 
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, epoch: int, args: argparse.Namespace
 ) -> tuple[float, float]:
-    """One pass over the images.  Returns the mean loss and the accuracy, both on the augmented train images."""
+    """Make one pass over the images.  Returns the mean loss and the accuracy, both on the augmented train images."""
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     order = torch.randperm(len(images), generator=generator)
     steps = len(images) // args.batch_size
@@ -102,7 +102,7 @@ def save_atomically(state: dict[str, object], path: Path) -> None:
 
 
 def fit(model: nn.Module, data: ImageSet, args: argparse.Namespace) -> None:
-    """Train `model` in place; continue from args.checkpoint when it is there, save it after every epoch."""
+    """Train `model` in place; continue from args.checkpoint if it exists, and save it after every epoch."""
     assert data.y is not None
     images, labels = normalize(data.pixels, args.dataset).to(args.device), torch.from_numpy(data.y).to(args.device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -139,7 +139,7 @@ def export(model: nn.Module, path: Path) -> None:
 
 
 def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop what the exporter notes about the source code of this machine (stack traces with paths)."""
+    """Drop the exporter's notes about source code on this machine (stack traces with paths)."""
     items = [proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output]
     for item in items:
         del item.metadata_props[:]
@@ -148,7 +148,7 @@ def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def onnx_accuracy(path: Path, data: ImageSet, dataset: str) -> float:
-    """Top-1 of the exported file in ONNX Runtime."""
+    """The top-1 of the exported file in ONNX Runtime."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     x = normalize(data.pixels, dataset).numpy()

@@ -1,4 +1,4 @@
-"""A script of a user, which uses the public names under mypy --strict and in a real run.  tools/check_package runs it.
+"""An example of user code, which uses the public names under mypy --strict and in a real run.  tools/check_package runs it.
 
 python user_script.py MODEL.onnx IMAGES.npz OUTPUT.onnx
 """
@@ -40,7 +40,7 @@ CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def convert(source: Path, output: Path, images: ImageSet) -> QuantReport:
-    """Four bits, calibrated on 32 images."""
+    """Convert at four bits, calibrated on 32 images."""
     config = QuantConfig(bits=4, form=Form.FOLDED, runtime=Runtime.WEB)
     model: onnx.ModelProto
     model, report = quantize_model(source, config, calibration=Calibration(images=images, normalization=CIFAR, count=32))
@@ -75,7 +75,7 @@ def main(source: Path, data: Path, output: Path) -> int:
 
 
 def wrong() -> None:
-    """What the types must refuse: an ignore without an error is one itself under --strict."""
+    """Make calls that the types must reject: under --strict, an ignore without an error is an error."""
     import requant_onnx  # noqa: PLC0415
 
     requant_onnx.quantise_model("net.onnx")  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ nav:
 
 
 def linked(page: Path) -> list[Path]:
-    """The files of the repository to which a page links."""
+    """The repository files to which a page links."""
     targets = [link.partition("#")[0] for link in links(page) if not link.startswith(("http:", "https:"))]
     return [path for target in targets if target and (path := (page.parent / target).resolve()).is_file()]
 

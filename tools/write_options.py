@@ -24,7 +24,7 @@ TERMS_START, TERMS_END = "<!-- terms: written by python tools/write_options.py, 
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, whose commands do nothing."""
+    """The parser of the command line, with commands that do nothing."""
     return parser_of(*[_nothing] * len(inspect.signature(parser_of).parameters))
 
 
@@ -51,7 +51,7 @@ def _nothing(_: argparse.Namespace) -> None: ...
 
 
 def _rows(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Name and meaning of the arguments of a command, with titles of groups, which have no meaning, between them."""
+    """The names and meanings of a command's arguments, with the titles of groups, which have no meaning, between them."""
     rows = {}
     for group in parser._action_groups:
         if group not in (parser._positionals, parser._optionals):
@@ -61,7 +61,7 @@ def _rows(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def _command(name: str, parser: argparse.ArgumentParser, rows: dict[str, str], first: dict[str, str]) -> Iterator[str]:
-    """first: the rows of the first command, which are not repeated."""
+    """The lines of a command.  first: rows of the first command, which are not repeated."""
     files = "".join(f" [{a.metavar}]" if a.nargs == "?" else f" {a.metavar}" for a in parser._get_positional_actions())
     options = " [options]" if "--config" in parser._option_string_actions else ""
     yield f"\n### requant {name}\n"
@@ -71,7 +71,7 @@ def _command(name: str, parser: argparse.ArgumentParser, rows: dict[str, str], f
     same = [row for row, text in rows.items() if row.startswith("`-") and first.get(row) == text]
     left = [row for row in rows if row not in same]
     for row, following in zip(left, [*left[1:], "**"], strict=True):
-        if rows[row] or not following.startswith("**"):  # no title of a group of which nothing is left
+        if rows[row] or not following.startswith("**"):  # omit the title of an empty group
             yield f"| {row} | {rows[row]} |"
     if same:
         yield f"\nThese options are the same as for `requant {next(iter(commands()))}`: {'; '.join(same)}."
@@ -87,7 +87,7 @@ def _name(action: argparse.Action) -> str:
 
 
 def _plain(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    """The help of an option, without characters that Markdown would read."""
+    """The help of an option, with Markdown characters escaped."""
     text = (action.help or "") % {"prog": parser.prog, "default": action.default}
     return re.sub(r"([*_|<>\\`])", r"\\\1", text)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-MAX_BYTES = 2 << 30  # of all results; the oldest go first
+MAX_BYTES = 2 << 30  # total size of all results; the least recently used are deleted first
 
 
 def default_folder() -> Path:
-    """The user's cache directory: $XDG_CACHE_HOME, or its equivalent on this system."""
+    """The user's cache directory: $XDG_CACHE_HOME, or the equivalent on this system."""
     return Path(user_cache_path("requant_onnx"))
 
 
@@ -29,24 +29,24 @@ def key_of(*parts: bytes | str) -> str:
 
 
 class Cache:
-    """Files in a directory; None stores nothing.  A file that cannot be read or written counts as missing."""
+    """Results as files in a directory; with None, nothing is stored.  A file that cannot be read or written counts as missing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def get(self, key: str) -> bytes | None:
-        """The result, None if there is none."""
+        """The stored result, None if there is none."""
         if self.folder is None:
             return None
         with contextlib.suppress(OSError):
             path = self.folder / key
             data = path.read_bytes()
-            os.utime(path)  # used now: the last to go
+            os.utime(path)  # mark it as just used
             return data
         return None
 
     def put(self, key: str, data: bytes) -> None:
-        """Store a result, completely or not at all."""
+        """Store a result atomically."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):

@@ -24,8 +24,8 @@ CHANGES = 12  # pairs of answers listed
 class Example:
     """An input.  index: index in the data.  answers: answers of the reference and of the candidate as text, "" if there are none.
 
-    label: the right answer in words, "" where it is not known.  differs: whether the answers are different.
-    sqnr_db: of its outputs, all together.
+    label: the right answer as text, "" if unknown.  differs: whether the answers differ.
+    sqnr_db: SQNR over all its outputs, in dB.
     """
 
     index: int
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Change:
-    """A pair of answers, and the number of inputs whose answer changed so.  label: right answer, "" if unknown."""
+    """A pair of answers, and the number of inputs whose answer changed this way.  label: right answer, "" if unknown."""
 
     label: str
     reference: str
@@ -54,19 +54,19 @@ class _Answers(NamedTuple):
 
 
 class Examples:
-    """Watches the outputs of two models, batch by batch."""
+    """A collector of examples from the outputs of two models, batch by batch."""
 
     def __init__(self, labels: Int64Array | None, size: tuple[int, int] | None, head: str | None = None) -> None:
-        """labels: of all inputs, where known.  size: height and width of the images, where the models take any.
+        """labels: labels of all inputs, if known.  size: height and width of the images, if the models take images.
 
-        head: of detectors, where it is told.
+        head: head of detectors, a key of HEADS, if it was named.
         """
         self._labels, self._size, self._head = labels, size, head
         self._worst: list[Example] = []
         self._changes: Counter[tuple[str, str, str]] = Counter()
 
     def add(self, start: int, count: int, first: Sequence[Any], second: Sequence[Any]) -> None:
-        """Look at one batch.  start: the first input of it.  count: inputs.  first, second: the outputs of both models."""
+        """Add a batch.  start: index of its first input.  count: number of inputs.  first, second: outputs of the two models."""
         one, other = (_answers(outputs, count, self._size, self._head) for outputs in (first, second))
         for k, sqnr in enumerate(_sqnr(first, second, count)):
             label = "" if self._labels is None else f"class {self._labels[start + k]}"
@@ -89,7 +89,7 @@ class Examples:
 
 
 def _sqnr(first: Sequence[Any], second: Sequence[Any], count: int) -> list[float]:
-    """The SQNR of each input in dB, over all outputs that have one row for each; of one input, over all outputs."""
+    """The SQNR of each input in dB, over all outputs with one row per input; for a single input, over all outputs."""
     power, error = np.zeros(count), np.zeros(count)
     for a, b in zip(first, second, strict=True):
         if _has_rows(a, count) and np.shape(a) == np.shape(b) and a.dtype.kind in "fiu":
@@ -127,7 +127,7 @@ def _listed(classes: tuple[int, ...]) -> str:
 
 
 def _shares(scores: Float64Array) -> Float64Array:
-    """Scores as probabilities: as they are where they are some, else their softmax."""
+    """Scores as probabilities: unchanged if they already are, else their softmax."""
     if scores.min() >= 0.0 and np.allclose(scores.sum(1), 1.0, atol=1e-2):
         return scores
     shifted: AnyArray = np.exp(scores - scores.max(1, keepdims=True))

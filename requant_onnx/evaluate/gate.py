@@ -73,7 +73,7 @@ def parse_gate(text: str) -> dict[str, float]:
 
 
 def check_gate(report: ValidationReport, bounds: Mapping[str, float]) -> None:
-    """Raise QualityError, which lists all failures, unless the report keeps the bounds; a figure that was not measured fails."""
+    """Raise QualityError, which lists all failures, unless the report meets the bounds; a figure that was not measured fails."""
     failures = []
     for name, bound in bounds.items():
         figure = FIGURES[name]

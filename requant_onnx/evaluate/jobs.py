@@ -1,6 +1,6 @@
-"""The places where work items run: this process, processes of this machine, or a Dask cluster.
+"""Executors of work items: this process, processes of this machine, or a Dask cluster.
 
-All are executors of concurrent.futures.  https://docs.python.org/3/library/concurrent.futures.html,
+All are those of concurrent.futures.  https://docs.python.org/3/library/concurrent.futures.html,
 https://distributed.dask.org/en/stable/api.html#distributed.Client.get_executor
 """
 
@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 from requant_onnx.errors import ConfigError, RequantError
 
 K = TypeVar("K")
-PATIENCE = "20s"  # for a scheduler to answer
+PATIENCE = "20s"  # time limit for a scheduler to answer
 
 
 @contextlib.contextmanager
 def open_executor(jobs: int | None = None, dask: str | None = None) -> Iterator[Executor]:
-    """An executor; items that have not begun are canceled when its block is left by an error.
+    """An executor; if its block raises, items that have not begun are canceled.
 
     jobs: processes on this machine; 1: only this one; None: one per core.  dask: address of a scheduler, tcp://HOST:PORT.
     Raises ConfigError when there is no such scheduler, or distributed is not installed.
@@ -39,7 +39,7 @@ def open_executor(jobs: int | None = None, dask: str | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def _given_up(executor: Executor) -> Iterator[Executor]:
-    """Shut an executor down; items that have not begun are canceled when its block is left by an error."""
+    """Shut an executor down after its block; if the block raises, items that have not begun are canceled."""
     try:
         yield executor
     except BaseException:
@@ -51,7 +51,7 @@ def _given_up(executor: Executor) -> Iterator[Executor]:
 def run_all(
     executor: Executor, items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]], done: Callable[[K, Any], None]
 ) -> dict[K, Any]:
-    """The result of each item (function and arguments); `done` is called with each key and result when it is available.
+    """The result of each item (function and arguments); `done` is called with each key and result as soon as it is available.
 
     Raises what an item raises; RequantError when a process dies.
     """
@@ -72,9 +72,9 @@ def run_each(
     items: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]],
     done: Callable[[K, Any], None],
 ) -> None:
-    """Run all items in processes; what one raises stops no other.  `done` is called with each key and its result, or its exception.
+    """Run all items in processes; an exception stops no other item.  `done` is called with each key and its result or exception.
 
-    jobs, dask: as for open_executor.  An item whose process dies gets a RequantError; items that ran next to it are run again.
+    jobs, dask: as for open_executor.  An item whose process dies gets a RequantError; items that ran alongside it are run again.
     """
     left = dict(items)
 
@@ -104,8 +104,8 @@ def _local_executor(jobs: int) -> Executor:
 
 def _processes(jobs: int) -> Executor:
     context = multiprocessing.get_context("spawn")  # ONNX Runtime's threads do not survive a fork
-    resource_tracker.ensure_running()  # which lets interrupts through when it starts
-    with _interrupts_held():  # an executor that is half built leaks a semaphore, and the tracker prints that
+    resource_tracker.ensure_running()  # started first, because its start unblocks interrupts
+    with _interrupts_held():  # a half-built executor leaks a semaphore, which the tracker reports
         executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_on_interrupt)
         wait([executor.submit(_nothing) for _ in range(jobs)])  # each starts a process
     return executor
@@ -113,12 +113,12 @@ def _processes(jobs: int) -> Executor:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until this ends, and in processes started meanwhile until `_end_on_interrupt`: it would print tracebacks.
+    """Defer Ctrl-C to the end of the block, and in processes started in it to `_end_on_interrupt`: it would print tracebacks.
 
-    Those inherit the mask of this thread; in this process another thread may take the signal, hence the handler too.
+    Processes inherit the mask of this thread; in this process, another thread may receive the signal, hence the handler too.
     """
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    if not ours or not hasattr(signal, "pthread_sigmask"):  # Windows has none
+    if not ours or not hasattr(signal, "pthread_sigmask"):  # Windows has no pthread_sigmask
         yield
         return
     came: list[int] = []
@@ -134,8 +134,8 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _end_on_interrupt() -> None:
-    """End a worker process silently at Ctrl-C: the process that the user started reports the interruption."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+    """Let Ctrl-C end a worker process silently: the process that the user started reports the interruption."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # SIG_IGN: in the background of a shell
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -146,7 +146,7 @@ def _nothing() -> None:
 
 
 class _DaskExecutor(Executor):
-    """The executor of a client that is closed with it."""
+    """The executor of a Dask client, which closes the client too."""
 
     def __init__(self, client: Any) -> None:
         self._client = client

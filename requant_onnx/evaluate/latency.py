@@ -10,17 +10,17 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import Float64Array
 
-BLOCK_SECONDS = 0.04  # one model runs so long before it is the other one's turn
+BLOCK_SECONDS = 0.04  # length of a block, after which the other model runs
 BLOCKS = 16
-LONGEST = 8.0  # seconds that all blocks take, at most, where that leaves FEWEST of them
+LONGEST = 8.0  # time limit of all blocks, in seconds, if that leaves FEWEST of them
 FEWEST = 5
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one run of the reference and of the candidate: lower quartiles over all runs.
+    """The time of one run of the reference and of the candidate, in ms: lower quartiles over all runs.
 
-    spread: interquartile range over the lower quartile of each.  ratio: of these milliseconds, candidate over reference.
+    spread: interquartile range divided by lower quartile, of each.  ratio: candidate / reference, of these milliseconds.
     """
 
     milliseconds: tuple[float, float]
@@ -29,9 +29,9 @@ class Latency:
 
 
 def compare_latency(reference: Callable[[], float], candidate: Callable[[], float]) -> Latency:
-    """Time two models in turn, in blocks of several runs, the first of each block to warm up.
+    """Time two models in turn, in blocks of several runs, the first of which is a warm-up.
 
-    reference, candidate: run once, and return the seconds it took.
+    reference, candidate: function that runs the model once and returns the time, in s.
     """
     runs = [max(1, min(200, int(BLOCK_SECONDS / max(1e-6, min(run(), run()))))) for run in (reference, candidate)]
     blocks: tuple[list[Float64Array], list[Float64Array]] = ([], [])

@@ -1,6 +1,6 @@
 """The mean average precision of detectors, as COCO defines it, by pycocotools (https://github.com/ppwwyyxx/cocoapi).
 
-AP@[.5:.95] is the mean over ten overlaps and all labeled classes, AP50 the one for an overlap of 0.5; both use at most 100
+AP@[.5:.95] is the mean over ten overlaps and all labeled classes, AP50 that for an overlap of 0.5; both use at most 100
 detections per image.  Needs the extra: pip install 'requant_onnx[detection]'.
 """
 
@@ -21,15 +21,15 @@ from requant_onnx.numerics.arrays import Float64Array, Int64Array
 from requant_onnx.numerics.average_precision import Ranked, mean_average_precision
 from requant_onnx.numerics.detections import JUDGED, Candidates, Detections
 
-MOST_COUNTED = 100  # detections of an image, the strongest
-AREAS = [[0.0, 1e10]]  # square pixels: all
-RELATIVE = (-0.5, 1.5)  # the range of all boxes of the reference, if the unit is the size of the image
-RESAMPLES = 100  # of the images, for the standard error
+MOST_COUNTED = 100  # number of the strongest detections of an image that count
+AREAS = [[0.0, 1e10]]  # ranges of areas in square pixels: all areas
+RELATIVE = (-0.5, 1.5)  # range of all boxes of the reference if their unit is the image size
+RESAMPLES = 100  # number of resamples of the images for the standard error
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Shares, 0..1, of both models.  error: standard error of the change of mean_ap, by resampling the images."""
+    """The precision of both models, 0..1.  error: standard error of the change of mean_ap, by resampling the images."""
 
     mean_ap: Compared
     ap50: Compared
@@ -46,7 +46,7 @@ class PrecisionTally:
         self._found: tuple[list[Detections], list[Detections]] = ([], [])
 
     def add(self, pair: tuple[Sequence[Candidates], Sequence[Candidates]]) -> None:
-        """Add what both models say of the next images.  Raises DataError where they know classes that the labels do not."""
+        """Add the detections of both models in the next images.  Raises DataError if they have classes that the labels lack."""
         count = len(self._labels.categories)
         for found, images in zip(self._found, pair, strict=True):
             added = [each.above(JUDGED) for each in images]
@@ -59,7 +59,7 @@ class PrecisionTally:
             found.extend(added)
 
     def report(self) -> Precision:
-        """The figures.  Raises DataError where no image has an object."""
+        """The figures.  Raises DataError if no image has an object."""
         if not any(len(each.boxes) for each in self._labels.images):
             raise DataError("the labels have no boxes in these images; give images with objects")
         unit = self._unit()
@@ -72,14 +72,14 @@ class PrecisionTally:
         )
 
     def _unit(self) -> Float64Array:
-        """Pixels for each unit of x, y, x, y."""
+        """The pixels per unit of x, y, x, y."""
         boxes = np.concatenate([each.boxes for each in self._found[0]])
         height, width = self._size
         relative = len(boxes) > 0 and boxes.min() >= RELATIVE[0] and boxes.max() <= RELATIVE[1]
         return np.array([width, height, width, height] if relative else [1, 1, 1, 1], np.float64)
 
     def _evaluated(self, found: Sequence[Detections], unit: Float64Array) -> Any:
-        """COCOeval of one model, image by image."""
+        """The COCOeval of one model, evaluated for each image."""
         coco, evaluation = _library()
         ids = np.array(self._labels.categories, np.int64)
         truths = [(each.boxes, each.categories, {"iscrowd": each.crowds}) for each in self._labels.images]
@@ -88,7 +88,7 @@ class PrecisionTally:
             known = np.isin(each.classes, ids if self._ids else np.arange(len(ids)))
             classes = each.classes[known] if self._ids else ids[each.classes[known]]
             seen.append((each.boxes[known] * unit, classes, {"score": each.scores[known]}))
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        with contextlib.redirect_stdout(io.StringIO()):  # COCO prints
             evaluated = evaluation(*(_indexed(coco, ids, rows) for rows in (truths, seen)), "bbox")
             evaluated.params.maxDets, evaluated.params.areaRng, evaluated.params.areaRngLbl = [MOST_COUNTED], AREAS, ["all"]
             evaluated.evaluate()
@@ -96,7 +96,7 @@ class PrecisionTally:
 
 
 def _indexed(coco: Any, categories: Int64Array, images: Sequence[tuple[Float64Array, Int64Array, dict[str, Any]]]) -> Any:
-    """Boxes of images, their categories and further columns, as a COCO."""
+    """A COCO object of the boxes of images, their categories and further columns."""
     data = coco()
     data.dataset = {"images": [{"id": k} for k in range(len(images))], "categories": [{"id": int(k)} for k in categories]}
     annotations: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def _indexed(coco: Any, categories: Int64Array, images: Sequence[tuple[Float64Ar
 
 
 def _figures(evaluated: Any) -> tuple[float, float]:
-    """AP@[.5:.95] and AP50."""
+    """The AP@[.5:.95] and the AP50."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluated.accumulate()
     precision = evaluated.eval["precision"]  # (overlaps, recalls, categories, 1, 1), -1 for categories without labels
@@ -123,7 +123,7 @@ def _figures(evaluated: Any) -> tuple[float, float]:
 
 
 def _error(evaluated: Sequence[Any], images: int) -> float:
-    """The standard error of the change of AP@[.5:.95]: both models on the same images, resampled with replacement."""
+    """The standard error of the change of AP@[.5:.95], with both models on the same images, resampled with replacement."""
     rng = np.random.default_rng(0)
     ranked = [_ranked(each.evalImgs, images) for each in evaluated]
     changes = []
@@ -135,7 +135,7 @@ def _error(evaluated: Sequence[Any], images: int) -> float:
 
 
 def _ranked(rows: Sequence[dict[str, Any] | None], images: int) -> list[Ranked]:
-    """What COCOeval found, category by category and image by image, in its order: None where an image has none of them."""
+    """The results of COCOeval for each category, over images.  rows: by category, then image; None if an image has none."""
     ranked = []
     for start in range(0, len(rows), images):
         known = [(k, row) for k, row in enumerate(rows[start : start + images]) if row is not None]

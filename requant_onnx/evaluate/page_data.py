@@ -31,7 +31,7 @@ from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
 
-COMPARED, COMPARED_VALUES = 64, 1 << 22  # images on which the outputs of layers are compared, and values of them: 27 of 224x224
+COMPARED, COMPARED_VALUES = 64, 1 << 22  # limits for comparing layer outputs: inputs, and values of images (27 of 224x224)
 FEWEST = 8
 
 
@@ -44,7 +44,7 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """An example, and its image.  pixels: (h, w, c) with 1 or 3 channels, 0..255; None where the input is no image."""
+    """An example and its image.  pixels: (h, w, c) with 1 or 3 channels, 0..255; None if the input is not an image."""
 
     example: Example
     pixels: UInt8Array | None
@@ -62,10 +62,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Study:
-    """Two models: what they are called, and the bytes of their files.  inputs: what outputs of layers were compared on.
+    """The data on two models: their names, and their file sizes in bytes.  inputs: description of the inputs for layer outputs.
 
-    flow: of the candidate.  explanation, answers, conversion: None where there is none.  settings: titles and texts of how the file
-    was made.  downloads: bytes of the candidate as it is sent compressed, by compressor.
+    flow: flow of the candidate.  explanation, answers, conversion: None if there is none.  settings: (title, text) pairs with the
+    settings that made the file.  downloads: compressed sizes of the candidate in bytes, by compressor.
     """
 
     names: Names
@@ -85,7 +85,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Asked:
-    """What models are compared on.  data: its name, as the user gave it.  used: whether the conversion used it too.
+    """The inputs for the comparison of models.  data: their name, as the user gave it.  used: whether the conversion used them.
 
     task: as in `validate`.
     """
@@ -97,9 +97,9 @@ class Asked:
 
 
 def study(reference: ModelLike, candidate: ModelLike, asked: Asked, progress: Progress | None = None) -> Study:
-    """Everything but the conversion.  asked: the inputs to compare on; where it has none, noise, if the model takes it.
+    """All data except the conversion.  asked: inputs for the comparison; if it has none, noise is used if the model takes it.
 
-    Raises ModelError where a model does not load, DataError as `validate`.
+    Raises ModelError if a model does not load, DataError as `validate`.
     """
     models = (load_runnable(reference), load_runnable(candidate))
     notes: list[str] = []
@@ -139,7 +139,7 @@ def _is_noise(asked: Asked) -> bool:
 
 
 def _weaknesses(asked: Asked, answers: Answers | None) -> tuple[str, ...]:
-    """The weaknesses of the data, as sentences."""
+    """Weaknesses of the data, as sentences."""
     if answers is None:
         return ()
     if asked.used:
@@ -166,7 +166,7 @@ def _answers(
     notes: list[str],
     progress: Progress | None,
 ) -> Answers | None:
-    """None, and a note, where the models cannot be compared as they are: their weights can be all the same."""
+    """The answers, or None and a note if the outputs cannot be compared; the weights still can."""
     head = None if asked.task is None else head_of(asked.task)
     examples = Examples(data.y, None if isinstance(data, FeedSet) else data.x.shape[2:], head)
     try:
@@ -179,7 +179,7 @@ def _answers(
 
 
 def _pixels(data: ImageSet | FeedSet, index: int) -> UInt8Array | None:
-    """An image to look at; values that are normalized are spread over 0..255."""
+    """An image for display; normalized values are stretched to 0..255."""
     if isinstance(data, FeedSet):
         return None
     image = np.asarray(data.x[index : index + 1])[0].transpose(1, 2, 0)
@@ -209,7 +209,7 @@ def _doubts(weights: Sequence[ComparedWeight], sizes: FileSizes) -> list[str]:
 def _inputs(
     model: Source, calibration: Calibration | None, notes: list[str]
 ) -> tuple[ImageSet | FeedSet, Normalization | None] | None:
-    """The inputs asked for, or noise that the model takes; None, and a note, where nothing was asked for and it takes none."""
+    """The given inputs, or noise that the model takes; None, and a note, if none were given and it takes no noise."""
     if calibration is not None and calibration.feeds:
         return FeedSet(calibration.feeds[: calibration.count]), None
     if calibration is not None:

@@ -27,11 +27,11 @@ class SameTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """A weight of the candidate and its counterpart, as one row a channel.
+    """A weight of the candidate and its counterpart, as one row per channel.
 
-    w: (channels, n) of the reference; w_hat: of the candidate, of another shape if the channels are on another axis.
-    half: whether the candidate's is float16.  output: what the two nodes give, to be compared; None where that is not known.
-    replaces: name of a stored tensor of the reference (`Pairing.reference`), and the candidate's values for it; None for none.
+    w: reference, (channels, n).  w_hat: candidate, of a different shape if its channels are on another axis.
+    half: whether the candidate's is float16.  output: output of the two nodes, for comparison; None if unknown.
+    replaces: name of a stored tensor of the reference (`Pairing.reference`), and the candidate's values for it; None if none.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Pair:
 
 
 class Pairing(NamedTuple):
-    """Every weight of the candidate with its counterpart.  reference: its weights exposed, BatchNormalization folded."""
+    """Every weight of the candidate with its counterpart.  reference: with exposed weights and BatchNormalization folded."""
 
     pairs: list[tuple[WeightReader, Pair | None]]
     reference: onnx.ModelProto
@@ -66,9 +66,9 @@ class _Weight:
 
 
 def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> Pairing:
-    """Every weight of the candidate, with its counterpart in the reference; None where it has none.
+    """Pair every weight of the candidate with its counterpart in the reference, None if it has none.
 
-    The reference counts as it is, and with BatchNormalization folded.  Raises ModelError where a model does not load.
+    The reference is searched both unchanged and with BatchNormalization folded.  Raises ModelError if a model does not load.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(reference)
@@ -91,15 +91,15 @@ def find_pairs(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> Pairin
 
 
 def _counterpart(weight: _Weight, known: Sequence[_Weight]) -> _Weight | None:
-    """The weight of the reference that gives the same output, or has the same name, or else the most similar values."""
+    """The weight of the reference whose node has the same output, or that has the same name, or else the most similar values."""
     alike = [other for other in known if other.kind == weight.kind]
     by_output = (other for other in alike if weight.reader.output and other.reader.output == weight.reader.output)
-    by_name = [other for other in alike if other.reader.weight == weight.reader.weight]  # as it is, and folded: the nearer of both
+    by_name = [other for other in alike if other.reader.weight == weight.reader.weight]  # unchanged and folded: use the nearer
     return next(by_output, None) or _nearest(weight, by_name) or next(iter(by_name), None) or _nearest(weight, alike)
 
 
 def _nearest(weight: _Weight, alike: Sequence[_Weight]) -> _Weight | None:
-    """The weight of least difference, if that is less than the weight itself."""
+    """The weight with the least difference, if that is smaller than the weight itself."""
     best, least, rows = None, 1.0, weight.rows
     for other in alike:
         w = other.rows
@@ -112,14 +112,14 @@ def _nearest(weight: _Weight, alike: Sequence[_Weight]) -> _Weight | None:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """The tensors that the two models compute.  settled: tensor of the candidate -> what rounding to integers makes of it."""
+    """The tensors that the two models compute.  settled: tensor of the candidate -> its decoded value after quantization."""
 
     reference: frozenset[str]
     candidate: frozenset[str]
     settled: Mapping[str, str]
 
     def of(self, counterpart: WeightReader, reader: WeightReader) -> SameTensor | None:
-        """The output of the two nodes, where both models compute it."""
+        """The output of the two nodes, if both models compute it."""
         for name in (counterpart.output, reader.output):
             if name in self.reference and name in self.candidate:
                 return SameTensor(name, self.settled.get(name, name))

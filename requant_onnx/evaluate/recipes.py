@@ -1,4 +1,4 @@
-"""The ablation for a user's own model: recipes and bits, each converted and compared with the float model.
+"""The ablation of a user's own model: it is converted with every recipe and number of bits, and compared with the float model.
 
 A work item is one conversion, or one model on one shard of the images.  Its result depends only on its arguments, so the table is
 the same wherever the items run.
@@ -38,7 +38,7 @@ from requant_onnx.runtime.feeds import open_fed
 from requant_onnx.runtime.sessions import quiet_options
 from requant_onnx.runtime.version import runtime_version
 
-SHARD = 500  # images of a work item
+SHARD = 500  # images per work item
 BATCH = 100
 
 Case: TypeAlias = "tuple[str, float]"
@@ -158,9 +158,9 @@ def _check(recipes: Sequence[str]) -> None:
 
 
 def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
-    """Run the model once, before any work: whether its first output is a row of scores for each image.
+    """Run the model once, before any work, and return whether its first output is a row of scores per image.
 
-    Raises DataError, ModelError where the model and the data do not go together.
+    Raises DataError, ModelError if the model and the data do not fit together.
     """
     proto = onnx.ModelProto.FromString(model)
     found = validate(proto, proto, images.first(1), normalization, latency_batch=None).outputs
@@ -169,7 +169,7 @@ def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalizatio
 
 @dataclass
 class _Work:
-    """Items on their way.  total: their number; done: how many have ended."""
+    """The work items in progress.  total: number of items.  done: number of finished items."""
 
     executor: Executor
     cache: Cache
@@ -195,7 +195,7 @@ class _Work:
         images: ImageSet | FeedSet,
         normalization: Normalization | None,
     ) -> dict[Case, Trial]:
-        """A trial for each converted model, judged on all outputs; recipe and bits are not filled in."""
+        """A trial for each converted model, compared on all outputs; recipe and bits are not filled in."""
         digest = _digest(images, normalization)
         keys = {case: key_of("judgment", version("requant_onnx"), model, data, digest) for case, data in made.items()}
         known = {case: data for case, key in keys.items() if (data := self._known(key, "validating")) is not None}
@@ -250,14 +250,14 @@ class _Work:
 
 
 def convert_item(model: bytes, config: QuantConfig, calibration: Calibration | None) -> bytes:
-    """A work item: the converted file."""
+    """Work item: convert a model; return the file."""
     made, _ = quantize_model(model, config, calibration=calibration, threads=1, check=False)
     data: bytes = made.SerializeToString(deterministic=True)
     return data
 
 
 def score_item(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> Float32Array:
-    """A work item: the scores of some images, (n, classes).  One thread: sums in another order are other sums."""
+    """Work item: the scores of some images, (n, classes), on one thread, because the order of sums changes results."""
     options = quiet_options()
     options.intra_op_num_threads = 1
     if isinstance(images, FeedSet):
@@ -276,7 +276,7 @@ def score_item(model: bytes, images: ImageSet | FeedSet, normalization: Normaliz
 
 
 def judge_item(model: bytes, candidate: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bytes:
-    """A work item: the figures of a Trial behind its recipe and bits, as JSON."""
+    """Work item: the fields of a Trial after recipe and bits, as JSON."""
     reference, made = (onnx.ModelProto.FromString(data) for data in (model, candidate))
     found = validate(reference, made, images, normalization, latency_batch=None)
     sqnr = math.nan if found.sqnr_db is None else found.sqnr_db

@@ -25,12 +25,12 @@ from requant_onnx.runtime.sensitivity import output_errors
 from requant_onnx.runtime.sessions import load_runnable
 
 WIDTHS = (8, 6, 4, 3, 2)
-INPUTS = 16  # of the calibration, on which the outputs are compared
+INPUTS = 16  # number of calibration inputs on which the outputs are compared
 
 
 @dataclass(frozen=True)
 class WeightCost:
-    """One weight.  sqnr_db: bits -> output SQNR with it at nearest levels.  bytes: bits -> of its codes and scales, about."""
+    """The cost of a weight.  sqnr_db: bits -> output SQNR with it at nearest levels.  bytes: bits -> approximate stored bytes."""
 
     name: str
     op: str
@@ -47,7 +47,7 @@ def sensitivity(
     widths: Sequence[int] = WIDTHS,
     progress: Progress | None = None,
 ) -> tuple[WeightCost, ...]:
-    """What each weight costs at each width, most sensitive first (by the SQNR at the fewest bits).
+    """The cost of each weight at each width, most sensitive first (by the SQNR at the fewest bits).
 
     Raises ModelError for a model above 2 GB, and as quantize_model.
     """
@@ -73,7 +73,7 @@ def sensitivity(
 
 
 def _weights(trials: Sequence[tuple[PlannedWeight, int]], sizes: Mapping[str, dict[int, int]]) -> Iterator[dict[str, Float32Array]]:
-    """The decoded weight of each trial; fills in the bytes."""
+    """The decoded weight of each trial; fills in `sizes`."""
     for item, bits in trials:
         quantized = quantize_weight(item.weight.load(), replace(item.grid, bits=bits))
         sizes[item.weight.name][bits] = Coded(item.weight.name, quantized, item.weight.emit, item.form).payload

@@ -1,4 +1,4 @@
-"""Running sums over the outputs of two models, and the figures made from them."""
+"""Running sums over the outputs of two models, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from requant_onnx.numerics.arrays import AnyArray, Int64Array
 from requant_onnx.numerics.heads import HEADS
 from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in
 
-CHANCE = 3.0  # standard errors above chance, below which an accuracy is taken for a mistake in the inputs
-POOR = 0.05  # an AP50 of the reference, below which labels or head are taken for wrong ones
+CHANCE = 3.0  # standard errors above chance; an accuracy below suggests a mistake in the inputs
+POOR = 0.05  # AP50 of the reference; a value below suggests wrong labels or a wrong head
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What was timed, see ValidationReport; nothing by default."""
+    """The measured times, see ValidationReport; none by default."""
 
     milliseconds: Compared | None = None
     spread: Compared | None = None
@@ -32,7 +32,7 @@ class Timed:
 
 
 class Tally:
-    """Running sums over the batches."""
+    """The running sums over the batches."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Tally:
         size: tuple[int, int] | None,
         head: str | None = None,
     ) -> None:
-        """names: of the outputs of the two models.  size: height and width of the images, where there are any.
+        """names: names of the outputs of the two models.  size: height and width of the images, if there are any.
 
-        head: of detectors, a key of HEADS, where it is named.
+        head: head of detectors, a key of HEADS, if it was named.
         """
         self._images, self._size = images, size
         if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
@@ -60,7 +60,7 @@ class Tally:
         self._classes = 0
 
     def add(self, batch: Any, first: list[Any], second: list[Any], start: int, count: int) -> tuple[list[Any], list[Any]]:
-        """Compare the outputs of both models for a batch.  count: images of it that are not there to fill it.
+        """Compare the outputs of both models for a batch.  count: number of its images that are not padding.
 
         Returns the outputs of these images, those of the second model in the order of the first.
         """
@@ -102,11 +102,11 @@ class Tally:
             right.extend((y.argmax(1) == labels).tolist())
 
     def precision(self) -> Precision | None:
-        """The mAP, where there are labeled boxes; it takes a while."""
+        """The mAP, None without labeled boxes; slow to compute."""
         return None if self._precision is None else self._precision.report()
 
     def notes(self, how: Normalization, precision: Precision | None) -> tuple[str, ...]:
-        """A sentence for each model that gives NaN or infinity, and where the reference is hardly better than chance."""
+        """Sentences about models that return NaN or infinity, and about a reference hardly better than chance."""
         named = zip(("reference", "candidate"), self._broken, strict=True)
         what = "inputs" if isinstance(self._images, FeedSet) else "images"
         notes = [f"the {name} gives NaN or infinite scores for {count} {what}" for name, count in named if count]
@@ -132,7 +132,7 @@ class Tally:
         return tuple(notes)
 
     def report(self, sizes: FileSizes, timed: Timed, notes: tuple[str, ...], precision: Precision | None) -> ValidationReport:
-        """The sums as figures."""
+        """The figures computed from the sums."""
         detections = self._detections.report()
         outputs = [tally.report(answers=detections is None) for tally in self._outputs]
         answered = [output for output in ([detections] if detections else outputs) if output.agreement is not None]
@@ -162,13 +162,13 @@ class Tally:
 
 
 def _paired_error(reference: AnyArray, candidate: AnyArray) -> float:
-    """The standard error of a change of accuracy, of images that only one of the two models gets right."""
+    """The standard error of a change of accuracy, which comes from images that only one of the two models gets right."""
     difference = candidate.astype(np.float64) - reference
     return float(difference.std() / math.sqrt(len(difference)))
 
 
 def _broken(outputs: list[Any]) -> int:
-    """How many rows of the first output hold NaN or infinity."""
+    """The number of rows of the first output that contain NaN or infinity."""
     y = outputs[0] if outputs else None
     if not isinstance(y, np.ndarray) or y.dtype.kind != "f" or y.size == 0:
         return 0
@@ -176,5 +176,5 @@ def _broken(outputs: list[Any]) -> int:
 
 
 def _cut(y: Any, size: int | None, count: int) -> Any:
-    """An output without the images that only filled the batch."""
+    """An output without the padding of the batch."""
     return y[:count] if isinstance(y, np.ndarray) and y.ndim and size is not None and len(y) == size else y

@@ -1,7 +1,7 @@
-"""The smallest file that keeps a target for its answers, measured on data that rounding has not used.
+"""The smallest file that meets a target for its answers, measured on data that rounding has not used.
 
 Widths are tried by bisection, then files with separate bits for each weight, between the largest file that failed and the smallest
-that passed.  A target is kept if the figure reaches it.  Because test sets are finite, the result also states whether it is kept
+that passed.  A target is met if the figure reaches it.  Because test sets are finite, the result also states whether it is met
 with 95 % confidence.
 """
 
@@ -33,10 +33,10 @@ Evaluate = Callable[[onnx.ModelProto], float]
 
 @dataclass(frozen=True)
 class Target:
-    """The target that a file must keep.  Exactly one of max_drop and min_agreement is given.
+    """The target that a file must meet.  Exactly one of max_drop and min_agreement is given.
 
     max_drop: largest drop in top-1 accuracy on labeled images, in points, or in the score of a function to evaluate.
-    min_agreement: smallest share of answers that are those of the float model, in percent.
+    min_agreement: smallest share of answers that agree with the float model, in percent.
     size: largest size of the file, in bytes; None for no limit.
     """
 
@@ -55,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Trial:
-    """One file that was tried.  value: value of the figure.  error: its standard error, 0 if unknown."""
+    """A file that was tried.  value: value of the figure.  error: its standard error, 0 if unknown."""
 
     bytes: int
     bits: str
@@ -67,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """The file that was found, and all trials.  holds: whether it keeps the target and the size.  sentence: result for users."""
+    """The best file, and all trials.  holds: whether it meets the target and the size.  sentence: result for users."""
 
     model: onnx.ModelProto
     report: QuantReport
@@ -88,7 +88,7 @@ def find_smallest(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Found:
-    """Find the smallest file that keeps a target, or the best one tried if none does.
+    """Find the smallest file that meets a target, or the best one tried if none does.
 
     config: settings; its bits are not used.  data: inputs for the measurement, with labels for a drop; not needed with `evaluate`.
     evaluate: function that returns the score of a model, higher is better, for example a mAP.
@@ -126,7 +126,7 @@ class _Search:
     def run(self) -> Found:
         widths = RUNTIMES[self._config.runtime].bits
         low, high = 0, len(widths) - 1
-        while low < high:  # the fewest bits that hold, if any do
+        while low < high:  # find the fewest bits that meet the target, if any do
             middle = (low + high) // 2
             if self._try(replace(self._config, bits=widths[middle]), str(widths[middle])).holds:
                 high = middle
@@ -142,7 +142,7 @@ class _Search:
             size = (min(held) + max(*failed, self._too_small)) // 2
             try:
                 self._try(replace(self._config, bits=Budget(size=size)), "auto")
-            except ConfigError:  # no choice of bits is that small
+            except ConfigError:  # no choice of bits reaches this size
                 self._too_small = size
         return self._found()
 

@@ -41,7 +41,7 @@ Watch = Callable[[int, int, list[Any], list[Any]], None]
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model, open.  fit: inputs of a batch of images, (n, c, h, w), or inputs by name -> what the session takes."""
+    """An open model.  fit: images, (n, c, h, w), or inputs by name -> feed of the session."""
 
     name: str
     source: Source
@@ -80,7 +80,7 @@ def validate(
     head = None if task is None else head_of(task)
     if latency_batch is not None and latency_batch < 1:
         raise DataError(f"latency_batch must be 1 or more, not {latency_batch}")
-    reference, candidate = load_runnable(reference), load_runnable(candidate)  # whose errors say more than ONNX Runtime's
+    reference, candidate = load_runnable(reference), load_runnable(candidate)  # its errors are clearer than ONNX Runtime's
     if len(images) == 0:
         raise DataError(f"there are no {'inputs' if isinstance(images, FeedSet) else 'images'}; give at least one")
     opened = _open((reference.source, candidate.source), images, normalization, latency_batch or 1)
@@ -100,10 +100,10 @@ def validate(
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two models, open, and what they are run on.
+    """Two open models and their inputs.
 
-    batches: first input, how many are in it, and the batch.  timed: the batch to measure the latency on.
-    size: height and width of the images, where there are any.  normalization: how pixels become inputs.
+    batches: (index of the first input, number of inputs, batch).  timed: batch for measuring the latency.
+    size: height and width of the images, if there are any.  normalization: normalization of the images.
     """
 
     models: tuple[_Opened, _Opened]
@@ -114,7 +114,7 @@ class _Pair:
 
 
 def _open(sources: tuple[Source, Source], images: ImageSet | FeedSet, normalization: Normalization | None, timed: int) -> _Pair:
-    """Open both models.  timed: images of a run that is timed.  Raises as `validate`."""
+    """Open both models.  timed: number of images in a timed run.  Raises as `validate`."""
     roles = ("the reference", "the candidate")
     if isinstance(images, FeedSet):
         fed = (_fed(sources[0], roles[0]), _fed(sources[1], roles[1]))
@@ -130,7 +130,7 @@ def _open(sources: tuple[Source, Source], images: ImageSet | FeedSet, normalizat
 
 
 def _check_images(models: tuple[Classifier, Classifier], images: ImageSet, normalization: Normalization | None) -> Normalization:
-    """How pixels become inputs.  Raises DataError where the images do not fit."""
+    """The normalization of the images.  Raises DataError if they do not fit the models."""
     for model in models:
         require_image(model, images.x.shape[1:])
     if images.x.dtype != np.uint8 and normalization is not None:
@@ -176,13 +176,13 @@ def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> i
 def _batches(
     images: ImageSet, normalization: Normalization, models: tuple[Classifier, Classifier]
 ) -> Iterator[tuple[int, Float32Array]]:
-    """(start, x): x of the models' fixed batch size, if there is one, else of BATCH or fewer."""
+    """Batches (start, x), of the models' fixed batch size if there is one, else of at most BATCH images."""
     size = _common_batch(models, free=min(BATCH, len(images)))
     return batches(images, normalization, size, fixed=any(model.batch is not None for model in models))
 
 
 def _latency(models: tuple[_Opened, _Opened], batch: Any, threads: int | None) -> Timed:
-    """Time both models on one batch, in sessions of their own whose threads do not spin."""
+    """Time both models on one batch, in separate sessions whose threads do not spin."""
     options = quiet_options()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads or 0

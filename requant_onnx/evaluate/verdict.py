@@ -1,4 +1,4 @@
-"""A verdict on whether a converted model can be shipped, as far as the data shows, and the reasons."""
+"""A verdict on whether a converted model can be shipped, as far as the data shows, with its reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from requant_onnx.convert.report import GOOD_AGREEMENT, GOOD_DB, LEAST_DB, Compa
 from requant_onnx.numerics.outputs import SAME
 from requant_onnx.text import decibels
 
-SMALL_DROP, LARGE_DROP = 0.5, 2.0  # points of top-1: good up to the first, no longer to be shipped beyond the second
+SMALL_DROP, LARGE_DROP = 0.5, 2.0  # drops in top-1, in points: good up to the first, bad beyond the second
 LEAST_AGREEMENT = 0.9
 SLOWER = 1.1  # relative latency
 
@@ -24,7 +24,7 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """One finding, as a sentence."""
+    """A finding, as a sentence."""
 
     level: Level
     text: str
@@ -32,7 +32,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst of the reasons decides."""
+    """A verdict, decided by the worst of its reasons."""
 
     reasons: tuple[Reason, ...]
 
@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The answer to "can I ship this?"."""
+        """The answer to whether the model can be shipped."""
         return {
             Level.GOOD: "Yes, as far as this data shows.",
             Level.DOUBTFUL: "Not before you have checked the doubtful points below.",
@@ -91,7 +91,7 @@ def _agreement(report: ValidationReport) -> Reason | None:
     text = f"{report.agreement:.2%} {SAME[report.agreement_of]} (standard error {error:.2%})."
     if report.agreement + error >= GOOD_AGREEMENT:
         return Reason(Level.GOOD, text)
-    labeled = report.top1 is not None or report.mean_ap is not None  # labels say more than agreement
+    labeled = report.top1 is not None or report.mean_ap is not None  # labels are more informative than agreement
     lost = report.agreement + error < LEAST_AGREEMENT and not labeled
     return Reason(Level.BAD if lost else Level.DOUBTFUL, text)
 

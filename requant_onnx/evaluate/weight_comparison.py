@@ -31,16 +31,16 @@ from requant_onnx.runtime.stream import Chunk
 
 ALPHAS = np.linspace(0.3, 1.0, 71)
 BINS = 96
-MAX_ROWS, MAX_VALUES = 512, 1 << 20  # of a weight, for its curve and histograms; a regular sample of the rows
-ALONE = 16  # inputs on which weights are judged alone
-TENSOR_BYTES = 1 << 27  # of layer outputs compared at a time
+MAX_ROWS, MAX_VALUES = 512, 1 << 20  # limits for the curve and histograms of a weight; its rows are sampled regularly
+ALONE = 16  # number of inputs on which weights are replaced one at a time
+TENSOR_BYTES = 1 << 27  # limit on layer outputs compared at a time
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Signal-to-noise ratio in dB of a weight on its grid, over one alpha for all channels.
+    """The signal-to-noise ratio of a weight on its grid, in dB, as a function of one alpha for all channels.
 
-    best: (alpha, dB) of the least error; full: dB at alpha = 1; per_channel: dB with the best alpha of each channel.
+    best: (alpha, dB) of the least error.  full: dB at alpha = 1.  per_channel: dB with the best alpha of each channel.
     """
 
     alphas: Float64Array
@@ -52,9 +52,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Density:
-    """A histogram of weights, in units of the level next to zero, so that the levels of all channels are the same.
+    """A histogram of weights, in units of the smallest nonzero level, so that all channels have the same levels.
 
-    edges: (bins+1,); counts: (bins,); levels: the levels of the weights.
+    edges: (bins+1,).  counts: (bins,).  levels: levels of the weights.
     """
 
     edges: Float64Array
@@ -64,13 +64,13 @@ class Density:
 
 @dataclass(frozen=True)
 class ComparedWeight:
-    """One weight.  name: in the candidate.  outcome: "same" values, on a "grid", "changed" in another way, or "unknown": without a
-    counterpart in the reference, or inside an integer kernel that does not say how it is decoded.
+    """The comparison of a weight.  name: name in the candidate.  outcome: "same" values, on a "grid", "changed" in another way, or
+    "unknown": without a counterpart in the reference, or in an integer kernel that does not reveal how it is decoded.
 
-    sqnr_db: of the decoded weight; output_sqnr_db: of what its node gives, nan where that was not compared.
-    alone_sqnr_db: of the outputs of the reference with this weight of the candidate in it and all others its own, nan as before.
-    alpha: (least, mean, largest) range factor of the channels as they are; scales: (channels,) or (1,).
-    grid: its kind; densities: in weight space, and in the space of its transform (of the square root for a uniform grid).
+    sqnr_db: SQNR of the decoded weight.  output_sqnr_db: SQNR of its node's output, nan if not compared.
+    alone_sqnr_db: SQNR of the reference's outputs with only this weight taken from the candidate, nan if not compared.
+    alpha: (least, mean, largest) range factor of the channels.  scales: (channels,) or (1,).
+    grid: kind of the grid.  densities: in weight space, and in the space of its transform (the square root for a uniform grid).
     """
 
     name: str
@@ -96,7 +96,7 @@ def dissect(
 ) -> tuple[ComparedWeight, ...]:
     """Compare every weight of the candidate, in the order of its graph.
 
-    calibration: the inputs on which the outputs of layers are compared; None leaves them.
+    calibration: inputs on which layer outputs are compared; None to skip that.
     Raises ModelError, DataError as quantize_model.
     """
     float_model, quantized = load_runnable(reference).proto, load_runnable(candidate).proto
@@ -119,7 +119,7 @@ def dissect(
 
 
 def _alone(reference: onnx.ModelProto, pairs: Sequence[Pair], calibration: Calibration) -> dict[str, float]:
-    """Output SQNR in dB of the reference with one weight of the candidate, by the name of that weight."""
+    """The output SQNR in dB of the reference with one weight of the candidate, by the name of that weight."""
     replaced = dict(pair.replaces for pair in pairs if pair.replaces is not None)
     if not replaced or is_large(reference):
         return {}
@@ -131,7 +131,7 @@ def _alone(reference: onnx.ModelProto, pairs: Sequence[Pair], calibration: Calib
 def output_sqnr(
     reference: onnx.ModelProto, candidate: onnx.ModelProto, names: Mapping[str, str], chunks: Sequence[Chunk]
 ) -> dict[str, float]:
-    """Output SQNR in dB of tensors of the reference on the same inputs.  names: of the tensor -> of its like in the candidate."""
+    """The output SQNR in dB of tensors on the same inputs.  names: name in the reference -> name in the candidate."""
     left = list(names)
     sqnr: dict[str, float] = {}
     while left:
@@ -154,7 +154,7 @@ def output_sqnr(
 
 
 def _fitting(model: onnx.ModelProto, names: Sequence[str], chunk: Chunk) -> list[str]:
-    """The first of the tensors, as many as TENSOR_BYTES hold, at least one."""
+    """The first tensors that fit into TENSOR_BYTES, at least one."""
     values = run_session(open_session(_with_outputs(model, names), "the model"), "the model", None, chunk)
     sizes = np.cumsum([np.asarray(value).nbytes for value in values])
     return list(names[: max(1, int((sizes <= TENSOR_BYTES).sum()))])
@@ -201,7 +201,7 @@ def _on_grid(plain: ComparedWeight, w: Float32Array, w_hat: Float32Array, grid: 
 
 
 def _sample(w: Float32Array, scale: Float64Array) -> Int64Array:
-    """Rows with a scale, at most MAX_ROWS of them, and MAX_VALUES values."""
+    """The indices of a sample of rows with nonzero scale, at most MAX_ROWS, with about MAX_VALUES values."""
     used = np.flatnonzero(scale > 0.0)
     most = max(1, min(MAX_ROWS, MAX_VALUES // max(1, w.shape[1])))
     return used[:: math.ceil(used.size / most)]
@@ -238,12 +238,12 @@ def _row(ranges: RowRanges, k: int) -> RowRanges:
 
 
 def shown_transform(kind: GridKind) -> GridKind:
-    """The transform in whose space a weight is shown next to weight space."""
+    """The transform in whose space a weight is shown, in addition to weight space."""
     return SQUARE_ROOT if kind.is_uniform else kind
 
 
 def _densities(rows: Float32Array, w_hat: Float32Array, scale: Float64Array, grid: InferredGrid) -> tuple[Density, Density]:
-    """Densities of the weights and of the transformed weights.  A uniform grid is transformed by the square root."""
+    """The densities of the weights and of the transformed weights; for a uniform grid, the transform is the square root."""
     kind = shown_transform(grid.table.kind)
     ratios = (rows / scale[:, None]).ravel().astype(np.float64) / grid.table.unit
     known = np.unique(grid.table.integers)

@@ -12,7 +12,7 @@ from requant_onnx.graph.constants import ModelGraph
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """One quantized activation.  low, high: the least and the largest value that its codes hold.  codes: type of the codes."""
+    """One quantized activation.  low, high: smallest and largest value its codes represent.  codes: type of the codes."""
 
     name: str
     low: float
@@ -21,7 +21,7 @@ class ActivationRange:
 
 
 def activation_ranges(model: ModelGraph) -> list[ActivationRange]:
-    """The ranges of all QuantizeLinear nodes on activations with one constant scale, in the order of the graph."""
+    """The ranges of all QuantizeLinear nodes that quantize an activation with one constant scale, in graph order."""
     ranges = []
     for node in model.nodes:
         if node.op == "QuantizeLinear" and model.computes(node) and len(node.inputs) > 1:

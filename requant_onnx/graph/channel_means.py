@@ -1,8 +1,7 @@
 """The mean of each channel of activations, derived from BatchNormalization without any data.
 
-The output of BatchNormalization has the mean beta and the standard deviation |gamma| in each channel.  Means are propagated
-through activation functions, sums and average pools under the assumption of a normal distribution (Nagel et al. 2019, arXiv
-1906.04721, section 4.2).
+The output of BatchNormalization has mean beta and standard deviation |gamma| in each channel.  Means are propagated through
+activation functions, sums and average pools, assuming a normal distribution (Nagel et al. 2019, arXiv 1906.04721, section 4.2).
 https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
 """
 
@@ -21,19 +20,19 @@ Function = Callable[[Float64Array], Float64Array]
 POINTS = np.linspace(-6.0, 6.0, 1201)  # standard deviations
 DENSITY = np.exp(-(POINTS**2) / 2) / np.exp(-(POINTS**2) / 2).sum()
 KEPT = ("Identity", "Dropout", "Cast")
-AVERAGED = ("GlobalAveragePool", "AveragePool", "Flatten", "Reshape", "Squeeze")  # of which the mean stays, but not the variance
+AVERAGED = ("GlobalAveragePool", "AveragePool", "Flatten", "Reshape", "Squeeze")  # these preserve the mean, but not the variance
 
 
 @dataclass(frozen=True)
 class _Normal:
-    """mean: (channels,); var: (channels,), None where it is not known."""
+    """The moments of each channel.  mean: (channels,).  var: (channels,), None if unknown."""
 
     mean: Float64Array
     var: Float64Array | None
 
 
 def channel_means(model: ModelGraph) -> dict[str, Float64Array]:
-    """(channels,) of each tensor of which it is known.  The model has its BatchNormalization nodes still."""
+    """The channel means, (channels,), of each tensor where they are known.  BatchNormalization must not be folded yet."""
     known: dict[str, _Normal] = {}
     for node in model.nodes:
         normal = _of(node, known) if is_standard(node) and node.outputs else None
@@ -43,7 +42,7 @@ def channel_means(model: ModelGraph) -> dict[str, Float64Array]:
 
 
 def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
-    """What the output of a node has, by what its inputs have."""
+    """The moments of a node's output, computed from those of its inputs."""
     if node.op == "BatchNormalization":
         return _normalized(node)
     operands = [known.get(tensor.name) for tensor in node.inputs]
@@ -64,7 +63,7 @@ def _of(node: gs.Node, known: dict[str, _Normal]) -> _Normal | None:
 
 
 def _normalized(node: gs.Node) -> _Normal | None:
-    """Moments of a BatchNormalization: mean beta, variance gamma**2."""
+    """The moments of a BatchNormalization: mean beta, variance gamma**2."""
     roots = [find_root(tensor) for tensor in node.inputs[1:3]]
     gamma, beta = (None if root is None else root.load().astype(np.float64) for root in roots)
     if gamma is None or beta is None or beta.ndim != 1 or gamma.shape != beta.shape:
@@ -86,7 +85,7 @@ def _side_by_side(node: gs.Node, terms: list[_Normal]) -> _Normal | None:
 
 
 def _sum(node: gs.Node, terms: list[_Normal]) -> _Normal | None:  # noqa: ARG001
-    """Moments of the sum of terms that are assumed to be independent."""
+    """The moments of a sum of terms, which are assumed to be independent."""
     variances = _variances(terms)
     if len({item.mean.shape for item in terms}) != 1:
         return None
@@ -113,7 +112,7 @@ FUNCTIONS: dict[str, Callable[[gs.Node], Function | None]] = {
     "HardSwish": lambda _: lambda x: x * np.clip(x / 6 + 0.5, 0.0, 1.0),
     "Clip": _clip,
 }
-"""Operator -> what it does to each value; None where that is not constant."""
+"""The elementwise function of each operator; None where its parameters are not constant."""
 
 
 def _bounds(node: gs.Node) -> tuple[float, float] | None:

@@ -1,5 +1,4 @@
-"""Trace a tensor back to its constant, an initializer or a Constant node, through Identity, Cast and nodes that only change its
-shape."""
+"""Trace a tensor to its constant (initializer or Constant node) through Identity, Cast and nodes that only change its shape."""
 
 from __future__ import annotations
 
@@ -29,17 +28,17 @@ G_LOGGER.severity = G_LOGGER.CRITICAL  # graphsurgeon prints its warnings to sta
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """A model and its graph to navigate, imported once.  It tells of the model as it was then: a rewrite makes it stale."""
+    """A model and its navigable graph, imported once.  It is a snapshot: rewriting the model makes it stale."""
 
     proto: onnx.ModelProto
     graph: gs.Graph
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> ModelGraph:
-        """Import.  Raises ModelError when the graph cannot be followed."""
+        """Import a model.  Raises ModelError when its graph cannot be traversed."""
         try:
             return cls(model, gs.import_onnx(model))
-        except Exception as error:  # graphsurgeon raises many types, its own and others'
+        except Exception as error:  # graphsurgeon raises exceptions of many types
             raise ModelError(f"the graph '{model.graph.name}' cannot be followed ({first_line(error)}); export it again") from None
 
     @property
@@ -54,7 +53,7 @@ class ModelGraph:
 
     @cached_property
     def constant_tensors(self) -> frozenset[int]:
-        """ids of the tensors that are constants, or computed from constants only."""
+        """The ids of the tensors that are constants, or computed only from constants."""
         found: set[int] = set()
         for node in (node for graph in (self.graph, *self.bodies) for node in graph.nodes):
             found.update(id(tensor) for tensor in node.inputs if isinstance(tensor, gs.Constant))
@@ -64,22 +63,22 @@ class ModelGraph:
         return frozenset(found)
 
     def computes(self, node: gs.Node) -> bool:
-        """Whether the node depends on an input of the model: it is no part of the decode of a constant."""
+        """Whether the node depends on an input of the model, so that it is not part of the decode of a constant."""
         return not all(id(tensor) in self.constant_tensors for tensor in node.outputs)
 
     @cached_property
     def read_counts(self) -> Counter[str]:
-        """How often each tensor is read, as an output of the model too."""
+        """The number of reads of each tensor; being an output of the model counts as one."""
         return Counter(reads_in(self.proto.graph))
 
 
 @dataclass(frozen=True)
 class Root:
-    """Where the values of a constant tensor are stored.
+    """The place where the values of a constant tensor are stored.
 
-    name: the tensor that holds them.  in_node: they sit in a Constant node, else in an initializer.
+    name: tensor that holds the values.  in_node: whether it is a Constant node, not an initializer.
     tensor: the values.  dtype: their ONNX type (onnx.TensorProto.DataType), UNDEFINED where NumPy has none.
-    edge: the tensor that is read.  chain: the nodes between the two, from the reader on.
+    edge: tensor that is read.  chain: nodes between the two, starting at the reader.
     """
 
     name: str
@@ -96,7 +95,7 @@ class Root:
 
     @property
     def casts(self) -> list[gs.Node]:
-        """The Casts on the way, from the reader on."""
+        """The Casts in the chain, starting at the reader."""
         return [node for node in self.chain if node.op == "Cast"]
 
     @property
@@ -106,7 +105,7 @@ class Root:
 
     @property
     def stored_edge(self) -> gs.Tensor:
-        """The tensor that holds the values, as the first node behind it reads it."""
+        """The tensor that holds the values, as the first node after it reads it."""
         return self.chain[-1].inputs[0] if self.chain else self.edge
 
     def load(self) -> GenericArray:
@@ -116,7 +115,7 @@ class Root:
 
 def load_values(tensor: gs.Constant) -> GenericArray:
     """The values of a constant.  Raises ModelError when they do not fit its shape."""
-    stored = tensor._values  # tensor.values would keep them
+    stored = tensor._values  # tensor.values would cache them
     return load_proto(stored.tensor) if isinstance(stored, LazyValues) else np.asarray(stored)
 
 
@@ -131,7 +130,7 @@ def load_proto(tensor: onnx.TensorProto | onnx.SparseTensorProto) -> GenericArra
 
 
 def is_random(op: str) -> bool:
-    """Whether an operator gives other values at every run."""
+    """Whether an operator returns different values in every run."""
     return op.startswith(("Random", "Bernoulli", "Multinomial"))
 
 
@@ -146,24 +145,24 @@ def is_standard_proto(node: onnx.NodeProto) -> bool:
 
 
 def value_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The tensor of a Constant node; None for any other node, and for a Constant whose value is no tensor."""
+    """The tensor of a Constant node; None for any other node, and for a Constant whose value is not a tensor."""
     if node.op_type != "Constant" or not is_standard_proto(node) or not node.output:
         return None
     return next((item.t for item in node.attribute if item.name == "value" and item.HasField("t")), None)
 
 
 def find_root(tensor: gs.Tensor) -> Root | None:
-    """The constant behind a tensor, or None when it is computed."""
+    """The constant that a tensor comes from, or None when it is computed."""
     return _walk_back(tensor, PASS_THROUGH)
 
 
 def find_stored(tensor: gs.Tensor) -> Root | None:
-    """As find_root, but also through nodes that only give the constant another shape."""
+    """As `find_root`, but also through nodes that only change the shape of the constant."""
     return _walk_back(tensor, (*PASS_THROUGH, *RESHAPING))
 
 
 def _walk_back(edge: gs.Tensor, through: Collection[str]) -> Root | None:
-    """The constant behind nodes of these operators, none of which is a Cast to integers: that changes the values."""
+    """The constant before nodes of these operators; a Cast to integers ends the search, because it changes values."""
     tensor = edge
     chain: list[gs.Node] = []
     while True:
@@ -184,7 +183,7 @@ def _walk_back(edge: gs.Tensor, through: Collection[str]) -> Root | None:
 
 
 def ancestors(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
-    """The tensor and all that it is computed from, each once."""
+    """The tensor and all tensors it is computed from, each once."""
     waiting, seen = [tensor], set()
     while waiting:
         each = waiting.pop()
@@ -195,12 +194,12 @@ def ancestors(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
 
 
 def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
-    """The constants that the tensor is computed from; None where it is computed from others too."""
+    """The constants that the tensor is computed from; None if it also depends on anything else."""
     constants: list[gs.Constant] = []
     for each in ancestors(tensor):
         if isinstance(each, gs.Constant):
             constants.append(each)
-        elif not each.inputs or is_random(each.inputs[0].op) or any(each.inputs[0].subgraphs()):  # bodies read what they like
+        elif not each.inputs or is_random(each.inputs[0].op) or any(each.inputs[0].subgraphs()):  # bodies can read any tensor
             return None
         else:
             constants += [value for value in each.inputs[0].attrs.values() if isinstance(value, gs.Constant)]
@@ -208,18 +207,18 @@ def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
 
 
 def from_constants(tensor: gs.Tensor) -> bool:
-    """Whether the tensor is computed from constants only: a weight that is decoded in the graph."""
+    """Whether the tensor is computed only from constants, as a weight that is decoded in the graph is."""
     return constants_behind(tensor) is not None
 
 
 def seen_shape(root: Root) -> tuple[int, ...] | None:
-    """The shape that the reader sees; None where it cannot be followed."""
+    """The shape that the reader sees; None where it cannot be determined."""
     steps = _steps(root)
     return None if steps is None else steps[-1].shape
 
 
 def stored_axis(root: Root, axis: int) -> int | None:
-    """The axis of the stored tensor that becomes `axis` of what the reader sees; None where it is no axis of its own."""
+    """The axis of the stored tensor that becomes `axis` of what the reader sees; None where no single axis does."""
     steps = _steps(root) or []
     for before, step in zip(reversed(steps[:-1]), reversed(steps[1:]), strict=True):
         if step.permutation is not None:
@@ -234,7 +233,7 @@ def stored_axis(root: Root, axis: int) -> int | None:
 
 
 def _steps(root: Root) -> list[Reshaped] | None:
-    """What the stored tensor becomes on its way to the reader, itself first."""
+    """The shapes of the stored tensor on its way to the reader, the stored shape first."""
     steps = [Reshaped(root.shape)]
     for node in reversed([node for node in root.chain if node.op in RESHAPING]):
         operand = find_root(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else None
@@ -246,14 +245,14 @@ def _steps(root: Root) -> list[Reshaped] | None:
 
 
 def cast_target(node: gs.Node) -> int:
-    """The ONNX type that a Cast gives."""
+    """The ONNX type of a Cast's output."""
     to = node.attrs["to"]
     return int(to) if isinstance(to, int) else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(to)))
 
 
 def dtype_of(tensor: gs.Constant) -> int:
     """The ONNX type; UNDEFINED where NumPy has none that ONNX knows."""
-    if isinstance(tensor.dtype, int):  # one that NumPy lacks: bfloat16, float8, ...
+    if isinstance(tensor.dtype, int):  # a type that NumPy lacks: bfloat16, float8, ...
         return int(tensor.dtype)
     try:
         return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))

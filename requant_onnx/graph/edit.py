@@ -12,17 +12,17 @@ from requant_onnx.files.walk import all_graphs, reads_in
 from requant_onnx.graph.constants import PASS_THROUGH
 from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 
-VARINTS = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))  # types of numbers that are mostly small
-SMALL_BYTES = 1024  # of a tensor of which a few bytes are worth it
+VARINTS = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))  # integer types whose values are mostly small
+SMALL_BYTES = 1024  # size up to which saving a few bytes matters
 
 
 def tensor_proto(values: GenericArray, name: str) -> onnx.TensorProto:
-    """A TensorProto with raw data (in typed fields integers are varints, most of them larger), or as `compact` makes it."""
+    """A TensorProto with raw data (the varints of typed fields are mostly larger), or the shorter one that `compact` makes."""
     return compact(numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name))
 
 
 def compact(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    """The same tensor, or one with its integers as varints, where it is small, and smaller so: most are shapes and axes."""
+    """The same tensor, with its integers as varints if it is small and becomes smaller, as most shapes and axes do."""
     if tensor.data_type not in VARINTS or not 0 < len(tensor.raw_data) <= SMALL_BYTES:
         return tensor
     values = numpy_helper.to_array(tensor)
@@ -33,7 +33,7 @@ def compact(tensor: onnx.TensorProto) -> onnx.TensorProto:
 def proto_of_4_bits(values: UInt8Array, name: str, *, signed: bool) -> onnx.TensorProto:
     """A UINT4 or INT4 TensorProto of the low 4 bits.
 
-    Two values a byte, the first in the low half; half a byte of padding at an odd end.
+    A byte holds two values, the first in the low half; an odd count is padded by half a byte.
 
     https://onnx.ai/onnx/repo-docs/IR.html#tensor-definition and onnx.proto on raw_data
 
@@ -47,7 +47,7 @@ def proto_of_4_bits(values: UInt8Array, name: str, *, signed: bool) -> onnx.Tens
 
 
 def set_initializer(graph: onnx.GraphProto, values: GenericArray, name: str) -> None:
-    """Replace the initializer of that name in its place, or append one."""
+    """Replace the initializer of that name in place, or append one."""
     for initializer in graph.initializer:
         if initializer.name == name:
             initializer.CopyFrom(tensor_proto(values, name))
@@ -62,9 +62,9 @@ def delete_where(items: object, doomed: Iterable[int]) -> None:
 
 
 def drop_unread(graph: onnx.GraphProto, candidates: Iterable[str]) -> None:
-    """Delete the initializers and Constant, Identity, Cast nodes that make a candidate tensor nobody reads.
+    """Delete initializers and Constant, Identity and Cast nodes whose outputs are candidates that no node reads.
 
-    A node's own inputs become candidates when it goes.
+    The inputs of a deleted node become candidates too.
     """
     candidates = set(candidates)
     while True:
@@ -89,7 +89,7 @@ def drop_stale_types(graph: onnx.GraphProto, names: Iterable[str]) -> None:
 
 
 def rename_reads(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
-    """Let nodes read other tensors, in a graph and in its bodies, but for those that define a tensor of that name themselves."""
+    """Rename the tensors that nodes read, in a graph and in its bodies, except bodies that define a tensor of that name."""
     for each in all_graphs(graph):
         own = set() if each is graph else {item.name for item in (*each.input, *each.initializer)}
         own |= set() if each is graph else {name for node in each.node for name in node.output}

@@ -1,4 +1,4 @@
-"""Every float constant of a model, for a complete account of its bytes."""
+"""All float constants of a model, to account for all its bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VECTOR = "is a vector or a scalar, not a weight"
 
 @dataclass(frozen=True)
 class FloatConstant:
-    """One tensor of floats that is stored in the model.  op: of its first reader, "output" for an output, "" for none."""
+    """A float tensor stored in the model.  op: operator of its first reader, "output" for an output, "" for none."""
 
     name: str
     op: str
@@ -26,7 +26,7 @@ class FloatConstant:
 
 
 def float_constants(model: onnx.ModelProto) -> list[FloatConstant]:
-    """Initializers, sparse ones, and values of Constant nodes, in the main graph, in bodies of nodes, and in functions."""
+    """Initializers, sparse initializers and values of Constant nodes, in the main graph, in bodies of nodes and in functions."""
     graphs = list(all_graphs(model.graph))
     nodes = [node for holder in (*graphs, *model.functions) for node in holder.node]
     readers = {item.name: "output" for graph in graphs for item in graph.output}
@@ -49,7 +49,7 @@ def _of(name: str, tensor: onnx.TensorProto, readers: dict[str, str]) -> FloatCo
 def unconverted(
     constants: Iterable[FloatConstant], converted: Collection[str], skipped: Collection[SkippedWeight]
 ) -> Iterator[SkippedWeight]:
-    """The constants that stay and that no other reason is given for."""
+    """The constants that are neither converted nor skipped for another reason."""
     named = {item.name for item in skipped} | set(converted)
     for each in constants:
         if each.name not in named and each.bytes:

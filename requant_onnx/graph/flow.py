@@ -16,7 +16,7 @@ from requant_onnx.graph.readers import WeightReader
 
 @dataclass(frozen=True)
 class Block:
-    """A step on the way.  title: name of the weight, the input or the output, or the operator where ways meet.
+    """One block of the network.  title: name of the weight, the input or the output, or the operator where paths meet.
 
     op: operator, "input" or "output".  reader: index of the weight reader, None where there is no weight.
     before: indices of the blocks whose outputs it reads, smaller than its own.
@@ -29,7 +29,7 @@ class Block:
 
 
 def flow_of(model: ModelGraph, readers: Sequence[WeightReader]) -> list[Block]:
-    """The blocks of the main graph, in its order.  readers: of the same model, as find_readers lists them."""
+    """The blocks of the main graph, in its order.  readers: result of find_readers for the same model."""
     numbers = {id(reader.node): k for k, reader in enumerate(readers)}
     blocks = [Block(tensor.name, "input", None, ()) for tensor in model.graph.inputs]
     behind: dict[str, frozenset[int]] = {tensor.name: frozenset({k}) for k, tensor in enumerate(model.graph.inputs)}
@@ -48,6 +48,6 @@ def flow_of(model: ModelGraph, readers: Sequence[WeightReader]) -> list[Block]:
 
 
 def _read(node: gs.Node) -> list[gs.Tensor]:
-    """What a node reads, and what the nodes in its bodies read."""
+    """The tensors that a node and the nodes in its bodies read."""
     inner = [each for body in node.subgraphs(recursive=True) for each in body.nodes]
     return [tensor for each in (node, *inner) for tensor in each.inputs]

@@ -1,9 +1,9 @@
-"""Operators with weights that are not a product which refinement supports: their weights are rounded to the nearest levels.
+"""Operators with weights that compute no product that refinement supports: their weights are rounded to the nearest levels.
 
-    operator                     weight                             a scale for each
-    LSTM, GRU, RNN               W and R, (directions, rows, n)     row of a gate, in each direction
+    operator                     weight                             one scale per
+    LSTM, GRU, RNN               W and R, (directions, rows, n)     row of a gate, per direction
     Gather                       the table                          entry that can be looked up
-    Einsum                       every operand                      last index that the result has
+    Einsum                       every operand                      last index that is in the result
     DeformConv, FusedConv        (oc, ic/group, ...)                output channel
     FusedGemm, FusedMatMul, ...  (oc, ic) or (ic, oc)               output channel
     EmbedLayerNormalization      the tables                         entry that can be looked up
@@ -28,17 +28,17 @@ from requant_onnx.graph.products import Attributes
 MICROSOFT = "com.microsoft"
 NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
 RECURRENT_BIAS = 3  # input of LSTM, GRU and RNN
-MIN_TABLE = 512  # elements; a smaller one takes less room than its decode
+MIN_TABLE = 512  # elements; a smaller table takes less space than its decode
 
 
 @dataclass(frozen=True)
 class Holder:
     """One operator.
 
-    domain: "" for the standard one.  weights: the inputs that may be weights, None for all.
-    channel_axis: (attributes, input, rank) -> axis whose indices have a scale each; None for one scale.
-    is_table: whether what it reads reaches the result itself.  looks_up: whether it reads only some entries of its weight.
-    is_recurrent: whether the first axis of its weights is that of directions.
+    domain: "" for the standard domain.  weights: inputs that may be weights, None for all.
+    channel_axis: (attributes, input, rank) -> axis with one scale per index; None for one scale in all.
+    is_table: whether its values reach the result directly.  looks_up: whether it reads only some entries of its weight.
+    is_recurrent: whether the first axis of its weights is the direction.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Holder:
     is_recurrent: bool = False
 
     def is_parameter(self, operand: int) -> bool:
-        """Whether an input may be a weight, or a bias next to weights."""
+        """Whether an input may be a weight, or a bias added to weights."""
         return self.weights is None or operand in self.weights or (self.is_recurrent and operand == RECURRENT_BIAS)
 
     def may_hold(self, operand: int, shape: Sequence[int]) -> bool:
-        """Whether a constant of that shape at that input is a weight: a matrix at least, and no small table."""
+        """Whether a constant of that shape at that input is a weight: of at least two dimensions, and not a small table."""
         if self.weights is not None and operand not in self.weights:
             return False
         if not (self.is_table or self.looks_up):
@@ -63,7 +63,7 @@ class Holder:
 
 
 def _einsum_axis(attributes: Attributes, operand: int, rank: int) -> int | None:
-    """The last axis whose letter is in the result.  https://onnx.ai/onnx/operators/onnx__Einsum.html"""
+    """The last axis whose letter occurs in the result.  https://onnx.ai/onnx/operators/onnx__Einsum.html"""
     operands, arrow, result = str(attributes.get("equation", "")).replace(" ", "").partition("->")
     terms = operands.split(",")
     if "." in operands or operand >= len(terms) or len(terms[operand]) != rank:
@@ -79,7 +79,7 @@ def _matmul_axis(attributes: Attributes, operand: int, rank: int) -> int:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """The same axis in every node; a negative one counts from the last."""
+    """A channel axis that is the same in every node; a negative one counts from the last."""
 
     axis: int
 
@@ -104,6 +104,6 @@ HOLDERS: dict[tuple[str, str], Holder] = {(row.domain, row.name): row for row in
 
 
 def holder_of(node: gs.Node | onnx.NodeProto) -> Holder | None:
-    """The row of a node; None where its operator has none."""
+    """The row of a node's operator; None if it has none."""
     name = node.op_type if isinstance(node, onnx.NodeProto) else node.op
     return HOLDERS.get(("" if node.domain in (None, "ai.onnx") else node.domain, name))

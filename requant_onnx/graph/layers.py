@@ -1,4 +1,4 @@
-"""Layers: nodes with their own weight, their biases, and the matrix products that they compute (products.py)."""
+"""Layers: nodes with their own weight, their biases, and the matrix products they compute (products.py)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArra
 
 @dataclass(frozen=True)
 class Layer:
-    """A node with a weight of its own.
+    """A node with its own weight.
 
-    index: of the node.  weight: name of the stored tensor.  x: activation it reads.  product: what it computes with them.
+    index: index of the node.  weight: name of the stored tensor.  x: activation it reads.  product: matrix product of the two.
     bias: name of a bias that only this node reads, "" for none.  bias_values: (oc,), zeros for none, in the type of the node.
-    added_to: the other input of an Add that alone reads the output, "" for none.
+    added_to: the other input of an Add that is the only reader of the output, "" for none.
     """
 
     index: int
@@ -44,21 +44,21 @@ class Layer:
         return self.bias != ""
 
     def stored_bias(self, bias: Float32Array) -> GenericArray:
-        """A new bias in the type of the node, (oc,); half precision may have no room for it, then the largest that it has."""
+        """A new bias in the type of the node, (oc,), clipped to the range of half precision where that is the type."""
         dtype = self.bias_values.dtype
         largest = float(np.finfo(np.float16).max) if dtype == np.float16 else float(np.finfo(np.float32).max)
         return np.clip(bias, -largest, largest).astype(dtype)
 
     @property
     def biases(self) -> Float64Array:
-        """(G, rows): the bias; 0 where there is none."""
+        """The bias, (G, rows); 0 where there is none."""
         return np.asarray(self.bias_values.reshape(self.product.group, -1).astype(np.float64))
 
     def corrected_bias(self, difference: Float32Array, means: Float64Array) -> Float32Array | None:
-        """(oc,) the bias that makes up for what an error of the weights adds to the mean of the output.
+        """The bias, (oc,), that cancels the shift of the output's mean caused by an error of the weights.
 
-        difference: shape of the weight; means: (ic,) of the input.  None where they do not fit, are too large, or do not tell the
-        mean of what a row is multiplied with.
+        difference: error of the weights, in their shape.  means: channel means of the input, (ic,).  None where they do not fit,
+        are too large, or do not determine the mean of the vector that a row is multiplied by.
         """
         inputs = self.product.mean_inputs(means)
         if inputs is None:
@@ -69,16 +69,16 @@ class Layer:
         return bias if np.isfinite(bias).all() else None
 
     def importance(self, powers: Float64Array) -> Float32Array:
-        """What the squared error of each weight counts in that of the output: the power of its input, 1 on average.
+        """The factor of each weight's squared error in that of the output: the power of its input, 1 on average.
 
-        powers: (G, n).
+        powers: mean square of each input, (G, n).
         """
         bounded = np.maximum(powers / max(float(np.mean(powers)), 1e-30), 1e-6).astype(np.float32)
         return self.product.tensor(np.repeat(bounded[:, None], self.product.rows, axis=1))
 
 
 def find_layers(model: ModelGraph, weights: Collection[str]) -> list[Layer]:
-    """The nodes that alone read one of these weights, in graph order; others are left out."""
+    """The nodes that are the only reader of one of these weights, in graph order."""
     layers = []
     for index, node in enumerate(model.nodes):
         operator, root = operator_of(node), None
@@ -96,7 +96,7 @@ def find_layers(model: ModelGraph, weights: Collection[str]) -> list[Layer]:
 
 
 def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
-    """A bias of its own for each node that can add one and has one of these weights: zeros, or a copy.  Changes the model."""
+    """Give each node that has one of these weights and can add a bias its own: zeros, or a copy.  Changes the model."""
     graph, names = model.proto.graph, FreshNames(model.proto)
     proto = {node.output[0]: node for node in graph.node if node.output}
     interface = {item.name for item in (*graph.input, *graph.output)}
@@ -120,7 +120,7 @@ def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
 
 
 def _added_to(node: gs.Node) -> str:
-    """Behind the sum with constants, too, that other tools make of a bias."""
+    """The other input of the Add after a node, also after Adds of constants, which other tools make of a bias."""
     result = node.outputs[0]
     while len(result.outputs) == 1 and result.outputs[0].op == "Add" and is_standard(result.outputs[0]):
         others = [item for item in result.outputs[0].inputs if item is not result]
@@ -133,7 +133,7 @@ def _added_to(node: gs.Node) -> str:
 
 
 def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, GenericArray] | None:
-    """(name if only this node reads it, values); None for values that are not constant or no vector."""
+    """The bias, (name if only this node reads it, values); None for values that are not constant or not a vector."""
     edge = bias_input(node)
     if edge is None:
         return "", np.zeros(product.channels, _float_type(node))
@@ -145,7 +145,7 @@ def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[st
 
 
 def _float_type(node: gs.Node) -> np.dtype[Any]:
-    """The type that a node computes in: that of its weight as it reads it."""
+    """The type that a node computes in: the type in which it reads its weight."""
     root = find_root(node.inputs[1])
     kind = root.edge_dtype if root is not None and root.edge_dtype in FLOATS else onnx.TensorProto.FLOAT
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))

@@ -10,7 +10,7 @@ from requant_onnx.files.walk import all_graphs
 
 
 class FreshNames:
-    """Hands out names that the model does not use yet."""
+    """A source of names that the model does not use yet."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._used = {name for graph in all_graphs(model.graph) for name in _names_in(graph)}

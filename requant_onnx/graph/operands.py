@@ -1,4 +1,4 @@
-"""The operand of a node that is its weight, and the position of the node in the network."""
+"""The weight operand of a node, and the position of the node in the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from requant_onnx.graph.constants import ModelGraph, find_root, from_constants, 
 from requant_onnx.graph.operators import OPERATORS, Operator
 from requant_onnx.numerics.arrays import GenericArray
 
-LARGEST_FIXED, LARGEST_COUNT, EXACTLY = 1024, 127, 1e-6  # elements of a kernel written by hand, multiples in it, and their error
+LARGEST_FIXED, LARGEST_COUNT, EXACTLY = 1024, 127, 1e-6  # elements, multiples and error of a handwritten kernel
 
 
 def operator_of(node: gs.Node) -> Operator | None:
@@ -32,7 +32,7 @@ def weight_operand(node: gs.Node) -> int | None:
 
 
 def bias_input(node: gs.Node) -> gs.Tensor | None:
-    """What a node with a weight adds to its product; None for nothing."""
+    """The bias that a node with a weight adds to its product; None if it adds none."""
     operator = operator_of(node)
     if operator is None or operator.bias is None or len(node.inputs) <= operator.bias:
         return None
@@ -40,7 +40,7 @@ def bias_input(node: gs.Node) -> gs.Tensor | None:
 
 
 def is_fixed_kernel(values: GenericArray) -> bool:
-    """Whether a small weight was written by hand: whole multiples of one number, as in 0..15, one-hot and low-pass kernels.
+    """Whether a small weight was written by hand: integer multiples of one number, as in 0..15, one-hot and low-pass kernels.
 
     >>> is_fixed_kernel(np.arange(16)), is_fixed_kernel(np.array([1, 2, 1]) / 4), is_fixed_kernel(np.array([0.3, 0.7]))
     (True, True, False)
@@ -56,7 +56,7 @@ def is_fixed_kernel(values: GenericArray) -> bool:
 
 
 def _is_trained(node: gs.Node) -> bool:
-    """Whether a node has a weight, and not one that was written by hand."""
+    """Whether a node has a weight that was not written by hand."""
     operand = weight_operand(node)
     root = None if operand is None else find_root(node.inputs[operand])
     if root is None or math.prod(root.shape) > LARGEST_FIXED:
@@ -65,7 +65,7 @@ def _is_trained(node: gs.Node) -> bool:
 
 
 def edge_nodes(graph: gs.Graph) -> set[int]:
-    """ids of the nodes with a trained weight that have no other one before them, or none behind them."""
+    """The ids of the nodes with a trained weight that have no other such node before them, or none after them."""
     weighted = {id(node) for node in graph.nodes if _is_trained(node)}
     behind: set[int] = set()  # tensors computed from the output of a weighted node
     first = set()
@@ -95,9 +95,9 @@ def reads_of(node: gs.Node) -> Iterator[gs.Tensor]:
 
 
 def matmuls_with_int8_activations(model: ModelGraph) -> tuple[str, ...]:
-    """Weights that ONNX Runtime 1.26 and later multiplies with activations rounded to int8 (MatMulNBits, accuracy level 4).
+    """The weights that ONNX Runtime 1.26 and later multiplies by activations rounded to int8 (MatMulNBits, accuracy level 4).
 
-    These are codes straight behind DequantizeLinear in a layout that MatMulNBits reads.
+    DequantizeLinear reads their codes directly, in a layout that MatMulNBits supports.
     """
     weights = [node.inputs[1] for node in model.nodes if node.op in OPERATORS and OPERATORS[node.op].reads_blocks(node.attrs)]
     decoded = [tensor for tensor in weights if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear"]

@@ -1,4 +1,4 @@
-"""The operators with weights, one row each, with everything that the rest of the code knows about an operator.
+"""The operators with weights, one row each, with everything the rest of the code needs to know about an operator.
 
     operator       weight                 output channels   product             integer kernel
     Conv           (oc, ic/group, ...)    axis 0            ConvProduct         QLinearConv
@@ -9,9 +9,9 @@
     MatMul         x @ w, (..., ic, oc)   last axis         DenseProduct        QLinearMatMul
                    w @ x, (..., oc, ic)   last but one
 
-Operators with weights that are not such a product have a separate table (holders.py).  A new operator needs a row, and a product
-(products.py) if none of these fits; tests/test_operators.py compares every row to the results of ONNX
-Runtime.  https://onnx.ai/onnx/operators/
+Operators with weights that compute no such product have a separate table (holders.py).  A new operator needs a row, and a product
+(products.py) if none of these fits; tests/test_operators.py compares every row with the results of ONNX Runtime.
+https://onnx.ai/onnx/operators/
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from requant_onnx.graph.products import Attributes, ConvProduct, ConvTransposePr
 
 @dataclass(frozen=True)
 class IntegerKernel:
-    """An operator of ONNX Runtime that multiplies with a weight of integers.
+    """An operator of ONNX Runtime that multiplies by an integer weight.
 
-    operator: the float operator that it stands for.  weight: which input the weight is.
-    parameters: the inputs that hold its scale and zero point; None where the weight is decoded elsewhere, or packed.
+    operator: equivalent float operator.  weight: index of the weight's input.
+    parameters: inputs with its scale and zero point; None where the weight is decoded elsewhere, or packed.
     """
 
     name: str
@@ -41,17 +41,17 @@ class IntegerKernel:
 class Operator:
     """One operator.
 
-    weights: the inputs that may be the weight, the likelier one first.  bias: the input that it adds, None where it has none.
+    weights: inputs that may be the weight, the likelier one first.  bias: input that it adds, None if it has none.
     channel_axis: (attributes, input, rank) -> axis of the output channels in the weight at that input.
-    fits: whether attributes and the shape of a weight can be true together.
-    product: the matrix product that it computes with a weight at input 1.
-    is_product: whether attributes and the shape of a weight ask for nothing but that product and a bias.
-    bias_factor: attribute by which the bias is multiplied, "" where there is none.
-    channels_second: whether its output is (images, channels, ...), so that a BatchNormalization behind it folds into it.
-    kernel: the integer kernel that its int8 form is fused to, None where there is none; float_results: whether that kernel can give
-    floats; refusal: why it cannot be fused with such attributes (a sentence without its subject), "" where it can.
-    fused: what ONNX Runtime calls it once it has absorbed an activation.
-    reads_blocks: whether codes straight behind DequantizeLinear are fused to MatMulNBits.
+    fits: whether attributes and the shape of a weight are consistent.
+    product: matrix product that it computes with a weight at input 1.
+    is_product: whether, with these attributes and weight shape, it computes only that product and a bias.
+    bias_factor: attribute by which the bias is multiplied, "" if there is none.
+    channels_second: whether its output is (images, channels, ...), so that a BatchNormalization after it can be folded into it.
+    kernel: integer kernel that its int8 form is fused into, None if there is none.  float_results: whether that kernel can output
+    floats.  refusal: why it cannot be fused with such attributes (a sentence without its subject), "" where it can.
+    fused: its names in ONNX Runtime after it has absorbed an activation.
+    reads_blocks: whether it is fused into MatMulNBits if DequantizeLinear reads the codes of its weight directly.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Operator:
     reads_blocks: Callable[[Attributes], bool] = lambda attributes: False
 
     def scales_bias(self, attributes: Attributes) -> bool:
-        """Whether the bias is multiplied by something else than 1."""
+        """Whether the bias is multiplied by a factor other than 1."""
         return self.bias_factor != "" and attributes.get(self.bias_factor, 1.0) != 1.0
 
 
@@ -180,4 +180,4 @@ KERNELS: dict[str, IntegerKernel] = {
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md"""
 
 FLOAT_KERNELS = frozenset(name for row in OPERATORS.values() for name in (row.name, *row.fused))
-"""What reads float weights in a graph that ONNX Runtime has optimized."""
+"""The operators that read float weights in a graph that ONNX Runtime has optimized."""

@@ -1,7 +1,7 @@
-"""Weights as matrices (G, rows, n), one for each of G groups of channels, and what a layer multiplies them with.
+"""Weights as matrices (G, rows, n), one for each of G groups of channels, and the inputs that a layer multiplies them by.
 
 Conv           (oc, ic/group, kh, kw)  -> group x (oc/group, ic/group * kh * kw)
-ConvTranspose  (ic, oc/group, kh, kw)  -> the same of the Conv over the spread input: channels swapped, kernel reversed
+ConvTranspose  (ic, oc/group, kh, kw)  -> as the Conv over the input with zeros inserted: channels swapped, kernel reversed
 Gemm, MatMul   (oc, ic) or (ic, oc)    -> (oc, ic)
 """
 
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Product(ABC):
-    """The matrix product that a node computes with a weight of that shape.
+    """The matrix product that a node computes with a weight of a given shape.
 
     The output channels, in their order, are the rows of the first group, then those of the second, ...
     """
@@ -35,17 +35,17 @@ class Product(ABC):
 
     @property
     def group(self) -> int:
-        """How many groups of channels are multiplied apart."""
+        """The number of groups of channels that are multiplied separately."""
         return int(self.attributes.get("group", 1))
 
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Output channels of a group."""
+        """The number of output channels of a group."""
 
     @property
     def channels(self) -> int:
-        """Output channels of all groups."""
+        """The number of output channels of all groups."""
         return self.group * self.rows
 
     @property
@@ -55,7 +55,7 @@ class Product(ABC):
 
     @abstractmethod
     def matrices(self, w: npt.NDArray[T]) -> npt.NDArray[T]:
-        """The weight, or anything of its shape, as (G, rows, n)."""
+        """The weight, or any tensor of its shape, as (G, rows, n)."""
 
     @abstractmethod
     def tensor(self, matrices: npt.NDArray[T]) -> npt.NDArray[T]:
@@ -63,11 +63,11 @@ class Product(ABC):
 
     @abstractmethod
     def inputs(self, x: Float32Array, places: Int64Array) -> Float32Array:
-        """(G, places, n): what the rows are multiplied with at these places.  x: the input, (images, ...)."""
+        """The vectors that the rows are multiplied by at these places, (G, places, n).  x: the input, (images, ...)."""
 
     @abstractmethod
     def results(self, y: Float32Array, places: Int64Array) -> Float32Array:
-        """(G, places, rows): the output at these places."""
+        """The output at these places, (G, places, rows)."""
 
     @abstractmethod
     def count(self, y: Float32Array) -> int:
@@ -75,13 +75,13 @@ class Product(ABC):
 
     @abstractmethod
     def mean_inputs(self, means: Float64Array) -> Float64Array | None:
-        """(G, n): the mean of what a row is multiplied with.  means: (ic,) of the input.
+        """The mean of the vectors that the rows are multiplied by, (G, n).  means: channel means of the input, (ic,).
 
-        None where the means do not fit, or it depends on the place.
+        None where the means do not fit, or where the result depends on the place.
         """
 
     def by_row(self, parameter: npt.NDArray[T]) -> npt.NDArray[T]:
-        """A scale or zero point, () or (channels of the weight,), for each row of each group, (G, rows)."""
+        """A scale or zero point, () or (channels of the weight,), repeated for each row of each group, (G, rows)."""
         if parameter.size == 1 or self.scale_is_shared:
             return np.array(np.broadcast_to(parameter, (self.group, self.rows)))
         return np.array(parameter.reshape(self.group, self.rows))
@@ -89,7 +89,7 @@ class Product(ABC):
 
 @dataclass(frozen=True)
 class DenseProduct(Product):
-    """y = x @ w, w: (..., ic, oc) with one matrix only; with rows_first y = x @ w.T, w: (oc, ic)."""
+    """The product y = x @ w, w: (..., ic, oc) with only one matrix; with rows_first y = x @ w.T, w: (oc, ic)."""
 
     rows_first: bool = False
 
@@ -124,7 +124,7 @@ class DenseProduct(Product):
 
 @dataclass(frozen=True)
 class _ChannelsSecond(Product):
-    """Input and output are (images, channels, *spatial)."""
+    """A product whose input and output are (images, channels, *spatial)."""
 
     def results(self, y: Float32Array, places: Int64Array) -> Float32Array:
         last = np.moveaxis(y, 1, -1)
@@ -135,7 +135,7 @@ class _ChannelsSecond(Product):
         return int(y.size // y.shape[1])
 
     def _spatial(self, name: str, default: int) -> tuple[int, ...]:
-        """An attribute with one value a spatial axis."""
+        """An attribute with one value per spatial axis."""
         return tuple(self.attributes.get(name, (default,) * len(self.shape[2:])))
 
     def _pads(self) -> tuple[tuple[int, int], ...]:
@@ -146,7 +146,7 @@ class _ChannelsSecond(Product):
 
 @dataclass(frozen=True)
 class ConvProduct(_ChannelsSecond):
-    """https://onnx.ai/onnx/operators/onnx__Conv.html."""
+    """The product of a Conv.  https://onnx.ai/onnx/operators/onnx__Conv.html."""
 
     @property
     def rows(self) -> int:
@@ -183,7 +183,7 @@ class ConvProduct(_ChannelsSecond):
 
 @dataclass(frozen=True)
 class ConvTransposeProduct(_ChannelsSecond):
-    """https://onnx.ai/onnx/operators/onnx__ConvTranspose.html, without auto_pad and output_shape."""
+    """The product of a ConvTranspose without auto_pad and output_shape: https://onnx.ai/onnx/operators/onnx__ConvTranspose.html"""
 
     @property
     def rows(self) -> int:
@@ -217,9 +217,9 @@ class ConvTransposeProduct(_ChannelsSecond):
         return patches(trimmed, Window(kernel, (1,) * len(kernel), pads, dilations, self.group), places)
 
     def mean_inputs(self, means: Float64Array) -> None:
-        """None: at a stride above 1 a place reads only some of the kernel, which ones depends on the place."""
+        """None: at a stride above 1, a place uses only part of the kernel, and which part depends on the place."""
 
 
 def _cut(spatial: Iterable[slice]) -> tuple[slice, ...]:
-    """An index of the spatial axes of (n, c, ...)."""
+    """An index into the spatial axes of (n, c, ...)."""
     return (slice(None), slice(None), *spatial)

@@ -1,4 +1,4 @@
-"""The weights of a model as its nodes see them, decoded or not, and the part of the graph that computes them."""
+"""The weights of a model as its nodes read them, decoded or not, and the part of the graph that computes them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from requant_onnx.graph.operators import KERNELS, OPERATORS
 class WeightReader:
     """A node with a constant weight.
 
-    op: the float operator, or an integer kernel that does not tell the weight's values.  operand: which input the weight is.
-    output: name of the float that it gives, "" in a body.  scale: names of scale and zero point where the node itself decodes.
+    op: the float operator, or an integer kernel that hides the weight's values.  operand: index of the weight's input.
+    output: name of its float output, "" in a body.  scale: names of scale and zero point if the node itself decodes.
     """
 
     op: str
@@ -29,12 +29,12 @@ class WeightReader:
 
     @property
     def weight(self) -> str:
-        """Name of the tensor that it reads, behind all decoding."""
+        """The name of the tensor that it reads, after all decoding."""
         return self.node.inputs[self.operand].name
 
     @property
     def is_known(self) -> bool:
-        """Whether the values of the weight can be told."""
+        """Whether the values of the weight can be determined."""
         return self.op in OPERATORS
 
     def channel_axis(self, rank: int) -> int:
@@ -43,7 +43,7 @@ class WeightReader:
 
 
 def find_readers(model: ModelGraph) -> list[WeightReader]:
-    """The readers in graph order; those in bodies of If, Loop and Scan come last."""
+    """The weight readers in graph order; those in bodies of If, Loop and Scan come last."""
     inner = [node for body in model.bodies for node in body.nodes]
     readers = [_reader(node, node.outputs[0].name if node.outputs else "") for node in model.nodes]
     return [reader for reader in (*readers, *(_reader(node, "") for node in inner)) if reader is not None]
@@ -63,7 +63,7 @@ def _reader(node: gs.Node, output: str) -> WeightReader | None:
 
 
 def constant_part(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
-    """A model without inputs whose outputs are these tensors.  names: of tensors that are computed from constants."""
+    """A model without inputs whose outputs are these tensors.  names: names of tensors that are computed from constants."""
     stored = {item.name: item for item in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     behind, needed = list(names), set()
@@ -80,9 +80,9 @@ def constant_part(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelP
 
 
 def settled_tensors(model: onnx.ModelProto) -> dict[str, str]:
-    """A tensor that is only rounded to integers -> what becomes of it behind DequantizeLinear.
+    """The decoded counterpart of each tensor that is only quantized: tensor -> output of the DequantizeLinear.
 
-    Its own values are not those of the model: a Relu in front may have been left to the rounding.
+    The tensor's own values may differ from the model's, because quantization may have replaced a Relu before it.
     """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:

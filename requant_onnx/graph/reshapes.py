@@ -14,14 +14,14 @@ RESHAPING = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
 
 @dataclass(frozen=True)
 class Reshaped:
-    """What a node makes of a shape: the new one; and the permutation, where it is a Transpose."""
+    """The new shape that a node outputs, and the permutation if it is a Transpose."""
 
     shape: tuple[int, ...]
     permutation: tuple[int, ...] | None = None
 
 
 def reshaped(op: str, shape: tuple[int, ...], attributes: Mapping[str, Any], operand: GenericArray | None) -> Reshaped | None:
-    """What one of RESHAPING makes of a tensor of that shape.  operand: its second input.  None where they do not fit.
+    """The effect of one of RESHAPING on a tensor of that shape.  operand: its second input.  None where they do not fit.
 
     https://onnx.ai/onnx/operators/, Transpose, Reshape, Unsqueeze, Squeeze, Flatten
     """

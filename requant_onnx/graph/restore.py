@@ -24,7 +24,7 @@ from requant_onnx.graph.integer.plan import MOVES
 from requant_onnx.graph.names import FreshNames
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-PREFIX = "int8."  # of the names that our int8 form makes up
+PREFIX = "int8."  # of the names that our int8 form generates
 NARROW = frozenset(
     kind for name, kind in TensorProto.DataType.items() if name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 )
@@ -33,9 +33,9 @@ NARROW = frozenset(
 
 @dataclass(frozen=True)
 class Constants:
-    """What the main graph computes from its initializers alone.
+    """The part of the main graph that depends only on initializers.
 
-    nodes: positions of the nodes.  tensors: names of their outputs.  decodes: those of them that codes are behind.
+    nodes: positions of the nodes.  tensors: names of their outputs.  decodes: the outputs that are computed from codes.
     """
 
     nodes: frozenset[int]
@@ -44,7 +44,7 @@ class Constants:
 
 
 def constants_of(graph: onnx.GraphProto) -> Constants:
-    """Find the nodes that read nothing but constants."""
+    """Find the nodes that read only constants."""
     inputs = {item.name for item in graph.input}
     stored = {item.name: item.data_type for item in graph.initializer if item.name not in inputs}
     known, coded = set(stored), {name for name, kind in stored.items() if kind in NARROW}
@@ -63,7 +63,7 @@ def constants_of(graph: onnx.GraphProto) -> Constants:
 
 
 def restore_activations(model: onnx.ModelProto) -> int:
-    """Let activations stay floats; returns how many were quantized.  Changes the model.  Those that integer kernels read stay."""
+    """Make quantized activations floats, except those that integer kernels read; return their number.  Changes the model."""
     graph = model.graph
     constant = constants_of(graph)
     known = constant.tensors | {item.name for item in graph.initializer}
@@ -84,7 +84,7 @@ def _is(node: onnx.NodeProto, op: str) -> bool:
 
 
 def _behind(codes: str, readers: dict[str, list[onnx.NodeProto]], outputs: set[str]) -> list[onnx.NodeProto] | None:
-    """The nodes on these codes, up to where they are decoded; None where another node reads them."""
+    """The nodes from these codes up to where they are decoded; None if any other node reads them."""
     found, left = [], [codes]
     while left:
         name = left.pop()
@@ -103,8 +103,8 @@ def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[
     makers = {name: node for node in graph.node for name in node.output}
     ours = settings_of(model) is not None
     made = set(makers)
-    renamed: dict[str, str] = {}  # old name -> the tensor that it is now
-    final: dict[str, str] = {}  # float tensor -> its last name
+    renamed: dict[str, str] = {}  # old name -> the tensor that replaces it
+    final: dict[str, str] = {}  # float tensor -> its final name
     doomed, copies = [], []
     for source, behind in groups:
         bounds = None if ours else _rectified(graph, source, makers.get(source.input[0]))
@@ -120,7 +120,7 @@ def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[
                 doomed.append(node)
                 tensor, after = renamed.get(node.input[0], node.input[0]), node.output[0]
                 if tensor not in final and tensor in made - outputs and tensor.startswith(PREFIX) and not after.startswith(PREFIX):
-                    final[tensor] = after  # the tensor gets its old name back
+                    final[tensor] = after  # restores the old name of the tensor
                 elif after in outputs:
                     copies.append(helper.make_node("Identity", [final.get(tensor, tensor)], [after]))
                 else:
@@ -139,7 +139,7 @@ def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[
 
 
 def _rectified(graph: onnx.GraphProto, source: onnx.NodeProto, maker: onnx.NodeProto | None) -> tuple[float, float] | None:
-    """The range of codes that do the work of a Relu or Clip: they begin at 0, and no Relu or Clip is before them."""
+    """The range of codes that replace a Relu or Clip: it begins at 0, and no Relu or Clip is before the codes."""
     stored = {item.name: item for item in graph.initializer}
     scale, zero = (stored.get(name) for name in source.input[1:3]) if len(source.input) > 2 else (None, None)
     if maker is None or maker.op_type in ("Relu", "Clip") or scale is None or zero is None:
@@ -149,7 +149,7 @@ def _rectified(graph: onnx.GraphProto, source: onnx.NodeProto, maker: onnx.NodeP
 
 
 def _clip(graph: onnx.GraphProto, source: onnx.NodeProto, bounds: tuple[float, float], names: FreshNames) -> None:
-    """Make a Clip of a QuantizeLinear, with a result that may get another name."""
+    """Turn a QuantizeLinear into a Clip."""
     limits = [names.take(f"{source.output[0]}_{end}") for end in ("low", "high")]
     for name, value in zip(limits, bounds, strict=True):
         set_initializer(graph, np.asarray(value, np.float32), name)
@@ -159,7 +159,7 @@ def _clip(graph: onnx.GraphProto, source: onnx.NodeProto, bounds: tuple[float, f
 
 
 def restore_lookups(model: onnx.ModelProto) -> None:
-    """Let lookups of levels read floats, by decodes of whole tables.  Changes the model."""
+    """Make lookups of levels read floats, by decoding whole tables.  Changes the model."""
     graph, names = model.graph, FreshNames(model)
     constant = constants_of(graph)
     known = constant.tensors | {item.name for item in graph.initializer}

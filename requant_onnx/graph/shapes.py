@@ -9,15 +9,15 @@ from requant_onnx.files.load import is_large
 
 
 def find_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of the main graph, -1 where a size is free; not of outputs.
+    """The shape of each tensor of the main graph except outputs, -1 where a size is free.
 
-    By inference; as declared in a model too large for it, or one whose declarations contradict each other.
+    Shapes are inferred, or as declared in a model that is too large for inference or has contradictory declarations.
     """
     graph = model.graph
     if not is_large(model):
         try:
             graph = infer_shapes(model).graph
-        except InferenceError:  # ONNX Runtime warns of such declarations, and does without them
+        except InferenceError:  # ONNX Runtime warns about such declarations, and ignores them
             graph = model.graph
     known = {item.name: item.type.tensor_type.shape for item in (*graph.input, *graph.value_info)}
     shapes = {name: tuple(d.dim_value or -1 for d in shape.dim) for name, shape in known.items()}

@@ -1,7 +1,7 @@
 """Remove everything that no runtime needs from a finished model.
 
-These are types that shape inference can restore, attributes with default values, uninformative names of nodes, and references to
-the source code of the exporter.  In small files of few bits, they are a tenth of the size.
+These are types that shape inference can restore, attributes with default values, uninformative node names, and references to the
+exporter's source code: a tenth of the size of small files of few bits.
 https://onnx.ai/onnx/api/shape_inference.html
 """
 
@@ -18,7 +18,7 @@ from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.constants import is_standard_proto
 from requant_onnx.graph.edit import compact, delete_where
 
-KNOWN_BY_SHAPE = 1024  # bytes of an initializer whose values no inference reads
+KNOWN_BY_SHAPE = 1024  # bytes; inference does not read the values of larger initializers
 
 Test = Callable[[onnx.AttributeProto], bool]
 
@@ -28,12 +28,12 @@ def _all(value: int) -> Test:
 
 
 WINDOWS = {"strides": _all(1), "dilations": _all(1), "pads": _all(0)}
-"""Attributes of operators with windows whose default, which depends on the rank, is in no schema."""
+"""Attributes of window operators whose default depends on the rank and is therefore not in the schema."""
 WINDOWED = frozenset(("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"))
 
 
 def slim(model: onnx.ModelProto) -> None:
-    """Drop them.  Changes the model, but nothing that a runtime computes with it."""
+    """Remove what no runtime needs.  Changes the model, but not its results."""
     opset = opset_of(model)
     for graph in all_graphs(model.graph):
         for tensor in graph.initializer:
@@ -51,7 +51,7 @@ def slim(model: onnx.ModelProto) -> None:
 
 
 def _says_nothing(name: str, node: onnx.NodeProto) -> bool:
-    """Whether the name of a node repeats its output, or is its operator with a number, as exporters give a name."""
+    """Whether the name of a node repeats its output, or is its operator with a number, as exporters name nodes."""
     name = name.removeprefix("node_")
     return node.output[0].startswith(name) or re.fullmatch(rf"{node.op_type}(_\d+)?", name, re.IGNORECASE) is not None
 
@@ -72,7 +72,7 @@ def _drop_defaults(node: onnx.NodeProto, opset: int) -> None:
 
 
 def _drop_inferred(model: onnx.ModelProto) -> None:
-    """Drop the value_info that inference gives again, type and shape."""
+    """Drop the value_info whose type and shape inference restores."""
     if is_large(model):
         return
     bare = onnx.ModelProto()

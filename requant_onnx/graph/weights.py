@@ -30,20 +30,20 @@ from requant_onnx.graph.operands import LARGEST_FIXED, edge_nodes, is_fixed_kern
 from requant_onnx.graph.operators import KERNELS, OPERATORS
 from requant_onnx.numerics.arrays import Float32Array
 
-LATTICE, LATTICE_POINTS = 1e-3, 1 << 14  # how far, in steps, float32 puts a multiple of one from where it belongs, of so many
+LATTICE, LATTICE_POINTS = 1e-3, 1 << 14  # tolerance, in steps, of multiples of a step in float32, and their maximum number
 
 
 @dataclass(frozen=True)
 class Weight:
     """A weight that can be converted.
 
-    name: the tensor that holds the values, whose name the decoded weight takes over.  op: the operator that reads it.
+    name: tensor that holds the values; the decoded weight takes over its name.  op: operator that reads it.
     emit: ONNX type that its readers expect.
     channel_axis: see above; None where the readers see no axis of the stored tensor as output channels.
-    is_edge: no other weight is before it, or none is after it (the first and last layers).
-    is_table: its values reach results themselves, see holders.py.
-    lookup_axis: the axis along which all its readers look up entries, None where one reads it whole.
-    readers: names of the nodes that read it, of those that have one.
+    is_edge: whether no other weight is before it, or none is after it (the first and last layers).
+    is_table: whether its values reach results directly, see holders.py.
+    lookup_axis: axis along which all its readers look up entries, None if one reads it whole.
+    readers: names of the nodes that read it, if they have a name.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Weight:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that a user may call it by."""
+        """The names by which a user may refer to it."""
         return (self.name, *self.readers)
 
     def load(self) -> Float32Array:
@@ -75,7 +75,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class SkippedWeight:
-    """A weight that is skipped.  reason: why (a sentence without its subject).  bytes: stored bytes, 0 if it is not a constant."""
+    """A skipped weight.  reason: why (a sentence without its subject).  bytes: stored bytes, 0 if it is not a constant."""
 
     name: str
     op: str
@@ -93,7 +93,7 @@ class View:
 
 
 def find_weights(model: ModelGraph) -> View:
-    """Look at every node that has a weight.  Raises ModelError when a shape cannot be right."""
+    """Find the weights of all nodes.  Raises ModelError when a shape is invalid."""
     graphs = (model.graph, *model.bodies)
     edges = edge_nodes(model.graph) or {edge for body in model.bodies for edge in edge_nodes(body)}
     interface = _Interface.of(model.proto)
@@ -112,7 +112,7 @@ def find_weights(model: ModelGraph) -> View:
 
 
 def _merged(first: Weight, other: Weight) -> Weight:
-    """A weight that is read twice: the first reader decides, any edge makes an edge, any table a table."""
+    """A weight that is read twice: it is as the first reader sees it, an edge if either is, and a table if either is."""
     whole = first.lookup_axis if first.lookup_axis == other.lookup_axis else None
     readers = tuple(dict.fromkeys((*first.readers, *other.readers)))
     edge, table = first.is_edge or other.is_edge, first.is_table or other.is_table
@@ -120,7 +120,7 @@ def _merged(first: Weight, other: Weight) -> Weight:
 
 
 def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> Iterator[SkippedWeight]:
-    """The skipped weights with the bytes of their stored floats, counted once; 0 for computed weights."""
+    """The skipped weights with the bytes of their stored floats, each counted once; 0 for computed weights."""
     counted: set[str] = set()
     for item, tensor in skipped:
         root = None if tensor is None else find_stored(tensor)
@@ -130,7 +130,7 @@ def _with_bytes(skipped: Iterable[tuple[SkippedWeight, gs.Tensor | None]]) -> It
 
 
 def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:
-    """The nodes with weights in functions that were not inlined."""
+    """The weights in functions that were not inlined, as skipped weights."""
     seen: set[tuple[str, str]] = set()
     for function in model.functions:
         reason = f"is used in the function '{function.name}', whose opset differs from that of the model"
@@ -143,9 +143,9 @@ def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:
 
 @dataclass(frozen=True)
 class _Interface:
-    """Names that callers of the model know.  overridable: initializers that a caller may replace (IR 4 and later).
+    """Tensors visible to callers of the model.  overridable: initializers that a caller may replace (IR 4 and later).
 
-    stored: the constants of the main graph, which alone can be replaced.
+    stored: the constants of the main graph; only these can be replaced.
     """
 
     outputs: frozenset[str]
@@ -165,7 +165,7 @@ class _Interface:
 def _look_at(
     model: ModelGraph, node: gs.Node, interface: _Interface, is_edge: bool
 ) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor | None]]:
-    """The weights of a node, or why they stay, each with the tensor that the node reads; None for one of an integer kernel."""
+    """The weights of a node, or why they are skipped, each with the tensor that the node reads; None for an integer kernel."""
     if operator_of(node) is not None:
         yield from _weight_of(node, interface, is_edge)
     elif node.op in KERNELS:
@@ -202,7 +202,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
 
 
 def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[tuple[Weight | SkippedWeight, gs.Tensor]]:
-    """The weights of an operator that is no known product."""
+    """The weights of an operator that computes no known product."""
     for operand, tensor in enumerate(node.inputs):
         root = find_stored(tensor) if tensor.name else None
         seen = None if root is None else seen_shape(root)
@@ -214,7 +214,7 @@ def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[t
             continue
         axis = None if seen is None else holder.channel_axis(node.attrs, operand, len(seen))
         weight = _weight(root, node, axis)
-        if holder.is_recurrent and len(root.shape) == 2:  # directions and rows in one axis (merge_directions.py)
+        if holder.is_recurrent and len(root.shape) == 2:  # directions and rows share an axis (merge_directions.py)
             weight = replace(weight, channel_axis=0)
         lookup_axis = weight.channel_axis if _is_lookup(tensor, holder) else None
         yield replace(weight, is_table=holder.is_table, lookup_axis=lookup_axis), tensor
@@ -228,7 +228,7 @@ def _is_lookup(tensor: gs.Tensor, holder: Holder) -> bool:
 
 
 def _weight(root: Root, node: gs.Node, axis: int | None) -> Weight:
-    """axis: of the output channels, as the node sees the weight."""
+    """The weight of a node.  axis: axis of the output channels, as the node sees the weight."""
     return Weight(
         name=root.name,
         op=node.op,
@@ -243,7 +243,7 @@ def _weight(root: Root, node: gs.Node, axis: int | None) -> Weight:
 
 
 def _why_exact(root: Root) -> str | None:
-    """Why values that reach results themselves have to stay exact; None where they need not."""
+    """Why values that reach results directly must stay exact; None if they need not."""
     values = np.unique(root.load().astype(np.float64))
     if not np.isfinite(values).all():
         return "contains infinite values or NaN, as masks do"
@@ -257,13 +257,13 @@ def _why_exact(root: Root) -> str | None:
 
 
 def _why_fixed(root: Root) -> str | None:
-    """Why a small kernel that nobody trained stays exact; None for others."""
+    """Why a small handwritten kernel stays exact; None for others."""
     small = math.prod(root.shape) <= LARGEST_FIXED
     return "has whole multiples of one number, as fixed kernels do" if small and is_fixed_kernel(root.load()) else None
 
 
 def _why_computed(tensor: gs.Tensor) -> str | None:
-    """Why a weight that is no constant stays; None when it is plainly an activation (an input of the model)."""
+    """Why a weight that is not a constant is skipped; None if it is clearly an activation (an input of the model)."""
     if not tensor.inputs:
         return "is an input of the model, not a constant"
     producer = tensor.inputs[0]
@@ -304,7 +304,7 @@ def _emitted_type(root: Root) -> int:
 
 
 def _bytes(tensor: gs.Constant) -> int:
-    """What the values take in the file."""
+    """The size of the values in the file, in bytes."""
     kind = tensor.dtype if isinstance(tensor.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     return math.prod(int(n) for n in tensor.shape) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
 

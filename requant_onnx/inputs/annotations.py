@@ -1,8 +1,8 @@
 """Labels for detectors: boxes from a file in COCO format, in the coordinates of the images that a model takes.
 
 https://cocodataset.org/#format-data: images with id and file_name; annotations with image_id, category_id, bbox [x, y, w, h]
-and, if the box holds a crowd, iscrowd = 1; categories with id.  Boxes go through the resizing and cropping of their image; those
-whose center is cropped away are dropped, and the others are cut off at the edge.
+and, if the box holds a crowd, iscrowd = 1; categories with id.  Boxes are resized and cropped with their image; those
+whose center is cropped away are dropped, and the others are clipped at the edge.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class ObjectLabels:
-    """The objects of images.  categories: all ids, in order: class k of a model is the k-th of them.  images: one item for each."""
+    """The objects of images.  categories: all ids in order; class k of a model is the k-th one.  images: one item per image."""
 
     categories: tuple[int, ...]
     images: tuple[Objects, ...]
@@ -47,7 +47,7 @@ class ObjectLabels:
 def load_objects(path: Path, images: FolderImages) -> ObjectLabels:
     """The boxes of a file for images in a directory.  Raises DataError if it is not in COCO format, or does not list an image.
 
-    An image is found by its file_name, or by the end of its path; images of the file that are not in the directory are skipped.
+    An image is matched by its file_name, or by the end of its path; images of the file that are not in the directory are skipped.
     """
     document = _document(path)
     try:
@@ -80,8 +80,8 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _objects(rows: list[list[float]], categories: tuple[int, ...]) -> Objects:
-    """rows: x, y, width, height, category and crowd of each object.  Raises ValueError."""
-    values = np.array(rows, np.float64).reshape(-1, 6)  # raises ValueError where a box has another number of values
+    """The objects of an image.  rows: x, y, width, height, category and crowd of each object.  Raises ValueError if invalid."""
+    values = np.array(rows, np.float64).reshape(-1, 6)  # raises ValueError if a box has the wrong number of values
     if not np.isfinite(values).all() or (values[:, 2:4] < 0).any():
         raise ValueError("a bbox is not a list of x, y, width and height")
     if not np.isin(values[:, 4], categories).all():
@@ -91,7 +91,7 @@ def _objects(rows: list[list[float]], categories: tuple[int, ...]) -> Objects:
 
 
 def _name_in(known: Mapping[str, Objects], image: Path, path: Path) -> str:
-    """The file_name of an image: the longest end of its path that is listed."""
+    """The listed file_name of an image: the longest end of its path that is listed."""
     parts = image.parts
     for start in range(len(parts)):
         name = "/".join(parts[start:])
@@ -101,7 +101,7 @@ def _name_in(known: Mapping[str, Objects], image: Path, path: Path) -> str:
 
 
 def mapped(objects: Objects, pipeline: Pipeline, size: tuple[int, int]) -> Objects:
-    """The objects as they are in the image that the pipeline makes of one of this size, (width, height)."""
+    """The objects after the pipeline has processed their image.  size: (width, height) of the image before."""
     resized, left, top = pipeline.places(size)
     scale = np.array(resized) / np.array(size)
     boxes = objects.boxes * np.tile(scale, 2) - np.array([left, top, left, top])

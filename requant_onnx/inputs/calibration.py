@@ -15,11 +15,11 @@ from requant_onnx.inputs.images import ImageSet, Normalization
 
 DEFAULT_COUNT = 256
 DEFAULT_MEMORY = 1 << 28
-SPARE = 32  # feeds kept beyond those asked for, for the self-check
-OTHER_SEED = 104729  # added to the seed, for noise that a calibration has not seen
-NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, near those of any natural images
-GRAY = Normalization((0.449,), (0.226,))  # the means of these, for images of another number of channels
-NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images reach further (measured: tools/results.md)
+SPARE = 32  # feeds kept beyond `count`, for the self-check
+OTHER_SEED = 104729  # added to the seed for noise that a calibration has not used
+NATURAL = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, close to those of natural images in general
+GRAY = Normalization((0.449,), (0.226,))  # the averages of these, for images with another number of channels
+NOISE_HEADROOM = 1.5  # factor on ranges measured on noise, because images have wider ranges (measured: tools/results.md)
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class CalibrationDataReader(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration inputs: `count` images chosen at random, the first `count` feeds, or, without both, `count` images of noise.
+    """Calibration inputs: `count` images chosen at random, the first `count` feeds, or, with neither, `count` images of noise.
 
     images: images to choose from.  feeds: inputs by name, for a model with any inputs (see `from_feeds`).
     normalization: normalization of uint8 images (default: pixel / 255) and of noise (default: the one of ImageNet).
@@ -78,7 +78,7 @@ class Calibration:
         return NOISE_HEADROOM if self.is_noise else 1.0
 
     def unseen(self, count: int) -> tuple[Calibration, bool]:
-        """At most `count` inputs that this calibration does not use, and True; if there are none, its own, and False."""
+        """At most `count` inputs that this calibration does not use, and True; if there are none, its own inputs, and False."""
         if self.is_noise:
             return replace(self, count=count, seed=self.seed + OTHER_SEED), True
         if self.feeds:

@@ -1,4 +1,4 @@
-"""Inputs of a model by name, from an .npz file with one array for each input."""
+"""Inputs of a model by name, from an .npz file with one array per input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BY_NAME = "give the inputs by name: FILE.npz, written with numpy.savez('FILE.npz
 
 @dataclass(frozen=True)
 class FeedSet:
-    """Inputs by name on which models are compared, one run each, without labels."""
+    """Inputs by name for comparing models, one run each, without labels."""
 
     rows: tuple[Feed, ...]
     y = None
@@ -38,7 +38,7 @@ class FeedSet:
         return FeedSet(self.rows[:count])
 
     def part(self, start: int, end: int) -> FeedSet:
-        """The rows from `start` to before `end`."""
+        """The rows from `start` up to, not including, `end`."""
         return FeedSet(self.rows[start:end])
 
     def fingerprint(self) -> bytes:
@@ -51,7 +51,7 @@ class FeedSet:
 
 @contextlib.contextmanager
 def opened_npz(path: Path) -> Iterator[Mapping[str, GenericArray]]:
-    """The arrays of an .npz file, read when they are asked for.  Raises DataError when it cannot be read."""
+    """The arrays of an .npz file, read on access.  Raises DataError when it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
@@ -62,9 +62,10 @@ def opened_npz(path: Path) -> Iterator[Mapping[str, GenericArray]]:
 
 
 def holds_images(path: Path, shapes: Shapes) -> bool:
-    """Whether an .npz file holds images for a model of these inputs, as x, and not its inputs by name.
+    """Whether an .npz file holds images as x for a model with these inputs, not its inputs by name.
 
-    A model of one input gets images where both have four dimensions.  Raises DataError when the file cannot be read.
+    Only a model with one input takes images; if that input is named x, both must have four dimensions.  Raises DataError when the
+    file cannot be read.
     """
     with opened_npz(path) as arrays:
         if "x" not in arrays or len(shapes) != 1:
@@ -75,11 +76,11 @@ def holds_images(path: Path, shapes: Shapes) -> bool:
 
 
 def load_feeds(path: Path, shapes: Shapes) -> list[dict[str, GenericArray]]:
-    """Load the inputs of a model by name.  Each array holds one row for each feed, and is cut by the shape of its input:
+    """Load the inputs of a model by name.  Each array is cut into rows, one per feed, by the shape of its input.
 
-    of its rank: along the first axis, `shape[0]` at a time, 1 where that is free; of one dimension more: along that.  An array that
-    makes one row is repeated where others make more.
-    Raises DataError when the file cannot be read, lacks an input, or its arrays make different numbers of rows.
+    An array with the rank of the input is cut along the first axis, `shape[0]` at a time (1 if free); an array with one more
+    dimension, along that dimension.  An array with one row is repeated if others have more.
+    Raises DataError when the file cannot be read, lacks an input, or has arrays with different numbers of rows.
     """
     with opened_npz(path) as arrays:
         missing = sorted(shapes.keys() - set(arrays))

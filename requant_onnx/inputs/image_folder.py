@@ -18,9 +18,9 @@ from requant_onnx.numerics.arrays import Int64Array, UInt8Array
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-UNREADABLE = 0.01  # share of the images that may be damaged, and is skipped
+UNREADABLE = 0.01  # largest share of damaged images, which are skipped
 END_OF_JPEG, TAIL = b"\xff\xd9", 1 << 12
-DEEP = 1 << 8  # levels of a 16-bit image for one of 8 bits
+DEEP = 1 << 8  # 16-bit levels per 8-bit level
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Pipeline:
             raise ConfigError(f"the resize length {self.resize} and the crop {self.crop} must be 1 to 16384 pixels")
 
     def apply(self, image: Any) -> Any:
-        """Resize and crop an image of Pillow."""
+        """Resize and crop a Pillow image."""
         size, left, top = self.places(image.size)
         if size != image.size:
             image = image.resize(size, _pillow().Image.Resampling.BILINEAR)
@@ -51,7 +51,7 @@ class Pipeline:
         return image
 
     def places(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
-        """Where pixels go: (width, height) after resizing, and left and top of the crop in that.  size: (width, height) before."""
+        """The geometry: (width, height) after resizing, and left and top of the crop in it.  size: (width, height) before."""
         if self.resize is not None and not (self.only_others and size[::-1] == self.crop):
             other = int(self.resize * max(size) / min(size))
             size = (self.resize, other) if size[0] <= size[1] else (other, self.resize)
@@ -86,7 +86,7 @@ class FolderImages:
         return pixels
 
     def subset(self, which: slice | Sequence[int]) -> FolderImages:
-        """Some of the images, still not decoded."""
+        """Some of the images, not yet decoded."""
         chosen = self.paths[which] if isinstance(which, slice) else tuple(self.paths[k] for k in which)
         return replace(self, paths=chosen)
 
@@ -109,8 +109,8 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
     """Open the images of a directory: (images, labels).
 
     As in torchvision's ImageFolder, each subdirectory is a class, in the order of names; images in the directory itself have no
-    labels.  Raises DataError when there is no image, some are next to subdirectories of images, or the first cannot be read; an
-    unreadable later image raises it when it is decoded.
+    labels.  Raises DataError when there is no image, a directory has both images and subdirectories of images, or more than a
+    share UNREADABLE of the images is damaged; an image whose damage shows only in decoding raises it then.
     """
     try:
         unlabeled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
@@ -126,7 +126,7 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
     readable = [_is_whole(path) for path in given]
     unreadable = tuple(path for path, good in zip(given, readable, strict=True) if not good)
     if len(unreadable) > UNREADABLE * len(given):
-        _decoded(unreadable[0], pipeline)  # whose error says more
+        _decoded(unreadable[0], pipeline)  # raises a more specific error
         raise DataError(
             f"'{unreadable[0]}' and {len(unreadable) - 1} others of {len(given)} images are damaged; fix or remove them"
         )
@@ -137,7 +137,7 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(width, height) of an image, of which little is read.  Raises DataError."""
+    """The (width, height) of an image, read from the start of the file.  Raises DataError."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:
@@ -147,7 +147,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file seems undamaged, without decoding it where its end or its checksums tell."""
+    """Whether a file seems undamaged; it is decoded only if its end or its checksums do not show that."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:
@@ -181,7 +181,7 @@ def _decoded(path: Path, pipeline: Pipeline) -> UInt8Array:
 
 
 def _of_8_bits(image: Any) -> Any:
-    """An image of 16 bits, scaled; Pillow would cut it off at 255."""
+    """A 16-bit image scaled to 8 bits; Pillow would clip it at 255."""
     if not image.mode.startswith("I"):
         return image
     return _pillow().Image.fromarray((np.asarray(image, np.int64) // DEEP).clip(0, 255).astype(np.uint8))

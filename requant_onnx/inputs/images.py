@@ -1,4 +1,4 @@
-"""Images, with labels for validation: CIFAR in its official binary layout, an .npz file, or a directory of images.
+"""Images, with labels for validation: CIFAR in its official binary format, an .npz file, or a directory of images.
 
 CIFAR layout: https://www.cs.toronto.edu/~kriz/cifar.html ("Binary version"); a record is the label bytes
 (CIFAR-10: 1; CIFAR-100: coarse, fine), then 3072 bytes, channel by channel, row by row.
@@ -25,13 +25,13 @@ from requant_onnx.numerics.arrays import Float32Array, GenericArray, Int64Array,
 Pixels: TypeAlias = "UInt8Array | Float32Array"
 Images: TypeAlias = "Pixels | FolderImages"
 PIXELS = 3 * 32 * 32
-CHANNELS = (1, 3, 4)  # an axis of so many is that of channels
-MAX_VALUES = 1 << 29  # largest number of values of images that are generated or padded; 2 GB
+CHANNELS = (1, 3, 4)  # sizes that identify the channel axis
+MAX_VALUES = 1 << 29  # largest number of values in generated or padded images; 2 GB
 CIFAR_MEAN_STD = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
 }
-"""The mean and standard deviation of each channel of each train split, for pixels in 0..1."""
+"""The channel means and standard deviations of each train split, for pixels in 0..1."""
 
 _FILES = {
     ("cifar10", "train"): ("cifar-10-batches-bin", [f"data_batch_{k}.bin" for k in range(1, 6)]),
@@ -46,7 +46,7 @@ _LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 class ImageSet:
     """Images and, if known, their labels.
 
-    x: uint8 pixels 0..255 or float32 values that are already normalized, (n, c, h, w), n >= 1.
+    x: uint8 pixels 0..255 or normalized float32 values, (n, c, h, w), n >= 1.
     FolderImages behave like such an array.
     y: class indices, (n,) int64, or None.
     objects: labeled objects in each image, for detectors, or None.
@@ -78,7 +78,7 @@ class ImageSet:
         return self if count is None else self._subset(slice(count))
 
     def part(self, start: int, end: int) -> ImageSet:
-        """The images from `start` to before `end`."""
+        """The images from `start` up to, not including, `end`."""
         return self._subset(slice(start, end))
 
     def fingerprint(self) -> bytes:
@@ -88,13 +88,13 @@ class ImageSet:
         return repr((self.x.shape, self.x.dtype.str)).encode() + hashlib.sha256(np.ascontiguousarray(self.x).data).digest()
 
     def drawn(self, count: int, seed: int) -> ImageSet:
-        """Choose `count` images at random, in their order, or all if there are no more.  The same seed chooses the same images."""
+        """Choose `count` images at random (all if there are no more), in order.  The same seed chooses the same images."""
         if count >= len(self.x):
             return self
         return self._subset(np.sort(np.random.default_rng(seed).choice(len(self.x), count, replace=False)))
 
     def not_drawn(self, count: int, seed: int) -> ImageSet:
-        """The images that `drawn` does not choose, in their order."""
+        """The images that `drawn` does not choose, in order."""
         if count >= len(self.x):
             return self._subset(slice(0, 0))
         chosen = np.random.default_rng(seed).choice(len(self.x), count, replace=False)
@@ -138,9 +138,9 @@ class Normalization:
 
 
 def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, Float32Array]]:
-    """Batches (start, x) of `size` images; the last is smaller, or, where the size is fixed, padded with copies of its last image.
+    """Batches (start, x) of `size` images; the last is smaller, or, if the size is fixed, padded with copies of its last image.
 
-    Raises DataError where a fixed size is too large to be held.
+    Raises DataError if a fixed size does not fit in memory.
     """
     if fixed and size * math.prod(images.x.shape[1:]) > MAX_VALUES:
         raise DataError(f"the model takes batches of {size} images, too many for the memory; export it with a smaller batch")

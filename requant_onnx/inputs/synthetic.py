@@ -18,11 +18,11 @@ MEAN, STD = 0.47, 0.25  # brightness of shapes, in 0..1: about that of the train
 COLOR = 0.1  # standard deviation of a channel about the brightness of its shape
 SHADING = 0.2  # standard deviation of the change of brightness along the longer side, within a shape
 TEXTURE = 0.04  # standard deviation of the 1/f texture
-COMMON = 0.95  # correlation of two channels of the texture
+COMMON = 0.95  # correlation between two channels of the texture
 SMALLEST, LARGEST = 2.0, 0.7  # radius of a shape: in pixels, and as a fraction of the longer side
 SHAPES = 400  # largest number of shapes in a 32x32 image; proportional to the number of pixels
-WINDOW = 16  # pixels, squared: a shape within is small
-SMALLEST_BATCH = 64  # shapes whose boxes are looked up at once; each batch is twice as large as the one before
+WINDOW = 16  # side of a square, in pixels; shapes inside it are small
+SMALLEST_BATCH = 64  # shapes whose boxes are looked up at once; each batch is twice as large as the last
 
 
 def noise_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> UInt8Array:
@@ -43,8 +43,8 @@ def noise_images(count: int, channels: int, height: int, width: int, seed: int =
 class _Leaves:
     """Ellipses and rectangles from front to back; the last one is the background.  Each array is (shapes, ...).
 
-    radius: in pixels.  center: row and column.  angle: in radians.  stretch: of one axis; the other one shrinks by it.
-    color: of each channel, at the center.  slope: change of the color for a row and for a column.
+    radius: radius, in pixels.  center: row and column.  angle: in radians.  stretch: factor on one axis, divisor of the other.
+    color: color of each channel at the center.  slope: change of color per row and per column.
     """
 
     radius: Float64Array
@@ -56,7 +56,7 @@ class _Leaves:
     is_round: npt.NDArray[np.bool_]
 
     def boxes(self, height: int, width: int) -> Int64Array:
-        """Bounds of each shape inside the image, (shapes, 4): top, bottom, left, right; empty boxes for shapes outside."""
+        """The bounds of each shape within the image, (shapes, 4): top, bottom, left, right; empty boxes for shapes outside."""
         long, short = self.radius * self.stretch, self.radius / self.stretch
         cosine, sine = np.abs(np.cos(self.angle)), np.abs(np.sin(self.angle))
         reach = [
@@ -80,7 +80,7 @@ class _Leaves:
 
 
 def _drawn(generator: np.random.Generator, channels: int, height: int, width: int) -> _Leaves:
-    """Draw the shapes of an image; colors in 0..1 except for the tails of the distributions."""
+    """Draw the shapes of an image; colors are in 0..1 except in the tails of the distributions."""
     side, count = max(height, width), max(1, SHAPES * height * width // 32**2)
     smallest, largest = min(SMALLEST, LARGEST * side), LARGEST * side
     return _Leaves(
@@ -104,7 +104,7 @@ def _painted(leaves: _Leaves, height: int, width: int) -> Float64Array:
 def _front(leaves: _Leaves, height: int, width: int) -> Int64Array:
     """The first shape that covers each pixel, (height, width); the last shape is the background."""
     last = leaves.radius.size - 1
-    front = np.full((height + WINDOW, width + WINDOW), last)  # windows of small shapes may reach over the edge
+    front = np.full((height + WINDOW, width + WINDOW), last)  # windows of small shapes may extend beyond the edge
     free = np.zeros(front.shape, np.bool_)
     free[:height, :width] = True
     boxes = leaves.boxes(height, width)
@@ -140,7 +140,7 @@ def _sums(mask: npt.NDArray[np.bool_], boxes: Int64Array) -> Int64Array:
 
 
 def _fields(white: Float64Array, amplitude: Float64Array) -> Float64Array:
-    """Gaussian fields with the amplitude spectrum `amplitude`, mean 0 and standard deviation 1.  white: white noise, (n, h, w)."""
+    """Gaussian fields with amplitude spectrum `amplitude`, mean 0 and standard deviation 1.  white: white noise, (n, h, w)."""
     fields = np.fft.irfft2(np.fft.rfft2(white) * amplitude, s=white.shape[1:])
     deviation = fields.std(axis=(1, 2), keepdims=True)
     return np.asarray(fields / np.where(deviation > 0.0, deviation, 1.0))

@@ -19,7 +19,7 @@ from requant_onnx.numerics.parallel import slices
 from requant_onnx.numerics.ranges import RowRanges, row_ranges, symmetric_ranges
 from requant_onnx.numerics.search import search_alpha
 
-HALF = 1 << 13  # bins to either side of zero
+HALF = 1 << 13  # bins on either side of zero
 CHUNK = 1 << 18  # values counted at once
 BITS = 8
 PERCENTILE = 99.99  # percentile of all values, zeros included
@@ -54,7 +54,7 @@ class ActivationGrid:
 
 @dataclass
 class Histogram:
-    """Counts of values in bins of one width; where a value lies outside all bins, pairs of bins are joined until it does not.
+    """Counts of values in bins of equal width; when a value lies outside all bins, pairs of bins are joined until it does not.
 
     counts: numbers of values in the bins [k * width, (k + 1) * width), k = -HALF .. HALF - 1, (2 * HALF,); zeros are not counted.
     width: width of a bin, 0 before the first value.  low, high: extremes, zero included.  seen: number of values, zeros included.
@@ -109,8 +109,8 @@ def activation_grid(
 ) -> ActivationGrid:
     """Choose the grid for the counted values; its scale is 1 when all are zero.
 
-    headroom: factor on the range, where values larger than the counted ones are expected.  ceiling: upper bound of the range.
-    alpha: factor on the range of all values, where it is known; else the method says.
+    headroom: factor on the range, if values larger than the counted ones are expected.  ceiling: upper bound of the range.
+    alpha: factor on the range of all values; None to derive it by `method`.
     symmetric: whether the zero point is in the middle.  signed: whether codes are -128 .. 127.
     """
     low, high = histogram.low, histogram.high
@@ -130,7 +130,7 @@ def activation_grid(
 
 
 def least_squares_alpha(histogram: Histogram, ranges: RowRanges) -> float:
-    """The factor on a range, in (0, 1], with which the counted values have the least squared error."""
+    """The factor on a range, in (0, 1], at which the counted values have the least squared error."""
     middles, counts = histogram.centers()
     return float(search_alpha(middles[None], ranges, level_table(BITS, UNIFORM), counts[None])[0])
 
@@ -147,7 +147,7 @@ def _percentile(histogram: Histogram) -> tuple[float, float]:
 
 
 def _joined(counts: Int64Array) -> Int64Array:
-    """Join pairs of bins: bin k goes into bin k // 2, so that zero stays an edge."""
+    """Join pairs of bins: bin k becomes part of bin k // 2, so that zero stays an edge."""
     joined = np.zeros_like(counts)
     joined[HALF // 2 : HALF // 2 + HALF] = counts.reshape(-1, 2).sum(1)
     return joined

@@ -1,4 +1,4 @@
-"""Convert outputs of detectors to boxes: one function for each kind of head, which returns None if the outputs do not match.
+"""Convert outputs of detectors to boxes: one function per kind of head, which returns None if the outputs do not match.
 
 N anchors: the cells of strides 8, 16 and 32, once or three times (P6 nets add 64).
 Cells of YOLOX (Ge et al. 2021, arXiv 2107.08430): center (t + cell) * stride, size exp(t) * stride.
@@ -15,11 +15,11 @@ from requant_onnx.numerics.arrays import AnyArray, Float64Array
 from requant_onnx.numerics.detections import Candidates
 
 STRIDES = (8, 16, 32, 64)
-LONGEST = 30.0  # of the logarithms of sizes; exp of a broken one would be infinite
+LONGEST = 30.0  # limit on the logarithms of sizes, so that exp of a corrupt one stays finite
 
 
 class Batch(NamedTuple):
-    """images: in the batch.  size: height and width of them, None where the model takes none.  told: whether the head is named."""
+    """A batch.  images: number of images.  size: their height and width, None without images.  told: whether the head is named."""
 
     images: int
     size: tuple[int, int] | None
@@ -27,13 +27,13 @@ class Batch(NamedTuple):
 
 
 def anchors_of(height: int, width: int) -> set[int]:
-    """How many anchors heads of the YOLO family have on such images."""
+    """The numbers of anchors that heads of the YOLO family have for images of this size."""
     cells = [-(-height // stride) * -(-width // stride) for stride in STRIDES]
     return {times * sum(cells[:levels]) for times in (1, 3) for levels in (3, 4)}
 
 
 def _anchor_rows(outputs: Sequence[AnyArray], batch: Batch, axis: int, fewest: int) -> Float64Array | None:
-    """The first output with a row of `fewest` values or more for each anchor, (n, N, values).  axis: usually of the anchors."""
+    """The first output with a row of at least `fewest` values per anchor, (n, N, values).  axis: usual axis of the anchors."""
     expected = set() if batch.size is None else anchors_of(*batch.size)
     for output in outputs:
         if output.ndim != 3 or output.shape[0] != batch.images:
@@ -49,13 +49,13 @@ def _anchor_rows(outputs: Sequence[AnyArray], batch: Batch, axis: int, fewest: i
 
 
 def yolo(axis: int, objectness: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
-    """Center, size and scores of each anchor, decoded.  axis: of the anchors.  objectness: whether it comes before the scores."""
+    """Read decoded centers, sizes and scores.  axis: axis of the anchors.  objectness: whether it precedes the scores."""
     rows = _anchor_rows(outputs, batch, axis, 6 if objectness else 5)
     return None if rows is None else [_of_rows(each, objectness) for each in rows]
 
 
 def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
-    """Center, size, objectness and scores of each cell, not decoded: then some sizes are negative, which decoded ones never are."""
+    """Read undecoded centers, sizes, objectness and scores of cells; some undecoded sizes are negative, decoded ones never are."""
     rows = _anchor_rows(outputs, batch, 1, 6)
     if rows is None or batch.size is None or not (batch.told or (rows[..., 2:4] < 0.0).any()):
         return None
@@ -69,13 +69,13 @@ def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
 
 
 def _cells(height: int, width: int, stride: int) -> Float64Array:
-    """(x, y, stride) of each cell, row by row."""
+    """The (x, y, stride) of each cell, row by row."""
     y, x = np.mgrid[: -(-height // stride), : -(-width // stride)]
     return np.stack([x.ravel(), y.ravel(), np.full(x.size, stride)], 1).astype(np.float64)
 
 
 def _of_rows(rows: Float64Array, objectness: bool) -> Candidates:
-    """Rows of center, size and scores, one for each anchor, which names its best class."""
+    """The candidates in rows of center, size and scores, one per anchor, each with its best class."""
     scores = rows[:, 5:] * rows[:, 4:5] if objectness else rows[:, 4:]
     return _best(_corners(rows[:, :4]), scores)
 
@@ -90,7 +90,7 @@ def _best(boxes: Float64Array, scores: Float64Array) -> Candidates:
 
 
 def listed(score: int, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
-    """One output that lists corners, score and class.  score: its column, behind the corners; the class is in the other one."""
+    """Read an output that lists corners, score and class.  score: column of the score, 4 or 5; the class is in the other."""
     if len(outputs) != 1 and not batch.told:
         return None
     for output in outputs:
@@ -105,7 +105,7 @@ def listed(score: int, outputs: Sequence[AnyArray], batch: Batch) -> list[Candid
 
 
 def _parts(rows: Float64Array, images: int) -> list[Float64Array] | None:
-    """The six columns of a list, image by image."""
+    """The six columns of a list, for each image."""
     if rows.ndim == 3 and rows.shape[-1] == 6 and len(rows) == images:
         return list(rows)
     if rows.ndim == 2 and rows.shape[-1] == 7:
@@ -114,7 +114,7 @@ def _parts(rows: Float64Array, images: int) -> list[Float64Array] | None:
 
 
 def boxes(order: Sequence[int], centered: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
-    """An output of boxes next to one of scores, with or without one of labels.  order: the columns of x, y, x, y."""
+    """Read an output of boxes and one of scores, with or without one of labels.  order: columns of x, y, x, y."""
     found = [output for output in outputs if output.ndim in (2, 3) and output.shape[-1] == 4]
     if len(found) != 1:
         return None
@@ -135,7 +135,7 @@ def boxes(order: Sequence[int], centered: bool, outputs: Sequence[AnyArray], bat
 
 
 def _scores_and_labels(pair: Sequence[AnyArray]) -> tuple[AnyArray, AnyArray] | None:
-    """Which of two outputs are the scores: labels are whole numbers, and the larger ones where nothing was found."""
+    """Tell two outputs apart, (scores, labels): labels are integers, and if both are, the ones with the larger maximum."""
     if len(pair) != 2:
         return None
     scores, labels = sorted(pair, key=lambda y: (y.dtype.kind in "iu", bool((y == np.rint(y)).all()), y.max(initial=0)))

@@ -6,8 +6,8 @@ thresholds t_j and the levels m_0 .. m_K has the squared error
     sum (u - m_q)**2  =  sum u**2  -  2 A  +  B,
     A = m_K P(n) + sum_j (m_j - m_j+1) P(t_j),     B = m_K**2 n + sum_j (m_j**2 - m_j+1**2) N(t_j),
 
-where P(t) sums and N(t) counts the elements below t: one binary search for each of the K thresholds, whatever the number
-of weights.  An element with the importance h counts h times in every sum (a histogram's bin, or a diagonal Hessian).
+where P(t) sums and N(t) counts the elements below t: one binary search for each of the K thresholds, regardless of the number
+of weights.  An element of importance h counts h times in every sum (a histogram's bin, or a diagonal Hessian).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from requant_onnx.numerics.levels import LevelTable
 from requant_onnx.numerics.parallel import slices
 from requant_onnx.numerics.ranges import RowRanges
 
-LONG = 1 << 18  # weights of a row from which on memory counts for more than time
+LONG = 1 << 18  # number of weights in a row from which memory matters more than time
 
 
 @dataclass(frozen=True)
 class Curves:
     """The error curves of rows of weights.
 
-    w: sorted weights, (rows, n), float64, of long rows float32.  u: values whose error is measured, (rows, n).
-    h: importance of each element, (rows, n), or None where all are 1.
-    sums, squares: running sums of h * u and h * u**2, (rows, n+1); of long rows, squares are None.
+    w: sorted weights, (rows, n), float64, or float32 for long rows.  u: values whose error is measured, (rows, n).
+    h: importance of each element, (rows, n), or None if all are 1.
+    sums, squares: running sums of h * u and h * u**2, (rows, n+1); squares are None for long rows.
     total: sums of h * u**2, (rows, 1).
-    counts: running sums of h, (rows, n+1), or None with h.
+    counts: running sums of h, (rows, n+1), or None if h is None.
     thresholds, levels: whole tables, (2K,) and (2K+1,), in units of their scale.
     start: first level of each row, (rows,).  steps: steps at alpha = 1, (rows,).  power: 1/a.  in_weights: whether u is w.
-    is_nearest: whether a weight goes to the level of least error.
+    is_nearest: whether a weight is rounded to the level of least error.
     """
 
     w: AnyArray
@@ -56,7 +56,7 @@ class Curves:
 
     @property
     def max_code(self) -> int:
-        """K, one less than there are levels."""
+        """K, the number of levels minus 1."""
         return self.thresholds.size // 2
 
     @property
@@ -76,7 +76,7 @@ class Curves:
         return self._error(self.level_scale(alphas), a, b)
 
     def errors_and_vertices(self, alphas: Float64Array) -> tuple[Float64Array, Float64Array]:
-        """`errors`, and the alpha of least error, at most 1, if no weight changed its level; both (rows, points)."""
+        """The result of `errors`, and the alpha of least error, at most 1, if no weight changed its level; both (rows, points)."""
         a, b = self._a_and_b(alphas)
         scales = self.level_scale(alphas)
         best = np.divide(a, b, out=scales.copy(), where=(a > 0.0) & (b > 0.0))
@@ -84,7 +84,7 @@ class Curves:
         return self._error(scales, a, b), np.minimum(vertices, 1.0)
 
     def clipping(self, alphas: Float64Array) -> Float64Array:
-        """The part of `errors` that elements outside the range cause, (rows, points); it only grows as alpha falls."""
+        """The part of `errors` caused by elements outside the range, (rows, points); it only grows as alpha falls."""
         scales = self.level_scale(alphas)
         edges = scales * self.levels[self.start, None], scales * self.levels[self.start + self.max_code, None]
         low, high = (_positions(self.u, edge) for edge in edges)
@@ -111,7 +111,7 @@ class Curves:
         return np.asarray(scales**self.power) if self.in_weights else scales
 
     def _a_and_b(self, alphas: Float64Array) -> tuple[Float64Array, Float64Array]:
-        """A and B of the module in units of the scale, each (rows, points)."""
+        """The A and B of the module docstring, in units of the scale, each (rows, points)."""
         scales = (alphas * self.steps[:, None]) ** self.power
         return self._by_weights(scales) if self.w.shape[1] < self.max_code else self._by_thresholds(scales)
 
@@ -203,7 +203,7 @@ def error_curve(
 def _running(values: AnyArray) -> Float64Array:
     """Running sums from 0, (rows, n+1)."""
     sums = np.zeros((len(values), values.shape[1] + 1))
-    for piece in slices(values.shape[1], LONG):  # NumPy makes a float64 copy of what it sums
+    for piece in slices(values.shape[1], LONG):  # NumPy converts what it sums to float64
         np.cumsum(values[:, piece], axis=1, dtype=np.float64, out=sums[:, piece.start + 1 : piece.stop + 1])
         sums[:, piece.start + 1 : piece.stop + 1] += sums[:, piece.start, None]
     return sums
@@ -219,8 +219,8 @@ def _energy(values: AnyArray, times: AnyArray | None) -> float:
 
 
 def _positions(rows: AnyArray, bounds: Float64Array) -> Int64Array:
-    """The number of elements of each sorted row below each bound of the row, (rows, bounds)."""
-    if rows.dtype == np.float32:  # an element is below a bound where it is below the next float32 that is not smaller
+    """The number of elements of each sorted row below each of its bounds, (rows, bounds)."""
+    if rows.dtype == np.float32:  # an element is below a bound if it is below the smallest float32 that is not below the bound
         with np.errstate(over="ignore"):
             rounded = bounds.astype(np.float32)
         bounds = np.where(rounded < bounds, np.nextafter(rounded, np.float32(np.inf)), rounded)

@@ -1,7 +1,7 @@
 """Objects that a detector finds in an image, without weak ones and duplicates, and their matches between two models.
 
 Boxes are corners x1, y1, x2, y2 in the unit of the model; a match needs the same class and an overlap, which has no unit.
-Duplicates are dropped greedily, class by class, the strongest objects first.
+Duplicates are dropped greedily, class by class, in descending order of score.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import Float64Array, Int64Array
 
-MOST = 300  # detections of an image
+MOST = 300  # largest number of detections in an image
 OVERLAPS = (0.5, 0.75)
 
 
 class Limits(NamedTuple):
-    """score: below it a detection counts for nothing.  suppression: overlap above which the weaker of two of a class is dropped."""
+    """score: least score that counts.  suppression: overlap above which the weaker of two objects of a class is dropped."""
 
     score: float
     suppression: float
 
 
-ALIKE = Limits(0.25, 0.45)  # of detections that are shown to users, and are to be found again
-JUDGED = Limits(0.001, 0.65)  # as evaluations on COCO have it: weak ones cost a mAP nothing, and may add to it
+ALIKE = Limits(0.25, 0.45)  # for detections that are shown to users, and matched between models
+JUDGED = Limits(0.001, 0.65)  # as usual in evaluations on COCO: weak detections never lower a mAP, and may raise it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All that a head says of one image, weak ones included, as in Detections.  doubled: whether it names objects repeatedly."""
+    """All detections of a head in one image, including weak ones.  doubled: whether the head outputs duplicates."""
 
     boxes: Float64Array
     scores: Float64Array
@@ -47,7 +47,7 @@ class Candidates:
     doubled: bool
 
     def above(self, limits: Limits) -> Detections:
-        """The strongest of them, MOST at most, strong ones first; where they are doubled, without repetitions."""
+        """The strongest candidates, at most MOST, in descending order of score; without duplicates if `doubled`."""
         usable = np.isfinite(self.boxes).all(1) & (self.scores >= limits.score)  # NaN is below every score
         order = np.flatnonzero(usable)
         order = order[np.argsort(-self.scores[order], kind="stable")]
@@ -65,7 +65,7 @@ class Candidates:
 
 
 def overlaps(a: Float64Array, b: Float64Array) -> Float64Array:
-    """Intersection over union of each pair of boxes, (len(a), len(b)).  a, b: corners, (k, 4)."""
+    """The intersection over union of each pair of boxes, (len(a), len(b)).  a, b: corners, (k, 4)."""
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     common = np.prod(np.clip(high - low, 0.0, None), 2)
     areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0.0, None), 1) for boxes in (a, b)]
@@ -74,7 +74,7 @@ def overlaps(a: Float64Array, b: Float64Array) -> Float64Array:
 
 
 def matched(reference: Detections, candidate: Detections, overlap: float) -> int:
-    """How many detections of the reference the candidate has too: same class, such an overlap, each counted once."""
+    """The number of the reference's detections that match a detection of the candidate, in class and overlap, one to one."""
     pairs = overlaps(reference.boxes, candidate.boxes)
     pairs[reference.classes[:, None] != candidate.classes[None]] = 0.0
     found = 0

@@ -3,7 +3,7 @@
 The output error of one channel with the weights w, decoded to w_hat, is (w_hat - w) H (w_hat - w)' with H = E[x x'].
 
     feedback    (GPTQ, arXiv 2210.17323)  with H = R R', R upper triangular, the error is the sum over k of the squares of
-                sum_(j <= k) e_j R_jk,  e = w - w_hat:  input by input, w_k is rounded after a correction for those before it,
+                sum_(j <= k) e_j R_jk,  e = w - w_hat:  input by input, w_k is rounded after correcting for those before it,
                 w_k + sum_(j < k) e_j R_jk / R_kk
     descent     change one code at a time while that lowers the error, until none does
     scale       with the levels l fixed, the best scale is (l H w) / (l H l)
@@ -28,11 +28,11 @@ from requant_onnx.numerics.parallel import run_all, slices
 from requant_onnx.numerics.price import Price
 from requant_onnx.numerics.quantize import half_scale
 
-BLOCK = 128  # columns rounded before their errors are pushed into the later ones by one matrix product
-FEW = 16  # columns of a block that push their errors into each other one by one
-ROWS = 256  # of a strip
+BLOCK = 128  # columns rounded before their errors are propagated to later columns by one matrix product
+FEW = 16  # columns of a block whose errors are propagated one by one
+ROWS = 256  # rows per strip
 PASSES = 5  # largest number of passes of the descent
-SMALLEST_GAIN = 1e-12  # of a change, in units of scale**2 * h[j, j]: below it rounding errors could change codes forever
+SMALLEST_GAIN = 1e-12  # least gain of a change, in units of scale**2 * h[j, j], so that rounding errors cannot change codes forever
 REFITS = 3  # largest number of alternations of scale and descent
 
 
@@ -40,7 +40,7 @@ REFITS = 3  # largest number of alternations of scale and descent
 class RowGrid:
     """The grids of rows of weights: w_hat = scale * integers[code + offset], code 0 .. K.
 
-    scale: value of one integer level, (G, rows) float64, at least min_scale, representable in float16 where half is set.
+    scale: value of one integer level, (G, rows) float64, at least min_scale, representable in float16 if half is set.
     offset: K - zero_point, (G, rows) int64.
     """
 
@@ -60,7 +60,7 @@ class RowGrid:
 
 
 def feedback(w: Float64Array, factor: Factor, grid: RowGrid, price: Price | None = None) -> UInt8Array:
-    """Round with error feedback, the inputs of most power first.  w: weights, (G, rows, n).  price: of codes, if they have one."""
+    """Round with error feedback, the inputs of most power first.  w: weights, (G, rows, n).  price: price of codes, if any."""
     order = np.broadcast_to(factor.order[:, None, :], w.shape)
     left = np.take_along_axis(w, order, -1)
     codes = np.empty(w.shape, np.uint8)
@@ -85,7 +85,7 @@ def refine(
 ) -> tuple[UInt8Array, RowGrid]:
     """Lower the output error by coordinate descent from `codes`; with refit, alternate it with the best scale.
 
-    h: second moments of the inputs, (G, n, n), symmetric.  price: of codes, which is then lowered together with the error.
+    h: second moments of the inputs, (G, n, n), symmetric.  price: price of codes, which is minimized together with the error.
     """
     found = np.ascontiguousarray(codes).copy()
     scale = grid.scale.copy()
@@ -129,7 +129,7 @@ def output_error(difference: Float64Array, h: Float32Array | Float64Array) -> Fl
 
 
 def _in_strips(work: Callable[[slice, slice], None], shape: tuple[int, ...]) -> None:
-    """Do it for strips of the groups and rows of an array."""
+    """Run `work` on strips of the groups and rows of an array."""
     groups, rows, n = shape
     if groups == 1 or n > BLOCK:
         run_all([partial(work, slice(g, g + 1), part) for g in range(groups) for part in slices(rows, ROWS)])
@@ -146,7 +146,7 @@ def _part(grid: RowGrid, groups: slice, rows: slice) -> RowGrid:
 def _round_block(
     w: Float64Array, pushed: Float64Array, triangle: Float64Array, grid: RowGrid, price: Price | None
 ) -> tuple[UInt8Array, Float64Array]:
-    """Round the columns of one block in their order, (G, rows, columns).  Returns codes and errors; changes `pushed`.
+    """Round the columns of a block in order, (G, rows, columns).  Returns codes and errors; changes `pushed`.
 
     pushed: sum of e_j R_jk over the columns before the block.  triangle: R of the block, (G, columns, columns).
     """
@@ -171,7 +171,7 @@ def _round_block(
 
 
 def _descend(codes: UInt8Array, gradients: Float32Array, h: Float32Array, grid: RowGrid, price: Price | None) -> None:
-    """Change single codes to the neighboring level as long as that lowers the error, and the price where there is one.
+    """Change single codes to the adjacent level as long as that lowers the error (plus the price, if there is one).
 
     gradients: (w_hat - w) H, (G, rows, n).  Changes codes and gradients.
     """
@@ -190,11 +190,11 @@ def _descend(codes: UInt8Array, gradients: Float32Array, h: Float32Array, grid: 
 
 @dataclass(frozen=True)
 class _Steps:
-    """The steps between the levels of each row, and how steep the error must be for a step to lower it by SMALLEST_GAIN.
+    """The steps between the levels of each row, and the slope of the error at which a step lowers it by SMALLEST_GAIN.
 
     sizes: step to code q from the one below, (G * rows, K+2), infinite for q = 0 and K+1.
     slopes: half the slope in units of H_jj, the same shape:  s * (s H_jj - 2 slope) < -gain  where  slope > H_jj * slopes.
-    prices: half of what the step costs in bits, over its size, the same shape; None where bits cost nothing.
+    prices: half the price of the step's bits, divided by its size, the same shape; None if bits have no price.
     """
 
     sizes: Float64Array
@@ -202,7 +202,7 @@ class _Steps:
     prices: Float64Array | None
 
     def limits(self, power: Float64Array, rows: Int64Array, code: Int64Array | UInt8Array) -> tuple[Float64Array, Float64Array]:
-        """Slopes below which a step up, and above which a step down from a code lowers the error and the price."""
+        """The slopes below which a step up, and above which a step down from a code lowers the error plus the price."""
         with np.errstate(invalid="ignore"):  # inf * 0: neither up nor down
             rise, fall = -power * self.slopes[rows, code + 1], power * self.slopes[rows, code]
         if self.prices is not None:
@@ -217,20 +217,20 @@ def _steps_of(grid: RowGrid, price: Price | None) -> _Steps:
     scale = grid.scale.reshape(-1, 1)
     sizes = np.full((scale.size, grid.table.max_code + 2), np.inf)
     sizes[:, 1:-1] = scale * np.diff(levels.reshape(scale.size, -1))
-    with np.errstate(divide="ignore"):  # levels rounded to the same one: the step gains nothing
+    with np.errstate(divide="ignore"):  # levels rounded to the same value: the step gains nothing
         slopes = (sizes + SMALLEST_GAIN * scale**2 / sizes) / 2
     prices = None if price is None else price.slope * np.diff(price.bits, prepend=0.0, append=0.0) / (2 * sizes)
     return _Steps(sizes, slopes, prices)
 
 
 def _descend_block(codes: UInt8Array, slope: Float64Array, h: Float64Array, steps: _Steps) -> Float64Array | None:
-    """One pass over the columns of a block.  Changes codes; returns the changes of the weights, (G, rows, columns), None for none.
+    """Make one pass over the columns of a block.  Changes codes; returns the changes of the weights, (G, rows, columns), or None.
 
-    All rows look for their next column where a step lowers the error, and make that step at once.
+    All rows find their next column where a step lowers the error, and make that step simultaneously.
     """
     groups, count, columns = codes.shape
     diagonal = np.einsum("gjj->gj", h)
-    diagonal = np.where(diagonal > 0.0, diagonal, np.inf)  # an input without power, by rounding even less, moves no weight
+    diagonal = np.where(diagonal > 0.0, diagonal, np.inf)  # an input of zero power (or, by rounding, less) changes no code
     power = np.repeat(diagonal, count, 0)
     rows, at = np.arange(groups * count), np.arange(columns)
     here, slope = codes.reshape(rows.size, columns), slope.reshape(rows.size, columns)

@@ -1,7 +1,7 @@
-"""The heads of detectors: one row of HEADS for each kind.
+"""The heads of detectors: one row of HEADS per kind.
 
-Only heads whose shapes can hardly be anything else are recognized; the others must be named.  A head that is named may have any
-number of anchors, and its axes in either order.
+Only heads with distinctive shapes are recognized; the others must be named.  A named head may have any number of anchors, and its
+axes in either order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ TASK = "detect:"
 
 @dataclass(frozen=True)
 class Head:
-    """A kind of head.  what: description of its outputs.  read: reads the outputs; it returns None if they are not of this kind.
+    """A kind of head.  what: description of its outputs.  read: reads the outputs; returns None if they are not of this kind.
 
-    ids: whether its classes are category ids of the annotations, not indices.  is_recognized: whether it needs no name.
+    ids: whether its classes are category ids of the annotations, not indices.  is_recognized: whether it need not be named.
     """
 
     what: str
@@ -75,10 +75,10 @@ def head_of(task: str) -> str:
 def find_candidates(
     outputs: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None
 ) -> list[Candidates] | None:
-    """The detections in each image; None if the outputs are not a recognized head.
+    """The detections in each image; None if the outputs are not those of a recognized head.
 
     outputs: outputs of the model, in order.  images: number of images in the batch.  size: (height, width) of the images, or None.
-    head: a key of HEADS, None to recognize it.  Raises DataError if the outputs cannot be that head.
+    head: a key of HEADS, None to recognize it.  Raises DataError if the outputs cannot be those of that head.
     """
     arrays = [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind in "fiu"]
     if head is not None:

@@ -1,4 +1,4 @@
-"""Infer the grid of quantized weights from their values alone, so that files of any tool can be analyzed."""
+"""Infer the grid of quantized weights from their values alone, so that files from any tool can be analyzed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from requant_onnx.numerics.levels import LevelTable, level_table, limited_table
 KINDS = tuple(PowerGrid(exponent) for exponent in (1.0, 1 / 2, 3 / 4, 2 / 3, 1 / 3))
 LIMITS = (64, 127)  # largest absolute values of int8 weights
 MAX_LEVELS = 256
-TOLERANCE, HALF_TOLERANCE = 1e-4, 7e-4  # relative to a level: products rounded to float32, or to float16
-SAMPLED = 4  # rows that are tried first, those with the most levels
+TOLERANCE, HALF_TOLERANCE = 1e-4, 7e-4  # relative to a level, for products rounded to float32 and to float16
+SAMPLED = 4  # rows with the most levels, which are tried first
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class InferredGrid:
 
 
 def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None:
-    """Find the grid of fewest bits, and then of the simplest kind, that contains all rows; None if there is none.
+    """Find the grid with the fewest bits, and then of the simplest kind, that contains all rows; None if there is none.
 
     rows: decoded weights, (rows, n), one row per scale.  half: whether they were rounded to float16.
 
@@ -46,7 +46,7 @@ def infer_grid(rows: Float32Array, *, half: bool = False) -> InferredGrid | None
         return None
     sampled = sorted(levels, key=len)[-SAMPLED:]
     tolerance = HALF_TOLERANCE if half else TOLERANCE
-    for table in _tables(most + 1):  # with zero
+    for table in _tables(most + 1):  # plus zero
         if all(_scale(values, table, tolerance) is not None for values in sampled):
             scales = [_scale(values, table, tolerance) for values in levels]
             if None not in scales:
@@ -63,8 +63,7 @@ def _tables(fewest: int) -> Iterator[LevelTable]:
 
 
 def _scale(levels: Float64Array, table: LevelTable, tolerance: float) -> float | None:
-    """The largest possible value of one integer level with which all values are levels of a table that span no more codes than it
-    has; None where there is none.
+    """The largest value of one integer level at which all values are levels of the table and span at most its codes, or None.
 
     levels: distinct values of a row, without zero.
     """
@@ -81,7 +80,7 @@ def _scale(levels: Float64Array, table: LevelTable, tolerance: float) -> float |
 
 
 def _places(values: Float64Array, integers: Int64Array, tolerance: float) -> Int64Array:
-    """The index of each value in the sorted `integers`, -1 for a value that is none of them."""
+    """The index of each value in the sorted `integers`, -1 for a value that is not one of them."""
     above = np.clip(np.searchsorted(integers, values), 1, integers.size - 1)
     places = above - (integers[above] - values > values - integers[above - 1])
     near = integers[places]

@@ -23,7 +23,7 @@ MAX_LEVEL = 1 << 24  # float32 represents every integer up to here
 
 
 class LevelDecode(Enum):
-    """The operation that turns k = code - zero_point into an integer level: none, k * |k|, or a look-up in a table."""
+    """The operation that turns k = code - zero_point into an integer level: none, k * |k|, or a table lookup."""
 
     IDENTITY = "identity"
     SIGNED_SQUARE = "signed square"
@@ -32,7 +32,7 @@ class LevelDecode(Enum):
 
 @dataclass(frozen=True)
 class PowerGrid:
-    """Levels sign(k) * |k|**(1/exponent).
+    """The levels sign(k) * |k|**(1/exponent).
 
     >>> PowerGrid(0.5).levels(2).tolist(), PowerGrid(0.5).describe(), PowerGrid(1.0).is_uniform
     ([-9, -4, -1, 0, 1, 4, 9], 'sqrt', True)
@@ -42,7 +42,7 @@ class PowerGrid:
 
     @property
     def power(self) -> float:
-        """1/a: scales of weights are scales of transformed weights to this power."""
+        """1/a; a scale of weights is a scale of transformed weights to this power."""
         return 1 / self.exponent
 
     @property
@@ -52,11 +52,11 @@ class PowerGrid:
 
     @property
     def decode(self) -> LevelDecode:
-        """The operation of a decode, as long as no limit rounds the levels."""
+        """The operation of a decode, unless a limit rounds the levels."""
         return {1.0: LevelDecode.IDENTITY, 0.5: LevelDecode.SIGNED_SQUARE}.get(self.exponent, LevelDecode.TABLE)
 
     def transform(self, w: npt.NDArray[np.floating]) -> Float64Array:
-        """Weights, or levels, in transformed space.
+        """Transform weights or levels.
 
         >>> PowerGrid(0.5).transform(np.array([-4.0, 9.0])).tolist()
         [-2.0, 3.0]
@@ -69,20 +69,20 @@ class PowerGrid:
         return np.asarray(np.sign(v) * np.abs(v) ** self.power)
 
     def transformed_scale(self, scale: Float64Array) -> Float64Array:
-        """The step in transformed space that belongs to the scale of a weight."""
+        """The step in transformed space for a scale of weights."""
         return scale**self.exponent
 
     def unit(self, bits: float) -> int:
-        """The factor of integer levels: 1 where the levels are integers, else the largest with which they fit into 24 bits."""
+        """The factor of integer levels: 1 if the levels are integers, else the largest that keeps them within 24 bits."""
         whole = abs(self.power - round(self.power)) < 1e-9
         return 1 if whole else int(MAX_LEVEL / (LEVELS[bits] - 1) ** self.power)
 
     def fitted(self, rows: npt.NDArray[np.floating], bits: float) -> PowerGrid:  # noqa: ARG002
-        """The kind for these weights: a kind whose levels are learned learns them here.  rows: (rows, n)."""
+        """The kind fitted to these weights, if its levels are learned; else itself.  rows: (rows, n)."""
         return self
 
     def transformed_levels(self, bits: float) -> Float64Array:
-        """(2K+1,) levels in transformed space in units of the step: -K .. K."""
+        """The levels in transformed space in units of the step, -K .. K, (2K+1,)."""
         return np.arange(1 - LEVELS[bits], LEVELS[bits], dtype=np.float64)
 
     def levels(self, bits: float) -> Int64Array:
@@ -91,7 +91,7 @@ class PowerGrid:
         return np.rint(self.unit(bits) * np.sign(k) * np.abs(k, dtype=np.float64) ** self.power).astype(np.int64)
 
     def distance(self, other: PowerGrid) -> float:
-        """The difference between two kinds; 0 where they are equal."""
+        """The difference between two kinds; 0 if they are equal."""
         return abs(self.exponent - other.exponent)
 
     def describe(self) -> str:

@@ -1,8 +1,8 @@
-"""The multiple-choice knapsack problem: one choice for each item, with the least total error for every total size.
+"""The multiple-choice knapsack problem: one choice per item, with the least total error for every total size.
 
-It is solved for all sizes at once, by merging one item after another into the front of sums for which no other is both smaller
-and better (Nemhauser and Ullmann 1969; multiple choice: Dyer, Kayal and Walker 1984).  The result is exact up to MAX_POINTS sums;
-beyond that, one sum represents others of nearly the same size, but a result is still an actual sum, never above its size.
+It is solved for all sizes at once, by merging one item after another into the Pareto front of sums (Nemhauser and Ullmann 1969;
+multiple choice: Dyer, Kayal and Walker 1984).  The result is exact up to MAX_POINTS sums; beyond that, one sum represents others
+of nearly the same size, but a result is still an actual sum, never above its size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_POINTS = 20_000
 
 @dataclass(frozen=True)
 class Front:
-    """The Pareto front of total sizes and total errors; `choices_at` gives the choices of a point.
+    """The Pareto front of total sizes and total errors; `choices_at` returns the choices of a point.
 
     sizes: total sizes, (points,), ascending.  errors: total errors, (points,), descending.
     """
@@ -48,9 +48,9 @@ class Front:
 
 
 def pareto_front(sizes: Sequence[Int64Array], errors: Sequence[Float64Array], max_points: int = MAX_POINTS) -> Front:
-    """Compute the front of all ways to make one choice for each item.
+    """Compute the front of all ways to make one choice per item.
 
-    sizes, errors: size and error of each choice, (choices,) for each item.
+    sizes, errors: size and error of each choice, (choices,) per item.
 
     >>> front = pareto_front([np.array([1, 3])] * 2, [np.array([9.0, 1.0]), np.array([5.0, 2.0])])
     >>> front.sizes.tolist(), front.errors.tolist(), front.choices_at(1)
@@ -68,14 +68,14 @@ def pareto_front(sizes: Sequence[Int64Array], errors: Sequence[Float64Array], ma
 
 
 def _undominated(sizes: Int64Array, errors: Float64Array) -> Int64Array:
-    """Indices, by ascending size, of the sums with less error than all smaller ones."""
+    """The indices, by ascending size, of the sums with less error than all smaller sums."""
     order = np.lexsort((errors, sizes))
     before = np.minimum.accumulate(errors[order])
     return order[np.concatenate(([True], before[1:] < before[:-1]))]
 
 
 def _thinned(kept: Int64Array, sizes: Int64Array, max_points: int) -> Int64Array:
-    """Keep the last sum in each of max_points ranges of sizes, which has the least error there, and the smallest sum of all."""
+    """Keep the last sum in each of max_points ranges of sizes, which has the least error in it, and the smallest sum of all."""
     if len(kept) <= max_points:
         return kept
     kept_sizes = sizes[kept]

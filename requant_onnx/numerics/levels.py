@@ -1,9 +1,9 @@
-"""The integer levels behind the codes (REQuant, arXiv 2510.04044, with the inverse transform written as a table).
+"""The integer levels of codes (REQuant, arXiv 2510.04044, with the inverse transform written as a table).
 
     v_hat = scale_v * k,   w_hat = restore(v_hat) = scale * L[k],   k = q - zero_point      (kinds.py)
 
-`k` runs over -K .. K with K + 1 levels, so that one table serves every zero point 0 .. K.  Where |L| must not exceed a limit
-(an int8 kernel) and even L[h] of the symmetric zero point h does, the table is rounded: rint(L[k] * limit / L[h]).
+`k` runs over -K .. K with K + 1 levels, so that one table serves every zero point 0 .. K.  If |L| must not exceed a limit (for an
+int8 kernel), but L[h] does even at the symmetric zero point h, the table is rounded: rint(L[k] * limit / L[h]).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LevelTable:
 
     @property
     def max_code(self) -> int:
-        """K, one less than there are levels."""
+        """K, the number of levels minus 1."""
         return LEVELS[self.bits] - 1
 
     @property
@@ -56,7 +56,7 @@ class LevelTable:
 
     @property
     def symmetric_zero_point(self) -> int:
-        """The zero point with which the levels reach equally far to both sides, except for one level where their number is even."""
+        """The zero point with equally many levels on both sides, except one extra level below it if their number is even."""
         return symmetric_zero_point(self.bits)
 
     def reach(self, zero_point: Int64Array) -> Int64Array:
@@ -68,10 +68,10 @@ class LevelTable:
         return self.bits, self.kind, self.limit
 
     def thresholds(self, in_weight_space: bool) -> Float64Array:
-        """The decision thresholds between neighboring levels, in units of step ** (1/a), (2K,).
+        """The decision thresholds between adjacent levels, in units of step ** (1/a), (2K,).
 
-        A threshold is the midpoint of two levels in weight space, else the image of their midpoint in transformed space (of k + 1/2
-        for powers, as rint rounds there).
+        A threshold is the midpoint of two levels in weight space, or else the image of their midpoint in transformed space (of
+        k + 1/2 for powers, as with rint).
         """
         if in_weight_space:
             return np.asarray((self.weight_levels[1:] + self.weight_levels[:-1]) / 2)
@@ -99,7 +99,7 @@ def level_table(bits: float, kind: GridKind) -> LevelTable:
 
 @lru_cache(maxsize=64)
 def limited_table(bits: float, kind: GridKind, limit: int) -> LevelTable:
-    """The table of one grid whose levels are at most `limit` at the symmetric zero point: the exact one, or else a rounded one.
+    """The table of a grid with levels of at most `limit` at the symmetric zero point: the exact one if it fits, else a rounded one.
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
     >>> limited_table(4, SQUARE_ROOT, 64).limit, limited_table(5, SQUARE_ROOT, 64).integers[31 - 16 : 31 - 12].tolist()

@@ -1,7 +1,7 @@
-"""Second moments of a layer's inputs and target outputs, summed batch by batch, which rounding needs.
+"""Second moments of a layer's inputs and target outputs, summed batch by batch, for rounding.
 
-A Conv is a matrix product for each place of its kernel: y[r] = sum_c w[r, c] x[c] + b[r] with c over (ic/group, kh, kw).
-With the means removed (the bias absorbs them), the squared error of a row w_hat against the target y is
+A Conv is a matrix product at each place of its kernel: y[r] = sum_c w[r, c] x[c] + b[r] with c over (ic/group, kh, kw).
+With the means removed (the bias absorbs them), the squared error of a row w_hat relative to the target y is
 
     E (w_hat x - y)**2  =  w_hat C_xx w_hat'  -  2 w_hat C_xy  +  C_yy,      best bias  b = E y - w_hat E x
 
@@ -20,7 +20,7 @@ from requant_onnx.numerics.arrays import Float32Array, Float64Array, Int64Array
 from requant_onnx.numerics.factor import STRIP
 from requant_onnx.numerics.parallel import run_all, slices
 
-PLACE_BYTES = 1 << 26  # bytes of the patches that are cut out at a time
+PLACE_BYTES = 1 << 26  # bytes of the patches that are extracted at a time
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Window:
 
 @dataclass
 class Moments:
-    """Sums over all places added so far.
+    """The sums over all places added so far.
 
-    xx: sum of x x', (G, n, n), of which the upper triangle counts until `centered` or `uncentered`.  xy: sum of y x', (G, rows, n).
+    xx: sum of x x', (G, n, n), valid in the upper triangle until `centered` or `uncentered`.  xy: sum of y x', (G, rows, n).
     x, y: sums of x, (G, n), and of y, (G, rows).  count: number of places.
     """
 
@@ -50,7 +50,7 @@ class Moments:
 
     @classmethod
     def empty(cls, groups: int, columns: int, rows: int) -> Moments:
-        """The moments of no place."""
+        """The moments of zero places."""
         return cls(
             np.zeros((groups, columns, columns), np.float32),
             np.zeros((groups, rows, columns)),
@@ -67,7 +67,7 @@ class Moments:
         self.add_means(x, y)
 
     def add_means(self, x: Float32Array, y: Float32Array) -> None:
-        """Add places to the first moments only, as the correction of a bias needs them."""
+        """Add places to the first moments only, which suffice to correct a bias."""
         with np.errstate(over="ignore", invalid="ignore"):
             self.x += x.sum(1, dtype=np.float64)
             self.y += y.sum(1, dtype=np.float64)
@@ -83,14 +83,14 @@ class Moments:
         return all(np.isfinite(sums).all() for sums in (self.xx, self.xy, self.x, self.y))
 
     def centered(self) -> tuple[Float32Array, Float64Array]:
-        """The central moments C_xx (G, n, n) and C_xy (G, rows, n).  The sums of x x' are used up."""
+        """The central moments C_xx, (G, n, n), and C_xy, (G, rows, n).  Overwrites the sums of x x'."""
         x, y = self.x / self.count, self.y / self.count
         powers = np.diagonal(self.xx, axis1=1, axis2=2).mean(1, dtype=np.float64) / self.count
         xx = self._whole()
         for columns in slices(xx.shape[-1], STRIP):
             xx[..., columns] -= (x[:, :, None] * x[:, None, columns]).astype(np.float32)
         index = np.arange(xx.shape[-1])
-        xx[:, index, index] += (1e-6 * powers)[:, None].astype(np.float32)  # covers the rounding errors that constant inputs leave
+        xx[:, index, index] += (1e-6 * powers)[:, None].astype(np.float32)  # exceeds the rounding errors of constant inputs
         return xx, self.xy / self.count - y[..., None] * x[:, None]
 
     def uncentered(self) -> tuple[Float32Array, Float64Array]:
@@ -98,7 +98,7 @@ class Moments:
         return self._whole(), self.xy / self.count
 
     def _whole(self) -> Float32Array:
-        """E x x', both triangles, in the place of the sums."""
+        """The moments E x x', in both triangles, computed in place of the sums."""
         xx, self.xx = self.xx, np.zeros((0, 0, 0), np.float32)
         xx *= np.float32(1 / self.count)
         for columns in slices(xx.shape[-1], STRIP):
@@ -110,7 +110,7 @@ class Moments:
 
 @dataclass
 class Sample:
-    """Places with their target outputs, on which candidates are compared.  x: [(G, places, n)].  y: [(G, places, rows)]."""
+    """Places and their target outputs for comparing candidates.  x: [(G, places, n)].  y: [(G, places, rows)]."""
 
     x: list[Float32Array] = field(default_factory=list)
     y: list[Float32Array] = field(default_factory=list)
@@ -122,24 +122,24 @@ class Sample:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all inputs and outputs are."""
+        """Whether all inputs and outputs are finite."""
         return all(np.isfinite(part).all() for part in (*self.x, *self.y))
 
     def sums(self) -> tuple[Float64Array, Float64Array, int]:
-        """Sums of x, (G, n), and of y, (G, rows), and the number of places."""
+        """The sums of x, (G, n), and of y, (G, rows), and the number of places."""
         x = sum((part.sum(1, dtype=np.float64) for part in self.x), np.zeros(()))
         y = sum((part.sum(1, dtype=np.float64) for part in self.y), np.zeros(()))
         return np.asarray(x), np.asarray(y), sum(part.shape[1] for part in self.x)
 
     @property
     def power(self) -> float:
-        """The average power of all outputs of a place; tiny if all are 0."""
+        """The total power of a place's outputs, averaged over places; tiny if all are 0."""
         places = sum(part.shape[1] for part in self.y)
         total = sum(float(np.square(part, dtype=np.float64).sum()) for part in self.y)
         return float(max(total / places, 1e-30))
 
     def error(self, w_hat: Float64Array, bias: Float64Array) -> float:
-        """The squared error over the power of the outputs.  w_hat: decoded weights, (G, rows, n).  bias: (G, rows)."""
+        """The squared error relative to the power of the outputs.  w_hat: decoded weights, (G, rows, n).  bias: (G, rows)."""
         turned, offsets = w_hat.astype(np.float32).swapaxes(1, 2), bias.astype(np.float32)[:, None]
         errors = np.zeros(len(self.x))
         run_all([partial(self._error, k, turned, offsets, errors) for k in range(len(self.x))])
@@ -155,16 +155,16 @@ class Sample:
 def fitted_bias(w_hat: Float64Array, sums: Sequence[tuple[Float64Array, Float64Array, int]]) -> Float64Array:
     """The bias of least error, (G, rows).
 
-    w_hat: decoded weights, (G, rows, n).  sums: of x, (G, n), of y, (G, rows), and numbers of places.
+    w_hat: decoded weights, (G, rows, n).  sums: sums of x, (G, n), and of y, (G, rows), and number of places.
     """
     x, y = (np.asarray(sum(part[k] for part in sums)) for k in (0, 1))
     return np.asarray((y - (w_hat @ x[..., None])[..., 0]) / sum(part[2] for part in sums))
 
 
 def patches(x: Float32Array, window: Window, places: Int64Array) -> Float32Array:
-    """Cut patches out of an input (images, ic, ...): (G, places, ic/group * kernel).
+    """Extract patches from an input, (images, ic, ...), as (G, places, ic/group * kernel).
 
-    places: in the order (image, *spatial), as in an output (images, oc, ...) with its channels moved last.
+    places: indices in the order (image, *spatial), as in an output (images, oc, ...) with its channels moved last.
     """
     rank = len(window.kernel)
     spatial = tuple(range(2, 2 + rank))

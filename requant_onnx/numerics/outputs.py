@@ -1,11 +1,11 @@
 """The similarity of the outputs of two models: the errors of every output, and the answers of outputs of a known kind.
 
 scores        (n, classes), also (n, classes, 1, 1): the same largest score; among the five largest
-mask          (n, classes, h, w) with h and w of the image or a quarter of them, at least: the same class at a pixel, mean IoU;
+mask          (n, classes, h, w) with at least a quarter of the image's h and w: the same class at a pixel, mean IoU;
               (n, 1, h, w): the same side of 1/2 if all values are in 0..1, else of 0
-text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC's rule, class 0 the blank
+text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC decoding with class 0 as blank
 detections    see heads.py: detections of the reference that the candidate also has, and the number of additional ones
-texts         arrays of strings: equal ones
+texts         arrays of strings: equal strings
 values        all others: errors only
 """
 
@@ -22,10 +22,10 @@ from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import ALIKE, OVERLAPS, Candidates, matched
 from requant_onnx.numerics.heads import find_candidates
 
-SCALES = 4  # of a mask, at most so many times smaller than the image along each axis
-CHANNELS = (1, 3, 4)  # of an image
-MOST_CLASSES = 1 << 12  # of a mask
-FEWEST_STEPS, ALPHABET = 4, 10  # of a text
+SCALES = 4  # a mask is at most this many times smaller than the image along each axis
+CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
+MOST_CLASSES = 1 << 12  # largest number of classes of a mask
+FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
 
 
 SAME = {
@@ -35,7 +35,7 @@ SAME = {
     "texts": "of the texts agree with the float model",
     "detections": "of the float model's detections are found again",
 }
-"""The end of a sentence on an agreement, after its percentage, by `OutputReport.what`."""
+"""The end of a sentence about an agreement, after its percentage, by `OutputReport.what`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class OutputReport:
 
     kind: see above.  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or the shapes differ.
     largest: largest difference.  agreement: share of identical answers, 0..1; None if there are no answers.
-    what: kind of the answers, for example "top-1" or "pixels".  count: answers compared.  extra: other figures, by name.
+    what: kind of the answers, for example "top-1" or "pixels".  count: number of compared answers.  extra: other figures, by name.
     """
 
     name: str
@@ -80,7 +80,7 @@ class OutputTally:
         self._common: Float64Array | None = None
 
     def add(self, reference: Any, candidate: Any, images: int, size: tuple[int, int] | None) -> None:
-        """Compare one batch.  images: in the batch.  size: of the images."""
+        """Compare a batch.  images: number of images in it.  size: their height and width."""
         if not isinstance(reference, np.ndarray) or not isinstance(candidate, np.ndarray):
             self._kind, self._odd = "other", True
             return
@@ -132,7 +132,7 @@ class OutputTally:
         return self._kind == "scores"
 
     def report(self, *, answers: bool = True) -> OutputReport:
-        """The sums as figures.  answers: whether its values are answers, and no part of detections."""
+        """The figures computed from the sums.  answers: whether its values are answers, not part of detections."""
         numbers = not self._odd and self._kind not in ("texts", "other")
         sqnr = math.inf if self._error == 0.0 else 10 * math.log10(self._power / self._error) if self._power > 0.0 else -math.inf
         sqnr = sqnr if math.isfinite(self._power + self._error) else math.nan
@@ -162,7 +162,7 @@ class DetectionTally:
     """Running sums over the detections of all images."""
 
     def __init__(self, head: str | None = None) -> None:
-        """head: a key of HEADS; None for those that are recognized."""
+        """head: a key of HEADS; None to recognize it."""
         self.recognized = True
         self._head = head
         self._reference = self._candidate = 0
@@ -171,7 +171,7 @@ class DetectionTally:
     def add(
         self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None
     ) -> tuple[list[Candidates], list[Candidates]] | None:
-        """Compare one batch.  reference, candidate: all outputs.  Returns what they say of each image, None where it is unknown."""
+        """Compare a batch.  reference, candidate: all outputs.  Returns the candidates in each image, None without known head."""
         pair = [find_candidates(y, images, size, self._head) if self.recognized else None for y in (reference, candidate)]
         if pair[0] is None or pair[1] is None:
             self.recognized = False
@@ -184,7 +184,7 @@ class DetectionTally:
         return pair[0], pair[1]
 
     def report(self) -> OutputReport | None:
-        """Detections found again with an overlap of 0.5; None where the outputs are no recognized head, or nothing was detected."""
+        """The share of detections found again with overlap 0.5; None without a known head, or if the reference detected nothing."""
         if not self.recognized or not self._reference:
             return None
         shares = {f"found_{overlap:g}": found / self._reference for overlap, found in self._found.items()}
@@ -194,9 +194,9 @@ class DetectionTally:
 
 
 def images_in(inputs: Collection[AnyArray]) -> tuple[int, tuple[int, int] | None]:
-    """How many inputs a batch holds, and the height and width of its images, where there are any.
+    """The number of inputs in a batch, and the height and width of its images, if there are any.
 
-    Inputs of several axes that differ in the first one are one input together.
+    Arrays whose first dimensions differ form a single input together.
 
     >>> images_in([np.zeros((4, 3, 32, 48)), np.zeros(())]), images_in([np.zeros((2, 32, 48, 3))]), images_in([np.zeros((5, 7))])
     ((1, (32, 48)), (2, (32, 48)), (5, None))
@@ -211,7 +211,7 @@ def images_in(inputs: Collection[AnyArray]) -> tuple[int, tuple[int, int] | None
 
 
 def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
-    """The kind of an output.  images: in the batch.  size: height and width of the images, where the model takes any."""
+    """The kind of an output.  images: number in the batch.  size: height and width of the images, if the model takes images."""
     if output.dtype.kind in "OSU":
         return "texts"
     shape = output.shape

@@ -1,4 +1,4 @@
-"""Threads for work that is always divided in the same way, so that results do not depend on their number."""
+"""Threads for work that is always divided in the same way, so that results do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def thread_limit(count: int | None) -> Iterator[None]:
 
 
 def run_all(tasks: Sequence[Callable[[], None]]) -> None:
-    """Run all tasks, which do not depend on each other.  Raises what a task raises."""
+    """Run all tasks, which are independent.  Raises what a task raises."""
     count = min(len(tasks), _limit.get() or os.cpu_count() or 1)
     if count <= 1:
         for task in tasks:

@@ -3,11 +3,11 @@
     cost(q) = (wanted - scale * (q - zero))**2 * power + slope * bits(q),    bits(q) = -log2(share of the code q)
 
 with the power of the input (R_kk**2 of feedback.py).  The bits are estimated from the codes of the weight itself, and again after
-these have changed: rarer codes become more expensive.  Uniform levels with one scale for all weights that have one second moment
-matrix are nearly the best that can be done before an entropy coder, and the levels reach as far as the weights do.
+these have changed: rarer codes become more expensive.  Before an entropy coder, uniform levels with one scale for all weights that
+share a second moment matrix are nearly optimal, and the levels reach as far as the weights do.
 
-The slope is the same everywhere: RATE * scale**2 * power.  Error falls by the square of the scale and bits by its logarithm, so two
-weights with equal scale**2 * power lose the same amount for a bit, regardless of their shapes.
+The slope is the same everywhere: RATE * scale**2 * power.  Error changes with the square of the scale and bits with its logarithm,
+so two weights with equal scale**2 * power lose the same amount per bit, regardless of their shapes.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import Float64Array, Int64Array, UInt8Array
 
-CODES, ZERO = 256, 128  # codes of one byte, and that of the level 0
+CODES, ZERO = 256, 128  # number of codes in a byte, and the code of level 0
 REACH = 127  # largest level
-RATE = 0.06  # slope in units of scale**2 * power; from 0.001 to 0.08 all are as good on ResNet-20 (convert/README.md, "Downloads")
-UNSEEN = 0.5  # counts of a code that no weight has
-TOWARD_ZERO = (1, 2, CODES)  # steps that a code may go for its bits, beyond the nearest level
+RATE = 0.06  # slope in units of scale**2 * power; 0.001 to 0.08 are equally good on ResNet-20 (convert/README.md, "Downloads")
+UNSEEN = 0.5  # added to the count of every code, so that the bits of an unused code are finite
+TOWARD_ZERO = (1, 2, CODES)  # steps from the nearest level toward zero that are tried, to save bits
 
 
 @dataclass(frozen=True)
 class Price:
-    """What codes cost.  bits: of each code, (256,).  slope: squared output error that a bit is worth."""
+    """The price of codes.  bits: bits of each code, (256,).  slope: squared output error per bit."""
 
     bits: Float64Array
     slope: float
 
     @classmethod
     def of(cls, codes: UInt8Array, slope: float) -> Price:
-        """By the shares of codes of any shape.
+        """The price by the shares of the codes, of any shape.
 
         >>> Price.of(np.array([128] * 95 + [129] * 31, np.uint8), 1.0).bits[[128, 129]].round(1).tolist()
         [0.4, 2.0]
@@ -43,13 +43,13 @@ class Price:
         return cls(-np.log2(counts / (codes.size + UNSEEN * (np.count_nonzero(counts > UNSEEN) + 2))), slope)
 
     def again(self, codes: UInt8Array) -> Price:
-        """The same by other codes."""
+        """The price by other codes, with the same slope."""
         return Price.of(codes, self.slope)
 
     def cheapest(self, wanted: Float64Array, code: Int64Array, scale: Float64Array, power: Float64Array) -> Int64Array:
-        """The code of least cost of those nearest and toward zero.  code: the nearest.
+        """The code of least cost among the nearest and some toward zero.  code: nearest code.
 
-        wanted, scale, power: weights, value of a level and what a squared error counts, of one shape or broadcast.
+        wanted, scale, power: weights, value of a level and factor on the squared error, of one shape or broadcast.
         """
         level = code - ZERO
         sign, size = np.sign(level), np.abs(level)
@@ -66,15 +66,15 @@ class Price:
 
 
 def entropy(codes: UInt8Array) -> float:
-    """Bits that all codes together take at least, each by itself."""
+    """The least total bits of all codes, if each is coded independently."""
     counts = np.bincount(codes.ravel(), minlength=CODES)
     shares = counts[counts > 0] / codes.size
     return float(-codes.size * (shares * np.log2(shares)).sum())
 
 
 def round_by_price(w: Float64Array, scale: Float64Array, importance: Float64Array, slope: float) -> UInt8Array:
-    """Codes of least cost, weight by weight.  w: (rows, n).  scale: (rows, 1).  importance: what a squared error counts,
-    of the shape of w or broadcast.
+    """The codes of least cost, weight by weight.  w: (rows, n).  scale: (rows, 1).  importance: factor on the squared error,
+    in the shape of w or broadcast.
     """
     code = np.clip(np.rint(w / scale), -REACH, REACH).astype(np.int64) + ZERO
     power = np.broadcast_to(importance, w.shape)

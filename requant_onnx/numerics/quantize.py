@@ -20,7 +20,7 @@ T = TypeVar("T", bound=np.generic)
 TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # float16; it loses digits below 2**-14
 SMALLEST_STEP = 2.0**-126  # float32 without loss
 SCALES_AN_OCTAVE = 4
-LARGE_SCALE = 2.0**-10  # relative to it the lost digits, 2**-25 times 127 levels, are 0.4 % of a step
+LARGE_SCALE = 2.0**-10  # the lost digits, 2**-25 times 127 levels, are 0.4 % of such a step
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Grid:
 
     axis: dimension with one scale per index (per-channel), or None (per-tensor).
     search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
-    limit: largest level (where an int8 kernel follows); None for no limit.
-    half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
-    symmetric: whether every zero point is that in the middle.
-    step: value of a level where bits of codes count too (price.py): uniform levels that reach as far as the weights do; then only
-    axis and half_scales matter besides.  None: levels by the range of the weights.
+    limit: largest level (for an int8 kernel); None for no limit.
+    half_scales: whether the scales of channels are rounded to float16, if the loss is negligible.
+    symmetric: whether every zero point is the middle one.
+    step: value of a level if bits of codes count too (price.py): uniform levels that reach as far as the weights do; of the other
+    settings, only axis and half_scales then matter.  None: levels by the range of the weights.
     """
 
     bits: float
@@ -49,7 +49,7 @@ class Grid:
 
     @classmethod
     def by_step(cls, step: float, axis: int | None, *, half_scales: bool) -> Grid:
-        """The grid whose levels are a step apart, for codes that are compressed."""
+        """The grid with levels one step apart, for codes that will be compressed."""
         return cls(8, UNIFORM, axis, search=False, half_scales=half_scales, symmetric=True, step=step)
 
 
@@ -74,7 +74,7 @@ class QuantizedWeight:
         return bool(self.scale.size > 1 and (_to_half(self.scale) == self.scale).all())
 
     def mirrored(self) -> QuantizedWeight:
-        """The same weights with one zero point for all channels, where some of negative scale can have that; else as it is.
+        """The same weights with one zero point for all channels, if negating some scales makes that possible; else unchanged.
 
         Levels are odd: L[q - z] = -L[(K - q) - (K - z)].
         """
@@ -100,7 +100,7 @@ class QuantizedWeight:
         return np.asarray(self.table.integers.astype(np.int32)[k + np.int32(self.table.max_code)])
 
     def dequantize(self) -> Float32Array:
-        """w_hat, rounded as ONNX's DequantizeLinear rounds it: one float32 product of level and scale."""
+        """The decoded weights w_hat, rounded as by ONNX's DequantizeLinear: one float32 product of level and scale."""
         start = self.table.max_code - self.zero_point.astype(np.int64).reshape(-1, 1)
         windows = self.table.integers[start + np.arange(self.table.max_code + 1)].astype(np.float32)
         values = windows * self.scale.reshape(-1, 1)
@@ -115,8 +115,8 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize a weight of any shape with at least one element; all values finite.
 
-    min_scale: smallest allowed scales, () or (channels,), for kernels whose bias is counted in them; default: none.
-    importance: factor on the squared error of each weight in the search, positive, the shape of w (default: 1).
+    min_scale: smallest allowed scales, () or (channels,), for kernels whose bias has them as steps; default: none.
+    importance: factor on the squared error of each weight in the search, positive, in the shape of w (default: 1).
 
     >>> from requant_onnx.numerics.kinds import SQUARE_ROOT
     >>> q = quantize_weight(np.array([-1.0, 0.0, 0.45, 4.0], np.float32), Grid(4, SQUARE_ROOT, axis=None, search=False))
@@ -133,7 +133,7 @@ def quantize_weight(
     least = 0.0 if min_scale is None else np.ravel(min_scale)
     scale = np.maximum((alpha * ranges.step) ** grid.kind.power / table.unit, least).astype(np.float32)
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
-    scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or below float32) stays at its zero point
+    scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or of a scale that underflows) stays at its zero point
     if grid.half_scales and _fits_half(scale):
         scale = half_scale(scale)
     thresholds = table.thresholds(grid.round_in_weights)
@@ -152,14 +152,14 @@ def quantize_weight(
 def _quantize_by_step(
     rows: Float32Array, shape: tuple[int, ...], grid: Grid, step: float, importance: Float32Array | None
 ) -> QuantizedWeight:
-    """Codes that are cheap to store; rows whose errors count more get a smaller step.
+    """Quantize to codes that are cheap to store; rows whose errors count more get a smaller step.
 
-    rows: of the weight of that shape.  importance: the shape of rows, 1 on average.
+    rows: rows of the weight.  shape: shape of the weight.  importance: in the shape of rows, 1 on average.
     """
     counts = np.ones((1, 1)) if importance is None else importance.astype(np.float64)
     least = np.abs(rows).max(1, keepdims=True).astype(np.float64) / REACH
     wanted = np.maximum(step / np.sqrt(counts.mean(1, keepdims=True)), least)
-    if grid.axis is not None:  # a few values for all channels: they compress
+    if grid.axis is not None:  # a few distinct values for all channels, because they compress well
         wanted = step * np.exp2(np.ceil(SCALES_AN_OCTAVE * np.log2(wanted / step)) / SCALES_AN_OCTAVE)
     scale = np.maximum(wanted, SMALLEST_STEP).astype(np.float32)
     if grid.half_scales and _fits_half(scale):
@@ -193,7 +193,7 @@ def _fits_half(scale: Float32Array) -> bool:
 
 
 def half_scale(scale: Float32Array) -> Float32Array:
-    """Round scales to float16, but none to zero."""
+    """Round scales to float16, but never to zero."""
     return _to_half(np.maximum(scale, TINIEST_HALF))
 
 

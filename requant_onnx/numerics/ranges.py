@@ -26,7 +26,7 @@ class RowRanges:
 
 
 def symmetric_zero_point(bits: float) -> int:
-    """The middle code; of an even number of levels, that with one level more below it than above.
+    """The middle code; with an even number of levels, the one with one more level below it than above.
 
     >>> symmetric_zero_point(1.6), symmetric_zero_point(2)
     (1, 2)
@@ -49,7 +49,7 @@ def row_ranges(w_min: Float64Array, w_max: Float64Array, bits: float, kind: Grid
 
 
 def symmetric_ranges(w_min: Float64Array, w_max: Float64Array, bits: float, kind: GridKind) -> RowRanges:
-    """The ranges with the symmetric zero point in every row, and the smallest step with which the levels span the row.
+    """The ranges with the symmetric zero point in every row, and the smallest step at which the levels span the row.
 
     >>> from requant_onnx.numerics.kinds import UNIFORM
     >>> symmetric_ranges(np.array([-1.0]), np.array([4.0]), 4, UNIFORM)

@@ -7,7 +7,7 @@ import numpy as np
 from requant_onnx.numerics.arrays import AnyArray, Float32Array, Float64Array, Int64Array, UInt8Array
 from requant_onnx.numerics.parallel import slices
 
-PIECE = 1 << 18  # weights of a row that are rounded at once
+PIECE = 1 << 18  # weights in a row that are rounded at once
 
 
 def encode_rows(rows: AnyArray, scales: Float64Array, zero_points: Int64Array, thresholds: Float64Array) -> UInt8Array:

@@ -1,11 +1,11 @@
 """The alpha of least error (REQuant, arXiv 2510.04044, range search), on the exact curve of curve.py.
 
 1. Scan alpha = 64/64, 63/64, ... (in steps of 1/256 for short rows) and stop where the clipping error alone, which only grows as
-   alpha falls, exceeds the best error seen: no skipped point can win.
+   alpha falls, exceeds the best error so far: no skipped point can be better.
 2. Scan twice around the best point (five times if rounding is not to the level of least error), each time 4 times finer: every
    weight that changes its level adds a kink to the curve, so there are many minima near its flat bottom.
-3. Exact finish: between two kinks the error is a parabola in the scale.  Go to the vertex of the parabola at the best point, where
-   the error is no larger, and on to the vertex of the parabola there, until the error no longer decreases.
+3. Exact finish: between two kinks the error is a parabola in the scale.  Move to the vertex of the parabola at the best point,
+   where the error is no larger, then to the vertex of the parabola there, until the error no longer decreases.
 
 The result is the best of all points evaluated, hence never worse than the scan or than alpha = 1.  All steps are taken for many
 rows of weights at once.
@@ -22,13 +22,13 @@ from requant_onnx.numerics.parallel import slices
 from requant_onnx.numerics.ranges import RowRanges
 
 SCAN_POINTS = 64
-FEW_WEIGHTS, MORE_POINTS = 64, 256  # rows of so few weights have ragged curves, and are scanned at more points
-CHUNK = 256  # thresholds of the points of the first scan that are evaluated before the next look at the clipping error
-ROUNDS = 2  # of finer scans
-MORE_ROUNDS = 5  # where weights do not go to the level of least error, so that vertices lead nowhere
-REACH = 4  # points of a finer scan to either side, so many times closer than those of the scan before
-DESCENTS = 8  # largest number of vertices that are tried one after another
-BATCH = 1 << 17  # weights, or thresholds of one chunk, of the rows that are searched together
+FEW_WEIGHTS, MORE_POINTS = 64, 256  # rows with at most this many weights have ragged curves, and are scanned at more points
+CHUNK = 256  # thresholds (over points) that the first scan evaluates before it checks the clipping error again
+ROUNDS = 2  # number of finer scans
+MORE_ROUNDS = 5  # the same if weights are not rounded to the level of least error, so that vertices do not help
+REACH = 4  # points of a finer scan on either side; they are this many times closer than in the scan before
+DESCENTS = 8  # largest number of vertices tried in succession
+BATCH = 1 << 17  # weights, or thresholds of one chunk, in the rows that are searched together
 
 
 def search_alpha(
@@ -51,7 +51,7 @@ def search_alpha(
         nonzero = part.start + np.flatnonzero(ranges.step[part] > 0.0)
         if not nonzero.size:
             continue
-        chosen = part if nonzero.size == part.stop - part.start else nonzero  # a slice copies nothing
+        chosen = part if nonzero.size == part.stop - part.start else nonzero  # a slice makes no copy
         curves = curves_of(
             rows[chosen],
             RowRanges(ranges.step[chosen], ranges.zero_point[chosen]),
@@ -65,7 +65,7 @@ def search_alpha(
 
 
 def scan_points(weights: int) -> int:
-    """How many points the first scan has.  weights: of a row."""
+    """The number of points of the first scan.  weights: number of weights in a row."""
     return MORE_POINTS if weights <= FEW_WEIGHTS else SCAN_POINTS
 
 
@@ -86,7 +86,7 @@ def _search(curves: Curves) -> Float64Array:
 
 
 def _scan(curves: Curves) -> tuple[Float64Array, Float64Array]:
-    """The best of the points i/256, from alpha = 1 down to where clipping alone costs more: alphas and errors, (rows,)."""
+    """The best point of the first scan, from alpha = 1 down to where clipping alone costs more: alphas and errors, (rows,)."""
     count = len(curves.steps)
     alpha, best = np.ones(count), np.full(count, np.inf)
     number = scan_points(curves.w.shape[1])
@@ -107,7 +107,7 @@ def _scan(curves: Curves) -> tuple[Float64Array, Float64Array]:
 def _better(
     alpha: Float64Array, best: Float64Array, points: Float64Array, errors: Float64Array, vertices: Float64Array
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
-    """The better of the best so far and the best of new points, its error, and the vertex of the best new point, each (rows,).
+    """The better of the best point so far and the best new point, its error, and the vertex of the best new point, each (rows,).
 
     alpha, best: (rows,).  points, errors, vertices: (rows, points).
     """

@@ -17,7 +17,7 @@ from requant_onnx.runtime.stream import Chunk
 def activation_loss(
     model: onnx.ModelProto, grids: Mapping[str, ActivationGrid], chunks: Sequence[Chunk]
 ) -> Callable[[Collection[str]], float]:
-    """A function from tensors of the main graph to the error of the outputs, relative to their power, where these have 8 bits."""
+    """A function that returns the output error, relative to output power, with the given tensors of the main graph at 8 bits."""
     exact = outputs_of(model, chunks)
     return lambda tensors: relative_error(exact, outputs_of(_rounded(model, {name: grids[name] for name in tensors}), chunks))
 

@@ -1,9 +1,9 @@
-"""Ranges of 8-bit activations by what they do to the outputs of a model.
+"""Ranges of 8-bit activations, chosen by their effect on the outputs of a model.
 
-Outliers that matter little are clipped, and channels of small values that matter keep their levels: the squared error of the
-activation itself tells neither.  A range is alpha times that of all values seen.  Tensors are rounded in their order, each where
-those before it are rounded already, because what one clips another clips again behind the next sum.  The mean error of each
-channel does not count, because the biases of the layers behind make up for it.
+Outliers that matter little are clipped, and channels of small values that matter keep their levels; the squared error of the
+activation itself reveals neither.  A range is alpha times that of all observed values.  Tensors are rounded in graph order, each
+after those before it, because what one clips, another clips again after the next sum.  The mean error of each channel does not
+count, because the biases of later layers compensate for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from requant_onnx.runtime.sensitivity import Outputs, numbers_in, relative_error
 from requant_onnx.runtime.stream import Chunk, Stream, constants_to_initializers
 
 STEP = 0.85  # from one alpha to the next
-PRODUCTS = {"MatMul", "Gemm"}  # whose inputs have their channels in the last dimension
+PRODUCTS = {"MatMul", "Gemm"}  # their inputs have channels in the last dimension
 
 
 def alphas_by_output(
@@ -32,11 +32,11 @@ def alphas_by_output(
     corrected: bool,
     goes_on: Callable[[int, int], bool] = lambda _done, _total: True,
 ) -> dict[str, float]:
-    """The alpha of least output error for each tensor, in steps of STEP from where it starts.
+    """The alpha of least output error for each tensor, searched in steps of STEP from its start.
 
-    starts: by tensor, 0 < alpha <= 1.  grid_at: tensor, alpha -> grid.  chunks: of inputs.  corrected: whether biases will make up
-    for the mean error of each channel.  goes_on: called before each tensor with the number of those done and of all; where it is
-    false, the remaining tensors stay where they start.
+    starts: tensor -> initial alpha, 0 < alpha <= 1.  grid_at: (tensor, alpha) -> grid.  chunks: chunks of inputs.  corrected:
+    whether biases will compensate for the mean error of each channel.  goes_on: called before each tensor with the numbers of
+    finished and of all tensors; once it returns False, the remaining tensors keep their start.
     """
     work = onnx.ModelProto()
     work.CopyFrom(model)
@@ -61,13 +61,13 @@ def alphas_by_output(
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[tuple[int, str]]:
-    """Inputs and results of nodes in their order, and the number of nodes to run before each is there."""
+    """Inputs and results of nodes in order, each with the number of nodes that must run before it exists."""
     yield from ((0, item.name) for item in model.graph.input)
     yield from ((k, name) for k, node in enumerate(model.graph.node, 1) for name in node.output)
 
 
 class _Trial:
-    """One tensor of a stream, rounded on one grid after another.  axis: of its channels, whose mean errors do not count."""
+    """A tensor of a stream, rounded on one grid after another.  axis: channel axis, None to count mean errors too."""
 
     def __init__(
         self, stream: Stream, name: str, exact: Outputs, grid_at: Callable[[float], ActivationGrid], axis: int | None
@@ -78,7 +78,7 @@ class _Trial:
         self._axis = axis if self._values[0].ndim > 1 else None
 
     def error(self, alpha: float) -> float:
-        """Of the outputs."""
+        """The error of the outputs."""
         pairs = zip(self._chunks, self.rounded(alpha), strict=True)
         changed = ({**chunk, self._name: x.astype(chunk[self._name].dtype)} for chunk, x in pairs)
         return relative_error(self._exact, [numbers_in(self._rest(chunk)) for chunk in changed])
@@ -98,7 +98,7 @@ class _Trial:
 
 
 def _descend(error: Callable[[float], float], start: float) -> float:
-    """The alpha where the error has its nearest local minimum."""
+    """The alpha at the local minimum of the error nearest to the start."""
     best, least = start, error(start)
     for factor in (STEP, 1 / STEP):
         while (alpha := min(1.0, best * factor)) != best and (found := error(alpha)) < least:

@@ -1,4 +1,4 @@
-"""Image classifiers: models with one image input, which run on batches; other models are refused with a clear message."""
+"""Image classifiers: models with one image input, which run on batches; other models are rejected with a clear message."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ INPUT_TYPES: dict[str, type[np.number]] = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
-PIXELS = Normalization((0.0,), (1 / 255,))  # which leaves them as they are
+PIXELS = Normalization((0.0,), (1 / 255,))  # the identity
 Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """The image input of a model.  input: its name.  shape: None where it is free."""
+    """The image input of a model.  input: its name.  shape: its dimensions, None where free."""
 
     input: str
     dtype: type[np.number]
@@ -37,34 +37,34 @@ class ImageInput:
 
     @property
     def takes_pixels(self) -> bool:
-        """Whether the model normalizes by itself: it takes pixels 0..255."""
+        """Whether the model normalizes its input itself: it takes pixels 0..255."""
         return self.dtype is np.uint8
 
     def normalization(self, wanted: Normalization) -> Normalization:
-        """How pixels become inputs: as wanted, unless the model takes pixels."""
+        """The normalization of pixels: `wanted`, unless the model takes pixels."""
         return PIXELS if self.takes_pixels else wanted
 
     @property
     def batch(self) -> int | None:
-        """The fixed batch size, None when it is free."""
+        """The fixed batch size, None if it is free."""
         return self.shape[0]
 
     def image_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int] | None:
-        """(c, h, w) of the images it takes, None where it leaves one free.  size: (h, w) to take where they are free."""
+        """The shape of its images, (c, h, w), None if one is still free.  size: (h, w) to use where they are free."""
         last = self.shape[3] in (1, 3) and self.shape[1] not in (1, 3)
         channels, *sizes = (self.shape[3], *self.shape[1:3]) if last else self.shape[1:]
         height, width = (fixed or (size and size[k]) for k, fixed in enumerate(sizes))
         return (channels, height, width) if channels and height and width else None
 
     def accepts(self, image: tuple[int, ...]) -> bool:
-        """Whether an image of shape (c, h, w) fits, as it is or as (h, w, c)."""
+        """Whether an image of shape (c, h, w) fits, unchanged or as (h, w, c)."""
         return _fits(image, self.shape[1:]) or self._wants_channels_last(image)
 
     def _wants_channels_last(self, image: tuple[int, ...]) -> bool:
         return not _fits(image, self.shape[1:]) and _fits((*image[1:], image[0]), self.shape[1:])
 
     def fit(self, x: Float32Array) -> npt.NDArray[np.number]:
-        """(n, c, h, w) as the model takes it."""
+        """Images, (n, c, h, w), in the type and layout of the model."""
         x = x.transpose(0, 2, 3, 1) if self._wants_channels_last(x.shape[1:]) else x
         return np.ascontiguousarray(np.rint(x) if self.takes_pixels else x, self.dtype)
 
@@ -79,13 +79,13 @@ class Classifier(ImageInput):
 
     @property
     def taken(self) -> ImageInput:
-        """What it takes, without the model."""
+        """Its image input, without the model."""
         return ImageInput(self.input, self.dtype, self.shape)
 
     def scores(self, x: Float32Array) -> Float32Array:
         """Run the first output.  x: (n, c, h, w), n the fixed batch size if there is one.  Returns (n, classes) float32.
 
-        Raises ModelError when the model fails or its first output is not one row of scores an image.
+        Raises ModelError when the model fails or its first output is not one row of scores per image.
         """
         first = self._run([self.session.get_outputs()[0].name], {self.input: self.fit(x)})[0]
         scores = np.asarray(first)
@@ -101,7 +101,7 @@ class Classifier(ImageInput):
         return [np.asarray(values, np.float32) for values in self._run(None, {self.input: self.fit(x)})]
 
     def latency(self, x: Float32Array) -> float:
-        """Milliseconds of one run."""
+        """The time of one run, in ms."""
         feed = {self.input: self.fit(x)}
         started = time.perf_counter()
         self._run(None, feed)
@@ -114,9 +114,9 @@ class Classifier(ImageInput):
 def open_classifier(
     model: onnx.ModelProto | str | os.PathLike[str], name: str, options: onnxruntime.SessionOptions | None = None
 ) -> Classifier:
-    """Load a model in ONNX Runtime on the provider in use, with default options where none are given.
+    """Load a model in ONNX Runtime on the current provider, with default options if none are given.
 
-    Raises ModelError when it does not load, or has another number of inputs than one, or an input that is no image.
+    Raises ModelError when it does not load, has a number of inputs other than one, or an input that is not an image.
     """
     source = serialized(model, name)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)

@@ -1,4 +1,4 @@
-"""The actual treatment of each weight by ONNX Runtime, read from the graph that it has optimized."""
+"""The actual treatment of each weight by ONNX Runtime, read from its optimized graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from requant_onnx.runtime.sessions import load_runnable, optimized_graph
 
 @dataclass(frozen=True)
 class WeightFate:
-    """The treatment of one weight of one node.  kernel: operator that reads it.  why: why it is not faster, "" if it is fastest.
+    """The treatment of a weight of a node.  kernel: operator that reads it.  why: why it is not faster, "" if it is fastest.
 
     behind: names of all tensors that it is decoded from, including its own.
     """
@@ -71,7 +71,7 @@ class Explanation:
 
 
 def broken_promises(model: onnx.ModelProto, promised: Mapping[str, Form]) -> dict[str, WeightFate]:
-    """The weights with which ONNX Runtime does not do what their form is for.  promised: weight -> folded or int8.
+    """The weights that ONNX Runtime does not treat as their form promises.  promised: weight -> folded or int8.
 
     Raises LoadError when the model does not load.
     """
@@ -112,9 +112,9 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
 
 @dataclass(frozen=True)
 class _Fates:
-    """The optimized graph by what its nodes touch.  kernels: tensor -> kernel that reads it, or gives it.
+    """The nodes of the optimized graph, by tensor.  kernels: tensor -> kernel that reads or outputs it.
 
-    makers, readers: tensor -> another operator that gives it, or that reads it.
+    makers, readers: tensor -> another operator that outputs it, or that reads it.
     """
 
     kernels: dict[str, str]
@@ -130,10 +130,10 @@ class _Fates:
         return cls(kernels, makers, {name: n.op_type for n in others for name in n.input})
 
     def decoder(self, tensors: Collection[str], codes: Collection[str]) -> str:
-        """The operator that still decodes at every run: it gives a tensor of the decode, or reads the codes; "" for none.
+        """The operator that still decodes in every run, "" if none: it outputs a tensor of the decode, or reads the codes.
 
-        Reading another tensor of the decode proves nothing: a weight that is folded may have live readers, and ONNX Runtime merges
-        equal scalars, those of a decode with those of the model.
+        Reading another tensor of the decode proves nothing: a folded weight has readers, and ONNX Runtime merges equal scalars of a
+        decode and of the model.
         """
         makers = (self.makers[name] for name in sorted(tensors) if name in self.makers)
         return next(makers, "") or next((self.readers[name] for name in sorted(codes) if name in self.readers), "")
@@ -151,7 +151,7 @@ def _weights(nodes: Sequence[gs.Node]) -> list[tuple[gs.Node, gs.Tensor]]:
 def _held(
     graph: ModelGraph, nodes: Sequence[gs.Node], shapes: Mapping[str, tuple[int, ...]], seen: set[int]
 ) -> Iterator[tuple[gs.Node, gs.Tensor]]:
-    """Weights of operators that are no known product, each at its first reader.  seen: ids of tensors that count already."""
+    """The weights of operators that compute no known product, each at its first reader.  seen: ids of tensors already counted."""
     for node in nodes:
         holder = holder_of(node)
         if holder is None or not graph.computes(node):
@@ -165,7 +165,7 @@ def _held(
 
 
 def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
-    """A weight that the file itself gives to an integer kernel."""
+    """A weight that an integer kernel reads already in the file."""
     if node.op in KERNELS:
         tensor = node.inputs[KERNELS[node.op].weight]
         if from_constants(tensor):
@@ -174,12 +174,12 @@ def _integer_operators(node: gs.Node) -> Iterator[WeightFate]:
 
 
 def _codes_of(tensor: gs.Tensor) -> set[str]:
-    """Names of the constants that a weight is decoded from, but for scalars."""
+    """The names of the constants that a weight is decoded from, except scalars."""
     return {each.name for each in ancestors(tensor) if isinstance(each, gs.Constant) and math.prod(each.shape) > 1}
 
 
 def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) -> WeightFate:
-    """exclusive: the tensors of its decode that no other weight is decoded from."""
+    """The treatment of a weight.  exclusive: tensors of its decode that no other weight is decoded from."""
     shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
     results = {output.name for output in _results(node)}
     kernel = next((fates.kernels[name] for name in (*results, *sorted(exclusive)) if name in fates.kernels), "")
@@ -197,7 +197,7 @@ def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) 
 
 
 def _results(node: gs.Node) -> Iterator[gs.Tensor]:
-    """The output of a node and what a kernel may give in its place: behind Relu or Clip, behind QuantizeLinear."""
+    """The output of a node and the tensors a fused kernel may output instead: after Relu, Clip or QuantizeLinear."""
     tensor = node.outputs[0]
     while True:
         yield tensor

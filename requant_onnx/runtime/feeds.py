@@ -1,4 +1,4 @@
-"""Run a float model on calibration inputs (images, noise, or any inputs by name) and watch its activations."""
+"""Run a float model on calibration inputs (images, noise, or any inputs by name) and record its activations."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from requant_onnx.numerics.arrays import AnyArray, Float32Array
 from requant_onnx.runtime.classifier import Classifier, ImageInput, open_classifier, require_image
 from requant_onnx.runtime.sessions import open_session, provider_in_use, quiet_options, run_session, serialized, start_session
 
-BATCH_BYTES = 1 << 27  # of all watched activations of a batch
+BATCH_BYTES = 1 << 27  # largest size of all watched activations of a batch
 MAX_BATCH = 100
-CHUNK, CHUNK_VALUES = 32, 1 << 20  # images of a chunk, and values of all of them
+CHUNK, CHUNK_VALUES = 32, 1 << 20  # images per chunk, and values in all of them
 Watch = Callable[[int, int], None]
 
 
@@ -35,8 +35,8 @@ def watch_activations(
 ) -> dict[str, Histogram]:
     """The histogram of each named tensor over all calibration inputs.  Memory: BATCH_BYTES of activations at a time.
 
-    progress: called with the inputs done and their number.  Raises ModelError when the model does not take the inputs, or images
-    where it has another number of inputs than one image input, or gives NaN or infinity; DataError when images do not fit it.
+    progress: called with the numbers of finished and of all inputs.  Raises ModelError when the model does not accept the inputs,
+    gets images but does not have exactly one image input, or returns NaN or infinity; DataError when images do not fit it.
     """
     histograms = {name: Histogram() for name in tensors}
     for done, total, values in _watch(model, tensors, calibration):
@@ -48,7 +48,7 @@ def watch_activations(
 
 
 def activation_sizes(model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration) -> dict[str, int]:
-    """The elements of each named tensor in a run on one input, or on a batch of fixed size.  Raises as `watch_activations`."""
+    """The number of elements of each named tensor for one input or one fixed batch.  Raises as `watch_activations`."""
     _, _, values = next(_watch(model, tensors, replace(calibration, count=1)))
     return {name: int(np.size(value)) for name, value in values.items()}
 
@@ -56,7 +56,7 @@ def activation_sizes(model: onnx.ModelProto, tensors: Collection[str], calibrati
 def _watch(
     model: onnx.ModelProto, tensors: Collection[str], calibration: Calibration
 ) -> Iterator[tuple[int, int, dict[str, AnyArray]]]:
-    """Batches of calibration inputs: (inputs done, their number, the named tensors)."""
+    """Batches of calibration inputs: (number of finished inputs, number of all, the named tensors)."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     inputs = {item.name for item in model.graph.input}
@@ -72,7 +72,7 @@ def _watch(
 
 
 def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> Sequence[dict[str, AnyArray]]:
-    """The calibration inputs, images CHUNK at a time, normalized when they are asked for.  Raises as `watch_activations`."""
+    """The calibration inputs, images CHUNK at a time, normalized on access.  Raises as `watch_activations`."""
     if calibration.feeds:
         return [dict(feed) for _, feed in _feeds_source(model, calibration).feeds(BATCH_BYTES)]
     classifier = open_classifier(model, "the model")
@@ -84,7 +84,7 @@ def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> Sequ
 
 @dataclass(frozen=True)
 class _ImageChunks(Sequence[dict[str, AnyArray]]):
-    """Chunks of images.  starts: the first image of each."""
+    """Chunks of images.  starts: index of the first image of each."""
 
     images: ImageSet
     normalization: Normalization
@@ -114,9 +114,9 @@ def _chunk_size(images: ImageSet) -> int:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model, open, and how to make its inputs.
+    """An open model and the source of its inputs.
 
-    feeds: bytes of all outputs of one batch -> (inputs done, inputs by name).  total: how many there are.
+    feeds: bytes of all outputs of one batch -> (number of finished inputs, inputs by name).  total: number of inputs.
     """
 
     session: InferenceSession
@@ -131,7 +131,7 @@ def _feeds_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
 
 
 def fit_feed(session: InferenceSession, feed: Feed) -> Feed:
-    """Inputs in the types that a model takes.  Raises DataError where they are not those of the model, or do not fit."""
+    """Inputs in the types that a model takes.  Raises DataError if their names are not the model's, or they do not fit."""
     taken = {item.name: item for item in session.get_inputs()}
     if feed.keys() != taken.keys():
         raise DataError(f"the given inputs are {sorted(feed)}, but the model takes {sorted(taken)}; give each by its name")
@@ -140,7 +140,7 @@ def fit_feed(session: InferenceSession, feed: Feed) -> Feed:
 
 @dataclass(frozen=True)
 class FedModel:
-    """A model of any inputs, ready to be judged on feeds, one run each.  bytes: size of the file."""
+    """A model with any inputs, ready to run on feeds, one run each.  bytes: size of the file."""
 
     name: str
     session: InferenceSession
@@ -148,7 +148,7 @@ class FedModel:
     batch = 1
 
     def scores(self, feed: Feed) -> Float32Array:
-        """All numbers of the first output, (1, n).  Raises ModelError when the model fails, or gives no tensor of numbers."""
+        """All numbers of the first output, (1, n).  Raises ModelError when the model fails, or the output is not numeric."""
         first = self.session.get_outputs()[0].name
         values = run_session(self.session, self.name, [first], fit_feed(self.session, feed))[0]
         if not isinstance(values, np.ndarray) or values.dtype.kind in "OSU" or values.size == 0:
@@ -164,7 +164,7 @@ class FedModel:
 
 
 def open_fed(model: Source, name: str, options: SessionOptions | None = None) -> FedModel:
-    """Load a model in ONNX Runtime's CPU provider, with default options where none are given.  Raises ModelError."""
+    """Load a model in ONNX Runtime's CPU provider, with default options if none are given.  Raises ModelError."""
     source = serialized(model, name)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     return FedModel(name, start_session(source, name, options or quiet_options(), provider_in_use()), size)
@@ -173,7 +173,7 @@ def open_fed(model: Source, name: str, options: SessionOptions | None = None) ->
 def _fitted(item: Any, values: AnyArray) -> AnyArray:
     """The values in the type that the model takes.  item: an input of a session, with its name, type and shape.
 
-    Raises DataError where the shape does not fit, or the type would change values by more than rounding of floats.
+    Raises DataError if the shape does not fit, or if the type would change values by more than float rounding.
     """
     name = item.type.removeprefix("tensor(").removesuffix(")")
     kind = {"float": "float32", "double": "float64"}.get(name, name)
@@ -190,7 +190,7 @@ def _fitted(item: Any, values: AnyArray) -> AnyArray:
 
 
 def _cast(values: AnyArray, kind: str) -> AnyArray | None:
-    """The values in another type; None if values would change, or NumPy lacks the type."""
+    """The values in another type; None if values would change or NumPy lacks the type."""
     if str(values.dtype) == kind:
         return values
     if values.dtype.kind == "U" or kind == "string":
@@ -223,7 +223,7 @@ def _image_source(model: onnx.ModelProto, calibration: Calibration) -> _Source:
 
 
 def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSet, Normalization | None]:
-    """The images of a calibration, or its noise, and how they become inputs; for a calibration without feeds.
+    """The images or noise of a calibration without feeds, and their normalization.
 
     Raises as `watch_activations`.
     """
@@ -238,7 +238,7 @@ def _normalization(calibration: Calibration, images: ImageSet) -> Normalization:
 
 
 def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
-    """The images given, if they fit, or noise of the size that the model takes."""
+    """The given images, if they fit, or noise of the size that the model takes."""
     if calibration.images is not None:
         require_image(classifier, calibration.images.x.shape[1:])
         return calibration.images.drawn(calibration.count, calibration.seed)

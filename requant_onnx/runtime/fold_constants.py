@@ -1,7 +1,7 @@
 """Compute weights that the graph derives from float constants: weight normalization, slices and joins of constants, scaled weights.
 
-A decode of integer codes is not such a weight.  The two differ in size: computing a weight must remove at least as many floats as
-it adds, and codes are not floats.
+A decode of integer codes is not such a weight.  Size distinguishes the two: computing a weight must remove at least as many floats
+as it adds, and codes are not floats.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from requant_onnx.runtime.sessions import open_cpu_session, run_session
 
 @dataclass(frozen=True)
 class Exposed:
-    """A model whose weights are constants of the main graph.  overridable: how many of them callers could replace before."""
+    """A model whose weights are constants of the main graph.  overridable: number of them that callers could replace before."""
 
     graph: ModelGraph
     overridable: int
 
 
 def exposed(model: onnx.ModelProto, keep_inputs: bool = False) -> Exposed:
-    """Bring the weights of a model to where they can be converted.  May change the model given.
+    """Move the weights of a model to where they can be converted.  May change the given model.
 
-    keep_inputs: whether initializers that are inputs of the graph too stay so.
-    Raises ModelError when the graph cannot be followed.
+    keep_inputs: whether initializers that are also graph inputs stay inputs.
+    Raises ModelError when the graph cannot be traversed.
     """
     overridable = 0 if keep_inputs else remove_weights_from_inputs(model)
     graph = ModelGraph.of(expose_weights(model))
@@ -50,7 +50,7 @@ def exposed(model: onnx.ModelProto, keep_inputs: bool = False) -> Exposed:
 
 @dataclass(frozen=True)
 class _Family:
-    """Weights that share constants, and all that they are computed from."""
+    """Weights that share constants, and all tensors that they are computed from."""
 
     weights: tuple[gs.Tensor, ...]
     behind: dict[int, gs.Tensor]
@@ -58,7 +58,7 @@ class _Family:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the nodes of the navigated graph are in the model: id of a node -> its message, and the graph that holds it."""
+    """The places of the navigated graph's nodes in the model: id of a node -> its message, and the graph that contains it."""
 
     nodes: dict[int, onnx.NodeProto]
     graphs: dict[int, onnx.GraphProto]
@@ -77,9 +77,9 @@ class _Places:
 
 
 def fold_constants(model: ModelGraph) -> int:
-    """Replace every weight that is computed from float constants by its values; returns how many.  Changes the model.
+    """Replace every weight that is computed from float constants by its values; return their number.  Changes the model.
 
-    A weight stays where ONNX Runtime cannot compute it, and where the file would grow.
+    A weight is skipped if ONNX Runtime cannot compute it, or if the file would grow.
     """
     weights = [] if is_large(model.proto) else list(_computed_weights(model))
     if not weights:
@@ -108,7 +108,7 @@ def fold_constants(model: ModelGraph) -> int:
 
 
 def _computed_weights(model: ModelGraph) -> Iterator[gs.Tensor]:
-    """Weights and biases that nodes compute from constants."""
+    """The weights and biases that nodes compute from constants."""
     graphs = (model.graph, *model.bodies)
     outputs = {id(tensor) for graph in graphs for tensor in graph.outputs}
     for node in (node for graph in graphs for node in graph.nodes):
@@ -131,7 +131,7 @@ def _operands(node: gs.Node) -> Iterator[gs.Tensor]:
 
 
 def _families(weights: Iterable[gs.Tensor]) -> list[_Family]:
-    """The weights by what they are computed from; those that share a constant or a node are one family."""
+    """The weights in families: weights that share a constant or a node belong to the same family."""
     families: list[_Family] = []
     for tensor in {id(each): each for each in weights}.values():
         behind = {id(each): each for each in ancestors(tensor)}
@@ -144,7 +144,7 @@ def _families(weights: Iterable[gs.Tensor]) -> list[_Family]:
 
 
 def _values(model: ModelGraph, places: _Places, family: _Family) -> list[GenericArray] | None:
-    """What ONNX Runtime computes; None where it computes no floats that a weight may have."""
+    """The values of the weights, computed by ONNX Runtime; None if that fails or they are not float arrays."""
     names = {key: f"t{number}" for number, key in enumerate(family.behind)}
     nodes: list[onnx.NodeProto] = []
     needed = {id(node) for tensor in family.behind.values() for node in tensor.inputs}
@@ -168,7 +168,7 @@ def _values(model: ModelGraph, places: _Places, family: _Family) -> list[Generic
 
 
 def _unneeded(model: ModelGraph, family: _Family) -> set[int]:
-    """ids of the tensors behind a family that nothing else reads, once its weights are stored."""
+    """The ids of a family's weights, and of tensors that only they depend on."""
     outputs = {id(tensor) for graph in (model.graph, *model.bodies) for tensor in graph.outputs}
     doomed = {id(tensor) for tensor in family.weights}
     grew = True
@@ -187,7 +187,7 @@ def _is_doomed(node: gs.Node, doomed: set[int]) -> bool:
 
 
 def _elements(tensor: gs.Tensor) -> int:
-    """Floats that a constant stores; 0 for one that is computed, and for integers."""
+    """The number of floats that a constant stores; 0 for a computed tensor, and for integers."""
     value = tensor if isinstance(tensor, gs.Constant) else tensor.inputs[0].attrs.get("value") if tensor.inputs else None
     if not isinstance(value, gs.Constant):
         return 0
@@ -195,7 +195,7 @@ def _elements(tensor: gs.Tensor) -> int:
 
 
 def _redirect(tensor: gs.Tensor, name: str, places: _Places) -> None:
-    """Let all readers of a tensor read another one."""
+    """Make all readers of a tensor read another one."""
     for reader in tensor.outputs:
         message = places.nodes.get(id(reader))
         for k, read in enumerate(reader.inputs):
@@ -204,7 +204,7 @@ def _redirect(tensor: gs.Tensor, name: str, places: _Places) -> None:
 
 
 def _delete(model: ModelGraph, gone: set[int], places: _Places) -> None:
-    """Delete the nodes that gave tensors which are gone, and the constants among these.  Changes the model."""
+    """Delete the nodes whose outputs are all in `gone`, and the constants in `gone`.  Changes the model."""
     nodes = [node for graph in (model.graph, *model.bodies) for node in graph.nodes]
     for node in nodes:
         if node.outputs and _is_doomed(node, gone):

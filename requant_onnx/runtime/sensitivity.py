@@ -21,7 +21,7 @@ Outputs = list[list[Float64Array]]
 def output_errors(
     model: onnx.ModelProto, replacements: Iterable[Mapping[str, Float32Array]], names: Collection[str], chunks: Sequence[Chunk]
 ) -> Iterator[float]:
-    """Error of the outputs, relative to their power, for each set of stored tensors replaced.  names: all of those in the sets."""
+    """The output error, relative to output power, for each set of replaced tensors.  names: all tensors in the sets."""
     work = onnx.ModelProto()
     work.CopyFrom(model)
     constants_to_initializers(work)
@@ -44,21 +44,21 @@ def output_errors(
 
 
 def outputs_of(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
-    """What a model gives for each chunk of inputs."""
+    """The outputs of a model for each chunk of inputs."""
     session = open_session(model, "the model")
     return [numbers_in(run_session(session, "the model", None, chunk)) for chunk in chunks]
 
 
 def numbers_in(outputs: Sequence[Any]) -> list[Float64Array]:
-    """The tensors of numbers among the outputs of a model: texts, sequences and maps have no error to measure."""
+    """The numeric tensors among the outputs of a model; strings, sequences and maps have no measurable error."""
     arrays = [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind not in "OSU"]
     return [np.asarray(y, np.float64) for y in arrays]
 
 
 def relative_error(exact: Outputs, others: Outputs) -> float:
-    """Squared error over squared values, summed over all chunks, the mean over the outputs.
+    """The squared error divided by the squared values, each summed over all chunks, averaged over the outputs.
 
-    An output of another shape (as many boxes as were found, say) counts as lost.
+    An output whose shape changed (such as one with a row per box found) has the error of an output of zeros.
     """
     ratios = []
     for outputs, changed in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):

@@ -21,13 +21,13 @@ from requant_onnx.runtime.cpu import adds_exactly
 from requant_onnx.text import first_line
 
 Session: TypeAlias = onnxruntime.InferenceSession
-CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variables, which processes that are started inherit: paths of libraries,
-PROVIDER = "REQUANT_PROVIDER"  # and the name of an execution provider
+CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variable, inherited by child processes: paths of libraries
+PROVIDER = "REQUANT_PROVIDER"  # likewise: name of an execution provider
 CPU = "CPUExecutionProvider"
 
 
 def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
-    """Register libraries of custom operators with every session from now on, in this process and those it starts.
+    """Register libraries of custom operators with every later session, in this process and its child processes.
 
     libraries: paths, as for onnxruntime.SessionOptions.register_custom_ops_library; they replace those of earlier calls.
     Raises ConfigError if one cannot be loaded.  https://onnxruntime.ai/docs/reference/operators/add-custom-op.html
@@ -38,9 +38,9 @@ def use_custom_ops(*libraries: str | os.PathLike[str]) -> None:
 
 
 def use_provider(name: str | None) -> None:
-    """Run models on an execution provider of the installed ONNX Runtime from now on, in this process and those it starts.
+    """Run models on an execution provider of the installed ONNX Runtime from now on, in this process and its child processes.
 
-    Calibration, self-checks and validation run there; operators that it lacks run on the CPU.  Constants of a model are always
+    Calibration, self-checks and validation run on it; operators that it lacks run on the CPU.  Constants of a model are always
     computed on the CPU, and `explain` always describes the CPU.  Results differ by the rounding of the provider.
 
     name: name of the provider in upper or lower case, with or without "ExecutionProvider", for example "cuda"; None: the CPU.
@@ -50,7 +50,7 @@ def use_provider(name: str | None) -> None:
 
 
 def provider_in_use() -> str:
-    """The full name of the execution provider that models run on."""
+    """The full name of the current execution provider."""
     return os.environ.get(PROVIDER, CPU)
 
 
@@ -74,7 +74,7 @@ def _register(options: onnxruntime.SessionOptions, library: str | os.PathLike[st
 
 
 def quiet_options() -> onnxruntime.SessionOptions:
-    """Default options, with the libraries of custom operators, but without warnings: those of the optimizer are not for users."""
+    """Default options with the custom operator libraries, but without warnings: those of the optimizer do not help users."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     for library in filter(None, os.environ.get(CUSTOM_OPS, "").split(os.pathsep)):
@@ -83,7 +83,7 @@ def quiet_options() -> onnxruntime.SessionOptions:
 
 
 def optimized_graph(model: onnx.ModelProto | str | os.PathLike[str], name: str, folder: Path) -> tuple[str, onnx.ModelProto]:
-    """ONNX Runtime's version, and the model as it has optimized it with default options.  folder: for a temporary file.
+    """The version of ONNX Runtime, and the model optimized with default options.  folder: directory for a temporary file.
 
     Raises ModelError when the model does not load.
     """
@@ -98,7 +98,7 @@ PRECISION = "session.x64quantprecision"
 
 
 def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-    """Open an InferenceSession with the options that suit the form of a converted model, on the provider in use (default: CPU).
+    """Open an InferenceSession with the options that suit the form of a converted model, on the current provider (default: CPU).
 
     qdq files decode at load (`session.disable_quant_qdq`), for float speed.  int8 files with levels up to 127 do not saturate on
     CPUs without VNNI (`session.x64quantprecision`).  Any other file gets default options.
@@ -115,26 +115,26 @@ def load_session(model: ModelLike, options: onnxruntime.SessionOptions | None = 
     full = form is not None and FORMS[form].on_integers and settings.get("int8_levels") == Int8Levels.FULL.value
     if full and not adds_exactly():
         options.add_session_config_entry(PRECISION, "1")
-        with contextlib.suppress(LoadError):  # ONNX Runtime 1.32 fails at the second node that reads one weight
+        with contextlib.suppress(LoadError):  # ONNX Runtime 1.32 fails when a second node reads the same weight
             return start_session(serialized(source, name), name, options, provider_in_use())
         options.add_session_config_entry(PRECISION, "0")
     return start_session(serialized(source, name), name, options, provider_in_use())
 
 
 def open_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:
-    """A session with default options on the provider in use.  Raises ModelError when the model does not load."""
+    """A session with default options on the current provider.  Raises ModelError when the model does not load."""
     return start_session(serialized(model, name), name, quiet_options(), provider_in_use())
 
 
 def open_cpu_session(model: onnx.ModelProto, name: str) -> onnxruntime.InferenceSession:
-    """A session with default options, for constants.  Raises ModelError when the model does not load."""
+    """A session with default options on the CPU, for constants.  Raises ModelError when the model does not load."""
     return start_session(serialized(model, name), name, quiet_options())
 
 
 def run_session(
     session: onnxruntime.InferenceSession, name: str, outputs: list[str] | None, feed: Mapping[str, GenericArray]
 ) -> list[Any]:
-    """The outputs named (None: all).  Raises ModelError when the model does not take the feed."""
+    """The named outputs (None: all).  Raises ModelError when the model does not accept the feed."""
     try:
         return list(session.run(outputs, dict(feed)))
     except Exception as error:  # onnxruntime raises many types of its own
@@ -145,9 +145,9 @@ def run_session(
 def start_session(
     source: bytes | str, name: str, options: onnxruntime.SessionOptions, provider: str = CPU
 ) -> onnxruntime.InferenceSession:
-    """A session.  source: a serialized model, or the path of a file.
+    """Start a session.  source: a serialized model, or the path of a file.
 
-    Raises LoadError where the model does not load, ConfigError where the provider does not start.
+    Raises LoadError if the model does not load, ConfigError if the provider does not start.
     """
     try:
         session = onnxruntime.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
@@ -159,7 +159,7 @@ def start_session(
 
 
 def serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> bytes | str:
-    """What `start_session` takes.  Raises ModelError for a ModelProto above 2 GB."""
+    """The `source` of `start_session`.  Raises ModelError for a ModelProto above 2 GB."""
     if not isinstance(model, onnx.ModelProto):
         return str(model)
     if is_large(model):
@@ -169,9 +169,9 @@ def serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> by
 
 
 def load_runnable(model: ModelLike | LoadedModel) -> LoadedModel:
-    """Read and check a model; one that ONNX Runtime loads is valid whatever the checker of onnx says.
+    """Read and check a model; one that ONNX Runtime loads is valid even if onnx's checker rejects it.
 
-    Raises ModelError where it is damaged, or neither of the two takes it.
+    Raises ModelError if it is damaged, or if both reject it.
     """
     return LoadedModel.of(model, runs)
 

@@ -1,6 +1,6 @@
-"""Run a model piece by piece on calibration inputs, in float and with the weights quantized so far, side by side.
+"""Run a model piece by piece on calibration inputs, in float and with the weights quantized so far, in parallel streams.
 
-Only tensors that a later node reads are kept.  Inputs run in chunks, so nothing is assumed about shapes.
+Only tensors that a later node reads are kept.  Inputs run in chunks, so no shape is assumed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 
 Chunk = dict[str, GenericArray]
-FEWEST = 4  # chunks that are run in any case
-GROWTH = 1.5  # by which the number of chunks grows at least, for all that is before a layer is run again for the new ones
-AHEAD = 12  # stops whose tensors have to fit into memory too
+FEWEST = 4  # smallest number of chunks, regardless of memory and time
+GROWTH = 1.5  # smallest growth of the number of chunks, because new ones must run through all nodes before the layer
+AHEAD = 12  # number of coming stops whose tensors must also fit into memory
 
 
 class Stream:
-    """One run of a model, up to some node.  values: for each chunk of inputs, the tensors that are still to be read.
+    """A run of a model up to some node.  values: for each chunk of inputs, the tensors that later nodes read.
 
-    Nodes that read constants only are run again with each piece that needs them, on the initializers as they are then: a Cast or a
-    Transpose behind a weight may stand anywhere in the graph, long before the weight is replaced.
+    Nodes that read only constants are run again with each piece that needs them, on the current initializers: a Cast or Transpose
+    of a weight may be anywhere in the graph, long before the weight is replaced.
     """
 
     def __init__(self, model: onnx.ModelProto, chunks: Iterable[Chunk]) -> None:
@@ -44,7 +44,7 @@ class Stream:
         self.opening = 0.0  # seconds spent on opening sessions
 
     def advance(self, end: int, replaced: Mapping[str, onnx.TensorProto]) -> None:
-        """Run the nodes before `end`.  replaced: initializers with other values."""
+        """Run the nodes before `end`.  replaced: initializers with new values."""
         nodes = [node for node in self._model.graph.node[self._done : end] if not self._is_constant(node)]
         made = [name for node in nodes for name in node.output if name]
         wanted = [name for name in made if self._last.get(name, -1) >= end]
@@ -56,14 +56,14 @@ class Stream:
         self._done = end
 
     def output(self, index: int) -> Iterator[GenericArray]:
-        """What node `index`, the next one, gives for each chunk in turn; it is not advanced over."""
+        """The output of node `index`, the next one, for each chunk in turn; the stream does not advance."""
         node = self._model.graph.node[index]
         session, feeds = self._session([node], [node.output[0]], {})
         for chunk in self.values:
             yield run_session(session, "the model", None, {name: chunk[name] for name in feeds})[0]
 
     def rest(self) -> Callable[[Chunk], list[Any]]:
-        """A function from the tensors of a chunk, or others in their place, to the outputs of the model.  Nothing is advanced."""
+        """A function from the tensors of a chunk, or replacements, to the outputs of the model.  The stream does not advance."""
         nodes = [node for node in self._model.graph.node[self._done :] if not self._is_constant(node)]
         made = {name for node in nodes for name in node.output}
         names = [item.name for item in self._model.graph.output]
@@ -117,9 +117,9 @@ class Stream:
 
 
 class Lanes:
-    """Runs of one model side by side, each with weights of its own, on as many chunks as memory allows.
+    """Parallel runs of a model, each with its own weights, on as many chunks as memory allows.
 
-    runs: one Stream for each.  seconds: about what the way to each stop takes, for all chunks that are run there.
+    runs: one Stream per run.  seconds: approximate time to reach each stop, for all chunks that are run there.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class Lanes:
         memory: int,
         seconds: float = float("inf"),
     ) -> None:
-        """stops: nodes where the runs will wait.  memory: bytes that their tensors may take.  seconds: that running may take.
+        """Plan the chunks.  stops: nodes where the runs will stop.  memory: limit of their tensors, in bytes.  seconds: time limit.
 
-        FEWEST chunks are run in any case.
+        At least FEWEST chunks are run.
         """
         self._model, self._chunks = model, chunks
         trial, sizes, times = Stream(model, chunks[:1]), [], []
@@ -153,7 +153,7 @@ class Lanes:
         self.runs = [Stream(model, chunks[: self._room.get(stops[0], len(chunks)) if stops else None]) for _ in range(runs)]
 
     def advance(self, end: int, replaced: Sequence[Mapping[str, onnx.TensorProto]]) -> None:
-        """Run the nodes before `end` on fewer chunks than before, or on more.  replaced: as for Stream, for each run."""
+        """Run the nodes before `end`, possibly on fewer or more chunks than before.  replaced: as for Stream, for each run."""
         active = len(self.runs[0].values)
         room = self._room.get(end, active)
         for run, weights in zip(self.runs, replaced, strict=True):
@@ -171,9 +171,9 @@ def _bytes(chunk: Chunk) -> int:
 
 
 def _constant_nodes(graph: onnx.GraphProto, stored: Collection[str]) -> dict[str, int]:
-    """Tensor -> index of the node that gives it, for nodes whose inputs are constants or come from such nodes.
+    """Tensor -> index of the node that outputs it, for nodes whose inputs are constants or outputs of such nodes.
 
-    Nodes without inputs (Constant, but random numbers too) and nodes with bodies are none.
+    Nodes without inputs (Constant, but also random generators) and nodes with bodies do not count.
     """
     constant: dict[str, int] = {}
     for index, node in enumerate(graph.node):
@@ -185,7 +185,7 @@ def _constant_nodes(graph: onnx.GraphProto, stored: Collection[str]) -> dict[str
 
 
 def constants_to_initializers(model: onnx.ModelProto) -> None:
-    """Store the values of Constant nodes and sparse initializers as initializers, so that they are not kept once a chunk.
+    """Store the values of Constant nodes and sparse initializers as initializers, so that they are not kept for every chunk.
 
     Changes `model`.
     """
@@ -213,7 +213,7 @@ def _reads(node: onnx.NodeProto) -> Iterable[str]:
 
 
 def _typed(name: str, values: Any) -> onnx.ValueInfoProto:
-    """The type of what ONNX Runtime gave: a tensor of numbers or texts, a sequence of such, or an optional without a value."""
+    """The type of a value from ONNX Runtime: a tensor of numbers or strings, a sequence of these, or an empty optional."""
     return onnx.helper.make_value_info(name, _type_of(values))
 
 

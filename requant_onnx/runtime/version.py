@@ -1,4 +1,4 @@
-"""The version of ONNX Runtime that is installed."""
+"""The installed version of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import onnxruntime
 
 
 def runtime_version() -> str:
-    """The version of the package onnxruntime, as 1.20.1."""
+    """The version of the package onnxruntime, such as 1.20.1."""
     return str(onnxruntime.__version__)

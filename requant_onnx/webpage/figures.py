@@ -1,6 +1,6 @@
 """Charts as SVG for a page (matplotlib).  Colors are variables of the page, so they follow its theme; text stays text.
 
-Each chart has a text that describes it to readers who cannot see it.
+Each chart has a text description for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from requant_onnx.evaluate.weight_comparison import ComparedWeight, Curve, Densi
 INK, MUTED, GRID, FIRST, SECOND, THIRD, FILL = (f"#0000{n:02x}" for n in range(1, 8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--c1", SECOND: "--c2", THIRD: "--c3", FILL: "--fill"}
 MARKERS, LINES = "os^Dvx", ("-", "--")
-EXACT = 120.0  # dB, at which outputs without error are plotted
-SMALL, WIDE = (3.6, 2.4), (9.0, 2.7)  # inches, at 72 units an inch
+EXACT = 120.0  # SQNR in dB at which outputs without error are plotted
+SMALL, WIDE = (3.6, 2.4), (9.0, 2.7)  # inches, with 72 units per inch
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "requant",
@@ -55,7 +55,7 @@ class Chart:
 
 
 def charts_of(weight: ComparedWeight, number: int) -> list[Chart]:
-    """The charts of one weight; none if it is not on a grid.  number: number that makes the ids unique."""
+    """The charts of a weight; none if it is not on a grid.  number: number that makes the ids unique."""
     if weight.grid is None or weight.curve is None or weight.densities is None or weight.scales is None or weight.alpha is None:
         return []
     space = shown_transform(weight.grid)
@@ -74,7 +74,7 @@ def charts_of(weight: ComparedWeight, number: int) -> list[Chart]:
 
 
 def growth_chart(weights: Sequence[ComparedWeight]) -> Chart | None:
-    """The chart of the output SQNR after each layer, in the order of the graph; None where nothing was compared."""
+    """The chart of the output SQNR after each layer, in graph order; None if nothing was compared."""
     values = [min(weight.output_sqnr_db, EXACT) for weight in weights]
     known = [(k, value) for k, value in enumerate(values) if not math.isnan(value)]
     if not known:
@@ -175,7 +175,7 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, key: str) -> str:
-    """The svg element alone, with ids made unique by `key`, and variables of the page as colors."""
+    """The svg element alone, with ids made unique by `key`, and page variables as colors."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""A picture of the network from top to bottom, with a block for each weight, which links to its details."""
+"""A diagram of the network from top to bottom, with a block per weight, which links to its details."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from requant_onnx.evaluate.weight_comparison import ComparedWeight
 from requant_onnx.graph.flow import Block
 
-WIDTH, HEIGHT, ACROSS, DOWN = 190, 34, 214, 50  # of a block, and between the corners of two, in pixels
-EDGE = 8  # around the picture
-LETTERS = 25  # of a title
+WIDTH, HEIGHT, ACROSS, DOWN = 190, 34, 214, 50  # size of a block, and distances of their corners, in pixels
+EDGE = 8  # margin of the diagram
+LETTERS = 25  # largest length of a title
 BEST_DB, WORST_DB = 50.0, 5.0  # output SQNR of the palest and of the strongest color
 
 
 @dataclass(frozen=True)
 class Box:
-    """A block in the picture.  x, y: its corner.  link: id of its weight.  error, bits: strength of its color, 0..100, or None."""
+    """A block in the diagram.  x, y: its corner.  link: id of its weight.  error, bits: strength of its color, 0..100, or None."""
 
     x: int
     y: int
@@ -31,7 +31,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Network:
-    """The picture.  lines: the path of each connection, as SVG has it."""
+    """The diagram.  lines: SVG path of each connection."""
 
     width: int
     height: int
@@ -40,7 +40,7 @@ class Network:
 
 
 def draw(flow: Sequence[Block], weights: Sequence[ComparedWeight]) -> Network:
-    """Lay out the blocks: each below all that it reads, near the middle of these."""
+    """Lay out the blocks: each is below all blocks it reads, near their middle."""
     places = _places(flow)
     corners = [(EDGE + lane * ACROSS, EDGE + rank * DOWN) for lane, rank in places]
     boxes = [_box(block, weights, *corner) for block, corner in zip(flow, corners, strict=True)]
@@ -50,7 +50,7 @@ def draw(flow: Sequence[Block], weights: Sequence[ComparedWeight]) -> Network:
 
 
 def _places(flow: Sequence[Block]) -> list[tuple[int, int]]:
-    """(lane, rank) of each block."""
+    """The (lane, rank) of each block."""
     places: list[tuple[int, int]] = []
     taken: set[tuple[int, int]] = set()
     for block in flow:
@@ -64,7 +64,7 @@ def _places(flow: Sequence[Block]) -> list[tuple[int, int]]:
 
 
 def _line(source: tuple[int, int], target: tuple[int, int]) -> str:
-    """A path from the middle of the lower edge of one block to that of the upper edge of another, around the blocks in between."""
+    """A path from the middle of a block's lower edge to that of another's upper edge, around the blocks in between."""
     x1, y1, x2, y2 = source[0] + WIDTH // 2, source[1] + HEIGHT, target[0] + WIDTH // 2, target[1]
     if y2 - y1 <= DOWN - HEIGHT:
         return f"M{x1},{y1}L{x2},{y2}"

@@ -12,7 +12,7 @@ from requant_onnx.webpage.report_page import Cell, Column, fill
 
 
 def render_comparison(comparison: Comparison, name: str, settings: Sequence[tuple[str, str]]) -> str:
-    """The page, as HTML.  name: name of the model."""
+    """The page as HTML.  name: name of the model."""
     labeled = comparison.top1 is not None
     cards = [("file size", f"{comparison.bytes:,} B", "")]
     cards.append(("images", f"{comparison.images:,}", "" if labeled else "without labels"))

@@ -1,4 +1,4 @@
-"""A self-contained page on a conversion, which needs no network, has a light and a dark theme, and fits every screen width."""
+"""A self-contained page about a conversion, which needs no network, has a light and a dark theme, and fits every screen width."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from requant_onnx.webpage.figures import charts_of, growth_chart
 from requant_onnx.webpage.network import draw
 from requant_onnx.webpage.terms import TERMS
 
-THUMBNAIL = 160  # pixels, the longer side of the image of an example
+THUMBNAIL = 160  # longer side of an example's image, in pixels
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cell:
 
 
 def render(study: Study, progress: Progress | None = None) -> str:
-    """The page, as HTML."""
+    """The page as HTML."""
     fates = {weight.name: weight for weight in study.explanation.weights} if study.explanation else {}
     details, rows = [], []
     for number, weight in enumerate(study.weights):
@@ -87,7 +87,7 @@ def render(study: Study, progress: Progress | None = None) -> str:
 
 
 def _example(shown: Shown) -> dict[str, Any]:
-    """An example for the page.  image: as a data URI, "" where there is none."""
+    """An example for the page, with its image as a data URI, "" if there is none."""
     example = shown.example
     same = f"both {example.answers[0]}" if example.answers[0] else "only values"
     answers = f"float {example.answers[0]}, converted {example.answers[1]}" if example.differs else same
@@ -97,7 +97,7 @@ def _example(shown: Shown) -> dict[str, Any]:
 
 
 def _data_uri(pixels: UInt8Array) -> str:
-    """A small image.  pixels: (h, w, 1 or 3)."""
+    """The data URI of a thumbnail.  pixels: (h, w, 1 or 3)."""
     image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
@@ -107,7 +107,7 @@ def _data_uri(pixels: UInt8Array) -> str:
 
 
 def _outputs(report: ValidationReport) -> list[tuple[str, ...]]:
-    """A row for each output."""
+    """The table rows, one per output."""
     rows: list[tuple[str, ...]] = []
     for output in report.outputs:
         agreement = "" if output.agreement is None else f"{output.agreement:.2%} of {output.count:,} {output.what}"
@@ -171,7 +171,7 @@ def _cards(study: Study) -> list[dict[str, str]]:
 
 
 def _term(label: str) -> str:
-    """The term of the glossary that a label ends with."""
+    """The glossary term that a label ends with."""
     return next((term for term in TERMS if label.endswith(term)), "")
 
 
@@ -194,7 +194,7 @@ def _columns(converted: bool) -> list[Column]:
 
 
 def _report_of(weight: ComparedWeight, fate: WeightFate | None, reports: Sequence[WeightReport]) -> WeightReport | None:
-    """The report on a weight, by its name or by that of a tensor it is decoded from: a Cast may be in between."""
+    """The report on a weight, found by its name or by that of a tensor it is decoded from, because a Cast may be in between."""
     names = {weight.name} if fate is None else {weight.name, *fate.behind}
     return next((report for report in reports if report.name in names), None)
 

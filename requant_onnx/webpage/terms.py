@@ -1,4 +1,4 @@
-"""The terms of a page, which are explained on hover, and in a list at its end."""
+"""The terms of a page, which are explained on hover and in a list at its end."""
 
 from __future__ import annotations
 

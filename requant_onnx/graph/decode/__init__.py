@@ -1,1 +1,1 @@
-"""Codes become nodes: the forms of a weight, the packing of its codes, and the nodes that decode them."""
+"""Decodes of weights: the forms of a weight, the packing of its codes, and the nodes that decode them."""

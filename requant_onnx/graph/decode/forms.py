@@ -1,8 +1,8 @@
 """The forms of weights: how codes are stored and decoded in the graph.
 
-    qdq      codes or their integer levels -> DequantizeLinear     which ONNX Runtime runs at every inference
-    folded   levels -> Mul with the scale                          which ONNX Runtime folds to a float weight at load
-    int8     levels -> int8 -> DequantizeLinear                    levels folded at load, the rest fused to an integer kernel
+    qdq      codes or their integer levels -> DequantizeLinear     ONNX Runtime runs it at every inference
+    folded   levels -> Mul with the scale                          ONNX Runtime folds it into a float weight at load
+    int8     levels -> int8 -> DequantizeLinear                    levels folded at load, the rest fused into an integer kernel
 
 Codes are packed to their true width (packing.py), or stored as INT8, UINT8 or UINT4 if that is their width and the target
 runtime can read it.  Weights that differ only in the number of channels are decoded together and then split, because the nodes
@@ -26,14 +26,14 @@ from requant_onnx.numerics.kinds import GridKind, LevelDecode
 from requant_onnx.numerics.quantize import QuantizedWeight
 
 INT4_OPSET = 21  # first opset with UINT4, and with 16-bit DequantizeLinear
-DEQUANTIZE_OPSET = 19  # the oldest whose DequantizeLinear all runtimes have
+DEQUANTIZE_OPSET = 19  # the oldest opset whose DequantizeLinear all runtimes support
 SPLIT_OPSET = 13  # first opset where Split reads its sizes
-GROUP_ELEMENTS = 1 << 18  # decoded together at most: beyond it nodes do not count, and memory at load does
+GROUP_ELEMENTS = 1 << 18  # largest group: in larger ones the nodes' size is negligible and memory at load matters
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the file is written for.  opset: of the model.
+    """The runtime and opset that a file is written for.  opset: opset of the model.
 
     native4, signed, half, grouped: see RuntimeRow in config.py.
     """
@@ -51,9 +51,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Coded:
-    """A quantized weight on its way into the graph.  name: the tensor to output.  emit: its ONNX type.
+    """A quantized weight that is to be written.  name: tensor to output.  emit: its ONNX type.
 
-    looked_up: whether its readers look up entries, so that levels are output, and scales, for nodes behind the readers (lookup.py).
+    looked_up: whether its readers look up entries, so that levels and scales are output and decoded after the readers (lookup.py).
     """
 
     name: str
@@ -64,13 +64,13 @@ class Coded:
 
     @property
     def payload(self) -> int:
-        """Bytes of codes, scales and zero points, about."""
+        """The approximate bytes of codes, scales and zero points."""
         q = self.quantized
         return PACKINGS[q.table.bits].bytes_of(q.codes.size) + q.scale.size * (3 if q.has_half_scale else 5)
 
 
 def reads_codes(form: Form, decode: LevelDecode) -> bool:
-    """Whether DequantizeLinear reads the codes themselves: its zero point makes the levels of a uniform grid."""
+    """Whether DequantizeLinear reads the codes themselves: with its zero point, they are the levels of a uniform grid."""
     return FORMS[form].dequantizes_codes and decode is LevelDecode.IDENTITY
 
 
@@ -83,21 +83,21 @@ def required_opset(form: Form, bits: float, kind: GridKind, native4: bool) -> in
 
 
 def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded, ...]]:
-    """Weights to decode together: of the same grid, form and type, and of one shape but for the number of channels."""
+    """Weights to decode together: of the same grid, form and type, and of the same shape except for the number of channels."""
     groups: dict[object, list[Coded]] = {}
     rooms: dict[object, int] = {}
     for weight in weights:
         key: object = group_key(weight, target)
         rooms[key] = rooms.get(key, 0) + weight.quantized.codes.size
         if rooms[key] > GROUP_ELEMENTS and key in groups:
-            groups[weight.name, key] = groups.pop(key)  # full: any other name
+            groups[weight.name, key] = groups.pop(key)  # the group is full: rename it
             rooms[key] = weight.quantized.codes.size
         groups.setdefault(key, []).append(weight)
     return [tuple(group) for group in groups.values()]
 
 
 def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
-    """What weights that can be decoded together have in common."""
+    """The key shared by weights that can be decoded together."""
     q = weight.quantized
     if decodes_after_lookup(weight) or not target.grouped:
         return (weight.name,)
@@ -108,7 +108,7 @@ def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
 
 
 def decodes_after_lookup(weight: Coded) -> bool:
-    """Whether the readers of a weight get levels."""
+    """Whether the readers of a weight read levels."""
     return weight.looked_up and FORMS[weight.form].decodes_lookups
 
 
@@ -133,7 +133,7 @@ def wide_level_type(largest: int, target: Target) -> Level:
 
 @dataclass(frozen=True)
 class _Stack:
-    """The weights of a group as one, side by side along the grid's axis; several per-tensor ones along a new first axis."""
+    """The weights of a group concatenated along the grid's axis; several per-tensor weights are stacked along a new first axis."""
 
     quantized: QuantizedWeight
     sizes: tuple[int, ...]
@@ -189,7 +189,7 @@ def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, targ
 
 
 def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
-    """Levels under the name of the weight, in the narrowest type, and the scales."""
+    """The levels, under the weight's name and in the narrowest type, and the scales."""
     q = weight.quantized
     levels, dtype = write_levels(writer, q, wide_level_type(_largest_level(q), target), plain=target.signed)
     writer.node("Cast", levels, output=weight.name, to=onnx_type(dtype))
@@ -198,12 +198,12 @@ def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
 
 
 def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
-    """Levels as int8 behind DequantizeLinear with the zero point 0, as integer kernels want them."""
+    """int8 levels before DequantizeLinear with zero point 0, as integer kernels require."""
     q = stack.quantized
     levels, _ = write_levels(writer, q, np.int8, plain=target.signed)
     scales = writer.split(write_scale(writer, q, q.scale, target.half), stack.sizes, 0, [None] * len(group))
     for weight, piece, scale in zip(group, _write_split(writer, levels, stack), scales, strict=True):
-        # of its own: with session.x64quantprecision, ONNX Runtime replaces each, and fails at the second time for a shared one
+        # not shared: with session.x64quantprecision, ONNX Runtime replaces each, and fails on a shared one the second time
         zeros = writer.own("z", np.zeros(weight.quantized.scale.shape, np.int8))
         scalar = writer.node("Reshape", scale, writer.shared(np.zeros(0, np.int64))) if stack.added_axis else scale
         _write_dequantize(writer, weight, piece, scalar, zeros)
@@ -218,7 +218,7 @@ def _write_dequantize(writer: DecodeWriter, weight: Coded, *inputs: str) -> None
 
 
 def _write_split(writer: DecodeWriter, tensor: str, stack: _Stack, outputs: Sequence[str] | None = None) -> list[str]:
-    """Split the stack into weights of their own shape."""
+    """Split the stack into weights of their original shapes."""
     q = stack.quantized
     names: Sequence[str | None] = outputs or [None] * len(stack.sizes)
     if not stack.added_axis:
@@ -244,17 +244,17 @@ class Fate(Enum):
 
 @dataclass(frozen=True)
 class FormRow:
-    """How a form behaves, for all that depends on it.
+    """The properties of a form.
 
-    write: appends the decode of a group.  promise: what ONNX Runtime must make of its weights; None: whatever it likes.
+    write: appends the decode of a group.  promise: how ONNX Runtime must treat its weights; None for no requirement.
     dequantizes: a DequantizeLinear is the last node.  dequantizes_codes: it reads codes, not levels.
-    any_grid: other grids than uniform ones cost nothing at inference.
+    any_grid: non-uniform grids cost nothing at inference.
     half_scales, half_vectors: scales, and by default biases and other vectors, may be stored as float16.
     transposes_gemm: weights of Gemm are stored as (ic, oc).
-    decodes_lookups: entries of a table are looked up as levels and decoded behind that.
-    on_integers: activations are quantized too, so that integer kernels multiply: a conversion needs calibration inputs, levels have
-    a limit, biases are counted in scales of channels.  fallback: the form of weights that no such kernel reads.
-    session_options: with which a session runs it best, (key, value).  hint: a sentence for users, "" for none.
+    decodes_lookups: entries of a table are looked up as levels and decoded afterwards.
+    on_integers: activations are quantized too, for integer kernels: a conversion needs calibration inputs, levels are limited, and
+    biases are multiples of channel scales.  fallback: the form of weights that no such kernel reads.
+    session_options: session options that run it best, (key, value).  hint: a sentence for users, "" for none.
     """
 
     write: Callable[[DecodeWriter, Sequence[Coded], _Stack, Target], None]

@@ -1,4 +1,4 @@
-"""Look up codes before they are decoded, because a table behind DequantizeLinear would be decoded as a whole in every run.
+"""Look up codes before decoding them, because a table after DequantizeLinear would be decoded as a whole in every run.
 
     y = Gather(decode(codes), indices)  ->  y = Cast(Gather(levels, indices)) * Gather(scale, indices)
 
@@ -21,9 +21,9 @@ from requant_onnx.graph.names import FreshNames
 
 
 def decode_after_lookup(model: onnx.ModelProto, scales: Mapping[str, Scales]) -> None:
-    """Let every reader of these tables, now levels, decode what it looks up.  Changes `model`.
+    """Make every reader of these tables, which are now levels, decode what it looks up.  Changes `model`.
 
-    scales: by table; of a shape that broadcasts against it.
+    scales: table -> its scales, in a shape that broadcasts against it.
     """
     if not scales:
         return
@@ -42,7 +42,7 @@ def decode_after_lookup(model: onnx.ModelProto, scales: Mapping[str, Scales]) ->
 
 
 def _decoded(node: onnx.NodeProto, scale: Scales, names: FreshNames) -> list[onnx.NodeProto]:
-    """The nodes behind a lookup, whose output becomes that of the last.  Changes the node."""
+    """The nodes that decode after a lookup; the last takes over its output.  Changes the node."""
     result, axis = node.output[0], next((item.i for item in node.attribute if item.name == "axis"), 0)
     levels, numbers, factors, product = (
         names.take(f"{node.input[0]}_{part}") for part in ("levels", "numbers", "scales", "product")
@@ -58,7 +58,7 @@ def _decoded(node: onnx.NodeProto, scale: Scales, names: FreshNames) -> list[onn
 
 
 def looks_up_codes(node: gs.Node) -> bool:
-    """Whether a node looks up entries of integers that constants are decoded to: the nodes behind it decode the rest."""
+    """Whether a node looks up entries of integer levels computed from constants; nodes after it decode the rest."""
     holder, producers = holder_of(node), node.inputs[0].inputs
     looks_up = holder is not None and holder.looks_up and is_standard(node)
     return looks_up and bool(producers) and producers[0].op == "Cast" and cast_target(producers[0]) not in FLOATS

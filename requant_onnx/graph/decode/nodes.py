@@ -1,7 +1,7 @@
 """The nodes that turn stored codes into integer levels or weights, and the initializers they read.
 
-    index    bytes -> int32, and the fields above them looked up and added: a few codes together (packing.py)
-    rows     index + its zero point's first row of the table, where channels have zero points of their own
+    index    bytes -> int32, plus the higher fields, which are looked up: a few codes together (packing.py)
+    rows     index + the first table row of its zero point, where channels have their own zero points
     levels   Gather(table, index) -> Reshape;  the table holds the levels L[code - zero_point] of the codes of every index
     weights  levels * scale
     split    separates the weights of a group that is decoded together
@@ -38,7 +38,7 @@ Level = type[np.int8] | type[np.int16] | type[np.int32] | type[np.float32] | typ
 
 
 def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: float, middle: int) -> str:
-    """Codes of less than 8 bits in their shape: as uint8, or, less `middle` where that is not 0, as int8."""
+    """Codes of less than 8 bits in their shape: uint8, or int8 after subtracting `middle` where that is not 0."""
     packing = PACKINGS[bits]
     numbers = _digits(writer, packing.base, packing.codes)
     if middle:
@@ -48,7 +48,7 @@ def write_codes(writer: DecodeWriter, codes: UInt8Array, bits: float, middle: in
 
 
 def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level, *, plain: bool) -> tuple[str, Level]:
-    """The levels of a weight in its shape, and their type: int8 where all of them fit that, else `wide`.
+    """The levels of a weight in its shape, and their type: int8 where all of them fit, else `wide`.
 
     plain: whether levels of 7 bits are stored as int8, so that they need no nodes.
     """
@@ -67,7 +67,7 @@ def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level, *, plain
     shape, axis = q.codes.shape, q.axis or 0
     inner, outer = math.prod(shape[axis + 1 :]), math.prod(shape[:axis])
     rows = _Rows(q, window)
-    if inner % packing.block_codes == 0:  # a block holds neighbors within a channel
+    if inner % packing.block_codes == 0:  # a block holds adjacent codes of a channel
         codes = q.codes.reshape(outer, shape[axis], -1, *packing.block, packing.codes)
         lookup, table = _Lookup(writer, packing), _table(writer, q.table, window, packing, dtype)
         return writer.reshape(lookup.write(codes, table, rows), shape), dtype
@@ -82,7 +82,7 @@ def write_levels(writer: DecodeWriter, q: QuantizedWeight, wide: Level, *, plain
 
 
 def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array, half: bool) -> str:
-    """The scales as float32, stored as float16 where that holds them exactly, and may be.  scale: those of q, of any shape."""
+    """The scales as float32, stored as float16 where `half` allows it and that is exact.  scale: scales of q, in any shape."""
     if half and q.has_half_scale:
         return writer.node("Cast", writer.own("s", scale.astype(np.float16)), to=onnx.TensorProto.FLOAT)
     return writer.own("s", scale)
@@ -90,18 +90,18 @@ def write_scale(writer: DecodeWriter, q: QuantizedWeight, scale: Float32Array, h
 
 @dataclass(frozen=True)
 class _Window:
-    """Zero points that a table has rows for: start, start + 1, ..., start + count - 1.  A few windows serve all weights."""
+    """The zero points that a table has rows for: start, ..., start + count - 1.  A few windows serve all weights."""
 
     start: int
     count: int
 
     @classmethod
     def of(cls, q: QuantizedWeight) -> _Window:
-        """The narrowest that holds all zero points of a weight: a single one, or 1/4, 1/2 or all of them, around the middle."""
+        """The narrowest window with all zero points of a weight: a single one, or 1/4, 1/2 or all of them, around the middle."""
         low, high, middle = int(q.zero_point.min()), int(q.zero_point.max()), q.table.symmetric_zero_point
         if low == high:
             return cls(low, 1)
-        odd = q.table.max_code + 1 - 2 * middle  # 1 where as many levels are above the middle as below it
+        odd = q.table.max_code + 1 - 2 * middle  # 1 if equally many levels are above and below the middle
         half = next(middle >> k for k in (2, 1, 0) if middle - (middle >> k) <= low and high < middle + (middle >> k) + odd)
         return cls(middle - half, 2 * half + odd)
 
@@ -123,7 +123,7 @@ class _Rows:
     def write(self, writer: DecodeWriter, size: int, after: int) -> str:
         """The first row of each channel, int32, (channels, 1, ...).
 
-        size: number of rows for each zero point.  after: number of dimensions behind the channels.
+        size: number of rows per zero point.  after: number of dimensions after the channels.
         """
         positions = (self.q.zero_point - self.window.start).astype(np.uint8).reshape(-1, *[1] * after)
         bits = max(2, (self.window.count - 1).bit_length())
@@ -131,16 +131,16 @@ class _Rows:
             packing = PACKINGS[bits]
             table = writer.shared_node("Mul", _digits(writer, packing.base, packing.codes), writer.shared(np.int32(size)))
             return _look_up(writer, positions, packing, table)
-        # a Mul right behind the Cast looks like a dequantization to OpenVINO, which it does not fold
+        # OpenVINO takes a Mul directly after the Cast for a dequantization, which it does not fold
         stored = writer.node("Cast", writer.own("z", positions), to=onnx.TensorProto.INT32)
         return writer.node("Gather", _range(writer, self.window.count * size, size), stored)
 
 
 @dataclass(frozen=True)
 class _Lookup:
-    """How blocks are looked up: bytes -> index -> what a table says of its codes.
+    """The lookup of blocks: bytes -> index -> table entry of its codes.
 
-    leading: the dimensions of a block come first, in reverse, not last.
+    leading: whether the dimensions of a block come first, in reverse, not last.
     """
 
     writer: DecodeWriter
@@ -148,9 +148,9 @@ class _Lookup:
     leading: bool = False
 
     def write(self, codes: UInt8Array, table: str, rows: _Rows | None = None) -> str:
-        """The entries of the table, (..., *block, codes of an index).
+        """The entries of the table, (..., *block, codes per index).
 
-        codes: (..., *block, codes of an index), with the channels last but one of ... where there are `rows`.
+        codes: (..., *block, codes per index); with `rows`, the channels are the second to last dimension of the "...".
         """
         low, *fields = pack(codes, self.packing)
         index = self._bytes(low, self.packing.block)
@@ -173,7 +173,7 @@ class _Lookup:
         return self.writer.node("Add", index, rows.write(self.writer, size, 1 + (0 if self.leading else len(block))))
 
     def _field(self, k: int, rows: _Rows | None) -> tuple[str, int]:
-        """The table of a field, and the number of dimensions of its entries: its part of the indices that share a byte."""
+        """The table of a field, and the dimensions of its entries, which are its part of the indices that share a byte."""
         width, writer = self.packing.fields[k], self.writer
         shape = self.packing.block[len(self.packing.prefix(k)) :]
         values = writer.shared_node(
@@ -193,7 +193,7 @@ class _Lookup:
 
 
 def _to_the_end(values: UInt8Array, count: int) -> UInt8Array:
-    """The first dimensions, in reverse, behind all others."""
+    """Move the first dimensions, in reverse, to the end."""
     return np.moveaxis(values, range(count), range(-1, -1 - count, -1))
 
 
@@ -203,7 +203,7 @@ def _to_the_front(values: UInt8Array, count: int) -> UInt8Array:
 
 
 def _look_up(writer: DecodeWriter, codes: UInt8Array, packing: Packing, table: str) -> str:
-    """What a table says of the codes, in their shape; a block holds neighbors, and the last is filled up."""
+    """The table entries of the codes, in their shape; a block holds adjacent codes, and the last block is padded."""
     if packing.codes == 1:
         return _Lookup(writer, packing).write(codes[..., None], table)
     missing = -codes.size % packing.block_codes
@@ -213,7 +213,7 @@ def _look_up(writer: DecodeWriter, codes: UInt8Array, packing: Packing, table: s
 
 
 def _cut(writer: DecodeWriter, tensor: str, excess: int, shape: Sequence[int]) -> str:
-    """The first elements of a tensor in a shape that takes all but `excess` of them."""
+    """The elements of a tensor except the last `excess`, in this shape."""
     if excess:
         ends = [writer.shared(np.array([k], np.int64)) for k in (0, math.prod(shape))]
         tensor = writer.node("Slice", writer.reshape(tensor, (-1,)), *ends)
@@ -227,9 +227,9 @@ def _zero_points(writer: DecodeWriter, q: QuantizedWeight, dtype: Level) -> str:
 
 
 def _rows(writer: DecodeWriter, q: QuantizedWeight, window: _Window, size: int, shape: Sequence[int]) -> str:
-    """Where the rows of a table begin for the zero point of each channel, (channels,) in `shape`, int32.
+    """The first table row for the zero point of each channel, (channels,) in `shape`, int32.
 
-    size: number of rows for each zero point.
+    size: number of rows per zero point.
     """
     positions = (q.zero_point - window.start).astype(np.uint8)
     bits = max(2, (window.count - 1).bit_length())

@@ -5,12 +5,12 @@
     codes an index  4    4    2    2    2    2       1        5    6       3     3     3       2     2
     fields          8    8,4  8    8,2  8,4  8,4,2   8        8    8,4,2   8     8,2   8,2,1   8,1   8,2,1
 
-The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B levels.  Its lowest 8 bits are a byte, and what
-is above them is in fields of 4, 2 and 1 bits, of which other bytes hold 2, 4 or 8 each, the first in the lowest bits.  Indices that
-fill a byte of every field are a block: 2 for 3 and 6 bits, 4 for 5 and 7, 8 for 4.5.  A table has at most 2**14 entries,
+The index of the codes c_0, c_1, ... is c_0 + B * c_1 + B**2 * c_2 + ... with B levels.  Its lowest 8 bits are stored as one byte,
+the higher bits as fields of 4, 2 and 1 bits; other bytes hold 2, 4 or 8 of these, the first in the lowest bits.  Indices that
+fill a byte of every field form a block: 2 for 3 and 6 bits, 4 for 5 and 7, 8 for 4.5.  A table has at most 2**14 entries,
 because runtimes compute it when they load a model, and keep it.  Within this limit, 7 levels, for example, take as much as 8.
 
-A decode is a lookup by Gather, which is the same in every runtime; bit operators differ (OpenVINO's BitShift saturates).
+A decode is a lookup by Gather, which all runtimes compute alike; bit operators differ (OpenVINO's BitShift saturates).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ BYTE = 8
 
 @dataclass(frozen=True)
 class Packing:
-    """How codes of one width are stored.
+    """The storage of codes of one width.
 
-    codes: that make an index.  base: the number of different codes.  fields: bits above the lowest 8 of an index, by field.
+    codes: number of codes per index.  base: number of distinct codes.  fields: number of bits in each field above the lowest 8.
 
     >>> PACKINGS[1.6].bytes_of(1000), PACKINGS[2.33].bytes_of(1000)
     (200, 291)
@@ -44,7 +44,7 @@ class Packing:
 
     @property
     def size(self) -> int:
-        """The number of different indices."""
+        """The number of distinct indices."""
         return int(self.base**self.codes)
 
     def bytes_of(self, count: int) -> int:
@@ -58,7 +58,7 @@ class Packing:
 
     @property
     def block(self) -> tuple[int, ...]:
-        """The shape of a block of indices: a byte of field k holds those of the last k + 1 dimensions."""
+        """The shape of a block of indices: a byte of field k covers the last k + 1 dimensions."""
         a_byte = [1, *(BYTE // width for width in self.fields)]
         return tuple(more // fewer for fewer, more in pairwise(a_byte))[::-1]
 
@@ -68,7 +68,7 @@ class Packing:
         return self.codes * math.prod(self.block)
 
     def prefix(self, field: int) -> tuple[int, ...]:
-        """The shape of a block's bytes of one field."""
+        """The shape of one field's bytes in a block."""
         return self.block[: len(self.fields) - field - 1]
 
 
@@ -88,7 +88,7 @@ PACKINGS: dict[float, Packing] = {
     7: Packing(2, LEVELS[7], (4, 2)),
     8: Packing(1, LEVELS[8]),
 }
-"""By bits."""
+"""The packings by number of bits."""
 
 
 def pack(codes: UInt8Array, packing: Packing) -> tuple[UInt8Array, ...]:
@@ -99,7 +99,7 @@ def pack(codes: UInt8Array, packing: Packing) -> tuple[UInt8Array, ...]:
     >>> [part.tolist() for part in pack(np.array([[1, 2, 3, 7], [5, 0, 0, 1]], np.uint8), PACKINGS[3])]
     [[209, 5], 46]
     """
-    kind = np.uint8 if packing.size <= 256 else np.uint16  # large weights have room for no more
+    kind = np.uint8 if packing.size <= 256 else np.uint16  # keeps the memory for large weights low
     index = codes[..., 0].astype(kind)
     for place in range(1, packing.codes):
         index += codes[..., place].astype(kind) * kind(packing.base**place)

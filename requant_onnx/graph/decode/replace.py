@@ -13,9 +13,9 @@ from requant_onnx.graph.edit import delete_where, drop_stale_types
 
 
 def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Iterable[Decode]) -> dict[str, Scales]:
-    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but no reader.
+    """Replace the named initializers and Constant nodes by decodes that output them.  Changes `model`, but not the readers.
 
-    Returns the scales of tables that were replaced by levels: their readers have to change (lookup.py).
+    Returns the scales of tables that were replaced by levels: their readers must be changed (lookup.py).
     """
     graph = model.graph
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name in names])
@@ -38,7 +38,7 @@ def replace_weights(model: onnx.ModelProto, names: Collection[str], decodes: Ite
 
 
 def settings_of(model: onnx.ModelProto) -> dict[str, object] | None:
-    """The settings with which a model was converted; None where it was not, and {} where they cannot be read."""
+    """The settings with which a model was converted; None if it was not, and {} if they cannot be read."""
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""Biases and other vectors as float16: all are in one tensor with one Cast and one Split, because a node for each would be larger.
+"""Biases and other vectors as float16, all in one tensor with one Cast and one Split, because separate nodes would be larger.
 
     float16 (n,) -> Cast to float32 -> Split
 
@@ -21,19 +21,19 @@ from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.reshapes import RESHAPING
 from requant_onnx.numerics.arrays import Float32Array
 
-PART = 1 / 16  # of the squared error of a layer's weights, which rounding its bias may add at most
-SAFE = 1e-3  # of the values, on average: more than float16 rounds by, where no value is beyond its range
-HEADER, MIN_RESHAPED = 8, 64  # bytes around name and values of an initializer; size of a vector that is worth a Reshape
-RECURRENT = frozenset(("LSTM", "GRU", "RNN"))  # whose biases are (directions, n)
+PART = 1 / 16  # largest share of a layer's squared weight error that rounding its bias may add
+SAFE = 1e-3  # largest relative error (RMS); float16 rounding stays below it unless a value is out of range
+HEADER, MIN_RESHAPED = 8, 64  # bytes around name and values of an initializer; size from which a vector pays for a Reshape
+RECURRENT = frozenset(("LSTM", "GRU", "RNN"))  # their biases are (directions, n)
 READERS = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "Mul", "PRelu", "STFT", *NORMALIZATIONS)) | RECURRENT
-"""What adds or multiplies with a vector and does not need it stored as it is."""
+"""The operators that add or multiply by a vector and do not need it in its stored form."""
 
 
 def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float]) -> dict[str, Float32Array]:
     """The float32 vectors of the main graph that can be float16, by name.
 
-    names: the initializers that may be.  errors: bias -> squared error that quantized weights cause in the output of its layer, for
-    inputs of power 1.
+    names: candidates.  errors: bias -> squared error that quantized weights cause in the output of its layer, for inputs of
+    power 1.
     """
     graph = model.graph
     readers = _readers(graph)
@@ -54,7 +54,7 @@ def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float
 
 
 def _readers(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
-    """The operators that read each tensor, also behind nodes that change no value; "" for one of another domain."""
+    """The operators that read each tensor, also through nodes that change no value; "" for one of another domain."""
     direct: dict[str, list[onnx.NodeProto]] = {}
     nodes = [node for each in all_graphs(graph) for node in each.node]
     for node in nodes:
@@ -102,7 +102,7 @@ def decode_vectors(writer: DecodeWriter, vectors: Mapping[str, Float32Array]) ->
 
 
 def shorten_names(model: onnx.ModelProto, names: FreshNames, vectors: Iterable[str]) -> None:
-    """Give vectors short names, for each stands in the file at least twice.  Changes the model."""
+    """Give vectors short names, because each name is in the file at least twice.  Changes the model."""
     short = {name: names.take("b") for name in vectors}
     for graph in all_graphs(model.graph):
         for node in graph.node:

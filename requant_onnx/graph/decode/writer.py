@@ -19,7 +19,7 @@ from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 class Scales:
     """The scales of a table that is looked up as levels.
 
-    name: of the tensor.  by_entry: whether they are looked up like the levels.
+    name: name of the tensor.  by_entry: whether scales are looked up like the levels.
     emit: ONNX type that the readers of the table expect.
     """
 
@@ -32,8 +32,8 @@ class Scales:
 class Decode:
     """Nodes in order, which output the weights under their own names, and the initializers they read.
 
-    shared, shared_nodes: what other decodes read too, by the name of the tensor, in order; each is stored once.
-    scales: of tables whose levels are looked up before they are decoded (lookup.py), by name.
+    shared, shared_nodes: constants and nodes that other decodes read too, by tensor name, in order; each is stored once.
+    scales: table -> its scales, for tables whose levels are looked up before they are decoded (lookup.py).
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -44,16 +44,16 @@ class Decode:
 
     @property
     def bytes(self) -> int:
-        """Size in the file, without what is shared."""
+        """The size in the file without shared constants and nodes."""
         return _size((*self.nodes, *self.initializers))
 
     @property
     def shared_bytes(self) -> int:
-        """Size in the file of what other decodes may read too."""
+        """The size in the file of constants and nodes that other decodes may read too."""
         return sum(self.shared_sizes().values())
 
     def shared_sizes(self) -> dict[str, int]:
-        """Sizes in the file of what other decodes may read too, by what it computes, whatever its names are."""
+        """The sizes in the file of shared constants and nodes, by what they compute, regardless of names."""
         identity: dict[str, str] = {}
         sizes = {}
         for name, tensor in self.shared.items():
@@ -81,7 +81,7 @@ def _size(items: Sequence[onnx.NodeProto | onnx.TensorProto]) -> int:
 
 
 class Constants:
-    """Names of the decodes of one model (short, for they count), and the constants that several of them share."""
+    """The names of a model's decodes (short, because they take space), and the constants that several of them share."""
 
     def __init__(self, names: FreshNames) -> None:
         self.names = names
@@ -91,12 +91,12 @@ class Constants:
         self.by_name: dict[str, onnx.TensorProto | onnx.NodeProto] = {}
 
     def next_decode(self) -> int:
-        """A number for the next decode."""
+        """The number of the next decode."""
         self._decodes += 1
         return self._decodes
 
     def initializer(self, values: GenericArray) -> str:
-        """The one initializer with these values."""
+        """The name of the single initializer with these values."""
         key = (str(values.dtype), values.shape, values.tobytes())
         if key not in self._initializers:
             name = self._next_name()
@@ -104,7 +104,7 @@ class Constants:
         return str(self._initializers[key].name)
 
     def node(self, op: str, inputs: Sequence[str], attributes: Mapping[str, int]) -> str:
-        """The output of the one node that computes this."""
+        """The output of the single shared node that computes this."""
         node = helper.make_node(op, inputs, [""], **attributes)  # type: ignore[arg-type]
         key = node.SerializeToString()
         if key not in self._nodes:
@@ -118,7 +118,7 @@ class Constants:
 
 @dataclass
 class DecodeWriter:
-    """Collects the nodes and initializers of one decode."""
+    """A collector of the nodes and initializers of one decode."""
 
     constants: Constants
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -131,7 +131,7 @@ class DecodeWriter:
         self._prefix = f"d{self.constants.next_decode()}"
 
     def finish(self) -> Decode:
-        """What was written."""
+        """The finished decode."""
         return Decode(tuple(self.nodes), tuple(self.initializers), self.used, self.used_nodes, self.scales)
 
     def own(self, suffix: str, values: GenericArray) -> str:
@@ -141,7 +141,7 @@ class DecodeWriter:
         return name
 
     def own_codes(self, suffix: str, values: UInt8Array, bits: float, middle: int = 0) -> str:
-        """Values in the type of their width: UINT4 for 4 bits, else UINT8; INT4 and INT8, less `middle`, where that is not 0."""
+        """Values in the type of their width: UINT4 for 4 bits, else UINT8; INT4 or INT8, minus `middle`, where that is not 0."""
         if bits != 4:
             return self.own(suffix, (values.astype(np.int16) - middle).astype(np.int8) if middle else values)
         name = self.constants.names.take(f"{self._prefix}.{suffix}")
@@ -155,28 +155,28 @@ class DecodeWriter:
         return name
 
     def shared_node(self, op: str, *inputs: str, **attributes: int) -> str:
-        """The result of a node that other decodes may read too: it reads nothing but what they share."""
+        """The result of a node that other decodes may read too; it reads only shared tensors."""
         name = self.constants.node(op, inputs, attributes)
         self.used_nodes[name] = self.constants.by_name[name]
         return name
 
     def node(self, op: str, *inputs: str, output: str | None = None, **attributes: int | str) -> str:
-        """Append a node; returns the name of its output."""
+        """Append a node and return the name of its output."""
         output = output or self._next_name()
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))  # type: ignore[arg-type]
         return output
 
     def reshape(self, tensor: str, shape: Sequence[int]) -> str:
-        """A Reshape to a shape that others may use too."""
+        """Append a Reshape, whose shape is a shared constant."""
         return self.node("Reshape", tensor, self.shared(np.array(shape, np.int64)))
 
     def split(self, tensor: str, sizes: Sequence[int], axis: int, outputs: Sequence[str | None]) -> list[str]:
-        """Cut a tensor into pieces along `axis`; a piece without a name gets one."""
+        """Split a tensor along `axis`; a piece without a name gets one."""
         if len(sizes) == 1:
             return [tensor]
         names = [output or self._next_name(k) for k, output in enumerate(outputs)]
         inputs = [tensor, self.shared(np.array(sizes, np.int64))]
-        self.nodes.append(helper.make_node("Split", inputs, names, axis=axis or None))  # None: not written, 0 is the default
+        self.nodes.append(helper.make_node("Split", inputs, names, axis=axis or None))  # None is not written; 0 is the default
         return names
 
     def _next_name(self, piece: int = 0) -> str:

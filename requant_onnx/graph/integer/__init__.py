@@ -1,1 +1,1 @@
-"""The int8 form: which nodes run on integers, and the QuantizeLinear and DequantizeLinear nodes that make them."""
+"""The int8 form: which nodes run on integers, and the QuantizeLinear and DequantizeLinear nodes around them."""

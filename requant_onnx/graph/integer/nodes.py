@@ -1,9 +1,9 @@
 """Put QuantizeLinear and DequantizeLinear on activations, and int32 biases, so that ONNX Runtime fuses integer kernels.
 
     result of an integer node   node -> t'  QuantizeLinear -> codes -> DequantizeLinear -> t      every reader keeps the name t
-    any other input of one      t -> QuantizeLinear -> codes -> DequantizeLinear -> t''           only integer readers read t''
-    node that moves values      reads codes, gives codes -> DequantizeLinear -> its old output; or as other nodes do, where runtimes
-                                know no such node on codes
+    other input of such a node  t -> QuantizeLinear -> codes -> DequantizeLinear -> t''           only integer readers read t''
+    node that moves values      reads and outputs codes -> DequantizeLinear -> its old output; treated as the others where a runtime
+                                does not support it on codes
     bias                        int32 -> DequantizeLinear with the scale of x times that of the weight
 
 https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
@@ -28,13 +28,13 @@ from requant_onnx.numerics.activation import ActivationGrid
 from requant_onnx.numerics.arrays import Float32Array, Float64Array
 from requant_onnx.numerics.quantize import QuantizedWeight
 
-MAX_BIAS = 2.0**30  # of an int32, with room for the sums that it is added to
-MIN_PRODUCT = 1e-30  # of two scales, in which a bias is counted: it must not vanish in float32
+MAX_BIAS = 2.0**30  # largest bias code, with room in int32 for the sums it is added to
+MIN_PRODUCT = 1e-30  # smallest product of two scales, the step of a bias: it must not underflow in float32
 
 
 @dataclass(frozen=True)
 class Bias:
-    """A bias of one node.  values: (oc,) float32."""
+    """The bias of a node.  values: (oc,) float32."""
 
     node: WeightedNode
     values: Float32Array
@@ -53,7 +53,7 @@ def biases_of(model: ModelGraph, plan: IntegerPlan) -> list[Bias]:
 
 
 def min_scales_of(biases: Sequence[Bias], grids: Mapping[str, ActivationGrid], *, per_channel: bool) -> dict[str, Float64Array]:
-    """The least scale of each weight with which no bias passes int32: (oc,), or (1,) where the weight has one scale."""
+    """The smallest scale of each weight at which no bias overflows int32: (oc,), or (1,) where the weight has one scale."""
     min_scales: dict[str, Float64Array] = {}
     for bias in biases:
         product = np.maximum(np.abs(bias.values.astype(np.float64)) / MAX_BIAS, MIN_PRODUCT)
@@ -72,10 +72,10 @@ def quantize_activations(
     *,
     paired: bool,
 ) -> None:
-    """Change `model` as planned.  Its int8 weights are in place already, each behind a DequantizeLinear.
+    """Change `model` as planned.  Its int8 weights are in place already, each read through a DequantizeLinear.
 
-    grids: of each tensor in plan.source.  weights: the int8 weights by name.
-    paired: whether each reader of an activation on integers gets a DequantizeLinear of its own, nodes that move values too.
+    grids: tensor in plan.source -> its grid.  weights: int8 weights by name.
+    paired: whether each reader of a quantized activation gets its own DequantizeLinear, including nodes that move values.
     """
     graph = model.graph
     writer = _Writer(graph, FreshNames(model), {})
@@ -98,7 +98,7 @@ def quantize_activations(
 
 @dataclass
 class _Writer:
-    """The graph under change; initializers that several nodes share are stored once."""
+    """The graph that is being changed; initializers that several nodes share are stored once."""
 
     graph: onnx.GraphProto
     names: FreshNames
@@ -113,7 +113,7 @@ class _Writer:
         return self.stored[key]
 
     def zeros(self, count: int) -> str:
-        """The zero points of an int32 bias, which are 0; files in ORT's own format cannot leave them out."""
+        """The zero points of an int32 bias, which are 0; files in ORT's own format cannot omit them."""
         key = ("zeros", str(count).encode())
         if key not in self.stored:
             self.stored[key] = self.names.take(f"int8.c{len(self.stored)}")
@@ -121,7 +121,7 @@ class _Writer:
         return self.stored[key]
 
     def dequantized(self, tensor: str) -> str:
-        """The name of a tensor after its codes, for one whose float stays."""
+        """The name of the decoded tensor, for a tensor whose float is kept too."""
         key = ("dequantized", tensor.encode())
         if key not in self.stored:
             self.stored[key] = self.names.take(f"int8.x{len(self.stored)}")
@@ -140,7 +140,7 @@ def _move(writer: _Writer, node: onnx.NodeProto, codes: Mapping[str, str], grids
 def _write_biases(
     writer: _Writer, biases: Sequence[Bias], grids: Mapping[str, ActivationGrid], weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, list[onnx.NodeProto]]:
-    """Point each node at its int32 bias.  Returns the nodes that decode these, by output of the first node that reads them."""
+    """Connect each node to its int32 bias.  Returns the nodes that decode these, by output of the first node that reads them."""
     nodes: dict[str, list[onnx.NodeProto]] = {}
     made: dict[tuple[str, str, str], str] = {}
     node_of = {node.output[0]: node for node in writer.graph.node if node.output}
@@ -168,7 +168,7 @@ def _write_pairs(
     grids: Mapping[str, ActivationGrid],
     before: Mapping[str, list[onnx.NodeProto]],
 ) -> None:
-    """Rename the results of integer nodes, and put QuantizeLinear and DequantizeLinear right behind what they read."""
+    """Rename the results of integer nodes, and insert QuantizeLinear and DequantizeLinear directly after their source."""
     graph = writer.graph
     tensor_of = {code: tensor for tensor, code in codes.items()}
     read = set(reads_in(graph))
@@ -184,22 +184,22 @@ def _write_pairs(
             grid = grids.get(tensor)
             if grid is None:
                 continue
-            if output != tensor:  # a move, which gives codes
+            if output != tensor:  # a move, which outputs codes
                 nodes += [_dequantize(writer, output, tensor, grid)] if tensor in read else []
             elif tensor in plan.floats:
                 nodes += _pair(writer, tensor, codes[tensor], writer.dequantized(tensor), grid)
             else:
                 node.output[position] = writer.names.take(f"{codes[tensor]}.float")
                 nodes += _pair(writer, node.output[position], codes[tensor], tensor, grid, tensor in read)
-    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # their own memory goes with the old list
+    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # deleting the old list frees its nodes
     del graph.node[:]
     graph.node.extend(ordered)
 
 
 def _pair_readers(writer: _Writer, codes: Set[str]) -> None:
-    """Give each reader of decoded activations a DequantizeLinear of its own; other runtimes look for the pair of a single node.
+    """Give each reader of decoded activations its own DequantizeLinear; other runtimes expect a pair for each node.
 
-    codes: of activations.
+    codes: names of the codes of activations.
     """
     readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in writer.graph.node:

@@ -1,7 +1,7 @@
 """The part of a graph that runs on 8-bit integers: which activations are quantized, and which nodes work on them.
 
     weighted   Conv, Gemm, MatMul with a converted weight      int8 weight, uint8 activation -> QLinearConv, QGemm, QLinearMatMul
-    generic    Add, Mul, Concat, pools, Sigmoid, LeakyRelu     if all their inputs are uint8 and their result is wanted as uint8
+    generic    Add, Mul, Concat, pools, Sigmoid, LeakyRelu     if all their inputs are uint8 and their result is needed as uint8
     moves      MaxPool, Reshape, Slice, Pad, ...               on the codes themselves, because values only move
 
 A Relu, or a Clip from 0, after the first two kinds needs no node, because codes start at 0 (the zero point is the type's minimum).
@@ -28,7 +28,7 @@ MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "
 
 @dataclass(frozen=True)
 class WeightedNode:
-    """A node that multiplies with an int8 weight.
+    """A node that multiplies by an int8 weight.
 
     output: its first output.  weight: name of the stored tensor.  x: activation it reads.  bias: tensor it adds, "" for none.
     """
@@ -41,13 +41,13 @@ class WeightedNode:
 
 @dataclass
 class IntegerPlan:
-    """The nodes on integers: weighted, with a weight; moves, which move codes, by their first output.
+    """The nodes on integers.  weighted: nodes with a weight.  moves: first outputs of the nodes that move codes.
 
-    source: quantized tensor -> the tensor whose range it has (itself, or that from which moves carry it).
-    floats: quantized tensors that a float node computes (or the caller gives), so that float readers keep the float.
-    ceilings: quantized tensor -> the most that a Clip absorbed into it lets through; no range may pass it.
+    source: quantized tensor -> the tensor that has its range (itself, or the one that moves derive it from).
+    floats: quantized tensors that a float node computes (or the caller provides), so that float readers keep the float.
+    ceilings: quantized tensor -> the upper bound of a Clip absorbed into it, which no range may exceed.
     why_not: converted weight that stays float -> reason (a sentence without its subject).
-    results: first output of a node on integers -> the tensor that its result is read from, behind an activation without a node.
+    results: first output of a node on integers -> the tensor with its result, after an activation function that needs no node.
     """
 
     weighted: list[WeightedNode] = field(default_factory=list)
@@ -60,7 +60,7 @@ class IntegerPlan:
 
     @property
     def weights(self) -> dict[str, list[WeightedNode]]:
-        """Integer weight -> the nodes that read it."""
+        """The nodes that read each integer weight."""
         readers: dict[str, list[WeightedNode]] = {}
         for node in self.weighted:
             readers.setdefault(node.weight, []).append(node)
@@ -68,7 +68,7 @@ class IntegerPlan:
 
 
 def plan_integers(model: ModelGraph, weights: Collection[str], generic: Collection[str] = GENERIC) -> IntegerPlan:
-    """weights: the stored tensors that are converted.  generic: the operators without a weight that may run on integers."""
+    """Plan the conversion.  weights: the converted tensors.  generic: operators without a weight that may run on integers."""
     graph = model.graph
     plan = IntegerPlan()
     outputs = {id(tensor) for tensor in graph.outputs}
@@ -97,14 +97,14 @@ def plan_integers(model: ModelGraph, weights: Collection[str], generic: Collecti
 
 
 def _carry(plan: IntegerPlan, tensor: gs.Tensor) -> None:
-    """The input of a weighted node is quantized even where a float node computes it."""
+    """Quantize the input of a weighted node even where a float node computes it."""
     if tensor.name not in plan.source:
         plan.source[tensor.name] = tensor.name
         plan.floats.add(tensor.name)
 
 
 class _Results:
-    """The tensor that a node's result is read from: behind a Relu or a Clip from 0 that is its only reader."""
+    """The tensors with the nodes' results: after a Relu or a Clip from 0 that is a node's only reader."""
 
     def __init__(self, outputs: set[int], nodes: set[int]) -> None:
         self._outputs, self._nodes = outputs, nodes
@@ -127,7 +127,7 @@ def _rectifies(node: gs.Node) -> bool:
 
 
 def _ceiling(clip: gs.Node) -> float:
-    """The most that a Clip lets through; 0 where that is not constant."""
+    """The upper bound of a Clip; 0 where it is not constant."""
     if len(clip.inputs) < 3 or not clip.inputs[2].name:
         return math.inf
     high = find_root(clip.inputs[2])
@@ -150,7 +150,7 @@ def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str
                 bias = bias_input(node)
                 names = (node.outputs[0].name, root.name, node.inputs[0].name)
                 weighted[id(node)] = WeightedNode(*names, "" if bias is None else bias.name)
-            elif node.op not in ("Cast", "Identity"):  # on the way to the reader proper
+            elif node.op not in ("Cast", "Identity"):  # not yet the actual reader
                 why_not.setdefault(root.name, reason)
     return {key: node for key, node in weighted.items() if node.weight not in why_not}
 
@@ -176,7 +176,7 @@ def _channel_axis(node: gs.Node, rank: int) -> int:
 
 
 def _is_vector(bias: gs.Tensor, node: gs.Node) -> bool:
-    """Whether the bias has one constant value an output channel."""
+    """Whether the bias has one constant value per output channel."""
     root, weight = find_root(bias), find_root(node.inputs[1])
     if root is None or weight is None or root.dtype != onnx.TensorProto.FLOAT:
         return False
@@ -184,7 +184,7 @@ def _is_vector(bias: gs.Tensor, node: gs.Node) -> bool:
 
 
 def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results, generic: Collection[str]) -> set[int]:
-    """ids of nodes whose result can be integers, and of those results."""
+    """The ids of nodes whose result can be integers, and of those results."""
     able: set[int] = set()
     for node in graph.nodes:
         if id(node) in weighted or (is_standard(node) and _follows(node, able, generic)):
@@ -193,9 +193,9 @@ def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results,
 
 
 def _follows(node: gs.Node, able: set[int], generic: Collection[str]) -> bool:
-    """Whether a node without weight can work on what its inputs are."""
+    """Whether a node without a weight can work on integers, given its inputs."""
     if node.op in generic:
-        if set(node.attrs.get("dilations", (1,))) != {1}:  # QLinearAveragePool has none
+        if set(node.attrs.get("dilations", (1,))) != {1}:  # QLinearAveragePool has no dilations
             return False
         return all(id(tensor) in able for tensor in node.inputs)
     if node.op not in MOVES or not node.inputs or id(node.inputs[0]) not in able or len(node.outputs) != 1:
@@ -210,7 +210,7 @@ def _pads_with_zero(node: gs.Node) -> bool:
 
 
 def _wanted(graph: gs.Graph, weighted: dict[int, WeightedNode], able: set[int], results: _Results) -> set[int]:
-    """ids of the tensors that are to be integers: read by a weighted node, or by one whose own result is wanted."""
+    """The ids of the tensors needed as integers: read by a weighted node, or by one whose own result is needed as integers."""
     wanted: set[int] = set()
     for node in reversed(graph.nodes):
         if id(node) in weighted:

@@ -1,8 +1,8 @@
-"""The nodes that would be slower with integer kernels, by a table of costs; these stay in float.
+"""The nodes that would be slower with integer kernels according to a table of costs; these stay in float.
 
 A node on integers saves time in products, but loses time at its edges, where activations are quantized and decoded, and in
 operators that ONNX Runtime fuses only into float convolutions.  Integer nodes that pass codes to each other form a region.  A
-region that is slower as a whole stays in float, and so do nodes at its edge that make it slower.
+region that is slower as a whole stays in float, as do nodes at its edge that make it slower.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from requant_onnx.graph.integer.plan import GENERIC, IntegerPlan
 from requant_onnx.graph.operators import OPERATORS
 
 FUSED_IN_FLOAT = ("HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "LeakyRelu", "PRelu", "Gelu")
-"""Operators behind a convolution that cost next to nothing there on floats."""
+"""Operators that cost almost nothing after a float convolution."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Nanoseconds on one thread.  VNNI: by tools/bench_kernels.py.  WASM: of chains of four layers in onnxruntime-web 1.30, and the
-    edges so that a MobileNet, timed whole, is not slower than in float.
+    """Costs in nanoseconds on one thread.  VNNI: measured by tools/bench_kernels.py.  WASM: measured on chains of four layers in
+    onnxruntime-web 1.30; the edges are set so that a whole MobileNet is not slower than in float.
 
-    node: of a node.  product: of a product of dense layers, (float, integer).  depthwise: of those of one with a channel a group.
-    copy: of copying, on integers, what a kernel of more than 1x1 reads of one pixel, (of few channels, of more).
-    result: of an element of a result, (float, integer).  quantize, dequantize: of an element, with what it takes to turn it round.
-    activation: of an element in an operator that is fused on floats only.  pool: of an element in an AveragePool on integers.
+    node: per node.  product: per product in a dense layer, (float, integer).  depthwise: the same in a depthwise convolution.
+    copy: per output pixel and kernel element, for copying the input of integer kernels larger than 1x1, (few channels, more).
+    result: per element of a result, (float, integer).  quantize, dequantize: per element, including the change of layout.
+    activation: per element in an operator that is fused on floats only.  pool: per element in an AveragePool on integers.
     """
 
     node: float
@@ -51,7 +51,7 @@ FEW = 8  # channels
 COSTS = {Runtime.WEB: WASM}
 """Costs by runtime; those of VNNI apply to all others."""
 FAST = tuple(op for op in GENERIC if op != "AveragePool")
-"""Operators without a weight whose integer kernels are no slower; that of windows takes 5 ns an element, the float one 0.26."""
+"""Operators without a weight whose integer kernels are no slower; AveragePool takes 5 ns per element, 0.26 on floats."""
 SLOWER = "would be slower on integers; --int8-speed all converts it anyway"
 
 
@@ -61,9 +61,9 @@ def watched_tensors(plan: IntegerPlan) -> set[str]:
 
 
 def slower_on_integers(model: ModelGraph, plan: IntegerPlan, sizes: Mapping[str, int], costs: Costs) -> frozenset[str]:
-    """The weights that are better left in float, as far as this plan shows; the plan without them may show more.
+    """The weights to keep in float according to this plan; the plan without them may reveal more.
 
-    sizes: elements of each of `watched_tensors`, for one input of the model.
+    sizes: number of elements of each of `watched_tensors`, for one input of the model.
     """
     layers = list(_layers(model, plan, sizes, costs))
     best = max(layers, key=lambda layer: layer.gain_as_float, default=None)
@@ -79,8 +79,8 @@ def slower_on_integers(model: ModelGraph, plan: IntegerPlan, sizes: Mapping[str,
 class _Layer:
     """A weighted node.  Times in ns.
 
-    saved: what the kernel saves.  entry, exit: tensors that are quantized for it, and decoded behind it, in its region.
-    lost: in operators behind it that are fused on floats only.  gain_as_float: what it saves to leave this one in float.
+    saved: time that the kernel saves.  entry, exit: tensors quantized for it, and decoded after it, in its region.
+    lost: time lost in operators after it that are fused on floats only.  gain_as_float: time saved by keeping it in float.
     """
 
     weight: str
@@ -93,7 +93,7 @@ class _Layer:
 
 
 def _gain(region: list[_Layer], sizes: Mapping[str, int], costs: Costs) -> float:
-    """What a region saves."""
+    """The time that a region saves, in ns."""
     entries, exits = ({getattr(layer, name) for layer in region} - {""} for name in ("entry", "exit"))
     edges = sum(costs.node + costs.quantize * sizes[name] for name in entries)
     edges += sum(costs.node + costs.dequantize * sizes[name] for name in exits)
@@ -120,7 +120,7 @@ def _layers(model: ModelGraph, plan: IntegerPlan, sizes: Mapping[str, int], cost
         lost = 0.0
         if any(reader.op in FUSED_IN_FLOAT for reader in beside):
             lost += costs.node + costs.activation * sizes[result.name]
-        if enters and x.inputs and x.inputs[0].op == "AveragePool":  # which ONNX Runtime runs on integers between two such
+        if enters and x.inputs and x.inputs[0].op == "AveragePool":  # ONNX Runtime runs it on integers between two such nodes
             lost += costs.pool * sizes[x.name]
         saved = _saved(node, sizes, result.name, costs)
 
@@ -129,7 +129,7 @@ def _layers(model: ModelGraph, plan: IntegerPlan, sizes: Mapping[str, int], cost
         gain += quantized(x.name) if enters and alone == 1 else 0.0
         gain -= decoded(x.name) if not enters and not read_as_float else 0.0
         gain += decoded(result.name) if leaves and not inside else 0.0
-        joined = [reader for reader in inside if reader.op in GENERIC]  # which need all that they read
+        joined = [reader for reader in inside if reader.op in GENERIC]  # these need all their inputs as integers
         gain -= quantized(result.name) if len(joined) < len(inside) else 0.0
         for reader in joined:
             behind = regions.result_of(reader)
@@ -142,7 +142,7 @@ def _layers(model: ModelGraph, plan: IntegerPlan, sizes: Mapping[str, int], cost
 
 
 def _saved(node: gs.Node, sizes: Mapping[str, int], result: str, costs: Costs) -> float:
-    """What the integer kernel saves."""
+    """The time that the integer kernel saves, in ns."""
     root = find_root(node.inputs[1])
     shape = () if root is None else root.shape
     axis = OPERATORS[node.op].channel_axis(node.attrs, 1, len(shape))
@@ -158,7 +158,7 @@ def _saved(node: gs.Node, sizes: Mapping[str, int], result: str, costs: Costs) -
 
 
 class _Regions:
-    """The integer nodes, in regions that hand codes to each other."""
+    """The integer nodes, in regions whose nodes pass codes to each other."""
 
     def __init__(self, model: ModelGraph, plan: IntegerPlan) -> None:
         self._plan = plan
@@ -178,7 +178,7 @@ class _Regions:
                         self.root[self.region_of(node)] = self.region_of(producers[tensor.name])
 
     def result_of(self, node: gs.Node) -> gs.Tensor:
-        """The tensor that a node's result is read from, behind a Relu or Clip that codes make unnecessary."""
+        """The tensor with a node's result, after a Relu or Clip that codes make unnecessary."""
         own = node.outputs[0]
         if own.name not in self._plan.source and len(own.outputs) == 1 and own.outputs[0].op in ("Relu", "Clip"):
             behind = own.outputs[0].outputs[0]
@@ -186,12 +186,12 @@ class _Regions:
         return own
 
     def readers_of(self, tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Node]]:
-        """(on integers, on floats)."""
+        """The readers of a tensor, (on integers, on floats)."""
         inside = [reader for reader in tensor.outputs if id(reader) in self.root]
         return inside, [reader for reader in tensor.outputs if id(reader) not in self.root]
 
     def region_of(self, node: gs.Node) -> int:
-        """The name of a node's region."""
+        """The id of a node's region."""
         here = id(node)
         while self.root[here] != here:
             here = self.root[here]

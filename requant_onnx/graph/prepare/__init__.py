@@ -1,1 +1,1 @@
-"""Rewrites before a conversion, one in each module, which do not change the answers of the model."""
+"""Rewrites before a conversion, one per module, which do not change the results of the model."""

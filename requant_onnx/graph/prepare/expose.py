@@ -1,6 +1,6 @@
-"""Move constant weights to where they can be converted: to the main graph, in the shape that their reader expects.
+"""Move constant weights to where they can be converted: into the main graph, in the shape that their reader expects.
 
-1. Initializers are removed from the list of inputs, which had to contain them in IR 3.
+1. Initializers are removed from the list of inputs, where IR 3 required them.
 2. Model-local functions that hold weights are inlined, as ONNX Runtime does when it loads them
    (https://onnx.ai/onnx/api/inliner.html).
 3. Transpose, Reshape, Unsqueeze, Squeeze and Flatten between a constant and its only reader are computed in advance.
@@ -30,12 +30,12 @@ from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.text import first_line
 
 MAX_CHAIN = 16
-INDEX_BYTES = 8  # of each value of a sparse tensor
+INDEX_BYTES = 8  # per value of a sparse tensor
 MAX_NODES = 200_000
 
 
 def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its weights where `find_weights` sees them.  May change and return the model given.
+    """The model with its weights where `find_weights` finds them.  May change and return the given model.
 
     Raises ModelError when its functions cannot be inlined.
     """
@@ -55,7 +55,7 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _fill_sparse(graph: onnx.GraphProto) -> None:
-    """Step 4."""
+    """Make sparse weights dense (step 4)."""
     read = {node.input[k] for node, k in _operands(graph)}
     doomed = []
     for k, sparse in enumerate(graph.sparse_initializer):
@@ -82,7 +82,7 @@ def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _inlined_nodes(model: onnx.ModelProto) -> int:
-    """How many nodes the model has when its functions are inlined."""
+    """The number of nodes that the model has after its functions are inlined."""
     functions = {(function.domain, function.name): function for function in model.functions}
     sizes: dict[tuple[str, str], int] = {}
 
@@ -95,7 +95,7 @@ def _inlined_nodes(model: onnx.ModelProto) -> int:
         if name not in functions:
             return 1
         if name not in sizes:
-            sizes[name] = MAX_NODES + 1  # while it is counted, for functions that call themselves
+            sizes[name] = MAX_NODES + 1  # while it is being counted: the value for recursive calls
             sizes[name] = size_of(functions[name].node)
         return sizes[name]
 
@@ -103,7 +103,7 @@ def _inlined_nodes(model: onnx.ModelProto) -> int:
 
 
 def _holds(node: onnx.NodeProto) -> bool:
-    """Whether an operator exists to multiply with a weight: an Add may have one, and seldom has."""
+    """Whether the purpose of an operator is to use a weight; an Add may have one, but seldom does."""
     holder = holder_of(node)
     return holder is not None and not holder.is_table
 
@@ -115,7 +115,7 @@ def _is_weight(node: onnx.NodeProto, operand: int, tensor: onnx.TensorProto) -> 
 
 
 def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
-    """(node, index) of every input that may be a weight."""
+    """Every input that may be a weight, as (node, index)."""
     for node in graph.node:
         holder = holder_of(node)
         if node.op_type in OPERATORS and is_standard_proto(node):
@@ -125,7 +125,7 @@ def _operands(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int]]:
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """The constants of a graph itself that no caller can replace, by the name of the tensor."""
+    """The constants of a graph (not of its bodies) that no caller can replace, by tensor name."""
     constants = {item.name: item for item in graph.initializer}
     for node in graph.node:
         value = value_of(node)
@@ -136,7 +136,7 @@ def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
-    """Step 3 of one graph."""
+    """Apply step 3 to one graph."""
     producers = {output: node for node in graph.node for output in node.output}
     constants, readers = _constants(graph), Counter(reads_in(model.graph))
     outer = {**_constants(model.graph), **constants}
@@ -160,12 +160,12 @@ def _apply_reshapes(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
 
 
 def _chain(name: str, producers: dict[str, onnx.NodeProto], readers: Counter[str]) -> list[onnx.NodeProto]:
-    """The nodes from a reader back to a constant, as long as each has but one reader."""
+    """The nodes from a reader back to a constant, as long as each has only one reader."""
     return list(takewhile(lambda node: readers[node.output[0]] == 1, nodes_behind(name, producers)))
 
 
 def nodes_behind(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes before a tensor that change no value, from it backwards."""
+    """The nodes before a tensor that change no value, from the tensor backwards."""
     for _ in range(MAX_CHAIN):
         node = producers.get(name)
         if node is None or node.op_type not in (*RESHAPING, *PASS_THROUGH) or not is_standard_proto(node) or not node.input:
@@ -175,7 +175,7 @@ def nodes_behind(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[on
 
 
 def _stepped(values: GenericArray, steps: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> GenericArray | None:
-    """The values after each of the nodes; None when one of them is not constant, or does not fit."""
+    """The values after all of the nodes; None when one has an operand that is not constant or does not fit."""
     for node in steps:
         given = [constants.get(name) for name in node.input[1:] if name]
         if None in given:
@@ -193,7 +193,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, object]:
 
 
 def _bypass(reader: onnx.NodeProto, operand: int, chain: list[onnx.NodeProto], root: str) -> None:
-    """Let each node that stays in the chain read the one that stays before it."""
+    """Connect each node that stays in the chain to the previous one that stays."""
     source = root
     for node in reversed(chain):
         if node.op_type not in RESHAPING:
@@ -212,7 +212,7 @@ def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, def
     constants = _constants(body)
     interface = {item.name for each in all_graphs(body) for item in each.output}
     wanted: dict[str, None] = {}
-    for each in all_graphs(body):  # bodies in it read its constants too
+    for each in all_graphs(body):  # nested bodies read its constants too
         defined_inside = set(_defined_in(each)) if each is not body else set()
         for node, operand, name in _sources(each):
             fits = name in constants and _is_weight(node, operand, constants[name]) and math.prod(constants[name].dims) > 0
@@ -229,7 +229,7 @@ def _hoist(graph: onnx.GraphProto, body: onnx.GraphProto, names: FreshNames, def
 
 
 def _sources(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int, str]]:
-    """(node, operand, tensor): the tensors that the operands of its nodes come from, through nodes that change no value."""
+    """The tensor that each operand comes from, through nodes that change no value, as (node, operand, tensor)."""
     producers = {output: node for node in graph.node for output in node.output}
     for node, operand in _operands(graph):
         behind = [step.input[0] for step in nodes_behind(node.input[operand], producers)]

@@ -26,7 +26,7 @@ from requant_onnx.numerics.arrays import Float64Array, GenericArray
 
 @dataclass(frozen=True)
 class _Fold:
-    """One BatchNormalization that can go.  conv, norm: indices of the nodes.  values: what the Conv gets."""
+    """A BatchNormalization that can be folded.  conv, norm: indices of the nodes.  values: new weight and bias of the Conv."""
 
     conv: int
     norm: int
@@ -37,7 +37,7 @@ class _Fold:
 
 
 def fold_batchnorm(view: ModelGraph) -> int:
-    """Fold every BatchNormalization that follows a Conv with constant parameters; returns how many.  Changes the model."""
+    """Fold every BatchNormalization that follows a Conv with constant parameters; return their number.  Changes the model."""
     model, graph = view.proto, view.graph
     index = {id(node): k for k, node in enumerate(graph.nodes)}
     names = FreshNames(model)
@@ -56,7 +56,7 @@ def fold_batchnorm(view: ModelGraph) -> int:
 
 
 def _plan(graph: gs.Graph, norm: gs.Node, index: dict[int, int], inputs: set[str]) -> _Fold | None:
-    """How to fold this BatchNormalization, or None when it has to stay.  inputs: tensors that a caller may set."""
+    """The fold of this BatchNormalization, or None when it must stay.  inputs: tensors that a caller may set."""
     producers = norm.inputs[0].inputs
     operator = operator_of(producers[0]) if producers and id(producers[0]) in index else None
     if operator is None or not operator.channels_second:
@@ -103,9 +103,9 @@ def _folded(
 
 
 def _apply(graph: onnx.GraphProto, fold: _Fold, names: FreshNames) -> list[str]:
-    """Store the new weight and bias, point the Conv at them and at the output of the BatchNormalization.
+    """Store the new weight and bias, and connect the Conv to them and to the output of the BatchNormalization.
 
-    Returns the tensors that may be unread now.
+    Returns the tensors that may now be unread.
     """
     conv, norm = graph.node[fold.conv], graph.node[fold.norm]
     reads = list(reads_in(graph))

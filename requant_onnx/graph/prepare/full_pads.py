@@ -1,4 +1,4 @@
-"""Write Pad without its `axes`, because ONNX Runtime moves Pad across layouts, and fails with axes among integer kernels.
+"""Write Pad without its `axes`, because ONNX Runtime moves Pad across layouts and fails on axes between integer kernels.
 
 https://onnx.ai/onnx/operators/onnx__Pad.html
 """
@@ -14,7 +14,7 @@ from requant_onnx.graph.shapes import find_shapes
 
 
 def write_full_pads(view: ModelGraph) -> None:
-    """Give each Pad with constant pads and axes pads for every axis.  Changes the model."""
+    """Expand the pads of each Pad with constant pads and axes to every axis.  Changes the model."""
     model = view.proto
     pads = [n for n in view.nodes if n.op == "Pad" and is_standard(n) and len(n.inputs) > 3 and n.inputs[3].name]
     if not pads:

@@ -1,4 +1,4 @@
-"""Store equal small constants once: axes, shapes and scalars that exporters write again, with a long name, for every node.
+"""Store equal small constants once: axes, shapes and scalars, which exporters repeat under a long name for every node.
 
 Constants in bodies of If, Loop and Scan move to the main graph, which bodies can read.
 """
@@ -20,7 +20,7 @@ MAX_ELEMENTS = 16
 
 
 def merge_constants(model: onnx.ModelProto) -> None:
-    """Merge integers of few elements, and floats that are scalars.  Changes the model."""
+    """Merge integer tensors of few elements and scalar floats.  Changes the model."""
     graph, names = model.graph, FreshNames(model)
     interface = {item.name for each in all_graphs(graph) for item in (*each.input, *each.output)}
     merged: dict[tuple[int, tuple[int, ...], bytes], onnx.TensorProto] = {}
@@ -43,7 +43,7 @@ def merge_constants(model: onnx.ModelProto) -> None:
 
 
 def _small(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """The constants of a graph itself that are worth merging."""
+    """The constants of a graph (not of its bodies) to merge."""
     constants = [(item.name, item) for item in graph.initializer]
     constants += [(node.output[0], value) for node in graph.node if (value := value_of(node)) is not None]
     for name, tensor in constants:

@@ -19,7 +19,7 @@ DIRECTIONS = 2
 
 
 def merge_directions(model: ModelGraph) -> None:
-    """Merge the first two axes of every such weight that one node alone reads.  Changes the model."""
+    """Merge the first two axes of every such weight that only one node reads.  Changes the model."""
     graph, names = model.proto.graph, FreshNames(model.proto)
     inputs = {item.name for item in model.proto.graph.input}
     stored = {item.name: item for item in graph.initializer if item.name not in inputs}

@@ -1,6 +1,6 @@
-"""Raise a model's opset, changing as little as possible.
+"""Raise the opset of a model with as few changes as possible.
 
-If the operators in use differ between the two versions only by more types, and by optional attributes whose absence means
+If the operators in use differ between the two versions only by additional types and by optional attributes whose absence means
 the old behavior, only the version number changes.  Otherwise onnx.version_converter is used, and what it drops is restored.
 https://onnx.ai/onnx/api/version_converter.html
 """
@@ -31,9 +31,9 @@ HARMLESS = {
 
 
 def raise_opset(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
-    """The model at opset `target` or above.  May change and return the model given.
+    """The model at opset `target` or above.  May change and return the given model.
 
-    Raises ModelError when the converter cannot do it.
+    Raises ModelError when the converter fails.
     """
     current = opset_of(model)
     if current >= target:
@@ -97,7 +97,7 @@ def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelPro
     converted.graph.doc_string = model.graph.doc_string
     for before, after in ((model.graph.input, converted.graph.input), (model.graph.output, converted.graph.output)):
         declared = {item.name: item for item in before}
-        for item in after:  # the converter infers sizes where the model has names for them
+        for item in after:  # the converter infers sizes where the model has names
             item.CopyFrom(declared.get(item.name, item))
     if current < 11:
         _keep_asymmetric(converted)
@@ -105,7 +105,7 @@ def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelPro
 
 
 def _keep_asymmetric(model: onnx.ModelProto) -> None:
-    """Upsample, and Resize before opset 11, scale coordinates without the half-pixel shift; the converter drops that.
+    """Keep the coordinate scaling of Upsample, and of Resize before opset 11: the converter adds a half-pixel shift.
 
     https://onnx.ai/onnx/operators/onnx__Resize.html
     """

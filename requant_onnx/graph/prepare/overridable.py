@@ -1,4 +1,4 @@
-"""Make weights constant that callers could replace: initializers that are also graph inputs, as older exporters wrote them.
+"""Make weights constant that callers could replace: initializers that are also graph inputs, as older exporters write them.
 
 ONNX Runtime treats such an initializer as an input that has a default value (IR 4 and later), and folds nothing that depends on it.
 https://onnx.ai/onnx/repo-docs/IR.html#graphs
@@ -19,7 +19,7 @@ from requant_onnx.graph.prepare.expose import nodes_behind
 
 
 def remove_weights_from_inputs(model: onnx.ModelProto) -> int:
-    """Remove weights, biases and parameters of normalizations from the inputs; returns how many.  Other inputs stay.
+    """Remove weights, biases and normalization parameters from the inputs; return their number.  Other inputs stay.
 
     Changes `model`.  Before IR 4 every initializer is an input, and none can be replaced.
     """

@@ -1,4 +1,4 @@
-"""Store the weight of a Gemm as (ic, oc), the only layout that ONNX Runtime fuses behind DequantizeLinear (MatMulNBits, from 1.26).
+"""Store the weight of a Gemm as (ic, oc), the only layout that ONNX Runtime fuses after DequantizeLinear (MatMulNBits, from 1.26).
 
     y = x @ W.T  (transB = 1)  ->  y = x @ V  (transB = 0),   V = W.T
 
@@ -19,7 +19,7 @@ from requant_onnx.graph.names import FreshNames
 
 
 def transpose_gemm(model: ModelGraph, weights: Collection[str]) -> None:
-    """Turn every Gemm with transB=1 that reads one of these weights.  Changes the model."""
+    """Transpose the weight of every Gemm with transB=1 that reads one of these weights.  Changes the model."""
     graph, names = model.proto.graph, FreshNames(model.proto)
     by_output = {node.output[0]: node for node in graph.node if node.op_type == "Gemm"}
     stale: list[str] = []
