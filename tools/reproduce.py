@@ -3,10 +3,11 @@
     python tools/reproduce.py --data DIR                                  # the models in models/, in tools/results.md
     python tools/reproduce.py --data DIR models/*.onnx resnet18_cifar10.onnx other_cifar100.onnx=imagenet
 
-Weights have 8, 6 and 4 bits and one scale per tensor, also in the first and last layers, which have no transform; activations are
-float.  The table compares the full range, the searched range alone, the square root alone, and both, which is the method of the
-paper.  It also has ONNX Runtime's own quantizer with its usual settings (8 and 4 bits, one scale per channel, 8-bit activations),
-and the default of this tool, refined on 256 train images.  Top-1 accuracy is measured on all test images.
+Weights have 8, 6, 4, 3 and 2 bits and one scale per tensor, also in the first and last layers, which have no transform;
+activations are float.  The table compares the full range, the searched range alone, the square root alone, and both, which is the
+method of the paper.  It also has ONNX Runtime's own quantizer with its usual settings (8 and 4 bits, one scale per channel, 8-bit
+activations), the default of this tool, refined on 256 train images, its int8 form, and its downloads.  Top-1 accuracy is measured
+on all test images.
 The name of a file gives its network and its data set: resnet18_cifar10.onnx.  Results are stored in the user's cache.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import logging
 import platform
 import re
@@ -21,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from dataclasses import replace
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
@@ -32,18 +35,25 @@ from accuracy_table import NORMALIZATIONS, scores
 from bench_forms import Subject, quantize_with_onnxruntime
 from cifar import find_or_fetch
 
-from requant_onnx import Calibration, Form, ImageSet, Normalization
+from requant_onnx import Calibration, Form, ImageSet, Int8Speed, Normalization, QuantConfig, quantize_model
+from requant_onnx.choices import OptimizeFor
 from requant_onnx.evaluate.cache import Cache, default_folder, key_of
 from requant_onnx.evaluate.jobs import open_executor
 from requant_onnx.evaluate.recipes import Trial, compare
+from requant_onnx.files.compressed import compress
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 
 ROOT = Path(__file__).parents[1]
-BITS = (8, 6, 4)
+BITS = (8, 6, 4, 3, 2)
 RECIPES = ("max", "range", "transform", "paper", "best")
 OWN_KINDS = {8: "QInt8", 4: "QInt4"}  # the widths of ONNX Runtime's quantizer
 HEAD = ("model", "weights", "float", "*paper: float*", "full range", "*paper: full range*", "range searched", "square root",
-        "both (REQuant)", "*paper: both*", "ONNX Runtime", "our default, refined")  # fmt: skip
+        "both (REQuant)", "*paper: both*", "ONNX Runtime", "our default, refined", "our int8 form", "our download")  # fmt: skip
+FORMS = {
+    "int8": QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL),
+    "download": QuantConfig(form=Form.FOLDED, optimize_for=OptimizeFor.BROTLI),
+}
+DOWNLOADS = (4, 3, 2)  # bits of a weight, compressed
 PUBLISHED: dict[tuple[str, str], dict[tuple[str, int], float]] = {
     ("resnet18", "cifar10"): {("max", 4): 89.09, ("paper", 4): 94.67},
     ("resnet50", "cifar10"): {("float", 32): 95.24, ("paper", 6): 95.21, ("paper", 4): 94.47},
@@ -58,8 +68,9 @@ Top-1 accuracy in percent on the 10,000 test images. *Figures in italics, and on
 from its own training runs of the same network; all others were measured here.* The first columns have one scale per weight and
 float activations, and the first and last layers have the same bits without the transform. ONNX Runtime's quantizer
 (`quantize_static`, QDQ, 256 images of the train split) has one scale per channel, and also quantizes activations to 8 bits; it
-has no 6 bits. The default of this tool has one scale per channel and 8 bits in the first and last layers, and is refined on 256
-images of the train split.
+has only 8 and 4 bits. The default of this tool has one scale per channel and 8 bits in the first and last layers, and is refined
+on 256 images of the train split. Its int8 form also quantizes activations to 8 bits, in all layers. Its download
+(`--optimize-for download`) has this many bits per weight after compression by brotli; kB are those of the compressed file.
 
 {table}
 
@@ -93,16 +104,20 @@ def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
     found = compare(model, BITS, RECIPES, task.test, how, images, executor, form=Form.FOLDED, cache=cache)
     trials = {(trial.recipe, trial.bits): trial for trial in found.trials}
     own = {bits: _by_onnxruntime(task, kind, cache) for bits, kind in OWN_KINDS.items()}
+    ours = {(form, bits): _by_us(task, form, bits, cache) for form in FORMS for bits in (BITS if form == "int8" else DOWNLOADS)}
     published = PUBLISHED.get((task.network, task.dataset), {})
 
     def theirs(recipe: str, bits: int) -> str:
         return f"*{published[recipe, bits]:.2f}*" if (recipe, bits) in published else ""
 
-    yield _row(task.path.stem, "float", _percent(found.top1), theirs("float", 32), *[""] * 8)
+    yield _row(task.path.stem, "float", _percent(found.top1), theirs("float", 32), *[""] * 10)
     for bits in BITS:
         full, searched, root, both, best = (_percent(trials[recipe, bits].top1) for recipe in RECIPES)
         usual = _percent(own[bits]) if bits in own else ""
-        yield _row("", f"{bits} bits", "", "", full, theirs("max", bits), searched, root, both, theirs("paper", bits), usual, best)
+        int8, small = _percent(ours["int8", bits][0]), ours.get(("download", bits))
+        download = "" if small is None else f"{_percent(small[0])}, {small[1] / 1000:,.1f} kB"
+        found_ones = (full, theirs("max", bits), searched, root, both, theirs("paper", bits), usual, best, int8, download)
+        yield _row("", f"{bits} bits", "", "", *found_ones)
     for bits in BITS:
         alone = (trials["range", bits], trials["transform", bits])
         yield f"- {task.path.stem}, {bits} bits: {verdict(*alone, trials['paper', bits], len(task.test))}"
@@ -125,6 +140,22 @@ def verdict(range_only: Trial, transform_only: Trial, both: Trial, images: int) 
     error = sqrt((1 - both.agreement + 1 - best.agreement) / images)
     word = "confirmed" if gain > 2 * error else "refuted" if gain < -2 * error else "undecided"
     return f"{word} ({gain * 100:+.2f} points against {best.recipe} alone, standard error at most {error * 100:.2f})"
+
+
+def _by_us(task: Task, form: str, bits: int, cache: Cache) -> tuple[float, int]:
+    """Top-1 of the model in one of FORMS, with 256 images of the train split, and the compressed bytes of the file."""
+    config = replace(FORMS[form], bits=bits)
+    settings = repr((version("requant_onnx"), config.to_dict(), task.normalization))
+    key = key_of("reproduce", settings, onnxruntime.__version__, task.path.read_bytes(), task.test.fingerprint())
+    kept = cache.get(key)
+    if kept is None:
+        images = Calibration(task.train, task.normalization)
+        model = quantize_model(task.path, config, calibration=images, check=False)[0]
+        top1 = float(np.mean(_answers(model, task.normalization, task.test) == task.test.y))
+        kept = json.dumps([top1, len(compress(model.SerializeToString(), OptimizeFor.BROTLI))]).encode()
+        cache.put(key, kept)
+    top1, size = json.loads(kept)
+    return float(top1), int(size)
 
 
 def _by_onnxruntime(task: Task, kind: str, cache: Cache) -> float:
