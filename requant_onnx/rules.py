@@ -71,7 +71,9 @@ class LayerRule:
 
     @classmethod
     def of(cls, pattern: str, settings: Mapping[str, Any] | str) -> LayerRule:
-        """Make a rule from a table such as {"bits": 8, "form": "folded"}, or from "float".  Raises ConfigError."""
+        """Make a rule from a table such as {"bits": 8, "form": "folded"}, or from "float" or "keep".  Raises ConfigError."""
+        if settings in ("keep", {"keep": True}):
+            return cls(pattern, keep=True)
         if isinstance(settings, str):
             return cls.parse(f"{pattern}={settings}")
         given: dict[str, Any] = {}

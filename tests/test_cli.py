@@ -239,7 +239,7 @@ def test_int8_with_images_noise_and_external_data(model: Path, capsys: pytest.Ca
     np.savez(images, x=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8))
     int8 = ["convert", str(model), str(output), "--form", "int8", "--int8-speed", "all", "--bits", "4", "--force"]
     assert main([*int8, "--calibrate", str(images), "--mean", "0.5", "--std", "0.25", "--json", str(report)]) == 0
-    assert "activations on 8-bit integers: 6" in capsys.readouterr().out
+    assert "activation tensors on 8-bit integers: 6" in capsys.readouterr().out
     made = json.loads(report.read_text())
     assert {weight["form"] for weight in made["converted"]} == {"int8"}
     assert len(made["activations"]) == 6

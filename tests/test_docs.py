@@ -120,16 +120,21 @@ def test_other_commands_exist() -> None:
     for command, where in COMMANDS.items():
         if command.startswith("requant ") or re.fullmatch(known, command):
             continue
-        extra = re.fullmatch(r"pip install (?:--quiet |-e )*'(?:\.|requant_onnx)\[(\w+)\]'", command)
+        extra = re.fullmatch(r"pip install (?:--quiet |-e )*'(?:\.|requant_onnx)\[([\w,]+)\]'", command)
         tool = re.fullmatch(r"(?:python )?(tools/[\w/]+(?:\.py)?)( .*)?", command)
         if extra:
-            assert extra[1] in extras, f"{where}: {command}"
+            assert set(extra[1].split(",")) <= set(extras), f"{where}: {command}"
         else:
             assert tool, f"{where}: nothing here checks '{command}'"
             source = (ROOT / tool[1]).read_text("utf-8")
             source += (ROOT / "tools" / "runtime_matrix.py").read_text("utf-8") if tool[1].endswith("check_runtimes") else ""
             for option in re.findall(r"--[\w-]+", tool[2] or ""):
                 assert option in source, f"{where}: {command}"
+
+
+@EACH_PAGE
+def test_no_merge_is_left_half_done(path: Path) -> None:
+    assert not re.search(r"^(<{7}|={7}|>{7})( |$)", path.read_text("utf-8"), re.MULTILINE)
 
 
 @EACH_PAGE

@@ -380,7 +380,7 @@ def test_nodes_whose_activations_8_bits_do_not_hold_stay_float() -> None:
     forms = {weight.name: (weight.form, weight.why_not_int8) for weight in found[15.0].converted}
     assert forms["w"][0] == "int8"
     assert forms["v"][0] == "folded"
-    assert "activations that 8 bits do not hold" in forms["v"][1]
+    assert "activations that would reduce the output SQNR" in forms["v"][1]
     assert QuantConfig.from_dict(found[-math.inf].config).int8_min_sqnr == -math.inf
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import small_cnn
+from conftest import OWN_MODEL, small_cnn
 from rich.console import Console
 
 from requant_onnx import ImageSet, validate
@@ -17,6 +17,7 @@ from requant_onnx.cli.main import main
 from requant_onnx.cli.values import CHECKED, calibration_of
 from requant_onnx.convert.report import SelfCheck
 from requant_onnx.evaluate.latency import compare_latency
+from requant_onnx.numerics.outputs import OutputReport
 
 image_module = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
@@ -86,6 +87,87 @@ def test_advice_depends_on_what_was_given(model: Path, monkeypatch: pytest.Monke
     ):
         assert main([*command, *given]) == 3
         assert advice in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_target_overrides_the_bits_of_a_goal(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = photos(model.parent / "photos", 8)
+    command = ["convert", str(model), str(model.with_name("a.onnx")), "--for", "web", "--min-agreement", "1"]
+    command += ["--data", f"images:{directory}", "--fit"]
+    assert main(command) == 0
+    assert main([*command, "--force", "--bits", "4"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("has no time limit; drop --bits")
+
+
+def test_a_directory_without_a_prefix_is_normalized_like_one_with_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = photos(model.parent / "photos", 4)
+    printed = []
+    for spec in (f"{directory}", f"images:{directory}"):
+        assert main(["validate", str(model), str(model), "--data", spec, "--no-latency"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "mean 0.485," in printed[0]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--mean", "123.675,116.28,103.53"), ("--std", "58.4,57.1,57.4")])
+def test_normalizations_in_units_of_pixels_are_refused(
+    model: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = photos(model.parent / "photos", 4)
+    assert main(["validate", str(model), str(model), "--data", f"images:{directory}", option, value]) == 2
+    assert "is in units of pixel / 255, so divide it by 255" in capsys.readouterr().err
+
+
+def test_few_answers_are_counted() -> None:
+    def sentence(count: int, what: str = "top-1") -> str:
+        output = OutputReport("y", (count, 10), "scores", 30.0, 1.0, 0.0, 0.9, what, count)
+        return SelfCheck("some inputs", (output,)).sentence()
+
+    assert sentence(30).endswith("and 27 of 30 top-1 answers agree with the float model")
+    assert sentence(1000).endswith("and 90.0% of the top-1 answers agree with the float model")
+    assert sentence(30, "detections").endswith("and 27 of 30 detections of the float model are found again")
+
+
+def test_many_weights_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--bits", "4", "--calibrate", "none", "--force-quality"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("weights: 2 of 8 bits, 18 of 4 bits; the largest relative error is that of stages")
+    assert "64x64x3x3" not in printed
+    assert main([*command, "--force", "-v"]) == 0
+    assert "64x64x3x3" in capsys.readouterr().out
+
+
+def test_swapped_models_are_noted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = model.with_name("a.onnx")
+    assert main(["convert", str(model), str(out), "--bits", "4", "--form", "folded"]) == 0
+    capsys.readouterr()
+    np.savez(model.with_name("x.npz"), x=np.zeros((4, 8, 8, 3), np.uint8))
+    for first, second, noted in ((out, model, True), (model, out, False)):
+        assert main(["validate", str(first), str(second), "--data", str(model.with_name("x.npz")), "--no-latency"]) == 0
+        printed = capsys.readouterr().out
+        assert ("give the float model first" in printed) == noted
+        assert ("x larger" in printed) == noted
+
+
+def test_what_stays_off_integers_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "convert",
+        str(OWN_MODEL),
+        str(tmp_path / "a.onnx"),
+        "--form",
+        "int8",
+        "--int8-min-sqnr",
+        "60",
+        "--calibrate-limit",
+        "8",
+    ]
+    assert main(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "would reduce the output SQNR below 60 dB (--int8-min-sqnr) in 8 bits" in printed
+    assert main(["explain", str(tmp_path / "a.onnx")]) == 0
+    explained = " ".join(capsys.readouterr().out.split())
+    assert "kept it off integers" in explained
+    assert "--form int8 quantizes them" not in explained
 
 
 def test_labels_of_other_classes_than_the_model_s_are_doubted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

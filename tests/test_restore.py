@@ -125,7 +125,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     save_model(quantize_model(small_cnn(), QuantConfig(4))[0], tmp_path / "small.onnx")
     arguments = ["restore", str(tmp_path / "small.onnx"), str(tmp_path / "float.onnx")]
     assert main([*arguments, "--json", str(tmp_path / "r.json")]) == 0
-    assert "4 weights and 0 activations are float again" in capsys.readouterr().out
+    assert "4 constants (weights, biases and other vectors) and 0 activations are float again" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["constants"] == 4
     assert is_plain(onnx.load(tmp_path / "float.onnx"))
     assert main(arguments) == 2  # it exists

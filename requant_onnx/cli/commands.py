@@ -95,7 +95,7 @@ def run_convert(args: argparse.Namespace) -> None:
                 args.input, args.output, **_page_inputs(args, calibration), conversion=report, settings=settings, progress=progress
             )
         write_atomically(args.html, page.encode())
-    tables.print_conversion(console_for(args), report, sizes, downloads)
+    tables.print_conversion(console_for(args), report, sizes, downloads, whole=args.verbose)
     if args.verbose:
         tables.print_tried(console_for(args), report)
 

@@ -144,7 +144,8 @@ def _add_aims(parser: Parser) -> None:
     size.add_argument(
         "--target-sqnr",
         metavar="DB",
-        help="for --bits auto: make the smallest file found whose outputs keep this SQNR on calibration inputs, for example 20",
+        help="for --bits auto: write the smallest file that the search finds whose outputs "
+        "keep this SQNR on calibration inputs, for example 20",
     )
 
 

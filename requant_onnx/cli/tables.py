@@ -32,16 +32,21 @@ from requant_onnx.numerics.outputs import OutputReport
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
 
+ROWS = 12  # of a table of weights that is printed without -v
 NOISY = 0.5  # interquartile range of latencies, relative to the lower quartile
 ALIKE = 3  # skipped weights with the same reason that get a line each
 
 
-def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, int], downloads: Mapping[str, int]) -> None:
-    """Print one row per weight, the skipped weights with their reasons, and totals.
+def print_conversion(
+    console: Console, report: QuantReport, sizes: tuple[int, int], downloads: Mapping[str, int], *, whole: bool = True
+) -> None:
+    """Print the weights, the skipped weights with their reasons, and totals.
 
-    sizes: bytes of the two files.  downloads: bytes of the second, by compressor.
+    sizes: bytes of the two files.  downloads: bytes of the second, by compressor.  whole: whether each of many weights gets a row.
     """
-    if report.converted:
+    if report.converted and len(report.converted) > ROWS and not whole:
+        console.print(escape(_weights_in_short(report.converted)))
+    elif report.converted:
         table = Grid("weight", "op", "shape", "bits", "transform", "alpha", "scale", "MSE", "SQNR dB", "bytes before", "after")
         for weight in report.converted:
             table.add_row(*_weight_row(weight))
@@ -51,7 +56,11 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
     if report.converted and hint:
         console.print(hint)
     if report.activations:
-        console.print(f"activations on 8-bit integers: {len(report.activations)}")
+        console.print(f"activation tensors on 8-bit integers: {len(report.activations)}")
+        integers = [weight for weight in report.converted if FORMS[Form(weight.form)].on_integers]
+        share = sum(weight.bytes_before for weight in integers) / max(1, report.bytes_before)
+        rest = "; the others are decoded at load time and run at float speed" if len(integers) < len(report.converted) else ""
+        console.print(f"runs on integers: {len(integers)} of {len(report.converted)} weights, {share:.0%} of their bytes{rest}")
     for line in _remarks(report):
         console.print(escape(line))
     if report.folded_batchnorms:
@@ -60,13 +69,22 @@ def print_conversion(console: Console, report: QuantReport, sizes: tuple[int, in
         console.print(f"opset raised from {report.opset[0]} to {report.opset[1]}, which decoding the weights requires")
     _print_front(console, report.front)
     before, after = report.bytes_before, report.bytes_after
-    covered = f", {report.coverage:.1%} of the bytes of all float constants" if report.converted else ""
+    folded = " after BatchNormalization was folded" if report.folded_batchnorms else ""
+    covered = f", {report.coverage:.1%} of the bytes of all float constants{folded}" if report.converted else ""
     vectors = report.vectors
     if vectors.count:
         console.print(f"vectors as float16: {vectors.count}, {vectors.bytes_before:,} -> {vectors.bytes_after:,} bytes")
     console.print(f"weights: {len(report.converted)} converted{covered}, {before:,} -> {after:,} bytes{_ratio(before, after)}")
     console.print(f"file: {sizes[0]:,} -> {sizes[1]:,} bytes{_ratio(*sizes)}")
     _print_end(console, report, downloads)
+
+
+def _weights_in_short(weights: Sequence[WeightReport]) -> str:
+    """One line for many weights: how many have how many bits, and the one with the largest error."""
+    counts = Counter(weight.bits for weight in weights)
+    widths = ", ".join(f"{count} of {bits:g} bits" for bits, count in sorted(counts.items(), reverse=True))
+    worst = min(weights, key=lambda weight: weight.sqnr_db)
+    return f"weights: {widths}; the largest relative error is that of {worst.name} ({decibels(worst.sqnr_db)}); -v lists all"
 
 
 def _print_end(console: Console, report: QuantReport, downloads: Mapping[str, int]) -> None:
@@ -140,12 +158,10 @@ def print_validation(console: Console, report: ValidationReport, downloads: Mapp
     if report.mean_ap is not None and report.ap50 is not None:
         table.add_row("mAP", *(f"{value:.2%}" for value in report.mean_ap), _change(report.mean_ap, report.mean_ap_error or 0.0))
         table.add_row("AP50", *(f"{value:.2%}" for value in report.ap50), f"{100 * (report.ap50[1] - report.ap50[0]):+.2f} points")
-    table.add_row("file size", *(f"{size:,}" for size in report.bytes), f"{report.bytes[0] / report.bytes[1]:.2f} x smaller")
+    table.add_row("file size", *(f"{size:,}" for size in report.bytes), _times(*report.bytes))
     for name, (before, after) in downloads.items():
         cells = (
-            ("too large to measure", f"{after:,}", "")
-            if before is None
-            else (f"{before:,}", f"{after:,}", f"{before / after:.2f} x smaller")
+            ("too large to measure", f"{after:,}", "") if before is None else (f"{before:,}", f"{after:,}", _times(before, after))
         )
         table.add_row(f"as {PACKERS[name]}", *cells)
     if report.latency_ms is not None and report.latency_ratio is not None:
@@ -255,7 +271,10 @@ def print_explanation(console: Console, explanation: Explanation) -> None:
 def print_restored(console: Console, report: RestoreReport, sizes: tuple[int, int]) -> None:
     """Print what was restored."""
     before, after = sizes
-    console.print(f"{report.constants} weights and {report.activations} activations are float again; {before:,} -> {after:,} bytes")
+    console.print(
+        f"{report.constants} constants (weights, biases and other vectors) and {report.activations} activations are float again; "
+        f"{before:,} -> {after:,} bytes"
+    )
     if report.left:
         console.print(f"operators still on integers: {', '.join(report.left)}")
 
@@ -291,7 +310,12 @@ def _span(bounds: tuple[float, float], form: str) -> str:
 
 
 def _ratio(before: int, after: int) -> str:
-    return f" ({before / after:.2f} x smaller)" if after else ""
+    return f" ({_times(before, after)})" if after else ""
+
+
+def _times(before: int, after: int) -> str:
+    """How much smaller a file is, or larger."""
+    return f"{before / after:.2f} x smaller" if before >= after else f"{after / before:.2f} x larger"
 
 
 def print_many(console: Console, lines: Sequence[Line], earlier: int) -> None:

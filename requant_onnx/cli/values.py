@@ -26,6 +26,7 @@ from requant_onnx.runtimes import RUNTIMES
 
 SIZES = ("resize", "crop", "fit")
 FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # of --calibrate auto: from so many bits on, few images do
+LARGEST_MEAN, LARGEST_STD = 2.0, 10.0  # above, values are in units of 0..255
 CHECKED, SHARE_CHECKED = 32, 8  # images, and one in how many, that are held out for the self-check where there are few
 RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
 
@@ -73,8 +74,9 @@ def target_of(args: argparse.Namespace) -> Target | None:
             if getattr(args, name) and name not in args.from_file:
                 raise ConfigError(f"{_flag(name)} needs --max-drop or --min-agreement; give one of them, or drop {_flag(name)}")
         return None
-    if args.bits is not None or args.target_sqnr is not None or args.time_limit is not None:
-        raise ConfigError("a target chooses the bits, and has no time limit; drop --bits, --target-sqnr and --time-limit")
+    for name in ("bits", "target_sqnr", "time_limit"):
+        if getattr(args, name) is not None and name not in args.from_file:
+            raise ConfigError(f"a target chooses the bits, and has no time limit; drop {_flag(name)}")
     return Target(**values, size=None if args.size is None else Budget.parse_size(args.size))
 
 
@@ -241,10 +243,18 @@ def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
     if images is None and (args.mean is None or args.std is None):
         raise ConfigError("noise needs both --mean and --std, or neither, which selects those of ImageNet")
     usual = {**CIFAR_MEAN_STD, "images": (NATURAL.mean, NATURAL.std)}
-    mean, std = usual.get(spec.partition(":")[0], ((0.0,), (1.0,)))
+    mean, std = usual.get(whole_spec(spec).partition(":")[0], ((0.0,), (1.0,)))
     return Normalization(
-        mean if args.mean is None else _numbers(args.mean, "--mean"), std if args.std is None else _numbers(args.std, "--std")
+        mean if args.mean is None else _in_shares(_numbers(args.mean, "--mean"), "--mean", LARGEST_MEAN),
+        std if args.std is None else _in_shares(_numbers(args.std, "--std"), "--std", LARGEST_STD),
     )
+
+
+def _in_shares(values: tuple[float, ...], option: str, largest: float) -> tuple[float, ...]:
+    """The values of an option, unless they are probably in units of 0..255."""
+    if max(values, default=0.0) > largest:
+        raise ConfigError(f"{option} {max(values):g} is too large; it is in units of pixel / 255, so divide it by 255")
+    return values
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:

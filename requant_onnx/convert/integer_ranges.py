@@ -164,7 +164,8 @@ def _without(model: ModelGraph, plan: IntegerPlan, unfit: set[str], config: Quan
     reads = {node.weight for node in plan.weighted if plan.source.get(node.x, node.x) in unfit}
     gives = {node.weight for node in plan.weighted if plan.source.get(plan.results.get(node.output, node.output)) in unfit}
     without = plan_integers(model, set(plan.weights) - reads - gives, GENERIC if config.int8_speed is Int8Speed.ALL else FAST)
-    why = f"reads or gives activations that 8 bits do not hold (with them, the outputs have less than {config.int8_min_sqnr:g} dB)"
+    limit = f"{config.int8_min_sqnr:g} dB (--int8-min-sqnr)"
+    why = f"reads or outputs activations that would reduce the output SQNR below {limit} in 8 bits"
     without.why_not.update({**plan.why_not, **dict.fromkeys(set(plan.weights) - set(without.weights), why)})
     return without
 

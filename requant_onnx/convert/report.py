@@ -103,6 +103,7 @@ class VectorReport:
 
 
 SCHEMA_VERSION = 1  # of the JSON reports; it increases when a key is removed or changes its meaning
+FEW_ANSWERS = 100
 GOOD_DB, GOOD_AGREEMENT = 20.0, 0.97  # limits of a self-check, below which it warns
 LEAST_DB = 5.0  # below this limit, the command line writes a file only with --force-quality
 
@@ -145,12 +146,20 @@ class SelfCheck:
             many = "the worst of its outputs has" if len(self.outputs) > 1 else "its output has"
             parts.append(f"{many} an SQNR of {decibels(self.sqnr_db)}")
         if self.answers is not None and self.answers.agreement is not None:
-            parts.append(f"{self.answers.agreement:.1%} {SAME[self.answers.what]}")
+            parts.append(_share(self.answers))
         return f"on {self.inputs}, {' and '.join(parts) or 'no output could be compared'}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return {**_fields(self), "sqnr_db": as_json(self.sqnr_db), "is_good": self.is_good}
+
+
+def _share(answers: OutputReport) -> str:
+    """The answers that agree: few are counted, because a percentage would look more precise than it is."""
+    agreement, text = answers.agreement or 0.0, SAME[answers.what]
+    if answers.count < FEW_ANSWERS and text.startswith("of the "):
+        return f"{round(agreement * answers.count)} of {answers.count} {text.removeprefix('of the ')}"
+    return f"{agreement:.1%} {text}"
 
 
 @dataclass(frozen=True, repr=False)

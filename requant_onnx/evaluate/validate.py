@@ -16,6 +16,7 @@ from requant_onnx.evaluate.latency import compare_latency
 from requant_onnx.evaluate.tally import Tally, Timed
 from requant_onnx.files.load import LoadedModel, ModelLike, Source
 from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.feeds import Feed, FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
@@ -94,7 +95,7 @@ def validate(
             progress("validating", start + count, len(images))
     timed = Timed() if latency_batch is None else _latency(opened.models, opened.timed, threads)
     precision = tally.precision()
-    notes = (*_notes(candidate.proto), *tally.notes(opened.normalization, precision))
+    notes = (*_swapped(reference.proto, candidate.proto), *_notes(candidate.proto), *tally.notes(opened.normalization, precision))
     return tally.report(FileSizes(*(model.bytes for model in opened.models)), timed, notes, precision)
 
 
@@ -162,6 +163,16 @@ def _notes(candidate: onnx.ModelProto) -> tuple[str, ...]:
         "the session option session.qdq_matmulnbits_accuracy_level=1 turns it off"
     )
     return (sentence,) if rounded else ()
+
+
+def _swapped(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> tuple[str, ...]:
+    """A note if only the reference is a converted model."""
+    converted = [settings_of(model) is not None for model in (reference, candidate)]
+    return (
+        ("the reference is a converted model, and the candidate is not; give the float model first",)
+        if converted == [True, False]
+        else ()
+    )
 
 
 def _common_batch(models: tuple[Classifier, Classifier], free: int = BATCH) -> int:

@@ -33,7 +33,7 @@ SAME = {
     "pixels": "of the pixels have the same class as in the float model",
     "strings": "of the strings agree with the float model",
     "texts": "of the texts agree with the float model",
-    "detections": "of the float model's detections are found again",
+    "detections": "of the detections of the float model are found again",
 }
 """The end of a sentence about an agreement, after its percentage, by `OutputReport.what`."""
 

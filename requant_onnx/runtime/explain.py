@@ -42,6 +42,7 @@ class WeightFate:
     behind: frozenset[str] = field(default=frozenset(), repr=False)
 
 
+SLOWER_IN_INT8 = "the conversion kept it off integers, which would be slower here or lose too much (--int8-speed, --int8-min-sqnr)"
 CONVERTED = (
     "tools that fold constants (onnxsim, onnxslim, quant_pre_process, a saved optimized model) expand this file to float size, and "
     "quantizers quantize it a second time; give these tools the original model, or the output of requant restore"
@@ -99,14 +100,15 @@ def explain(model: ModelLike | LoadedModel) -> Explanation:
     weights += _held(graph, nodes, shapes, {id(each) for _, tensor in weights for each in ancestors(tensor)})
     decoded = {tensor.name: {each.name for each in ancestors(tensor)} for _, tensor in weights}
     times = Counter(name for names in decoded.values() for name in names)
-    weight_fates = []
+    weight_fates, settings = [], settings_of(loaded.proto)
+    in_int8 = settings is not None and settings.get("form") == str(Form.INT8)
     for node, tensor in weights:
         behind = decoded[tensor.name]
-        fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates)
+        fate = _fate(node, tensor, {name for name in behind if times[name] == 1}, fates, in_int8=in_int8)
         weight_fates.append(replace(fate, shape=shapes.get(tensor.name, fate.shape), behind=frozenset(behind)))
     weight_fates += [fate for node in nodes for fate in _integer_operators(node)]
     operators = Counter(node.op_type for each in all_graphs(optimized.graph) for node in each.node)
-    notes = () if settings_of(loaded.proto) is None else (CONVERTED,)
+    notes = () if settings is None else (CONVERTED,)
     return Explanation(runtime, tuple(weight_fates), dict(operators.most_common()), notes)
 
 
@@ -178,8 +180,11 @@ def _codes_of(tensor: gs.Tensor) -> set[str]:
     return {each.name for each in ancestors(tensor) if isinstance(each, gs.Constant) and math.prod(each.shape) > 1}
 
 
-def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) -> WeightFate:
-    """The treatment of a weight.  exclusive: tensors of its decode that no other weight is decoded from."""
+def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates, *, in_int8: bool) -> WeightFate:
+    """The treatment of a weight.
+
+    exclusive: tensors of its decode that no other weight is decoded from.  in_int8: whether the file has the int8 form.
+    """
     shape = tuple(n if isinstance(n, int) else -1 for n in tensor.shape or ())
     results = {output.name for output in _results(node)}
     kernel = next((fates.kernels[name] for name in (*results, *sorted(exclusive)) if name in fates.kernels), "")
@@ -193,7 +198,7 @@ def _fate(node: gs.Node, tensor: gs.Tensor, exclusive: set[str], fates: _Fates) 
         return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, "only the entries that are looked up are decoded")
     if decoder:
         return WeightFate(tensor.name, node.op, shape, Fate.EVERY_RUN, node.op, _why_decoded(node, tensor, decoder))
-    return WeightFate(tensor.name, node.op, shape, Fate.FOLDED, node.op, _why_float(node))
+    return WeightFate(tensor.name, node.op, shape, Fate.FOLDED, node.op, _why_float(node, in_int8=in_int8))
 
 
 def _results(node: gs.Node) -> Iterator[gs.Tensor]:
@@ -228,7 +233,7 @@ def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
     )
 
 
-def _why_float(node: gs.Node) -> str:
+def _why_float(node: gs.Node, *, in_int8: bool) -> str:
     if _producer(node.inputs[0]) == "DequantizeLinear":
         return "the decode gives a float weight, so no integer kernel can be used"
-    return "float speed, because its activations are float; --form int8 quantizes them"
+    return f"float speed, because its activations are float; {SLOWER_IN_INT8 if in_int8 else '--form int8 quantizes them'}"
