@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -105,6 +106,14 @@ class QuantizedWeight:
         windows = self.table.integers[start + np.arange(self.table.max_code + 1)].astype(np.float32)
         values = windows * self.scale.reshape(-1, 1)
         return from_rows(decode_rows(to_rows(self.codes, self.axis), values), self.codes.shape, self.axis)
+
+
+def decoded_sum(stages: Sequence[QuantizedWeight]) -> Float32Array:
+    """The sum of one or more decoded weights of the same shape, added in float32 and in order, as a graph adds them."""
+    total = stages[0].dequantize()
+    for stage in stages[1:]:
+        total = total + stage.dequantize()
+    return total
 
 
 def quantize_weight(
