@@ -19,6 +19,7 @@ from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
 TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # float16; it loses digits below 2**-14
+SMALLEST_TINY = 2.0**-21  # float16 rounds it by 6 % at most
 SMALLEST_STEP = 2.0**-126  # float32 without loss
 SCALES_AN_OCTAVE = 4
 LARGE_SCALE = 2.0**-10  # relative to it the lost digits, 2**-25 times 127 levels, are 0.4 % of a step
@@ -32,6 +33,8 @@ class Grid:
     search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
     limit: largest level (where an int8 kernel follows); None for no limit.
     half_scales: whether the scales of channels are rounded to float16, unless one would be subnormal there.
+    tiny_scales: whether scales down to 2**-21 are rounded even so: where the weight is a correction of another, the digits that
+    they lose do not matter.
     symmetric: whether every zero point is that in the middle.
     step: value of a level where bits of codes count too (price.py): uniform levels that reach as far as the weights do; then only
     axis and half_scales matter besides.  None: levels by the range of the weights.
@@ -47,6 +50,7 @@ class Grid:
     half_scales: bool = False
     symmetric: bool = False
     step: float | None = None
+    tiny_scales: bool = False
 
     @classmethod
     def by_step(cls, step: float, axis: int | None, *, half_scales: bool) -> Grid:
@@ -143,7 +147,7 @@ def quantize_weight(
     scale = np.maximum((alpha * ranges.step) ** grid.kind.power / table.unit, least).astype(np.float32)
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
     scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or below float32) stays at its zero point
-    if grid.half_scales and _fits_half(scale):
+    if grid.half_scales and _fits_half(scale, SMALLEST_TINY if grid.tiny_scales else SMALLEST_HALF):
         scale = half_scale(scale)
     thresholds = table.thresholds(grid.round_in_weights)
     codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds)
@@ -195,9 +199,9 @@ def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowR
     return table, RowRanges(step, np.where(fits, ranges.zero_point, symmetric.zero_point))
 
 
-def _fits_half(scale: Float32Array) -> bool:
-    """Whether there are several scales and float16 holds them with negligible loss."""
-    digits = scale.min() >= SMALLEST_HALF or scale.max() >= LARGE_SCALE
+def _fits_half(scale: Float32Array, least: float = SMALLEST_HALF) -> bool:
+    """Whether there are several scales and float16 holds them with negligible loss.  least: the smallest for which it does."""
+    digits = scale.min() >= least or scale.max() >= LARGE_SCALE
     return bool(scale.size > 1 and digits and scale.max() <= LARGEST_HALF)
 
 
