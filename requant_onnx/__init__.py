@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     )
     from requant_onnx.config import Budget, QuantConfig
     from requant_onnx.convert.pipeline import inspect_model, quantize_model
+    from requant_onnx.convert.progressive import Stage, quantize_progressively
     from requant_onnx.convert.report import ActivationReport, FrontPoint, InspectReport, QuantReport, ValidationReport, WeightReport
     from requant_onnx.convert.restore import RestoreReport, restore_model
     from requant_onnx.errors import ConfigError, ConvertedError, DataError, ModelError, OutputError, QualityError, RequantError
     from requant_onnx.evaluate.validate import validate
+    from requant_onnx.files.planes import SavedStage, save_progressive
     from requant_onnx.files.save import save_model
     from requant_onnx.inputs.calibration import Calibration
     from requant_onnx.inputs.images import ImageSet, Normalization, load_images
@@ -61,6 +63,10 @@ _HOMES = {
         "inspect_model",
         "quantize_model",
     ),
+    "requant_onnx.convert.progressive": (
+        "Stage",
+        "quantize_progressively",
+    ),
     "requant_onnx.convert.report": (
         "ActivationReport",
         "FrontPoint",
@@ -83,6 +89,10 @@ _HOMES = {
         "RequantError",
     ),
     "requant_onnx.evaluate.validate": ("validate",),
+    "requant_onnx.files.planes": (
+        "SavedStage",
+        "save_progressive",
+    ),
     "requant_onnx.files.save": ("save_model",),
     "requant_onnx.inputs.calibration": ("Calibration",),
     "requant_onnx.inputs.images": (
@@ -134,7 +144,9 @@ __all__ = [
     "RequantError",
     "RestoreReport",
     "Runtime",
+    "SavedStage",
     "Space",
+    "Stage",
     "Transform",
     "ValidationReport",
     "WeightReport",
@@ -144,8 +156,10 @@ __all__ = [
     "load_images",
     "load_session",
     "quantize_model",
+    "quantize_progressively",
     "restore_model",
     "save_model",
+    "save_progressive",
     "use_custom_ops",
     "use_provider",
     "validate",

@@ -146,9 +146,10 @@ def test_public_names() -> None:
         "Int8Speed", "LayerRule", "ModelError",
         "Normalization", "OptimizeFor", "OutputError", "QualityError", "QuantConfig",
          "QuantReport", "RangeMode", "Refinement", "RequantError", "RestoreReport",
-        "Runtime", "Space",
+        "Runtime", "SavedStage", "Space", "Stage",
         "Transform", "ValidationReport", "WeightReport", "explain", "html_report", "inspect_model", "load_images",
-        "load_session", "quantize_model", "restore_model", "save_model", "use_custom_ops", "use_provider", "validate",
+        "load_session", "quantize_model", "quantize_progressively", "restore_model", "save_model", "save_progressive",
+        "use_custom_ops", "use_provider", "validate",
     ]  # fmt: skip
     assert all(hasattr(requant_onnx, name) for name in requant_onnx.__all__)
     assert set(requant_onnx.__all__) < set(dir(requant_onnx))

@@ -18,6 +18,7 @@ from requant_onnx.choices import Form
 from requant_onnx.cli import tables
 from requant_onnx.cli.goals import GOALS, dtype_of, lines_of, place_for_transformers_js
 from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
+from requant_onnx.cli.progressive import run_progressive
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import (
@@ -72,6 +73,9 @@ TARGET_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with 
 
 def run_convert(args: argparse.Namespace) -> None:
     """requant convert: write a model with quantized weights, its report and its page."""
+    if args.progressive:
+        run_progressive(args)
+        return
     if args.goal == "transformers.js" and args.output.suffix != ".onnx":
         args.output = _transformers_js_output(args)
     check_output(args.input, args.output, args.force)

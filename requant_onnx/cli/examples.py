@@ -19,6 +19,7 @@ EXAMPLES = {
   requant convert net.onnx small.onnx --bits 4 --form folded --calibrate images.npz
   requant convert net.onnx small.onnx --bits auto --size 180kB --form folded --calibrate noise
   requant convert net.onnx small.onnx --max-drop 0.5 --data images:val --fit --calibrate images:photos --form folded
+  requant convert net.onnx page.onnx --progressive --runtime web --calibrate images.npz
   requant convert net.onnx paper.onnx --bits 4 --recipe paper
   requant convert net.onnx fast.onnx --bits 4 --form int8 --calibrate images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant convert net.onnx small.onnx --bits 4 --calibrate images:photos --resize 256 --crop 224

@@ -85,6 +85,12 @@ def _add_convert(run: Command, parser: Parser) -> None:
     _add_file(parser, "input", "IN.onnx", "model to convert")
     _add_file(parser, "output", "OUT.onnx", "converted model; an existing file is replaced only with --force")
     _add_conversion(parser)
+    parser.titled(SIZE).add_argument(
+        "--progressive",
+        action="store_true",
+        help="write OUT.2bit.onnx, OUT.4bit.onnx, OUT.onnx and OUT.planes.bin, the beginning of which is all the data "
+        "that the 2-bit model needs; only for --form folded, which it implies",
+    )
     output = parser.titled(OUTPUT)
     output.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")
     page = output.add_argument(

@@ -19,6 +19,7 @@ from requant_onnx.convert.report import (
     FrontPoint,
     InspectReport,
     QuantReport,
+    SelfCheck,
     ValidationReport,
     WeightReport,
 )
@@ -26,6 +27,7 @@ from requant_onnx.convert.restore import RestoreReport
 from requant_onnx.evaluate.recipes import Comparison
 from requant_onnx.evaluate.sensitivity import WeightCost
 from requant_onnx.files.compressed import PACKERS
+from requant_onnx.files.planes import SavedStage
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.weights import SkippedWeight
 from requant_onnx.numerics.outputs import OutputReport
@@ -266,6 +268,22 @@ def print_explanation(console: Console, explanation: Explanation) -> None:
     console.print("weights: " + (", ".join(f"{count} {fate}" for fate, count in fates.items()) or "none"))
     for note in explanation.notes:
         console.print(escape(f"note: {note}"))
+
+
+def print_stages(console: Console, saved: Sequence[SavedStage], checks: Sequence[SelfCheck | None]) -> None:
+    """Print one row per stage of a progressive conversion."""
+    table = Grid("bits", "graph", "bytes of it", "of the data", "bytes up to here", "SQNR dB", "agreement")
+    total = 0
+    for stage, check in zip(saved, checks, strict=True):
+        total += stage.graph_bytes
+        answers = None if check is None else check.answers
+        quality = "" if check is None or check.sqnr_db is None else f"{check.sqnr_db:.1f}"
+        agreement = "" if answers is None or answers.agreement is None else f"{answers.agreement:.1%}"
+        sizes = (f"{stage.graph_bytes:,}", f"{stage.data_bytes:,}", f"{total + stage.data_bytes:,}")
+        table.add_row(str(stage.bits), escape(stage.graph.name), *sizes, quality, agreement)
+    table.show(console)
+    data = saved[-1].data.name
+    console.print(escape(f"each graph reads only that many bytes from the beginning of {data}"), soft_wrap=True)
 
 
 def print_restored(console: Console, report: RestoreReport, sizes: tuple[int, int]) -> None:

@@ -69,13 +69,17 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Codes and row grid, (G, rows, n).  start: what they began from.  corrected: with the best bias."""
+    """Codes and row grid, (G, rows, n).  start: what they began from.  corrected: with the best bias.
+
+    offset: decoded earlier stages, to which the codes are added, (G, rows, n), or () where there are none.
+    """
 
     grid: Grid
     start: QuantizedWeight
     codes: UInt8Array
     rows: RowGrid
     corrected: bool
+    offset: Float64Array
 
     @property
     def has_row_scales(self) -> bool:
@@ -83,7 +87,7 @@ class _Candidate:
         return self.start.axis is not None
 
     def decoded(self) -> Float64Array:
-        return self.rows.decode(self.codes)
+        return np.asarray(self.offset + self.rows.decode(self.codes))
 
 
 def choose(
@@ -94,19 +98,24 @@ def choose(
     refinement: Refinement,
     min_scale: Float64Array | None,
     moments: Pair | None = None,
+    offset: Float32Array | None = None,
+    given: QuantizedWeight | None = None,
 ) -> RefinedLayer:
     """The best of the ladder, up to the rung asked for, for one layer.
 
     grids: the first for nearest levels; feedback takes that of least weight error, weighted by the power of the inputs.
     moments: of the evidence, where they have been taken from it already.  min_scale: as for quantize_weight.
+    offset: what a file adds to the decoded codes, in the shape of w.  given: codes that stay, so that only the bias is chosen.
     """
-    nearest = _candidate(layer, grids[0], quantize_weight(w, grids[0], min_scale), min_scale)
+    rest = w if offset is None else w - offset
+    first = quantize_weight(rest, grids[0], min_scale) if given is None else given
+    nearest = _candidate(layer, grids[0], first, min_scale, offset)
     ladder, worth = {"nearest": nearest}, 0.0
     if layer.can_correct:
         ladder["bias correction"] = replace(nearest, corrected=True)
-    if refinement.sees_outputs:
+    if refinement.sees_outputs and given is None:
         pair = evidence.pair(layer.can_correct) if moments is None else moments
-        start = _weighted(layer, w, grids, pair[0], min_scale)
+        start = _weighted(layer, rest, grids, pair[0], min_scale, offset)
         if start.grid.step is None:
             ladder.update(_feedback(layer, w, start, pair, evidence, refinement))
         else:
@@ -118,17 +127,27 @@ def choose(
     return _finish(layer, ladder[method], evidence, method, errors)
 
 
-def _candidate(layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: Float64Array | None) -> _Candidate:
-    return _Candidate(grid, q, layer.product.matrices(q.codes), _rows(layer, q, min_scale), False)
+def _candidate(
+    layer: Layer, grid: Grid, q: QuantizedWeight, min_scale: Float64Array | None, offset: Float32Array | None
+) -> _Candidate:
+    added = np.zeros(()) if offset is None else layer.product.matrices(offset).astype(np.float64)
+    return _Candidate(grid, q, layer.product.matrices(q.codes), _rows(layer, q, min_scale), False, added)
 
 
-def _weighted(layer: Layer, w: Float32Array, grids: Sequence[Grid], xx: Float32Array, min_scale: Float64Array | None) -> _Candidate:
+def _weighted(
+    layer: Layer,
+    w: Float32Array,
+    grids: Sequence[Grid],
+    xx: Float32Array,
+    min_scale: Float64Array | None,
+    offset: Float32Array | None,
+) -> _Candidate:
     """Ranges and grid by what each weight's error does to the output: the diagonal of the second moments weighs it."""
     importance = layer.importance(np.diagonal(xx, axis1=1, axis2=2).astype(np.float64))
     made = [quantize_weight(w, grid, min_scale, importance) for grid in grids]
     errors = [float(((q.dequantize().astype(np.float64) - w) ** 2 * importance).sum()) for q in made]
     best = int(np.argmin(errors))
-    return _candidate(layer, grids[best], made[best], min_scale)
+    return _candidate(layer, grids[best], made[best], min_scale, offset)
 
 
 def _feedback(
@@ -141,7 +160,8 @@ def _feedback(
     for share in SHARES if evidence.fitted.count < FEW_PLACES * xx.shape[-1] else SHARES[:1]:
         triangle = factor(shrunk(xx, share) if share else xx)
         wanted = {"feedback": matrices, "feedback to the float output": _target(matrices, xx, xy, triangle)}
-        for kind, target in wanted.items():
+        for kind, whole in wanted.items():
+            target = whole - nearest.offset
             name = f"{kind}, shrinkage {share:g}" if share else kind
             made = replace(nearest, codes=feedback(target, triangle, nearest.rows), corrected=layer.can_correct)
             tried[name] = _error(layer, made, evidence), made, target, share
@@ -229,6 +249,6 @@ def _finish(layer: Layer, candidate: _Candidate, evidence: Evidence, method: str
         quantized = replace(quantized, scale=candidate.rows.scale.astype(np.float32).reshape(start.scale.shape))
     bias = None
     if candidate.corrected:
-        decoded = layer.product.matrices(quantized.dequantize()).astype(np.float64)
+        decoded = candidate.offset + layer.product.matrices(quantized.dequantize()).astype(np.float64)
         bias = fitted_bias(decoded, [evidence.sums, evidence.held.sums()]).astype(np.float32).ravel()
     return RefinedLayer(candidate.grid, quantized, bias, method, errors)

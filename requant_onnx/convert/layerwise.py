@@ -121,7 +121,8 @@ def _quantized(
     layer: Layer, plan: PlannedWeight, evidence: Evidence, refinement: Refinement, min_scale: Float64Array | None
 ) -> LayerResult:
     w = plan.weight.load()
-    choice = choose(layer, w, (plan.grid, *plan.others), evidence, refinement, min_scale)
+    grids = (plan.grid, *plan.others)
+    choice = choose(layer, w, grids, evidence, refinement, min_scale, offset=plan.offset(), given=plan.given)
     final = replace(plan, grid=choice.grid, others=())
     result = replace(measure(final, w, choice.quantized), method=choice.method, output_errors=choice.errors)
     return LayerResult(result, choice, layer)
@@ -173,7 +174,7 @@ def _error_at_full_range(plan: PlannedWeight) -> float:
 
 
 def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
-    return choice.quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
+    return plan.decoded(choice.quantized).astype(onnx.helper.tensor_dtype_to_np_dtype(plan.weight.emit))
 
 
 def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinement: Refinement) -> Evidence | str:

@@ -48,7 +48,7 @@ class Result:
         """The weight as the graph takes it."""
         weight = self.planned.weight
         looked_up = weight.lookup_axis is not None and self.quantized.axis in (None, weight.lookup_axis)
-        return Coded(weight.name, self.quantized, weight.emit, self.planned.form, looked_up)
+        return Coded(weight.name, self.quantized, weight.emit, self.planned.form, looked_up, self.planned.base)
 
     def report(self, bytes_after: int, why_not_int8: str = "") -> WeightReport:
         """The weight as the user sees it."""
@@ -58,7 +58,7 @@ class Result:
             op=weight.op,
             shape=weight.shape,
             form=self.planned.form.value,
-            bits=grid.bits,
+            bits=grid.bits + sum(stage.table.bits for stage in self.planned.base),
             transform=grid.kind.describe(),
             axis=grid.axis,
             alpha=Bounds(float(q.alpha.min()), float(q.alpha.max())),
@@ -110,8 +110,10 @@ def _quantize(planned: PlannedWeight, min_scale: Float64Array | None) -> Result:
 
 
 def _quantize_loaded(planned: PlannedWeight, min_scale: Float64Array | None) -> Result:
-    w = planned.weight.load()
-    return measure(planned, w, quantize_weight(w, planned.grid, min_scale))
+    w, offset = planned.weight.load(), planned.offset()
+    if planned.given is not None:
+        return measure(planned, w, planned.given)
+    return measure(planned, w, quantize_weight(w if offset is None else w - offset, planned.grid, min_scale))
 
 
 def _on_disk(codes: UInt8Array) -> UInt8Array:
@@ -125,7 +127,7 @@ def _on_disk(codes: UInt8Array) -> UInt8Array:
 def measure(planned: PlannedWeight, w: Float32Array, quantized: QuantizedWeight) -> Result:
     """The error of a quantized weight as its readers see it."""
     with np.errstate(over="ignore"):  # an overflow is found below and the weight is skipped
-        w_hat = quantized.dequantize().astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit), copy=False)
+        w_hat = planned.decoded(quantized).astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit), copy=False)
     finite = bool(np.isfinite(w_hat.min()) and np.isfinite(w_hat.max()))
     error = _energy(w_hat.ravel(), w.ravel()) if finite else float("inf")
     return Result(planned, quantized, _energy(w.ravel()), error, finite)

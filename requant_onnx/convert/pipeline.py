@@ -18,7 +18,7 @@ from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.convert.schedule import Clock
 from requant_onnx.convert.selfcheck import self_check
-from requant_onnx.convert.steps import convert
+from requant_onnx.convert.steps import Steps, convert
 from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError, QualityError
 from requant_onnx.files.compressed import check_installed
 from requant_onnx.files.load import LARGE_BYTES, LoadedModel, ModelLike, is_large, materialize, opset_of, whole
@@ -76,8 +76,11 @@ def convert_model(
     threads: int | None = None,
     time_limit: float | None = None,
     check: bool = True,
+    steps: Steps = convert,
 ) -> tuple[onnx.ModelProto, QuantReport]:
-    """As quantize_model, but external data may still be in the files of the input, from which save_model reads them."""
+    """As quantize_model, but external data may still be in the files of the input, from which save_model reads them.
+
+    steps: what a conversion with fixed bits does with the prepared model."""
     clock = Clock(time_limit)
     _check(config, calibration, threads, time_limit)
     if config.int8_levels is Int8Levels.AUTO:
@@ -86,7 +89,7 @@ def convert_model(
     _check_new(loaded.proto)
     excluded: dict[str, str] = {}
     while True:  # at most once for each weight that a kernel is planned for and not found
-        made, report = _convert(loaded.proto, config, calibration, excluded, clock, progress, threads)
+        made, report = _convert(loaded.proto, config, calibration, excluded, clock, progress, threads, steps)
         checked = RUNTIMES[config.runtime].checked
         notes, broken = _broken_promises(loaded, made, report.converted) if checked else ((), {})
         if not broken:
@@ -132,6 +135,7 @@ def _convert(
     clock: Clock,
     progress: Progress | None,
     threads: int | None,
+    steps: Steps,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Run one conversion without checks.  source: model, which does not change.  excluded: weights without integer kernels.
 
@@ -143,7 +147,7 @@ def _convert(
             return write_for_download(prepared, calibration, progress, threads)
         if isinstance(config.bits, Budget):
             return write_within(prepared, config.bits, calibration, progress, threads)
-        return convert(prepared, prepared.plan.planned, progress, threads)
+        return steps(prepared, prepared.plan.planned, progress, threads)
 
 
 def inspect_model(model: ModelLike) -> InspectReport:

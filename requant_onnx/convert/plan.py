@@ -10,8 +10,9 @@ from requant_onnx.choices import AUTO_BITS, EXPONENTS, LEVELS, MAX_BITS, EdgeLay
 from requant_onnx.config import Budget, QuantConfig
 from requant_onnx.graph.decode.forms import FORMS, required_opset
 from requant_onnx.graph.weights import SkippedWeight, View, Weight
+from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.numerics.kinds import UNIFORM, GridKind, PowerGrid
-from requant_onnx.numerics.quantize import Grid
+from requant_onnx.numerics.quantize import Grid, QuantizedWeight, decoded_sum
 from requant_onnx.runtimes import RUNTIMES
 
 EDGE_BITS = 8
@@ -30,12 +31,23 @@ class PlannedWeight:
 
     others: grids that may be chosen instead: of other kinds, where calibration inputs say that they are better, and, within
     a budget, of other bits and granularity.
+    base: earlier stages of a progressive file, whose decoded sum the grid refines.  given: codes that are known already.
     """
 
     weight: Weight
     grid: Grid
     form: Form
     others: tuple[Grid, ...] = ()
+    base: tuple[QuantizedWeight, ...] = ()
+    given: QuantizedWeight | None = None
+
+    def offset(self) -> Float32Array | None:
+        """The decoded sum of the earlier stages, in the shape of the weight; None where there are none."""
+        return decoded_sum(self.base) if self.base else None
+
+    def decoded(self, quantized: QuantizedWeight) -> Float32Array:
+        """The weight that a file decodes from the earlier stages and these codes."""
+        return decoded_sum((*self.base, quantized))
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -27,6 +27,7 @@ from requant_onnx.runtime.sensitivity import numbers_in, relative_error
 from requant_onnx.runtime.sessions import load_session, run_session
 from requant_onnx.text import decibels
 
+Steps: TypeAlias = Callable[[Prepared, Sequence[PlannedWeight], Progress | None, int | None], Built]
 DOUBT, ROUNDING = 0.25, 1e-6  # of the squared error of outputs, relative to it and to their power: float32 sums in other orders
 
 
@@ -51,6 +52,14 @@ def convert(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Prog
     quantized, aim = quantize(prepared, planned, progress, threads), prepared.config.optimize_for
     if aim.compresses:
         quantized.results[:] = [narrowed(result, aim) for result in quantized.results]
+    return write_checked(prepared, planned, quantized)
+
+
+def write_checked(prepared: Prepared, planned: Sequence[PlannedWeight], quantized: Quantized) -> Built:
+    """Write the quantized weights, and check the outputs.  Changes `prepared.model`, and may empty the list of results.
+
+    Raises ModelError if the outputs of the finished model are worse than the refinement expected.
+    """
     belief = quantized.belief
     if belief is None or is_large(prepared.model):
         model, report = write(prepared, drain(quantized.results), quantized.biases)
@@ -129,7 +138,7 @@ def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, G
         if layer.x in prepared.means and layer.can_correct:
             result = results[layer.weight]
             w = result.planned.weight.load()
-            bias = layer.corrected_bias(result.quantized.dequantize() - w, prepared.means[layer.x])
+            bias = layer.corrected_bias(result.planned.decoded(result.quantized) - w, prepared.means[layer.x])
             if bias is not None and result.finite:
                 biases[layer.bias] = layer.stored_bias(bias)
                 results[layer.weight] = replace(result, method="nearest, bias from BatchNormalization")

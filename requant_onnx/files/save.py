@@ -38,7 +38,7 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
     if is_large(model):
         raise ModelError(f"the model for '{path}' is larger than 2 GB, more than one ONNX file can hold; use --external-data")
     if check:
-        _check(_slim(model))
+        check_valid(_slim(model))
     former = _data_files(path)
     with reporting_errors(path), replacing(path) as file:
         for piece in pieces_of(model):
@@ -47,7 +47,8 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
     return path.stat().st_size
 
 
-def _check(model: onnx.ModelProto | str) -> None:
+def check_valid(model: onnx.ModelProto | str) -> None:
+    """Raise ModelError if onnx.checker rejects a model, or the file of this path."""
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
@@ -88,7 +89,7 @@ def _save_externally(model: onnx.ModelProto, path: Path, check: bool) -> int:
             file.write(skeleton.SerializeToString(deterministic=True))
             file.flush()
             if check:
-                _check(file.name)
+                check_valid(file.name)
     except BaseException:
         _delete([data])
         raise

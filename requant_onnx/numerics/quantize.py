@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from requant_onnx.numerics.search import search_alpha
 
 T = TypeVar("T", bound=np.generic)
 TINIEST_HALF, SMALLEST_HALF, LARGEST_HALF = np.float32(2.0**-24), 2.0**-14, 65504.0  # float16; it loses digits below 2**-14
+SMALLEST_TINY = 2.0**-21  # float16 rounds it by 6 % at most
 SMALLEST_STEP = 2.0**-126  # float32 without loss
 SCALES_AN_OCTAVE = 4
 LARGE_SCALE = 2.0**-10  # the lost digits, 2**-25 times 127 levels, are 0.4 % of such a step
@@ -31,6 +33,8 @@ class Grid:
     search: whether alpha is searched; else it is 1.  objective_in_weights, round_in_weights: see config.Space.
     limit: largest level (for an int8 kernel); None for no limit.
     half_scales: whether the scales of channels are rounded to float16, if the loss is negligible.
+    tiny_scales: whether scales down to 2**-21 are rounded even so: in a weight that corrects another, the digits that are lost do
+    not matter.
     symmetric: whether every zero point is the middle one.
     step: value of a level if bits of codes count too (price.py): uniform levels that reach as far as the weights do; of the other
     settings, only axis and half_scales then matter.  None: levels by the range of the weights.
@@ -46,6 +50,7 @@ class Grid:
     half_scales: bool = False
     symmetric: bool = False
     step: float | None = None
+    tiny_scales: bool = False
 
     @classmethod
     def by_step(cls, step: float, axis: int | None, *, half_scales: bool) -> Grid:
@@ -107,6 +112,14 @@ class QuantizedWeight:
         return from_rows(decode_rows(to_rows(self.codes, self.axis), values), self.codes.shape, self.axis)
 
 
+def decoded_sum(stages: Sequence[QuantizedWeight]) -> Float32Array:
+    """The sum of one or more decoded weights of the same shape, added in float32 and in order, as a graph adds them."""
+    total = stages[0].dequantize()
+    for stage in stages[1:]:
+        total = total + stage.dequantize()
+    return total
+
+
 def quantize_weight(
     w: Float32Array,
     grid: Grid,
@@ -134,7 +147,7 @@ def quantize_weight(
     scale = np.maximum((alpha * ranges.step) ** grid.kind.power / table.unit, least).astype(np.float32)
     smallest = np.min(scale, where=scale > 0.0, initial=np.float32(1.0))
     scale = np.where(scale > 0.0, scale, smallest)  # a row of zeros (or of a scale that underflows) stays at its zero point
-    if grid.half_scales and _fits_half(scale):
+    if grid.half_scales and _fits_half(scale, SMALLEST_TINY if grid.tiny_scales else SMALLEST_HALF):
         scale = half_scale(scale)
     thresholds = table.thresholds(grid.round_in_weights)
     codes = encode_rows(rows, scale.astype(np.float64) * table.unit, ranges.zero_point, thresholds)
@@ -186,9 +199,9 @@ def _levels_and_ranges(rows: Float32Array, grid: Grid) -> tuple[LevelTable, RowR
     return table, RowRanges(step, np.where(fits, ranges.zero_point, symmetric.zero_point))
 
 
-def _fits_half(scale: Float32Array) -> bool:
-    """Whether there are several scales and float16 holds them with negligible loss."""
-    digits = scale.min() >= SMALLEST_HALF or scale.max() >= LARGE_SCALE
+def _fits_half(scale: Float32Array, least: float = SMALLEST_HALF) -> bool:
+    """Whether there are several scales and float16 holds them with negligible loss.  least: the smallest for which it does."""
+    digits = scale.min() >= least or scale.max() >= LARGE_SCALE
     return bool(scale.size > 1 and digits and scale.max() <= LARGEST_HALF)
 
 

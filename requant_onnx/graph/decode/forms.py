@@ -54,6 +54,7 @@ class Coded:
     """A quantized weight that is to be written.  name: tensor to output.  emit: its ONNX type.
 
     looked_up: whether its readers look up entries, so that levels and scales are output and decoded after the readers (lookup.py).
+    base: earlier stages, whose decoded sum the folded form adds.
     """
 
     name: str
@@ -61,12 +62,19 @@ class Coded:
     emit: int
     form: Form
     looked_up: bool = False
+    base: tuple[QuantizedWeight, ...] = ()
+
+    @property
+    def stages(self) -> tuple[QuantizedWeight, ...]:
+        """All stages, in the order of their addition."""
+        return (*self.base, self.quantized)
 
     @property
     def payload(self) -> int:
         """The approximate bytes of codes, scales and zero points."""
-        q = self.quantized
-        return PACKINGS[q.table.bits].bytes_of(q.codes.size) + q.scale.size * (3 if q.has_half_scale else 5)
+        return sum(
+            PACKINGS[q.table.bits].bytes_of(q.codes.size) + q.scale.size * (3 if q.has_half_scale else 5) for q in self.stages
+        )
 
 
 def reads_codes(form: Form, decode: LevelDecode) -> bool:
@@ -97,14 +105,17 @@ def group_weights(weights: Iterable[Coded], target: Target) -> list[tuple[Coded,
 
 
 def group_key(weight: Coded, target: Target) -> tuple[object, ...]:
-    """The key shared by weights that can be decoded together."""
-    q = weight.quantized
+    """The key shared by weights that can be decoded together.
+
+    Weights with the same first stage have the same later ones, except for the types of scales, so every stage has the same groups.
+    """
+    q, *later = weight.stages
     if decodes_after_lookup(weight) or not target.grouped:
         return (weight.name,)
     if reads_codes(weight.form, q.table.decode) and target.stores_natively(q.table.bits):
         return (weight.name,)  # a single node reads the codes
     shape = q.codes.shape if q.axis is None else (*q.codes.shape[: q.axis], -1, *q.codes.shape[q.axis + 1 :])
-    return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale)
+    return (weight.form, weight.emit, q.table, shape, q.axis, q.has_half_scale, *(stage.table for stage in later))
 
 
 def decodes_after_lookup(weight: Coded) -> bool:
@@ -115,7 +126,8 @@ def decodes_after_lookup(weight: Coded) -> bool:
 def decode_of(group: Sequence[Coded], target: Target, constants: Constants) -> Decode:
     """The decode of one group of weights."""
     writer = DecodeWriter(constants)
-    FORMS[group[0].form].write(writer, group, _stack(group), target)
+    stages = [_stack(stage) for stage in zip(*(weight.stages for weight in group), strict=True)]
+    FORMS[group[0].form].write(writer, group, stages, target)
     return writer.finish()
 
 
@@ -140,10 +152,9 @@ class _Stack:
     added_axis: bool
 
 
-def _stack(group: Sequence[Coded]) -> _Stack:
-    parts = [weight.quantized for weight in group]
+def _stack(parts: Sequence[QuantizedWeight]) -> _Stack:
     first, axis = parts[0], parts[0].axis
-    if len(group) == 1:
+    if len(parts) == 1:
         return _Stack(first, (1,), False)
     join = np.stack if axis is None else np.concatenate
     scale, zero_point, alpha = (join([getattr(q, name) for q in parts]) for name in ("scale", "zero_point", "alpha"))
@@ -152,21 +163,26 @@ def _stack(group: Sequence[Coded]) -> _Stack:
     return _Stack(stacked, tuple(q.scale.size for q in parts), axis is None)
 
 
-def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
-    q, single = stack.quantized.mirrored(), len(group) == 1
-    cast = group[0].emit != onnx.TensorProto.FLOAT
-    levels, dtype = write_levels(writer, q, np.float32, plain=target.signed)
-    if dtype is not np.float32:
-        levels = writer.node("Cast", levels, to=onnx.TensorProto.FLOAT)
-    scale = write_scale(writer, q, q.broadcast(q.scale), target.half)
-    weights = writer.node("Mul", levels, scale, output=group[0].name if single and not cast else None)
+def _write_folded(writer: DecodeWriter, group: Sequence[Coded], stages: Sequence[_Stack], target: Target) -> None:
+    single, cast, weights = group[0].name if len(group) == 1 else None, group[0].emit != onnx.TensorProto.FLOAT, ""
+    for k, stack in enumerate(stages, 1):
+        q, output = stack.quantized.mirrored(), None if cast or k < len(stages) else single
+        levels, dtype = write_levels(writer, q, np.float32, plain=target.signed)
+        if dtype is not np.float32:
+            levels = writer.node("Cast", levels, to=onnx.TensorProto.FLOAT)
+        scale = write_scale(writer, q, q.broadcast(q.scale), target.half)
+        if k == 1:
+            weights = writer.node("Mul", levels, scale, output=output)
+        else:
+            weights = writer.node("Add", weights, writer.node("Mul", levels, scale), output=output)
     if cast:
-        weights = writer.node("Cast", weights, output=group[0].name if single else None, to=group[0].emit)
-    _write_split(writer, weights, stack, [weight.name for weight in group])
+        weights = writer.node("Cast", weights, output=single, to=group[0].emit)
+    _write_split(writer, weights, stages[0], [weight.name for weight in group])
 
 
-def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
+def _write_qdq(writer: DecodeWriter, group: Sequence[Coded], stages: Sequence[_Stack], target: Target) -> None:
     """DequantizeLinear of the codes of a uniform grid, else of the integer levels, whose zero point is 0."""
+    (stack,) = stages
     q = stack.quantized
     if group[0].looked_up:
         _write_lookup(writer, group[0], target)
@@ -197,8 +213,9 @@ def _write_lookup(writer: DecodeWriter, weight: Coded, target: Target) -> None:
     writer.scales[weight.name] = Scales(scale, q.axis is not None, weight.emit)
 
 
-def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stack: _Stack, target: Target) -> None:
+def _write_int8(writer: DecodeWriter, group: Sequence[Coded], stages: Sequence[_Stack], target: Target) -> None:
     """int8 levels before DequantizeLinear with zero point 0, as integer kernels require."""
+    (stack,) = stages
     q = stack.quantized
     levels, _ = write_levels(writer, q, np.int8, plain=target.signed)
     scales = writer.split(write_scale(writer, q, q.scale, target.half), stack.sizes, 0, [None] * len(group))
@@ -257,7 +274,7 @@ class FormRow:
     session_options: session options that run it best, (key, value).  hint: a sentence for users, "" for none.
     """
 
-    write: Callable[[DecodeWriter, Sequence[Coded], _Stack, Target], None]
+    write: Callable[[DecodeWriter, Sequence[Coded], Sequence[_Stack], Target], None]
     promise: Fate | None
     dequantizes: bool = True
     dequantizes_codes: bool = False
