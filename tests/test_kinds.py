@@ -142,7 +142,7 @@ def test_a_page_on_detectors_is_told_the_head(tmp_path: Path, capsys: pytest.Cap
     inputs = ["--data", str(tmp_path / "data.npz")]
     assert main([*command, *inputs, "--task", "detect:yolov8"]) == 0
     page = (tmp_path / "a.html").read_text()
-    assert "of the float model&#39;s detections are found again" in page
+    assert "of the detections of the float model are found again" in page
     assert "The file is not smaller" in page
     for more, said in (
         ([*inputs, "--task", "detect:tf-boxes"], "do not match the head 'tf-boxes'"),

@@ -143,7 +143,7 @@ def test_the_command_prints_and_writes_the_figures(folder: Path, capsys: pytest.
     assert main(command(folder, *labels, "--json", str(folder / "r.json"))) == 0
     printed = " ".join(capsys.readouterr().out.split())
     reference = (67 + 34 * 3 / 4) / 101  # right in both images; then right in one of them, at a recall of 1
-    assert f"mAP {reference:.2%} {67 / 101:.2%} {100 * (67 / 101 - reference):+.2f} points, standard error" in printed
+    assert f"mAP {reference:.2%} {67 / 101:.2%} {100 * (67 / 101 - reference):+.2f} points (standard error" in printed
     assert f"AP50 {reference:.2%} {67 / 101:.2%}" in printed
     assert "no labels" not in printed
     report = json.loads((folder / "r.json").read_text())

@@ -180,7 +180,7 @@ def test_a_change_within_its_error_is_called_so(tmp_path: Path, capsys: pytest.C
     arguments = ["validate", str(OWN_MODEL), str(made), "--data", str(tmp_path / "data.npz"), "--no-latency", "--json"]
     assert main([*arguments, str(tmp_path / "a.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "points, standard error" in printed
+    assert "points (standard error" in printed
     assert "hardly more than chance; check the labels, and the normalization (mean" in printed
     assert "latency" not in printed
     report = json.loads((tmp_path / "a.json").read_text())
