@@ -120,8 +120,11 @@ def test_scales_of_small_corrections_are_float16() -> None:
     assert not quantize_weight(w, grid).has_half_scale
     tiny = quantize_weight(w, replace(grid, tiny_scales=True))
     assert tiny.has_half_scale
-    errors = [np.square(q.dequantize() - w).sum() for q in (quantize_weight(w, grid), tiny)]
-    assert errors[1] < 1.05 * errors[0]
+    exact = quantize_weight(w, grid)
+    before, after = (float(np.linalg.norm(q.dequantize() - w)) for q in (exact, tiny))
+    digits = float(np.abs(tiny.scale / exact.scale - 1).max())
+    assert digits <= 2**-4  # half a step of 2**-24 at 2**-21, the smallest such scale
+    assert after <= before + digits * float(np.linalg.norm(exact.dequantize()))  # the same codes would have at most this error
 
 
 def test_each_graph_runs_on_the_beginning_of_the_data(stages: list[Stage], tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_sizes_and_errors_of_a_trained_model(tmp_path: Path, cifar10: Path) -> N
     assert errors[0] > 3 * errors[1] > 12 * errors[2]
     total = sum(each.graph_bytes for each in saved) + saved[-1].data_bytes
     plain, _ = quantize_model(OWN_MODEL, QuantConfig(form=Form.FOLDED), check=False)
-    assert total < 1.12 * plain.ByteSize()  # the graphs of a larger model weigh less
+    assert total < 1.12 * plain.ByteSize()  # 1.10 here: three graphs instead of one, of 10 kB each
     assert saved[-1].data_bytes < plain.ByteSize()
 
 

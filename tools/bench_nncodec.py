@@ -9,8 +9,8 @@ Gemm and MatMul read are coded: those of two and more dimensions are weights, wi
 --nonweight-qp.  The decoded values are written into a copy of the model, in the type that they had, and the copy is run on all
 images.  NNCodec works without data here, with dependent quantization, as it does by default: nothing is fine-tuned.
 
-The download is the bit stream and the rest of the file, without these values, with brotli.  A user of it needs NNCodec's decoder.
-Bits a weight are those of the bit stream.  All figures of one model are a curve; which point of it to take is up to the reader.
+The download is the bit stream and the rest of the file, without these values, with brotli.  Reading it needs NNCodec's decoder.
+Bits per weight count the bit stream only.  The points of one model form a curve, from which the reader chooses.
 
 Needs: pip install nncodec '.[download]'
 """
@@ -73,7 +73,7 @@ class Point:
 
 
 def codec() -> ModuleType:
-    """Raises ConfigError where it is not installed."""
+    """The module nncodec.nn.  Raises ConfigError if it cannot be imported."""
     try:
         return importlib.import_module("nncodec.nn")
     except ImportError as error:
@@ -91,9 +91,9 @@ def parameters(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def coded(nncodec: ModuleType, values: Arrays, settings: Settings) -> tuple[int, Arrays]:
-    """The size of the bit stream in bytes, and what it decodes to.  Tensors are numbered in it, because their names take room."""
+    """The size of the bit stream in bytes, and the decoded values.  Tensors have numbers instead of names, to save bytes."""
     keys = {str(k): name for k, name in enumerate(values)}
-    # sparsity is only heeded behind the first epoch
+    # NNCodec ignores sparsity in epoch 0
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         options = {**settings, "use_dq": True, "verbose": False, "results": folder}
         stream = nncodec.encode({key: values[name] for key, name in keys.items()}, options, epoch=1)
@@ -102,7 +102,7 @@ def coded(nncodec: ModuleType, values: Arrays, settings: Settings) -> tuple[int,
 
 
 def rest(model: onnx.ModelProto) -> int:
-    """Bytes of the file without the coded values, as it is sent."""
+    """The brotli size of the file without the coded values, in bytes."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     slim(bare)
@@ -112,7 +112,7 @@ def rest(model: onnx.ModelProto) -> int:
 
 
 def written(model: onnx.ModelProto, values: Arrays) -> onnx.ModelProto:
-    """A copy with these values."""
+    """A copy of the model with these values."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     for name, tensor in parameters(made).items():
@@ -135,7 +135,7 @@ def points(
     exact: npt.NDArray[np.float32],
     sweep: list[Settings],
 ) -> Iterator[Point]:
-    """One for each settings of the sweep.  exact: the scores of the float model."""
+    """One point for each setting of the sweep.  exact: scores of the float model, (n, classes)."""
     values: Arrays = {name: numpy_helper.to_array(t).astype(np.float32) for name, t in parameters(model).items()}
     weights = sum(value.size for value in values.values() if value.ndim > 1)
     around, tops = rest(model), exact.argmax(1)

@@ -62,7 +62,7 @@ def print_conversion(
         integers = [weight for weight in report.converted if FORMS[Form(weight.form)].on_integers]
         share = sum(weight.bytes_before for weight in integers) / max(1, report.bytes_before)
         rest = "; the others are decoded at load time and run at float speed" if len(integers) < len(report.converted) else ""
-        console.print(f"runs on integers: {len(integers)} of {len(report.converted)} weights, {share:.0%} of their bytes{rest}")
+        console.print(f"weights on integers: {len(integers)} of {len(report.converted)}, {share:.0%} of their bytes{rest}")
     for line in _remarks(report):
         console.print(escape(line))
     if report.folded_batchnorms:
