@@ -65,7 +65,7 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) ->
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"), [("nothing", "is not valid"), ("cifar10:/none", "cannot read"), ("a.npz", "cannot read")]
+    ("spec", "message"), [("nothing", "does not exist"), ("cifar10:/none", "cannot read"), ("a.npz", "cannot read")]
 )
 def test_bad_spec(spec: str, message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -117,6 +117,20 @@ def test_normalizations_in_units_of_pixels_are_refused(
     assert "is in units of pixel / 255, so divide it by 255" in capsys.readouterr().err
 
 
+def test_a_wrong_path_is_told_from_a_wrong_kind(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for spec, what in (
+        (f"{model.parent}/photoz", "does not exist"),
+        ("cifar11:x", "is not a known kind of data"),
+        (f"{model}", "is not a known kind of data"),
+    ):
+        for command in (
+            ["validate", str(model), str(model), "--data", spec],
+            ["convert", str(model), f"{model}.a", "--calibrate", spec],
+        ):
+            assert main(command) == 2
+            assert f"'{spec}' {what}; give cifar10:DIR" in capsys.readouterr().err
+
+
 def test_few_answers_are_counted() -> None:
     def sentence(count: int, what: str = "top-1") -> str:
         output = OutputReport("y", (count, 10), "scores", 30.0, 1.0, 0.0, 0.9, what, count)

@@ -19,7 +19,7 @@ from requant_onnx.files.load import input_shapes, noise_size
 from requant_onnx.inputs.calibration import DEFAULT_COUNT, DEFAULT_MEMORY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import holds_images, load_feeds
 from requant_onnx.inputs.image_folder import FolderImages, Pipeline
-from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images
+from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Normalization, load_images, unknown_data
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
@@ -143,7 +143,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     if is_noise(spec):
         return noise_of(args, spec, count, seed)
     if not spec.startswith(("cifar10:", "cifar100:", "images:")) and not spec.endswith(".npz"):
-        raise ConfigError(f"--calibrate '{spec}' is not valid; give cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise")
+        raise ConfigError(f"--calibrate: {unknown_data(spec, 'cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise')}")
     feeds = feeds_of(args, spec)
     if feeds is not None:
         _refuse(args, ("seed",), f"applies to images, but '{spec}' holds inputs by name;")

@@ -177,7 +177,13 @@ def load_images(
     if photos is not None:
         x, y = open_folder(Path(photos), pipeline or Pipeline())
         return ImageSet(x, y) if labels is None else ImageSet(x, None, load_objects(Path(labels), x))
-    raise DataError(f"the data '{spec}' is not valid; give cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz")
+    raise DataError(unknown_data(spec, "cifar10:DIR, cifar100:DIR, images:DIR or FILE.npz"))
+
+
+def unknown_data(spec: str, kinds: str) -> str:
+    """The error about data of no known kind, which is often a wrong path.  kinds: in words."""
+    missing = ":" not in spec and not Path(spec).exists()
+    return f"'{spec}' {'does not exist' if missing else 'is not a known kind of data'}; give {kinds}"
 
 
 def load_cifar(dataset: str, folder: Path, split: str) -> ImageSet:
