@@ -162,11 +162,33 @@ class Branches(nn.Module):  # type: ignore[misc,unused-ignore]
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([branch(x) for branch in self.branches], 1)
+        outputs = [branch(x) for branch in self.branches]
+        for output in outputs:
+            if output.requires_grad:  # the gradient of torch.cat is a slice, on which ReLU's backward pass is slow
+                output.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+        return torch.cat(outputs, 1)
+
+
+class _MeanPoolFunction(torch.autograd.Function):  # type: ignore[misc,unused-ignore]
+    """3x3 mean pooling with zero padding.  It is its own transpose, and PyTorch's backward pass is several times slower."""
+
+    @staticmethod
+    def forward(context: object, x: Tensor) -> Tensor:
+        return functional.avg_pool2d(x, 3, 1, 1)
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return functional.avg_pool2d(gradient, 3, 1, 1)
+
+
+class _MeanPool(nn.Module):  # type: ignore[misc,unused-ignore]
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _MeanPoolFunction.apply(x) if self.training else functional.avg_pool2d(x, 3, 1, 1)
+        return y
 
 
 def _mean_pool(ic: int, oc: int) -> nn.Module:
-    return nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(ic, oc, 1))
+    return nn.Sequential(_MeanPool(), conv(ic, oc, 1))
 
 
 def _max_pool() -> nn.Module:
@@ -257,12 +279,12 @@ class _InceptionV3:
         )
 
     def net(self, classes: int) -> nn.Module:
-        """The whole network without the auxiliary head, with a stem for 32x32 images."""
+        """The whole network without the auxiliary head and dropout, with a stem for 32x32 images."""
         return nn.Sequential(
             self._conv(COLORS, 192),
             self._a(192, 32), self._a(256, 64), self._a(288, 64),
             self._b(288), self._c(768, 128), self._c(768, 160), self._c(768, 160), self._c(768, 192),
-            self._d(768), self._e(1280), self._e(2048), nn.Dropout(0.5), Head(2048 // self._divisor, classes),
+            self._d(768), self._e(1280), self._e(2048), Head(2048 // self._divisor, classes),
         )  # fmt: skip
 
 
