@@ -173,11 +173,11 @@ class _MeanPoolFunction(torch.autograd.Function):  # type: ignore[misc,unused-ig
     """3x3 mean pooling with zero padding.  It is its own transpose, and PyTorch's backward pass is several times slower."""
 
     @staticmethod
-    def forward(context: object, x: Tensor) -> Tensor:
+    def forward(_context: object, x: Tensor) -> Tensor:
         return functional.avg_pool2d(x, 3, 1, 1)
 
     @staticmethod
-    def backward(context: object, gradient: Tensor) -> Tensor:
+    def backward(_context: object, gradient: Tensor) -> Tensor:
         return functional.avg_pool2d(gradient, 3, 1, 1)
 
 
