@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +231,19 @@ def test_a_ratio_of_times_survives_other_work() -> None:
     assert found.ratio == pytest.approx(2.0)
     assert found.milliseconds == pytest.approx((2.0, 4.0))
     assert found.spread == pytest.approx((0.0, 0.0))
+    assert found.ratio_error == pytest.approx(0.0)
+
+
+def test_the_standard_error_of_a_ratio_of_times_is_the_spread_of_repeated_measurements() -> None:
+    """Three runs at a time share a disturbance, as on a machine where other work comes and goes."""
+    generator = np.random.default_rng(0)
+
+    def times() -> Iterator[float]:
+        while True:
+            yield from np.full(3, generator.uniform(0.01, 0.02)) + generator.uniform(0, 0.001, 3)
+
+    found = []
+    for _ in range(80):
+        first, second = times(), times()
+        found.append(compare_latency(partial(next, first), partial(next, second)))
+    assert np.mean([each.ratio_error for each in found]) == pytest.approx(np.std([each.ratio for each in found]), rel=0.3)

@@ -168,8 +168,9 @@ def print_validation(console: Console, report: ValidationReport, downloads: Mapp
         table.add_row(f"as {PACKERS[name]}", *cells)
     if report.latency_ms is not None and report.latency_ratio is not None:
         latency = f"latency, batch {report.latency_batch}"
-        noise = " (noisy: other work runs on this machine)" if max(report.latency_spread or (0.0,)) > NOISY else ""
-        table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), f"{report.latency_ratio:.2f} x the time{noise}")
+        noise = "; noisy: other work runs on this machine" if max(report.latency_spread or (0.0,)) > NOISY else ""
+        change = f"{report.latency_ratio:.2f} x the time (standard error {report.latency_ratio_error or 0.0:.2f}{noise})"
+        table.add_row(latency, *(f"{value:.2f} ms" for value in report.latency_ms), change)
     table.show(console)
     answers = []
     if report.agreement is not None:

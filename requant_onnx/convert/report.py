@@ -236,7 +236,7 @@ class ValidationReport:
     agreement_of: kind of the answers, for example "top-1".  agreement_error: standard error of the agreement.
     sqnr_db: SQNR in dB of the first output that is a tensor of numbers.  bytes: file sizes.
     latency_ms: time of one run of `latency_batch` images, lower quartile, in ms.  latency_spread: interquartile range, relative
-    to it.  latency_ratio: candidate over reference.  All three are None without timing.
+    to it.  latency_ratio: candidate over reference.  latency_ratio_error: its standard error.  All four are None without timing.
     notes: sentences that qualify the figures.  outputs: comparison of every output, and of detections.
     mean_ap, ap50: for detectors, COCO AP@[.5:.95] and AP at an overlap of 0.5, 0..1; None without labeled boxes.
     mean_ap_error: standard error of the change in mean_ap, by resampling the images.
@@ -260,6 +260,7 @@ class ValidationReport:
     mean_ap: Compared | None = None
     mean_ap_error: float | None = None
     ap50: Compared | None = None
+    latency_ratio_error: float | None = None
 
     def __repr__(self) -> str:
         """Short: all fields are in to_dict()."""

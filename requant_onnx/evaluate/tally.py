@@ -10,6 +10,7 @@ import numpy as np
 
 from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
 from requant_onnx.errors import DataError
+from requant_onnx.evaluate.latency import Latency
 from requant_onnx.evaluate.mean_ap import Precision, PrecisionTally
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
@@ -23,11 +24,9 @@ POOR = 0.05  # AP50 of the reference; a value below suggests wrong labels or a w
 
 @dataclass(frozen=True)
 class Timed:
-    """The measured times, see ValidationReport; none by default."""
+    """The measured times, of batches of `batch` images; none by default."""
 
-    milliseconds: Compared | None = None
-    spread: Compared | None = None
-    ratio: float | None = None
+    latency: Latency | None = None
     batch: int = 0
 
 
@@ -139,6 +138,7 @@ class Tally:
         numbers = [output for output in outputs if output.sqnr_db is not None]
         first: OutputReport | None = answered[0] if answered else None
         right = [np.array(each, bool) for each in self._right]
+        latency = timed.latency
         return ValidationReport(
             images=len(self._images),
             top1=Compared(*(float(each.mean()) for each in right)) if len(right[0]) else None,
@@ -148,9 +148,10 @@ class Tally:
             agreement_of="" if first is None else first.what,
             sqnr_db=numbers[0].sqnr_db if numbers else None,
             bytes=sizes,
-            latency_ms=timed.milliseconds,
-            latency_spread=timed.spread,
-            latency_ratio=timed.ratio,
+            latency_ms=None if latency is None else Compared(*latency.milliseconds),
+            latency_spread=None if latency is None else Compared(*latency.spread),
+            latency_ratio=None if latency is None else latency.ratio,
+            latency_ratio_error=None if latency is None else latency.ratio_error,
             latency_batch=timed.batch,
             notes=notes,
             kind="inputs" if isinstance(self._images, FeedSet) else "images",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from requant_onnx.convert.report import Compared, FileSizes, ValidationReport
+from requant_onnx.convert.report import FileSizes, ValidationReport
 from requant_onnx.errors import DataError
 from requant_onnx.evaluate.latency import compare_latency
 from requant_onnx.evaluate.tally import Tally, Timed
@@ -201,9 +201,8 @@ def _latency(models: tuple[_Opened, _Opened], batch: Any, threads: int | None) -
     for model in models:
         session = start_session(serialized(model.source, model.name), model.name, options, provider_in_use())
         runs.append(_timed(session, model.name, model.fit(batch)))
-    found = compare_latency(runs[0], runs[1])
     count = len(batch) if isinstance(batch, np.ndarray) else images_in(batch.values())[0]
-    return Timed(Compared(*found.milliseconds), Compared(*found.spread), found.ratio, count)
+    return Timed(compare_latency(runs[0], runs[1]), count)
 
 
 def _timed(session: Session, name: str, feed: Feed) -> Callable[[], float]:

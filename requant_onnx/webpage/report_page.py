@@ -158,7 +158,8 @@ def _cards(study: Study) -> list[dict[str, str]]:
         if result.sqnr_db is not None:
             cards.append(("output SQNR", _decibels(result.sqnr_db), "of the first output"))
         if result.latency_ms is not None and result.latency_ratio is not None:
-            note = f"{result.latency_ms[1]:.2f} ms of {result.latency_ms[0]:.2f} ms, batch {result.latency_batch}"
+            times = f"{result.latency_ms[1]:.2f} ms of {result.latency_ms[0]:.2f} ms, batch {result.latency_batch}"
+            note = f"{times}, standard error {result.latency_ratio_error or 0.0:.2f}"
             cards.append(("latency", f"{result.latency_ratio:.2f} x", note))
     if study.conversion is not None:
         made = study.conversion
