@@ -65,10 +65,10 @@ from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
 from requant_onnx.webpage.pages import html_comparison, html_report
 
-PAGE_IMAGES, PAGE_VALUES = 1000, 1 << 24  # that the page of a conversion compares on: images at most, and values of them
-PAGE_INPUTS = 64  # that a page compares on at least, and on noise and inputs by name at most
+PAGE_IMAGES, PAGE_VALUES = 1000, 1 << 24  # most images on the page of a conversion, and most values in them
+PAGE_INPUTS = 64  # fewest inputs on a page; also most, for noise and inputs by name
 MORE_BITS_OR_DATA = ["use more --bits", "give your own inputs to --calibrate"]
-TARGET_BITS, TARGET_IMAGES = 4, 1000  # bits that --calibrate auto reckons with under a target; images that one is judged on
+TARGET_BITS, TARGET_IMAGES = 4, 1000  # with a target: bits that --calibrate auto assumes; most images to measure it on
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -140,7 +140,7 @@ def convert_file(
 ) -> tuple[QuantReport, tuple[int, int], Calibration | None]:
     """Convert args.input to args.output as the options say.  Returns the report, bytes before and after, and the calibration.
 
-    Raises QualityError, and writes nothing, where the self-check finds the result broken.
+    Raises QualityError, and writes nothing, if the self-check finds the result broken.
     """
     model, report, calibration = _converted(args, progress, threads)
     if report.check is not None and report.check.is_broken and not args.force_quality:
@@ -174,7 +174,7 @@ def _converted(
     if calibration is not None:
         try:
             model, report = pipeline.convert_model(args.input, chosen, calibration, progress, threads, time_limit)
-        except (DataError, ModelError) as error:  # one that is not fed with noise, or one that is refused in any case
+        except (DataError, ModelError) as error:  # a model that noise does not fit, or one that is rejected in any case
             why = f"; calibration on noise was tried, but {error}"
         else:
             text = f"calibrated on {calibration.count} images of noise (no --calibrate given); your own inputs give better results"
@@ -201,7 +201,7 @@ def _calibrated_on(spec: str, calibration: Calibration) -> str:
 def _targeted(
     args: argparse.Namespace, config: QuantConfig, target: Target, progress: Progress | None, threads: int | None
 ) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
-    """The smallest file that keeps a target.  Raises QualityError if none does, unless --best-effort is given."""
+    """The smallest file that meets a target.  Raises QualityError if none does, unless --best-effort is given."""
     if args.calibrate in (None, "auto"):
         config, calibration = automatic(args, replace(config, bits=TARGET_BITS))
     else:
@@ -226,7 +226,7 @@ def _targeted(
 
 
 def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tuple[ImageSet | FeedSet | None, Normalization | None]:
-    """The data on which a target is measured: --data, or inputs that the calibration does not use."""
+    """The data on which a target is measured, and their normalization: --data, or inputs that the calibration does not use."""
     if args.data is not None:
         return _images_to_compare(args, args.input, args.data)
     if calibration is None or calibration.feeds:
@@ -250,7 +250,7 @@ def run_restore(args: argparse.Namespace) -> None:
 
 
 def run_validate(args: argparse.Namespace) -> None:
-    """requant validate: compare two models on the same images."""
+    """requant validate: compare two models on the same inputs."""
     check_json(args.json, args.reference, args.candidate)
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for example cifar10:DIR, images:DIR or FILE.npz")
@@ -291,7 +291,7 @@ def run_report(args: argparse.Namespace) -> None:
     if args.data is None and args.limit is None:
         calibration = replace(calibration, count=PAGE_INPUTS)
     asked = args.data is not None or replace(calibration, count=DEFAULT_COUNT) != Calibration()
-    with progress_bar(args, "comparing") as progress:  # where nothing is asked for, weights are compared even without any inputs
+    with progress_bar(args, "comparing") as progress:  # without options for inputs, weights are compared even if noise does not fit
         page = html_report(
             args.reference,
             args.candidate,
@@ -370,7 +370,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
-    """All the images of --data, its inputs by name, or noise."""
+    """The inputs of a spec, at most --limit: images, inputs by name, or noise.  Raises ConfigError, DataError."""
     limit = limit_of(args.limit)
     feeds = feeds_of(args, spec)
     if feeds is not None:
@@ -389,7 +389,7 @@ def _images_to_compare(args: argparse.Namespace, model: Path, spec: str) -> tupl
 
 
 def _whole_file(path: Path) -> bytes:
-    """The model in one piece, external data included."""
+    """The serialized model, including external data.  Raises ModelError if it is above 2 GB."""
     model = materialize(load_runnable(path).copy())
     if is_large(model):
         raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; use requant convert for it")

@@ -20,13 +20,14 @@ def _report(number: int) -> None:
     os._exit(2)
 
 
-_handler = _Handler(_report)  # has to outlive every signal
+_handler = _Handler(_report)  # must not be garbage-collected before the last signal
 
 
 def report_crashes() -> None:
-    """End with a message and exit code 2 after a crash.  Python's own handlers never run: the CPU repeats the instruction.
+    """Handle crashes from now on: end the process with a message and exit code 2.
 
-    Does nothing if the C library has no `signal`.
+    Handlers of Python's signal module would never run, because the CPU repeats the faulting instruction.  Does nothing if the C
+    library has no `signal`.
     """
     library = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
     for number in SIGNALS if hasattr(library, "signal") else ():

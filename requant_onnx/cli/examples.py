@@ -1,4 +1,4 @@
-"""Examples of each command, which its --help ends with."""
+"""Examples of each command, shown at the end of its --help."""
 
 from __future__ import annotations
 

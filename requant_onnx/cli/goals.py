@@ -1,4 +1,4 @@
-"""Goals: options that go together, by what a file is for.  Every other option overrides them."""
+"""Goals: sets of options by the purpose of a file.  Every option that is given overrides them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ GOALS = {
 }
 
 TRANSFORMERS_JS_SUFFIX = {"q4": "_q4", "q8": "_quantized"}
-"""dtype -> end of the name: DEFAULT_DTYPE_SUFFIX_MAPPING of its src/utils/dtypes.js, as far as all versions from 3 on have it."""
+"""dtype -> suffix of the file name, as in DEFAULT_DTYPE_SUFFIX_MAPPING (src/utils/dtypes.js) of transformers.js from 3 on."""
 
 
 def lines_of(goal: str, names: Collection[str] | None = None) -> str:
-    """A goal as TOML, to be edited.  names: of the options, with underscores, that nothing overrides (default: all).
+    """The options of a goal as TOML.  names: options to include, with underscores (default: all).
 
     >>> print(lines_of("web"))
     runtime = "web"
@@ -48,7 +48,7 @@ def lines_of(goal: str, names: Collection[str] | None = None) -> str:
 
 
 def dtype_of(bits: str) -> str:
-    """The dtype by which transformers.js finds a file of some width: only the name of the file depends on it.
+    """The dtype with which transformers.js finds a file; it only determines the name of the file.  bits: text of --bits.
 
     >>> dtype_of("4"), dtype_of("auto"), dtype_of("6")
     ('q4', 'q4', 'q8')
@@ -57,7 +57,7 @@ def dtype_of(bits: str) -> str:
 
 
 def place_for_transformers_js(bits: str, source: Path, directory: Path) -> Path:
-    """The file in the directory of a model.  Its name begins as that of a source in a directory `onnx`, else with model.
+    """The path of the file in a model's directory.  Its name starts with that of a source in a directory `onnx`, else with model.
 
     >>> place_for_transformers_js("4", Path("net.onnx"), Path("repo")).as_posix()
     'repo/onnx/model_q4.onnx'

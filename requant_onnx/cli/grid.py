@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 GAP = 2  # spaces between columns
-NARROWEST = 16  # of the first column, which may be shortened in its middle
+NARROWEST = 16  # smallest width to which the first column may be shortened, in the middle of its cells
 DROPPED = (
     "gzip bytes", "zstd bytes", "brotli bytes",
     "scale", "alpha", "MSE", "kernel", "largest difference", "cosine", "seconds", "skipped", "transform", "layer", "form", "shape",

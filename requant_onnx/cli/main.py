@@ -26,8 +26,8 @@ def run() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0 on success, and after an error, which it prints: 2; 3 for a model that is already converted, or a conversion below
-    the required quality; 4 for a validation that failed its gate; 130 after Ctrl-C.
+    Returns the exit code: 0 on success, or, after printing the error, 3 for a model that is already converted or a conversion below
+    the required quality, 4 for a validation that failed its gate, 130 after Ctrl-C, and 2 for any other error.
     """
     parser = parser_of(
         convert=commands.run_convert,

@@ -31,7 +31,7 @@ from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files
 from requant_onnx.runtime.sessions import use_custom_ops, use_provider
 
-UNSENT = ("run", "parser", "source", "jobs", "dask", "json", "html", "force", "quiet", "verbose")  # of no meaning to a work item
+UNSENT = ("run", "parser", "source", "jobs", "dask", "json", "html", "force", "quiet", "verbose")  # no use in a work item
 Item = tuple[Callable[..., Any], tuple[Any, ...]]
 HOW = ("jobs", "dask", "force")  # options that change no file
 
@@ -176,7 +176,7 @@ def _convert_sent(
         output = Path(folder) / f"converted-{Path(name).name}"
         try:
             line = _convert(args, name, Path(folder) / model, output, settings, None)
-        except RequantError as error:  # paths of this machine say nothing elsewhere
+        except RequantError as error:  # paths on this machine mean nothing elsewhere
             raise type(error)(str(error).replace(folder + os.sep, "")) from None
         made = [path for path in (output, Path(f"{output}.data")) if path.is_file()]
         return line, {path.name.removeprefix(output.name): path.read_bytes() for path in made}

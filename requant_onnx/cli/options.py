@@ -39,7 +39,7 @@ INT8_LEVELS = (
 INT8_SPEED = "which layers run on integers: those that a table of costs predicts to be faster, or all that can: "
 USUAL_DATA = "inputs, as in validate (default: noise, which shows no accuracy; noise:HxW where the model leaves the size free)"
 Command = Callable[[argparse.Namespace], None]
-Container = Parser | argparse._ArgumentGroup  # of options
+Container = Parser | argparse._ArgumentGroup  # has options
 
 
 def parser_of(

@@ -1,4 +1,4 @@
-"""The parser of the command line: one-sentence errors, and a --help that is grouped by what a person wants."""
+"""The parser of the command line: one-sentence errors, and a --help in groups by purpose."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def _short_usage(self) -> str | None:
-        """The files only, where the groups list the options."""
+        """The usage with positional arguments only, because the groups list the options; None if there are no groups."""
         names = [str(action.metavar) for action in self._get_positional_actions()]
         return " ".join(["%(prog)s", *names, "[options]"]) if self._titled else None
 
     def error(self, message: str) -> NoReturn:
-        """Print and exit with code 2.  Raises ConfigError for a bad value of an option, whose message is a sentence already."""
+        """Print an error and exit with code 2.  Raises ConfigError for a bad value of an option, whose message is a sentence."""
         sentence = re.sub(r"^argument [^:]+: (?=--)", "", message)
         if sentence != message:
             raise ConfigError(sentence)
@@ -88,7 +88,7 @@ class FullHelp(argparse.Action):
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, on top of --config and a goal; `from_file` names their options that it does not override.
+    """Parse the command line, which overrides --config and a goal; `args.from_file` names their options that are not overridden.
 
     Raises ConfigError when that file is not valid.
     """

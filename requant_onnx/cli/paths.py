@@ -1,4 +1,4 @@
-"""Checks of output paths, which refuse a path that cannot or must not be written before any work is done."""
+"""Checks of output paths before any work is done: each raises OutputError for a path that cannot or must not be written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from requant_onnx.files.atomic import require_file, write_atomically
 from requant_onnx.files.load import data_files
 from requant_onnx.webpage.pages import require
 
-STDOUT = Path("-")  # of --json
+STDOUT = Path("-")  # the value of --json for standard output
 
 
 def check_output(source: Path, output: Path, force: bool) -> None:
@@ -50,14 +50,14 @@ def _check_place(path: Path, *models: Path) -> None:
 
 
 def check_page(path: Path | None, force: bool, *models: Path) -> None:
-    """Refuse the path of a web page, or every page if the libraries for it are missing."""
+    """Refuse the path of a web page as `check_new`.  Raises ConfigError if the libraries for web pages are missing."""
     if path is not None:
         require()
         check_new(path, force, *models)
 
 
 def check_new(path: Path | None, force: bool, *models: Path) -> None:
-    """Refuse the path of another report, which replaces a file only with --force."""
+    """Refuse the path of a report that cannot be written, or would replace a model or, without --force, any other file."""
     if path is not None:
         _check_place(path, *models)
         if path.exists() and not force:
@@ -73,7 +73,7 @@ def check_apart(*paths: Path | None) -> None:
 
 
 def check_cache(folder: Path) -> None:
-    """Create the directory for results, or refuse it."""
+    """Create the directory of cached results, or refuse it if it cannot be created or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,14 +32,14 @@ REFUSED = {
     "external_data": "progressive files have a data file of their own",
     "html": "the page of a conversion shows one model; make it with requant report",
 }
-"""Options that make no sense with --progressive -> why."""
+"""Option that makes no sense with --progressive -> why."""
 
 
 def run_progressive(args: argparse.Namespace) -> None:
     """Convert args.input in stages, as the options say, and print a row for each stage.
 
-    Raises ConfigError for options that do not go together with it; ModelError where nothing can be converted; QualityError, and
-    writes nothing, where the self-check finds the last stage broken.
+    Raises ConfigError for options that cannot be combined with --progressive; ModelError if nothing can be converted; QualityError,
+    and writes nothing, if the self-check finds the last stage broken.
     """
     config = _config(args)
     paths = stage_paths(args.output, STAGES)
@@ -61,7 +61,10 @@ def run_progressive(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace) -> QuantConfig:
-    """The settings.  Raises ConfigError for an option that does not go together with --progressive; one of a file is ignored."""
+    """The settings.  Raises ConfigError for an option that cannot be combined with --progressive.
+
+    Options of REFUSED that come from a file are ignored.
+    """
     for name, why in REFUSED.items():
         if getattr(args, name) not in (None, False) and name not in args.from_file:
             option = f"--{name.replace('_', '-')}"
@@ -81,7 +84,7 @@ def _config(args: argparse.Namespace) -> QuantConfig:
 
 
 def _quantized(args: argparse.Namespace, config: QuantConfig, progress: Progress | None) -> list[Stage]:
-    """The stages, calibrated as --calibrate says, or on noise where the model takes that."""
+    """The stages, calibrated as --calibrate says, or by default on noise if the model takes images."""
     if args.calibrate not in (None, "auto"):
         return quantize_progressively(args.input, config, calibration=calibration_of(args), progress=progress)
     chosen, calibration = automatic(args, replace(config, bits=STAGES[0]))
@@ -90,7 +93,7 @@ def _quantized(args: argparse.Namespace, config: QuantConfig, progress: Progress
         chosen = replace(chosen, bits=MAX_BITS)
         try:
             stages = quantize_progressively(args.input, chosen, calibration=calibration, progress=progress)
-        except (DataError, ModelError) as error:  # one that is not fed with noise, or one that is refused in any case
+        except (DataError, ModelError) as error:  # a model that noise does not fit, or one that is rejected in any case
             note = f"not calibrated; calibration on noise was tried, but {error}"
         else:
             note = f"calibrated on {calibration.count} images of noise (no --calibrate given); your own inputs give better results"

@@ -13,12 +13,12 @@ from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE
 
 def run() -> int:
     """Run the command line of this process; returns its exit code."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as in the background of a shell
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # otherwise ignored, as in background jobs of a shell
     if ours:
         signal.signal(signal.SIGINT, _leave)
-    from requant_onnx.cli.main import run as run_main  # noqa: PLC0415  # takes most of a second
+    from requant_onnx.cli.main import run as run_main  # noqa: PLC0415  # this import takes most of a second
 
-    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about values that an error of ours names better
+    warnings.simplefilter("ignore", RuntimeWarning)  # from NumPy, about values that our own errors describe better
     if not ours:
         return run_main()
     came: list[int] = []
@@ -30,7 +30,7 @@ def run() -> int:
     try:
         signal.signal(signal.SIGINT, interrupt)
         code = run_main()
-        if came and code == 0:  # native code that called Python has cleared the exception: seen once in some thousand runs
+        if came and code == 0:  # native code that called Python has cleared the exception: seen once in thousands of runs
             raise KeyboardInterrupt
         return code
     except KeyboardInterrupt:

@@ -34,9 +34,9 @@ from requant_onnx.numerics.outputs import OutputReport
 from requant_onnx.runtime.explain import Explanation
 from requant_onnx.text import decibels, shape_text
 
-ROWS = 12  # of a table of weights that is printed without -v
+ROWS = 12  # largest number of weights that are listed without -v
 NOISY = 0.5  # interquartile range of latencies, relative to the lower quartile
-ALIKE = 3  # skipped weights with the same reason that get a line each
+ALIKE = 3  # largest number of skipped weights with the same reason that get a line each
 
 
 def print_conversion(

@@ -45,7 +45,7 @@ def progress_bar(args: argparse.Namespace, what: str) -> Iterator[progress.Progr
 
         def show(item: str, done: int, total: int) -> None:
             nonlocal last
-            if total != last[1] or done < last[0]:  # the next phase, whose speed is another one
+            if total != last[1] or done < last[0]:  # the next phase, which has its own speed
                 bar.reset(task)
             last = (done, total)
             bar.update(task, description=escape(item), completed=done, total=total)

@@ -91,7 +91,7 @@ def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action])
 
 
 def _value(path: Path, option: argparse.Action, value: Any) -> Any:
-    """A TOML value in the form that the command line gives: text, except for switches."""
+    """A TOML value in the form in which the command line has it: text, except for switches."""
     if option.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes true or false")

@@ -25,10 +25,10 @@ from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
 
 SIZES = ("resize", "crop", "fit")
-FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # of --calibrate auto: from so many bits on, few images do
-LARGEST_MEAN, LARGEST_STD = 2.0, 10.0  # above, values are in units of 0..255
-CHECKED, SHARE_CHECKED = 32, 8  # images, and one in how many, that are held out for the self-check where there are few
-RESIZE = 8 / 7  # of the size that is cropped, as in 256 and 224, the usual pair
+FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # --calibrate auto: from this width on, few images suffice
+LARGEST_MEAN, LARGEST_STD = 2.0, 10.0  # larger values are in units of 0..255
+CHECKED, SHARE_CHECKED = 32, 8  # images held out for the self-check, but at most one in 8 of all
+RESIZE = 8 / 7  # size before cropping, relative to the cropped size: the usual 256 and 224
 
 
 def config_of(args: argparse.Namespace) -> QuantConfig:
@@ -48,7 +48,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     for name, form in OPTIONS_OF_FORM.items():
         if name not in given or given["form"] is form:
             continue
-        if name in args.from_file:  # an option of a file for another form than the one given
+        if name in args.from_file:  # an option from a file, for another form than this
             del given[name]
         else:
             option = _flag(name)
@@ -66,7 +66,7 @@ def _listed(given: str | list[str] | None) -> list[str]:
 
 
 def target_of(args: argparse.Namespace) -> Target | None:
-    """The target that the file has to keep; None where there is none.  Raises ConfigError."""
+    """The quality target of the file; None if there is none.  Raises ConfigError."""
     given = {"max_drop": "--max-drop", "min_agreement": "--min-agreement"}
     values = {name: _numbers(getattr(args, name), option)[0] for name, option in given.items() if getattr(args, name) is not None}
     if not values:
@@ -112,9 +112,10 @@ def _bits(args: argparse.Namespace) -> float | Budget | None:
 
 
 def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfig, Calibration | None]:
-    """The calibration that is used by default: noise, where it helps and the model takes images.
+    """The settings and the calibration used by default: noise if it helps and the model takes images, else None.
 
-    With many bits, a correction of the biases on a few images is enough.
+    With many bits, the refinement becomes a bias correction on few images, which suffices, unless --refinement is given.
+    Raises ConfigError.
     """
     refined = config.refinement is not Refinement.NONE and not (
         config.refinement.sees_outputs and config.rounding is Space.TRANSFORMED
@@ -172,7 +173,7 @@ def is_noise(spec: str) -> bool:
 
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
-    if not whole_spec(getattr(args, "data", None) or "noise").startswith("images:"):  # of which these options may be meant
+    if not whole_spec(getattr(args, "data", None) or "noise").startswith("images:"):  # these options may apply to it
         _refuse(args, SIZES, "applies to images:DIR, but the calibration inputs are noise; give --calibrate images:DIR, or")
     return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]), memory=_memory(args))
 
@@ -210,7 +211,7 @@ def whole_spec(spec: str) -> str:
 
 
 def model_of(args: argparse.Namespace) -> Path:
-    """The model that takes the inputs."""
+    """The path of the model that takes the inputs."""
     path = next(getattr(args, name) for name in ("input", "model", "reference") if hasattr(args, name))
     return Path(path)
 
@@ -251,7 +252,7 @@ def normalization_of(args: argparse.Namespace, spec: str, images: ImageSet | Non
 
 
 def _in_shares(values: tuple[float, ...], option: str, largest: float) -> tuple[float, ...]:
-    """The values of an option, unless they are probably in units of 0..255."""
+    """The values of an option.  Raises ConfigError if one is above `largest`, and so probably in units of 0..255."""
     if max(values, default=0.0) > largest:
         raise ConfigError(f"{option} {max(values):g} is too large; it is in units of pixel / 255, so divide it by 255")
     return values

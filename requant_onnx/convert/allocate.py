@@ -1,12 +1,14 @@
-"""The choice of bits, transform and granularity for each weight, which minimizes the output error for a given size.
+"""Choose bits, transform and granularity of each weight, to minimize the output error for a given size.
 
-The errors of different weights nearly add up in the output, each roughly in proportion to the squared error of the weight.  So
+The output errors caused by different weights nearly add up, and each is roughly a power of the squared error of its weight:
 
     output_error(grid) = output_error(reference grid) * (error(grid) / error(reference grid))**slope
 
-with the error of every grid exact, and the output error measured on the reference grid (slope 1 for smaller errors) and on those
-of fewest bits, which give the slopes between.  Bytes are those of the decode in the file; what weights decoded together share is
-divided among them, and the choice is made again with the new shares until it stays: a multiple-choice knapsack each time.
+The error of a weight is computed for every grid.  The output error is measured on the reference grid and on the grids of fewest
+bits, which determine the slope; for errors smaller than that of the reference grid, the slope is 1.
+
+The size of a weight is that of its decode in the file; bytes that several weights share are divided among them.  Each choice is a
+multiple-choice knapsack problem, which is solved again with the new shares until the choice no longer changes.
 """
 
 from __future__ import annotations
@@ -36,19 +38,19 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.sensitivity import output_errors
 from requant_onnx.runtime.stream import Chunk
 
-BLIND_POWER = 2  # of errors relative to the weight, without calibration: none gets far above the others (README.md, "Bits ...")
-ROUNDS = 12
-MAX_POINTS = 4_000
-Picks = tuple[int, ...]
+BLIND_POWER = 2  # exponent of relative errors without calibration, so that no error is far above the others (README.md, "Bits ...")
+ROUNDS = 12  # largest number of choices with new shares
+MAX_POINTS = 4_000  # points of the Pareto front
+Picks = tuple[int, ...]  # index of the offer chosen for each weight
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One grid for one weight.
+    """A candidate grid for one weight.
 
-    error: weighted squared error of the weight; output_error: what it does to the output, over its power.
-    exclusive, shared: bytes of its decode that are its alone, and that are stored once for all weights with the same key.
-    tables: bytes of what decodes of any key may read too, by what it computes.
+    error: squared error of the weight, weighted by importance.  output_error: resulting output error, relative to output power.
+    exclusive: bytes of its decode that it does not share.  shared: bytes stored once for all weights with the same key.
+    tables: bytes of constants and nodes that decodes of any key may share, by what they compute.
     """
 
     grid: Grid
@@ -60,27 +62,27 @@ class Offer:
     tables: Mapping[Hashable, int] = field(default_factory=dict)
 
     def shares(self) -> dict[Hashable, int]:
-        """Bytes of all that it shares with others."""
+        """The bytes that it shares with other weights, by key."""
         return {self.key: self.shared, **self.tables}
 
     def price(self, members: Mapping[Hashable, int]) -> int:
-        """The bytes, with its part of shared ones.  members: number of weights that share them, by key."""
+        """The bytes, including its part of shared bytes.  members: number of weights that share each key."""
         return self.exclusive + round(sum(size / max(1, members[key]) for key, size in self.shares().items()))
 
 
 @dataclass(frozen=True)
 class Market:
-    """All offers for all weights."""
+    """The candidate grids of all weights.  planned: weights.  offers: candidates for each weight, in the same order."""
 
     planned: tuple[PlannedWeight, ...]
     offers: tuple[tuple[Offer, ...], ...]
 
     def output_error(self, picks: Picks) -> float:
-        """The error of the output, over its power, by the additive model."""
+        """The output error relative to output power, estimated as a sum over the weights."""
         return math.fsum(offers[k].output_error for offers, k in zip(self.offers, picks, strict=True))
 
     def bytes(self, picks: Picks) -> int:
-        """The approximate bytes of all decodes in the file."""
+        """The approximate size of all decodes in the file, in bytes."""
         chosen = [offers[k] for offers, k in zip(self.offers, picks, strict=True)]
         shared: dict[Hashable, int] = {}
         for offer in chosen:
@@ -89,52 +91,55 @@ class Market:
         return sum(offer.exclusive for offer in chosen) + sum(shared.values())
 
     def chosen(self, picks: Picks) -> tuple[PlannedWeight, ...]:
-        """The weights with their grids."""
+        """The weights with the chosen grids."""
         return tuple(
             PlannedWeight(item.weight, offers[k].grid, item.form)
             for item, offers, k in zip(self.planned, self.offers, picks, strict=True)
         )
 
     def smallest(self) -> Picks:
-        """The picks of approximately the least bytes."""
+        """The picks with approximately the fewest bytes."""
         return min(self._settled(lambda _: 0), key=self.bytes)
 
     def least_error(self) -> Picks:
-        """The picks of least output error."""
+        """The picks with approximately the least output error."""
         return min(self._settled(lambda front: len(front.sizes) - 1), key=self.output_error)
 
     def within(self, size: int) -> Picks | None:
-        """The picks of least output error in at most `size` bytes; None if there are none."""
+        """The picks with the least output error among those found with at most `size` bytes; None if there are none."""
         rounds = self._settled(lambda front: front.best_within(size))
         fitting = [picks for picks in rounds if self.bytes(picks) <= size]
         return min(fitting, key=self.output_error, default=None)
 
     def alike_within(self, size: int) -> list[Picks]:
-        """The picks of the same bits for all, each weight with its best grid or all of one kind, in at most `size` bytes.
+        """The picks with the same bits for all weights and at most `size` bytes, by ascending output error.
 
-        Those of least output error come first.
+        Either each weight has its best grid of these bits, or all weights have the same kind of grid.
         """
         widths = {offer.grid.bits for offers in self.offers for offer in offers}
         uniform = [*(tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths)), *self._alike()]
         return sorted((picks for picks in uniform if self.bytes(picks) <= size), key=self.output_error)
 
     def reaching(self, output_error: float) -> Picks | None:
-        """The smallest picks with at most this output error; None if there are none."""
+        """The picks with the fewest bytes among those found with at most this output error; None if there are none."""
         rounds = self._settled(lambda front: front.smallest_within(output_error))
         fitting = [picks for picks in rounds if self.output_error(picks) <= output_error * (1 + 1e-9)]
         return min(fitting, key=self.bytes, default=None)
 
     def front(self, picks: Picks, count: int) -> list[Picks]:
-        """About `count` of the best compromises of bytes and output error, from the smallest on, with shares as for `picks`."""
+        """At most `count` points of the Pareto front of bytes and output error, by ascending bytes, shared as for `picks`."""
         front = self._front(self._members(picks))
         marks = np.linspace(front.sizes[0], front.sizes[-1], count)
         points = dict.fromkeys(int(k) for k in np.searchsorted(front.sizes, marks, side="right") - 1)
         return [self._picks(front, point) for point in points]
 
     def _settled(self, choose: Callable[[Front], int | None]) -> list[Picks]:
-        """The picks of every round, until they repeat, and those of one grid for all, which share the most."""
+        """The picks with one grid for all weights, which share the most bytes, and those of every round until they repeat.
+
+        choose: index of a point of the front; None means the smallest.
+        """
         every = {key for offers in self.offers for offer in offers for key in offer.shares()}
-        members = Counter(dict.fromkeys(every, len(self.offers)))  # as if all were shared by all
+        members = Counter(dict.fromkeys(every, len(self.offers)))  # as if every key were shared by all weights
         rounds = self._alike()
         for _ in range(ROUNDS):
             front = self._front(members)
@@ -147,7 +152,7 @@ class Market:
         return rounds
 
     def _alike(self) -> list[Picks]:
-        """For every grid, the picks that choose it wherever it is offered, or else the nearest in bits."""
+        """For every grid, the picks with the most similar offer for each weight."""
         kinds = dict.fromkeys((o.grid.bits, o.grid.kind, o.grid.axis is None) for offers in self.offers for o in offers)
         return [tuple(_nearest(offers, *kind) for offers in self.offers) for kind in kinds]
 
@@ -165,12 +170,12 @@ class Market:
 
 
 def _best_of(offers: Sequence[Offer], bits: float) -> int:
-    """The offer of least output error of those nearest in bits."""
+    """The index of the offer with the least output error among those nearest in bits."""
     return min(range(len(offers)), key=lambda k: (abs(offers[k].grid.bits - bits), offers[k].output_error))
 
 
 def _nearest(offers: Sequence[Offer], bits: float, kind: GridKind, whole: bool) -> int:
-    """The most similar offer."""
+    """The index of the most similar offer: by bits, then kind, then granularity.  whole: whether the scale is per-tensor."""
 
     def distance(k: int) -> tuple[float, ...]:
         grid = offers[k].grid
@@ -189,10 +194,11 @@ def open_market(
     progress: Progress | None,
     threads: int | None,
 ) -> Market:
-    """Measure every offer.  chunks: of calibration inputs; without, errors of all weights count by the square of their relative
-    size, and their transform is not a choice, for the weights alone do not tell which is better (README.md, "Defaults").
+    """Measure the bytes and the output error of every candidate grid.
 
-    min_scales: least scales, by weight.  refinement: what rounding will do later.
+    chunks: calibration inputs.  Without any, the output error is the square of the weight's relative squared error, and the kind of
+    grid is not chosen, because weights alone do not show which kind is better (README.md, "Defaults").
+    min_scales: least scales by weight, (oc,) or (1,).  refinement: refinement that the conversion will use.
     """
     grids = {item.weight.name: _probed(item) for item in planned}
     importances, measured_errors = (
@@ -223,7 +229,7 @@ def open_market(
 
 
 def _probed(item: PlannedWeight) -> tuple[Grid, ...]:
-    """The grids on which output errors are measured: the first, the same of fewest whole bits, and the same of fewest."""
+    """The grids on which output errors are measured: the first, and those of fewest whole bits and fewest bits of the same kind."""
     fewer = [g for g in item.others if g.bits < item.grid.bits and (g.kind, g.axis) == (item.grid.kind, item.grid.axis)]
     whole = min((g for g in fewer if g.bits % 1 == 0), key=lambda g: g.bits, default=None)
     least = min(fewer, key=lambda g: g.bits, default=None)
@@ -231,9 +237,9 @@ def _probed(item: PlannedWeight) -> tuple[Grid, ...]:
 
 
 def _error_at(error: float, known: Sequence[tuple[float, float]]) -> float:
-    """The output error: in proportion to the error of the weight, and between two known points by a power law.
+    """The output error: proportional to the error of the weight up to the first known point, and a power law after it.
 
-    known: (error of the weight, output error), from the least on.
+    known: (error of the weight, output error), by ascending error.
     """
     fine, low = known[0]
     if error <= fine or min(fine, low) <= 0.0:
@@ -254,7 +260,11 @@ def sensitivities(
     refinement: Refinement,
     progress: Progress | None,
 ) -> tuple[dict[str, Float32Array], dict[str, tuple[float, ...]]]:
-    """What errors count, and the output error that each weight alone makes on each of its grids; both by weight."""
+    """The importance of each element's squared error, and the output error, relative to output power, of each grid, both by weight.
+
+    Importances have the shape of the weight; weights that `probe_layers` does not yield have none.  Output errors are measured with
+    all other weights in float.
+    """
     importances = {}
     cases: dict[str, list[dict[str, Float32Array]]] = {}
     for done, probe in enumerate(probe_layers(model, planned, grids, chunks, refinement, min_scales), 1):

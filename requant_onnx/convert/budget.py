@@ -1,4 +1,4 @@
-"""Conversions within a budget: the best file of at most so many bytes, or the smallest that reaches an output SQNR."""
+"""Conversions within a budget: the best file of a limited size, or the smallest file that reaches an output SQNR."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
 from requant_onnx.runtime.stream import Chunk
 
-IMAGES = 64  # on which sensitivities are measured
-TRIES = 8
-FINE = 3  # bits from which widths between whole numbers bring nothing: held-out errors of two models were the same or worse
-CLOSE_BYTES = 32  # a file this little below the size is good enough
-CLOSE_DB = 0.2  # an SQNR this little above the target is good enough
-SLACK = 2_000  # by which the bytes of decodes may be estimated too high
-FRONT_POINTS = 12
+IMAGES = 64  # calibration inputs on which sensitivities are measured
+TRIES = 8  # largest number of steps of each search
+FINE = 3  # bits from which fractional widths gain nothing: held-out errors of two models were the same or worse
+CLOSE_BYTES = 32  # a file less than this many bytes below the limit is good enough
+CLOSE_DB = 0.2  # an SQNR at most this far above the target is good enough
+SLACK = 2_000  # bytes by which the size of decodes may be overestimated
+FRONT_POINTS = 12  # points of the Pareto front in the report
 OF_OUTPUT = "the table of sizes gives the output SQNR with nearest levels, estimated weight by weight; refinement improves it"
 OF_WEIGHTS = "the table of sizes gives the SQNR of the weights, because without --calibrate the output is unknown"
 
@@ -38,9 +38,10 @@ OF_WEIGHTS = "the table of sizes gives the SQNR of the weights, because without 
 def write_within(
     prepared: Prepared, budget: Budget, calibration: Calibration | None, progress: Progress | None, threads: int | None
 ) -> Built:
-    """Choose grids within the budget, quantize and write.  The model is never larger than `budget.size`.
+    """Choose grids within the budget, quantize and write.  The model is never larger than `budget.size` bytes.
 
-    Raises ConfigError if no choice of bits keeps the budget.
+    calibration: inputs on which output errors are measured; None to estimate them from the weights.
+    Raises ConfigError if no choice of bits that was found meets the budget.
     """
     if not prepared.plan.planned:
         return write(prepared, [], {})
@@ -67,7 +68,7 @@ def write_within(
 
 
 def _offered(prepared: Prepared, size: int | None, threads: int | None) -> tuple[PlannedWeight, ...]:
-    """The weights with the grids to choose among: widths between whole numbers only below the size of FINE bits everywhere."""
+    """The weights and their candidate grids; without fractional widths if FINE bits for all weights fit the size."""
     planned = prepared.plan.planned
     if size is None:
         return planned
@@ -80,14 +81,14 @@ def _offered(prepared: Prepared, size: int | None, threads: int | None) -> tuple
 
 
 def _shown(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:
-    """The error of picks as users see it: of the output, or, without calibration, of the weights on average."""
+    """The estimated error of picks for users: of the output, or, without calibration, a power mean over the weights."""
     error = market.output_error(picks)
     return error if chunks else (error / len(market.planned)) ** (1 / BLIND_POWER)
 
 
 @dataclass(frozen=True)
 class _Search:
-    """nearest: what has been rounded already, by weight and grid."""
+    """The search for a file.  nearest: weights already rounded to nearest levels, by name and grid."""
 
     prepared: Prepared
     market: Market
@@ -96,10 +97,10 @@ class _Search:
     nearest: dict[tuple[str, Grid], Result]
 
     def small_enough(self, size: int, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
-        """The file of least output error that is at most so large.
+        """The file with the least output error in at most `size` bytes, and its picks.
 
-        chunks: on which it is compared with the best file of one grid for all, because the additive model, which has chosen, is
-        not the network.
+        chunks: held-out inputs on which the choice of the additive model, which is an estimate, is compared with the best file with
+        the same bits for all weights; without any, there is no comparison.
         """
         found = [self._small_enough(size)]
         if not chunks:
@@ -109,7 +110,7 @@ class _Search:
         return min(found, key=lambda each: relative_error(exact, outputs_of(each[1][0], chunks)))
 
     def _small_enough(self, size: int) -> tuple[Picks, Built]:
-        """The file of least output error by the additive model."""
+        """The file with the least output error by the additive model, and its picks.  Raises ConfigError if none is found."""
         limit = size
         for _ in range(TRIES):
             picks = self._fitting(limit)
@@ -121,7 +122,7 @@ class _Search:
         raise ConfigError(f"no choice of bits was found for a file of {size:,} bytes; allow a slightly larger file")
 
     def _alike(self, picks: Picks, built: Built, size: int) -> Iterator[tuple[Picks, Built]]:
-        """The best file of one grid for all, unless it is this one."""
+        """The best other file of `alike_within` that has at most `size` bytes, if one is found."""
         room = self.market.bytes(picks) + size - built[0].ByteSize() + SLACK
         for alike in self.market.alike_within(room)[:TRIES]:
             other = self._built(alike)
@@ -130,10 +131,10 @@ class _Search:
                 return
 
     def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
-        """The smallest file with that output SQNR on `chunks`, of those tried."""
+        """The smallest file tried with this output SQNR in dB on `chunks`, and its picks.  Raises ConfigError if there is none."""
         exact = outputs_of(self.prepared.model, chunks)
         best: tuple[Picks, Built] | None = None
-        reached, reaches, misses = -math.inf, -math.inf, math.inf  # the aims of least and most error that did and did not
+        reached, reaches, misses = -math.inf, -math.inf, math.inf  # best SQNR; largest aim that met it, least that missed
         aim, seen = -sqnr_db, set()
         for _ in range(TRIES):
             picks = self.market.reaching(10 ** (aim / 10)) or self.market.least_error()
@@ -162,14 +163,17 @@ class _Search:
         return best
 
     def _fitting(self, size: int) -> Picks:
-        """The picks of least output error whose file, with nearest levels, is at most so large."""
+        """The picks with the least output error whose file, with nearest levels, has at most `size` bytes.
+
+        Raises ConfigError if there are none.
+        """
         smallest = self.market.smallest()
         least = self._size(smallest)
         if least > size:
             raise ConfigError(
                 f"the smallest possible file has {least:,} bytes, more than {size:,}; allow a larger file, or see --edge-layers"
             )
-        # limits on the bytes of decodes that do and do not fit
+        # bytes of decodes that are known to fit, and known not to fit
         best, low, high = smallest, self.market.bytes(smallest), sys.maxsize
         limit, seen = size - (least - low), set()
         for _ in range(TRIES):

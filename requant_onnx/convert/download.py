@@ -1,4 +1,4 @@
-"""Conversions for compressed downloads: sizes are compressed sizes, measured on the file itself."""
+"""Conversions for compressed downloads: sizes are compressed sizes, measured by compressing the file."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
 from requant_onnx.runtime.stream import Chunk
 
-IMAGES = 64  # on which sensitivities are measured
-TRIES = 7
-CLOSE = 0.01  # of the size: a file this little below it is good enough
-CLOSE_DB, DB_A_BIT = 0.2, 5.0  # an SQNR this little above the target is good enough; what a bit of every weight brings, about
-FIRST = 0.93  # share of the codes in a file, to begin with
-FEWEST = 0.01  # bits of a weight
+IMAGES = 64  # calibration inputs on which sensitivities are measured
+TRIES = 7  # largest number of files tried
+CLOSE = 0.01  # fraction of the size; a file at most this far below it is good enough
+CLOSE_DB, DB_A_BIT = 0.2, 5.0  # an SQNR at most this far above the target is good enough; approximate dB per bit of all weights
+FIRST = 0.93  # share of a file that is assumed to be codes, for the first try
+FEWEST = 0.01  # smallest average number of bits per weight
 
 
 @dataclass(frozen=True)
 class _Try:
-    """A file.  bits: that all its codes were to take.  value: its compressed size, or its SQNR."""
+    """A file tried.  bits: intended bits of all codes.  value: its compressed size in bytes, or its output SQNR in dB."""
 
     bits: float
     value: float
@@ -43,9 +43,9 @@ class _Try:
 def write_for_download(
     prepared: Prepared, calibration: Calibration | None, progress: Progress | None, threads: int | None
 ) -> Built:
-    """Choose a step for each weight, quantize and write; with a budget, until the compressed file keeps it.
+    """Choose a step for each weight, quantize and write; with a budget, repeat this until the compressed file meets it.
 
-    Raises ConfigError if no step keeps it, and for models above 2 GB.
+    Raises ConfigError if no file tried meets the budget, or the model is above 2 GB.
     """
     if is_large(prepared.model):
         raise ConfigError("a model above 2 GB cannot be compressed as a whole; drop --optimize-for")
@@ -64,7 +64,7 @@ def write_for_download(
 
 
 def _is_free(item: PlannedWeight, prepared: Prepared) -> bool:
-    """Whether its grid is not asked for, and its values do not reach results themselves."""
+    """Whether the step may be chosen: no rule sets bits or transform, and the values do not reach results directly."""
     weight = item.weight
     asked = [rule for rule in prepared.config.rules if rule.matches(weight.names, weight.op)]
     return not weight.is_table and all(rule.bits is None and rule.transform is None for rule in asked)
@@ -79,11 +79,11 @@ class _Search:
 
     @property
     def count(self) -> int:
-        """Number of weights whose step is free."""
+        """The number of elements of all weights whose step is chosen."""
         return sum(each.count for each in self.weights)
 
     def built(self, bits: float) -> Built:
-        """The file with about this number of bits in all codes.  Its report has the compressed size."""
+        """The file whose codes with a chosen step take about `bits` in total.  Its report has the compressed size."""
         unit = unit_for(self.weights, bits)
         chosen = {each.item.weight.name: each.planned(unit) for each in self.weights}
         planned = [chosen.get(item.weight.name, item) for item in self.prepared.plan.planned]
@@ -92,7 +92,7 @@ class _Search:
         return model, replace(report, download_bytes=len(compress(file, self.prepared.config.optimize_for)))
 
     def small_enough(self, size: int) -> Built:
-        """The largest file found whose compressed size is at most this."""
+        """The file with the most bits among those tried with at most `size` compressed bytes.  Raises ConfigError if none has."""
 
         def measure(built: Built) -> float:
             return float(built[1].download_bytes or 0)
@@ -107,7 +107,10 @@ class _Search:
         return max(fitting, key=lambda each: each.bits).built
 
     def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> Built:
-        """The smallest file found with that output SQNR on `chunks`."""
+        """The file with the fewest bits among those tried that reach an output SQNR in dB on `chunks`.
+
+        Raises ConfigError if none does.
+        """
         exact = outputs_of(self.prepared.model, chunks)
 
         def measure(built: Built) -> float:
@@ -123,7 +126,10 @@ class _Search:
         return min(reaching, key=lambda each: each.bits).built
 
     def _tried(self, bits: float, measure: Callable[[Built], float], wanted: float, close: float, slope: float) -> list[_Try]:
-        """Files around the one whose value is as wanted, until one is close.  slope: of the value by the bits, about."""
+        """Try files until the value of one is within `close` of `wanted`.
+
+        bits: bits of the first file.  measure: value of a file.  slope: approximate change of the value per bit.
+        """
         tries: list[_Try] = []
         for _ in range(TRIES):
             bits = max(bits, FEWEST * self.count)
@@ -138,7 +144,7 @@ class _Search:
 
 
 def _next(tries: Sequence[_Try], wanted: float, slope: float) -> float:
-    """Bits between those that give too little and too much; until there are both, in steps by the slope, each twice as long."""
+    """The bits to try next: between values around `wanted`; until there are both, a step by the slope, doubled each time."""
     below = max((each for each in tries if each.value <= wanted), key=lambda each: each.value, default=None)
     above = min((each for each in tries if each.value > wanted), key=lambda each: each.value, default=None)
     if below is not None and above is not None:

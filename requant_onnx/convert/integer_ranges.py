@@ -1,4 +1,4 @@
-"""The part of a model that is to run on integers, with all that it needs to know of the activations."""
+"""The part of a model that will run on integers, and the grids of its activations."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from requant_onnx.runtime.activation_ranges import alphas_by_output
 from requant_onnx.runtime.feeds import activation_sizes, calibration_chunks, watch_activations
 from requant_onnx.runtimes import RUNTIMES
 
-LOSS_INPUTS = 16  # on which the loss by activations is measured
-RANGE_INPUTS, FEWEST_INPUTS, TRIALS = 64, 4, 5  # on which ranges of activations are compared; trials of each range, about
-RANGE_ELEMENTS = 1 << 34  # of activations that are computed for that, at most: half a minute
-RANGE_SHARE = 0.3  # of the time left, for that
-MARGIN_DB = 1.0  # that the weights may take of the least SQNR
+LOSS_INPUTS = 16  # inputs on which the loss from 8-bit activations is measured
+RANGE_INPUTS, FEWEST_INPUTS, TRIALS = 64, 4, 5  # most and fewest inputs on which ranges are compared; approximate trials per range
+RANGE_ELEMENTS = 1 << 34  # largest number of activation elements computed for that: about half a minute
+RANGE_SHARE = 0.3  # share of the time left for that
+MARGIN_DB = 1.0  # added to the smallest allowed SQNR, as a margin for the errors of the weights
 
 
 @dataclass(frozen=True)
 class Integers:
-    """grids: of each quantized activation.  biases: of the nodes that get an integer kernel.
+    """The integer part of a model.  plan: its nodes and tensors.  grids: grid of each quantized activation, by tensor.
 
-    min_scales: least scales of weights, () or (channels,), for biases to fit int32.
+    biases: biases of nodes with an integer kernel; none if the runtime does not store them as int32.
+    min_scales: least scales of weights for which these biases fit int32, (oc,) or (1,), by weight.
     """
 
     plan: IntegerPlan = field(default_factory=IntegerPlan)
@@ -49,7 +50,7 @@ class Integers:
     min_scales: dict[str, Float64Array] = field(default_factory=dict)
 
     def reports(self) -> tuple[ActivationReport, ...]:
-        """One for each quantized activation, in graph order."""
+        """The reports of all quantized activations, in graph order."""
         return tuple(
             ActivationReport(tensor, Bounds(grid.low, grid.high), float(grid.scale), int(grid.zero_point))
             for tensor, grid in self.grids.items()
@@ -65,7 +66,10 @@ def watch_integers(
     clock: Clock,
     progress: Progress | None,
 ) -> Integers:
-    """Plan the integer part and find its ranges.  excluded: weights that stay float.  Raises as `watch_activations`."""
+    """Plan the integer part and choose the ranges of its activations on calibration inputs.  Raises as `watch_activations`.
+
+    excluded: weights that are not planned for integer kernels.
+    """
     eligible = {
         w.name
         for w in view.weights
@@ -89,7 +93,7 @@ def watch_integers(
 
 
 def _while_time_is_left(clock: Clock, progress: Progress | None) -> Callable[[int, int], bool]:
-    """Report progress, and tell whether the comparison of ranges may take more time."""
+    """A function that reports progress and returns whether the comparison of ranges may take more time."""
     end = clock.elapsed + RANGE_SHARE * clock.left
 
     def goes_on(done: int, total: int) -> bool:
@@ -108,7 +112,10 @@ def _grids(
     calibration: Calibration,
     goes_on: Callable[[int, int], bool],
 ) -> dict[str, ActivationGrid]:
-    """The grid of each watched activation.  Noise reaches less far than images do, and does not tell what may be clipped."""
+    """The grid of each watched activation.
+
+    Noise has a narrower range than images and does not show what may be clipped, so the `output` method becomes `minmax` on it.
+    """
     row, method = RUNTIMES[config.runtime], config.activation_range
     if method is ActivationRange.OUTPUT and calibration.is_noise:
         method = ActivationRange.MIN_MAX
@@ -131,7 +138,7 @@ def _grids(
 
 
 def _inputs_for_ranges(histograms: Mapping[str, Histogram], calibration: Calibration) -> int:
-    """On how many inputs ranges are compared: on fewer, or none, where that would take too long."""
+    """The number of inputs on which ranges are compared; reduced, or 0, if that would take too long."""
     elements = sum(h.seen for h in histograms.values()) // calibration.count
     most = RANGE_ELEMENTS // max(1, TRIALS * len(histograms) * elements // 2)
     return 0 if most < FEWEST_INPUTS else min(most, RANGE_INPUTS, calibration.count)
@@ -143,7 +150,7 @@ def _unfit(
     config: QuantConfig,
     calibration: Calibration,
 ) -> set[str]:
-    """The activations whose 8 bits cost the outputs too much: those that cost most alone, until the rest leave enough."""
+    """The activations to leave in float: those that cost most alone, until the outputs keep `int8_min_sqnr` with the rest."""
     if not math.isfinite(config.int8_min_sqnr) or is_large(model):
         return set()
     chunks = calibration_chunks(model, replace(calibration, count=min(calibration.count, LOSS_INPUTS)))
@@ -160,7 +167,7 @@ def _unfit(
 
 
 def _without(model: ModelGraph, plan: IntegerPlan, unfit: set[str], config: QuantConfig) -> IntegerPlan:
-    """The plan without the weights whose nodes read or give such activations."""
+    """The plan without the weights whose nodes read or output unfit activations."""
     reads = {node.weight for node in plan.weighted if plan.source.get(node.x, node.x) in unfit}
     gives = {node.weight for node in plan.weighted if plan.source.get(plan.results.get(node.output, node.output)) in unfit}
     without = plan_integers(model, set(plan.weights) - reads - gives, GENERIC if config.int8_speed is Int8Speed.ALL else FAST)
@@ -171,7 +178,7 @@ def _without(model: ModelGraph, plan: IntegerPlan, unfit: set[str], config: Quan
 
 
 def _fast(model: ModelGraph, weights: set[str], config: QuantConfig, calibration: Calibration) -> IntegerPlan:
-    """The plan; with `int8_speed` auto without the layers that integers make slower."""
+    """The plan; with `int8_speed` auto, without layers that would be slower on integers."""
     if config.int8_speed is Int8Speed.ALL:
         return plan_integers(model, weights)
     plan, slower, sizes = plan_integers(model, weights, FAST), set[str](), dict[str, int]()

@@ -1,9 +1,9 @@
-"""Quantize weights one after another, each on inputs that include the errors of those before it.
+"""The ladder: increasingly thorough ways to quantize the weight of a layer, of which held-out inputs choose one.
 
-For each layer, second moments of its input (with all weights before it quantized) and of its float output are collected, and the
-candidates of a ladder are compared on calibration inputs held out from them: nearest, + bias correction, + error feedback,
-+ descent.  The one of least output error is chosen, so that no step makes a layer worse.  Where bits of codes count too (price.py),
-all of these weigh them, and feedback is tried on second moments that are more and less held to their diagonal.
+The second moments of the layer's input (with all weights before it quantized) and of its float output are collected.  Candidates
+are compared on calibration inputs held out from these: nearest levels, + bias correction, + error feedback, + descent.  The
+candidate with the least output error is chosen, so no step makes the layer worse on these inputs.  If bits of codes also count
+(price.py), the choice weighs them, and feedback is tried on second moments shrunk toward their diagonal by different amounts.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from requant_onnx.numerics.parallel import run_all, slices
 from requant_onnx.numerics.price import RATE, Price, entropy
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
-Pair = tuple[Float32Array, Float64Array]
-SHRINKAGES = (0.02, 0.15, 0.5)  # of second moments; held-out inputs choose one
-SHARES, FEW_PLACES = (0.0, 0.15, 0.5), 20  # the same without prices, for layers with fewer places than so many times their inputs
-ESTIMATES = 2  # of what codes cost, during the descent
-HELD_OUT = 4  # every fourth chunk is for the choice between candidates, not for making them
+Pair = tuple[Float32Array, Float64Array]  # second moments of inputs, and of outputs with inputs: see Evidence.pair
+SHRINKAGES = (0.02, 0.15, 0.5)  # shrinkages of second moments if bits count; held-out inputs choose one
+SHARES, FEW_PLACES = (0.0, 0.15, 0.5), 20  # the same if bits do not count, for layers with fewer than 20 places per input
+ESTIMATES = 2  # number of times that the price of codes is estimated during the descent
+HELD_OUT = 4  # every fourth chunk is held out, to choose between candidates
 
 
 @dataclass(frozen=True)
 class RefinedLayer:
     """The outcome of the ladder for one layer.
 
-    grid: of the weight.  errors: candidate -> mean squared output error on inputs held out, over that of no layer at all.
-    bias: (oc,) the new bias, None where it stays.
+    grid: grid of the weight.  bias: new bias, (oc,); None if it does not change.  method: name of the chosen candidate.
+    errors: candidate -> squared output error on held-out inputs, relative to output power.
     """
 
     grid: Grid
@@ -49,29 +49,30 @@ class RefinedLayer:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a layer.  fitted: moments of the inputs to fit on.  held: places of those held out."""
+    """The calibration data of a layer.  fitted: moments of the inputs to fit on.  held: places of the held-out inputs."""
 
     fitted: Moments
     held: Sample
 
     def pair(self, corrected: bool) -> Pair:
-        """The second moments of the inputs, and those with the outputs, about the means where a bias corrects these.
+        """The second moments of the inputs, (G, n, n), and of the outputs with the inputs, (G, rows, n).
 
-        The moments can be had once only.
+        corrected: whether they are about the means, because a bias corrects these.  Callable only once: it overwrites the sums.
         """
         return self.fitted.centered() if corrected else self.fitted.uncentered()
 
     @property
     def sums(self) -> tuple[Float64Array, Float64Array, int]:
-        """Sums of the inputs to fit on and of their outputs, and the number of places."""
+        """The sums of the inputs to fit on, (G, n), and of their outputs, (G, rows), and the number of places."""
         return self.fitted.x, self.fitted.y, self.fitted.count
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Codes and row grid, (G, rows, n).  start: what they began from.  corrected: with the best bias.
+    """A candidate.  start: quantized weight from which it was made.  codes: (G, rows, n).  rows: grids of the rows.
 
-    offset: decoded earlier stages, to which the codes are added, (G, rows, n), or () where there are none.
+    corrected: whether its bias is fitted.
+    offset: decoded earlier stages, to which the decoded codes are added, (G, rows, n); () if there are none.
     """
 
     grid: Grid
@@ -83,10 +84,11 @@ class _Candidate:
 
     @property
     def has_row_scales(self) -> bool:
-        """Whether each row has a scale of its own."""
+        """Whether each row has its own scale."""
         return self.start.axis is not None
 
     def decoded(self) -> Float64Array:
+        """The decoded weights, with the offset, (G, rows, n)."""
         return np.asarray(self.offset + self.rows.decode(self.codes))
 
 
@@ -101,11 +103,12 @@ def choose(
     offset: Float32Array | None = None,
     given: QuantizedWeight | None = None,
 ) -> RefinedLayer:
-    """The best of the ladder, up to the rung asked for, for one layer.
+    """Choose the best candidate for one layer, up to the given refinement.
 
-    grids: the first for nearest levels; feedback takes that of least weight error, weighted by the power of the inputs.
-    moments: of the evidence, where they have been taken from it already.  min_scale: as for quantize_weight.
-    offset: what a file adds to the decoded codes, in the shape of w.  given: codes that stay, so that only the bias is chosen.
+    grids: candidate grids.  Nearest levels use the first one; feedback uses the one with the least weight error, weighted by the
+    power of the inputs.
+    min_scale: as for quantize_weight.  moments: result of `evidence.pair`, if it has been called already.
+    offset: decoded earlier stages, in the shape of w.  given: fixed codes, for which only the bias is chosen.
     """
     rest = w if offset is None else w - offset
     first = quantize_weight(rest, grids[0], min_scale) if given is None else given
@@ -142,7 +145,7 @@ def _weighted(
     min_scale: Float64Array | None,
     offset: Float32Array | None,
 ) -> _Candidate:
-    """Ranges and grid by what each weight's error does to the output: the diagonal of the second moments weighs it."""
+    """The candidate whose ranges and grid minimize the weight error, weighted by the diagonal of the inputs' second moments."""
     importance = layer.importance(np.diagonal(xx, axis1=1, axis2=2).astype(np.float64))
     made = [quantize_weight(w, grid, min_scale, importance) for grid in grids]
     errors = [float(((q.dequantize().astype(np.float64) - w) ** 2 * importance).sum()) for q in made]
@@ -153,6 +156,7 @@ def _weighted(
 def _feedback(
     layer: Layer, w: Float32Array, nearest: _Candidate, pair: Pair, evidence: Evidence, refinement: Refinement
 ) -> Iterator[tuple[str, _Candidate]]:
+    """The candidates with error feedback, and descent from the best of them, by name."""
     matrices = layer.product.matrices(w).astype(np.float64)
     refit = nearest.has_row_scales and not layer.product.scale_is_shared
     xx, xy = pair
@@ -177,9 +181,9 @@ def _feedback(
 def _by_price(
     layer: Layer, w: Float32Array, nearest: _Candidate, pair: Pair, evidence: Evidence, refinement: Refinement
 ) -> tuple[dict[str, _Candidate], float]:
-    """The same where bits of codes count too, and the error, relative to the power of the output, that a bit is worth.
+    """The same candidates if bits of codes count, and the error per bit, relative to the power of the output.
 
-    Second moments are held to their diagonal as far as inputs held out say.
+    Held-out inputs determine how far second moments are shrunk toward their diagonal.
     """
     matrices, (xx, xy), step = layer.product.matrices(w).astype(np.float64), pair, nearest.grid.step or 0.0
     made: dict[str, _Candidate] = {}
@@ -214,7 +218,7 @@ def _rows(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> R
 
 
 def _target(w: Float64Array, xx: Float32Array, xy: Float64Array, triangle: Factor) -> Float64Array:
-    """The weights that bring the quantized input nearest to the float output, held to w where inputs say little.
+    """The weights that best map the quantized input to the float output, damped toward w where inputs have little power.
 
     W* = W + (C_yx - W C_xx) inv(C_xx + damping)
     """
@@ -228,7 +232,7 @@ def _target(w: Float64Array, xx: Float32Array, xy: Float64Array, triangle: Facto
 
 
 def _damped(xx: Float32Array) -> Float32Array:
-    """The matrix with an increased diagonal; works in place."""
+    """Add damping to the diagonal, in place.  Returns the matrix."""
     index = np.arange(xx.shape[-1])
     powers = np.diagonal(xx, axis1=1, axis2=2).mean(1, dtype=np.float64)
     xx[:, index, index] += np.maximum(DAMPING * powers, 1e-30)[:, None].astype(np.float32)
@@ -236,7 +240,7 @@ def _damped(xx: Float32Array) -> Float32Array:
 
 
 def _error(layer: Layer, candidate: _Candidate, evidence: Evidence) -> float:
-    """Squared error of the output on the inputs held out, with the bias fitted on the others, relative to its power."""
+    """The squared output error on held-out inputs, relative to output power; a corrected bias is fitted on the other inputs."""
     w_hat = candidate.decoded()
     bias = fitted_bias(w_hat, [evidence.sums]) if candidate.corrected else layer.biases
     return evidence.held.error(w_hat, bias)

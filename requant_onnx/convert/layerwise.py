@@ -1,4 +1,4 @@
-"""Quantize the layers of a model in order, each on the inputs that reach it through the layers quantized before."""
+"""Quantize the layers of a model in order, each on inputs that have passed through the layers quantized before it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Lanes, Stream, constants_to_initializers
 
-PLACES_AN_INPUT, PLACES, FEW_PLACES = 20, 1 << 15, 1 << 13  # at which inputs are seen: for each of n, at least; with several groups
-STEPS = 1000  # of the progress
-SECONDS_A_LAYER, SECONDS_A_ROW, SECONDS_A_WEIGHT = 0.04, 2.4e-4, 7.6e-7  # of the time that a layer takes, fitted to four nets:
-SECONDS_AN_INPUT, SECONDS_A_PRODUCT = 4e-9, 2e-10  # an element of an input at a place, and each product of rows with moments
+PLACES_AN_INPUT, PLACES, FEW_PLACES = 20, 1 << 15, 1 << 13  # fewest places sampled: per input of a product, in total, with groups
+STEPS = 1000  # number of steps of the progress
+SECONDS_A_LAYER, SECONDS_A_ROW, SECONDS_A_WEIGHT = 0.04, 2.4e-4, 7.6e-7  # estimated time of a layer, fitted to four nets;
+SECONDS_AN_INPUT, SECONDS_A_PRODUCT = 4e-9, 2e-10  # per element of an input at a place, and per product of rows with moments
 NO_TIME = "was not reached within the time limit"
 NO_LAYER = "is read by several nodes, or by no node with a known product"
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A quantized weight, and the choice made for it."""
+    """A quantized weight, the choice made for it, and its layer."""
 
     result: Result
     choice: RefinedLayer
@@ -46,9 +46,10 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Belief:
-    """What the model gives with the refined weights, as far as the refinement knows.
+    """The outputs that the refinement expects of the model with refined weights.
 
-    feed: some of the calibration inputs.  names: of outputs.  exact, refined: what they are for the feed, in float and refined.
+    feed: the first chunk of calibration inputs.  names: names of the outputs.
+    exact, refined: outputs for the feed, in float and with refined weights.
     """
 
     feed: Chunk
@@ -59,9 +60,9 @@ class Belief:
 
 @dataclass(frozen=True)
 class Refined:
-    """The layers that were refined; and for weights that were not, why (a sentence without its subject).
+    """The refined layers.  why_nearest: for each weight that was not refined, the reason (a sentence without its subject).
 
-    belief: None where the model was not run to its end.  note: what the time limit left out, or "".
+    belief: expected outputs; None if the model was not run to its end.  note: sentence on what the time limit left out, or "".
     """
 
     layers: list[LayerResult]
@@ -79,9 +80,10 @@ def quantize_layers(
     clock: Clock,
     progress: Progress | None,
 ) -> Refined:
-    """Refine those of the planned weights that one node alone multiplies with finite values.  The model does not change.
+    """Refine the planned weights that a single node multiplies with finite values.  The model does not change.
 
-    Where the time of the clock does not suffice, layers get the correction of their biases only, or nothing.
+    min_scales: least scales by weight, (oc,) or (1,).  Raises as `calibration_chunks`.
+    If the time of the clock does not suffice, some layers get only a correction of their biases, or nothing.
     """
     work = onnx.ModelProto()
     work.CopyFrom(model)
@@ -129,7 +131,7 @@ def _quantized(
 
 
 def _replacements(plan: PlannedWeight, done: LayerResult) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """The weight and, where it changes, the bias, as the layers behind see them."""
+    """The weight and, if it changes, the bias, as later layers see them, by name."""
     layer, choice = done.layer, done.choice
     yield layer.weight, tensor_proto(_emitted(plan, choice), layer.weight)
     if choice.bias is not None:
@@ -155,7 +157,7 @@ def _left_out(clock: Clock, schedule: Schedule, layers: int) -> str:
 
 
 def _cost(layer: Layer, plan: PlannedWeight, running: float, clock: Clock) -> Cost:
-    """About how many seconds a layer takes, and what refining it gains: the error of its weights relative to their power."""
+    """The estimated seconds for a layer, and the gain from refining it: its relative weight error, or 0 without a time limit."""
     product = layer.product
     n, rows = math.prod(product.shape) // product.channels, product.group * product.rows
     places = FEW_PLACES if product.group > 1 else max(PLACES, PLACES_AN_INPUT * n)
@@ -166,7 +168,7 @@ def _cost(layer: Layer, plan: PlannedWeight, running: float, clock: Clock) -> Co
 
 
 def _error_at_full_range(plan: PlannedWeight) -> float:
-    """The squared error of uniform levels over the full range, a twelfth of the squared step, over the power; 1 at most."""
+    """The squared error of uniform levels over the full range, step**2 / 12, relative to the power of the weights; at most 1."""
     rows = to_rows(plan.weight.load(), plan.grid.axis)
     step = np.ptp(rows, 1).astype(np.float64) / (LEVELS[plan.grid.bits] - 1)
     power = np.square(rows, dtype=np.float64).mean()
@@ -178,9 +180,9 @@ def _emitted(plan: PlannedWeight, choice: RefinedLayer) -> GenericArray:
 
 
 def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinement: Refinement) -> Evidence | str:
-    """What is known of a layer; of all chunks in both parts, where there are too few of them.
+    """The calibration data of a layer, or, if there is nothing to fit, the reason (a sentence without its subject).
 
-    number: of the layer, which seeds the choice of places.  A sentence without its subject where there is nothing to fit.
+    With too few chunks to hold out any, all are used for both.  number: number of the layer, which seeds the choice of places.
     """
     if any(layer.x not in chunk for chunk in exact.values):
         return "multiplies a constant"
@@ -210,7 +212,7 @@ def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinem
 
 
 def _chosen(total: int, count: int, *seed: int) -> Int64Array:
-    """So many places at most, in order: one from each of as many equal parts."""
+    """At most `count` of `total` places, ascending: one chosen at random from each of `count` equal parts."""
     if total <= count:
         return np.arange(total)
     edges = np.linspace(0, total, count + 1)
@@ -219,10 +221,11 @@ def _chosen(total: int, count: int, *seed: int) -> Int64Array:
 
 @dataclass(frozen=True)
 class Probe:
-    """A layer quantized alone, on some grids.
+    """A layer of which only the weight is quantized.
 
-    trials: for each grid the weight and, where it changes, the bias.  importance: what the squared error of each weight counts in
-    that of the layer's output, after feedback where that is asked for, 1 on average.
+    trials: for each grid, the quantized weight and, if it changes, the bias.
+    importance: factor on the squared error of each element in the layer's output error, 1 on average, in the shape of the weight;
+    if the refinement includes feedback, only of errors that feedback cannot compensate for.
     """
 
     layer: Layer
@@ -238,9 +241,9 @@ def probe_layers(
     refinement: Refinement,
     min_scales: Mapping[str, Float64Array],
 ) -> Iterator[Probe]:
-    """Probe the planned weights that a single node multiplies with finite values, on the inputs of the float model.
+    """Probe the planned weights that a single node multiplies with finite values, on the activations of the float model.
 
-    grids: by weight.
+    grids: grids to try, by weight.  min_scales: least scales by weight, (oc,) or (1,).
     """
     work = onnx.ModelProto()
     work.CopyFrom(model)
@@ -269,8 +272,8 @@ def probe_layers(
 
 
 def targets(layer: Layer, exact: Stream, rounded: Stream) -> Iterator[Float32Array]:
-    """What the layer should give for each chunk: its float output, and, where that is added to a shortcut which has been
-    quantized already, what makes up for the error of the shortcut."""
+    """The target output of a layer for each chunk: its float output; if a shortcut is added to this, minus the error of the
+    quantized shortcut."""
     name = layer.added_to
     for output, exact_values, rounded_values in zip(exact.output(layer.index), exact.values, rounded.values, strict=True):
         y = np.asarray(output, np.float32)

@@ -1,4 +1,4 @@
-"""Carry out a plan: quantize its weights in parallel, and measure the error of each."""
+"""Quantize the weights of a plan to their nearest levels, in parallel, and measure the error of each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArra
 from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 
-PIECE = 1 << 20
-ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # bytes of a weight from which on memory counts for more than threads
+PIECE = 1 << 20  # number of values converted to float64 at a time
+ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # larger weights, in bytes, are quantized one at a time, to save memory
 
 
 @dataclass(frozen=True)
 class Result:
-    """One weight done.  power, error: sums of squares of w and of w_hat - w.  finite: whether w_hat is.
+    """A quantized weight.  power, error: sums of squares of w and of w_hat - w.
 
+    finite: whether w_hat is finite; if not, the error is infinite.
     method, why_nearest, output_errors: see report.WeightReport.
     """
 
@@ -41,17 +42,17 @@ class Result:
 
     @property
     def is_integer(self) -> bool:
-        """Whether an integer kernel is to multiply with it."""
+        """Whether it is stored for an integer kernel."""
         return FORMS[self.planned.form].on_integers
 
     def coded(self) -> Coded:
-        """The weight as the graph takes it."""
+        """The weight as the decode in the graph needs it."""
         weight = self.planned.weight
         looked_up = weight.lookup_axis is not None and self.quantized.axis in (None, weight.lookup_axis)
         return Coded(weight.name, self.quantized, weight.emit, self.planned.form, looked_up, self.planned.base)
 
     def report(self, bytes_after: int, why_not_int8: str = "") -> WeightReport:
-        """The weight as the user sees it."""
+        """The report for users.  bytes_after, why_not_int8: see WeightReport."""
         weight, grid, q = self.planned.weight, self.planned.grid, self.quantized
         return WeightReport(
             name=weight.name,
@@ -80,7 +81,10 @@ def quantize_all(
     progress: Progress | None,
     threads: int | None,
 ) -> Iterator[Result]:
-    """Quantize in parallel (the search holds no GIL), yield in order.  min_scales: the least scales, by weight."""
+    """Quantize in parallel threads (the search releases the GIL), and yield the results in order.
+
+    min_scales: least scales by weight, (oc,) or (1,).  threads: number of threads; None: one per core.
+    """
 
     def one(item: PlannedWeight) -> Result:
         return _quantize(item, min_scales.get(item.weight.name))
@@ -97,7 +101,7 @@ def quantize_all(
 
 
 def workers(threads: int | None) -> int:
-    """How many threads to run; None: one a core."""
+    """The number of threads to run; one per core if `threads` is None."""
     return threads or os.cpu_count() or 1
 
 
@@ -117,7 +121,7 @@ def _quantize_loaded(planned: PlannedWeight, min_scale: Float64Array | None) -> 
 
 
 def _on_disk(codes: UInt8Array) -> UInt8Array:
-    """The codes in a file without a name, which is gone with them, or with the process."""
+    """The codes in a memory-mapped temporary file without a name, which is deleted with them, or with the process."""
     with tempfile.TemporaryFile() as file:
         codes.tofile(file)
         file.flush()
@@ -125,8 +129,8 @@ def _on_disk(codes: UInt8Array) -> UInt8Array:
 
 
 def measure(planned: PlannedWeight, w: Float32Array, quantized: QuantizedWeight) -> Result:
-    """The error of a quantized weight as its readers see it."""
-    with np.errstate(over="ignore"):  # an overflow is found below and the weight is skipped
+    """Measure the error of a quantized weight in the type that its readers expect."""
+    with np.errstate(over="ignore"):  # an overflow is detected below
         w_hat = planned.decoded(quantized).astype(onnx.helper.tensor_dtype_to_np_dtype(planned.weight.emit), copy=False)
     finite = bool(np.isfinite(w_hat.min()) and np.isfinite(w_hat.max()))
     error = _energy(w_hat.ravel(), w.ravel()) if finite else float("inf")
@@ -134,7 +138,7 @@ def measure(planned: PlannedWeight, w: Float32Array, quantized: QuantizedWeight)
 
 
 def _energy(values: GenericArray, less: Float32Array | None = None) -> float:
-    """Sum of squares of flat values, or of a difference, in pieces: float64 copies of the whole would take most of the memory."""
+    """The sum of squares of values - less, both (n,), in pieces: a float64 copy of the whole would take too much memory."""
     total = 0.0
     for start in range(0, values.size, PIECE):
         piece = values[start : start + PIECE].astype(np.float64)

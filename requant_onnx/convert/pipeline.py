@@ -36,7 +36,7 @@ from requant_onnx.runtime.fold_constants import exposed
 from requant_onnx.runtime.sessions import load_runnable, runs
 from requant_onnx.runtimes import RUNTIMES
 
-COARSE_BITS = 5  # up to here, refinement is worth more than the noise of a test set
+COARSE_BITS = 5  # up to this width, refinement gains more accuracy than the noise of a test set
 
 
 def quantize_model(
@@ -51,7 +51,7 @@ def quantize_model(
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantize the weights of a model.  Returns the new model, with all its values in memory, and a report.
 
-    The model that is given never changes.  The same input gives the same output, with any number of threads.  If nothing can be
+    The given model never changes.  The same input gives the same output, with any number of threads.  If nothing can be
     converted, the model is returned unchanged and `report.converted` is empty.
     model: path, ModelProto, bytes or binary file object.  config: settings (default: QuantConfig()).
     calibration: inputs on which rounding is refined (`config.refinement`), bits are chosen within a budget, and activations are
@@ -59,7 +59,7 @@ def quantize_model(
     progress: callback for progress.  threads: number of threads (default: one per core).
     time_limit: approximate time limit, in seconds.  Layers whose refinement gains least for its time are not refined, and the
     report gives their number; the bytes of the file then depend on the speed of the machine.
-    check: whether to compare the result with the model on inputs that the conversion did not use (`report.check`).
+    check: whether to compare the result with the model, if possible on inputs that the conversion did not use (`report.check`).
     Raises ModelError if the model cannot be loaded, has NaN or infinite weights, or ONNX Runtime does not treat a weight as the
     form promises; ConvertedError if it is already converted; ConfigError if settings or arguments do not fit together; DataError
     if the calibration inputs do not fit the model; QualityError if ONNX Runtime does not run the result.
@@ -80,7 +80,7 @@ def convert_model(
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """As quantize_model, but external data may still be in the files of the input, from which save_model reads them.
 
-    steps: what a conversion with fixed bits does with the prepared model."""
+    steps: function that quantizes and writes a prepared model, for conversions with fixed bits."""
     clock = Clock(time_limit)
     _check(config, calibration, threads, time_limit)
     if config.int8_levels is Int8Levels.AUTO:
@@ -88,7 +88,7 @@ def convert_model(
     loaded = load_runnable(model)
     _check_new(loaded.proto)
     excluded: dict[str, str] = {}
-    while True:  # at most once for each weight that a kernel is planned for and not found
+    while True:  # repeated at most once for each weight whose planned kernel is missing
         made, report = _convert(loaded.proto, config, calibration, excluded, clock, progress, threads, steps)
         checked = RUNTIMES[config.runtime].checked
         notes, broken = _broken_promises(loaded, made, report.converted) if checked else ((), {})
@@ -115,7 +115,7 @@ def convert_model(
 def _checked(
     source: onnx.ModelProto, made: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport
 ) -> QuantReport:
-    """The report with the self-check.  Raises QualityError if the result does not run in ONNX Runtime, but should."""
+    """The report with the self-check.  Raises QualityError if a result for a checked runtime does not run."""
     try:
         found = self_check(source, made, calibration)
     except QualityError as error:
@@ -151,7 +151,7 @@ def _convert(
 
 
 def inspect_model(model: ModelLike) -> InspectReport:
-    """List the contents of a model, and which weights `quantize_model` would convert.
+    """List the contents of a model, and the weights that `quantize_model` would convert.
 
     model: path, ModelProto, bytes or binary file object.  Raises ModelError if it cannot be loaded."""
     loaded = load_runnable(model).copy()
@@ -176,7 +176,7 @@ def inspect_model(model: ModelLike) -> InspectReport:
 
 
 def _typed(item: onnx.ValueInfoProto) -> str:
-    """A tensor with its type and shape, as text."""
+    """The name, type and shape of a tensor, as text."""
     tensor = item.type.tensor_type
     if not item.type.HasField("tensor_type"):
         return f"{item.name} ({item.type.WhichOneof('value') or 'no type'})"
@@ -186,6 +186,7 @@ def _typed(item: onnx.ValueInfoProto) -> str:
 
 
 def _check(config: QuantConfig, calibration: Calibration | None, threads: int | None, time_limit: float | None) -> None:
+    """Raise ConfigError if a setting or argument is invalid, or if they do not fit together."""
     if not isinstance(calibration, Calibration | None):
         raise ConfigError(f"calibration must be a Calibration, not {type(calibration).__name__}")
     if threads is not None and threads < 1:
@@ -219,7 +220,7 @@ def _odd(model: LoadedModel) -> tuple[str, ...]:
 
 
 def _notes(model: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport) -> tuple[str, ...]:
-    """Notes on what could be better: calibration inputs at few bits, and their normalization."""
+    """Notes on what the user could improve: calibration inputs at few bits, and their normalization."""
     if calibration is None:
         blind = not isinstance(config.bits, Budget) and config.refinement is not Refinement.NONE
         coarse = blind and any(weight.bits <= COARSE_BITS for weight in report.converted)
@@ -235,7 +236,7 @@ def _notes(model: onnx.ModelProto, config: QuantConfig, calibration: Calibration
 def _check_new(model: onnx.ModelProto) -> None:
     """Raise ConvertedError for a model that requant_onnx has converted."""
     settings = settings_of(model)
-    if settings and "version" in settings:  # else somebody else's entry
+    if settings and "version" in settings:  # otherwise, the entry is not ours
         made = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "version")
         raise ConvertedError(
             f"the model is already converted, by requant_onnx {settings.get('version', '?')} ({made or 'default settings'}); "
@@ -257,9 +258,9 @@ def _levels_note(config: QuantConfig) -> tuple[str, ...]:
 def _broken_promises(
     source: LoadedModel, model: onnx.ModelProto, converted: tuple[WeightReport, ...]
 ) -> tuple[tuple[str, ...], dict[str, WeightFate]]:
-    """Notes, and the weights that ONNX Runtime does not treat as promised; only a note if it does not even load the input."""
+    """Notes, and the weights that ONNX Runtime does not treat as promised, by name; only a note if it cannot load the input."""
     promised = {weight.name: Form(weight.form) for weight in converted if FORMS[Form(weight.form)].promise is not None}
-    if not promised:  # DequantizeLinear is decoded at every run, or fused, as ONNX Runtime likes
+    if not promised:  # ONNX Runtime is free to run a DequantizeLinear every time, or to fuse it
         return (), {}
     if is_large(model) or sum(weight.bytes_before for weight in converted) > LARGE_BYTES:
         return ("the model is larger than 2 GB, so its treatment by ONNX Runtime was not checked; see requant explain",), {}

@@ -15,23 +15,23 @@ from requant_onnx.numerics.kinds import UNIFORM, GridKind, PowerGrid
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, decoded_sum
 from requant_onnx.runtimes import RUNTIMES
 
-EDGE_BITS = 8
-REFERENCE_BITS = 4
-SHORT_CHANNEL = 600  # weights; in longer ones, scales take less than 2 % of the codes
-MOST, FEW = 1 / 2, 4  # share of all weights that is most of them, in a model of at least so many
-LARGE, LARGE_SHARE = 1 << 16, 1 / 20  # elements of a large weight, and the share of all from which 8 bits cost more than they bring
-TERNARY = 3  # levels, which are the same in all kinds of grids
-BALANCED = (3, 5)  # numbers of levels that reach equally far to both sides, because zero points bring nothing
-SAFE_BITS = 7  # levels of 64 at most: an eighth bit of code would be empty
+EDGE_BITS = 8  # bits of first and last layers, and of tables
+REFERENCE_BITS = 4  # bits of the reference grid within a budget
+SHORT_CHANNEL = 600  # elements; in longer channels, scales take less than 2 % of the size of the codes
+MOST, FEW = 1 / 2, 4  # share of all elements that counts as most of them, in a model of at least this many weights
+LARGE, LARGE_SHARE = 1 << 16, 1 / 20  # elements of a large weight, and its share of all above which 8 bits cost more than they gain
+TERNARY = 3  # number of levels for which all kinds of grids are the same
+BALANCED = (3, 5)  # numbers of levels that are always symmetric, because zero points gain nothing
+SAFE_BITS = 7  # enough for levels up to 64; an eighth bit would be unused
 
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """A weight, the grid it goes on, and how it is stored.
+    """A weight, its grid, and the form in which it is stored.
 
-    others: grids that may be chosen instead: of other kinds, where calibration inputs say that they are better, and, within
-    a budget, of other bits and granularity.
-    base: earlier stages of a progressive file, whose decoded sum the grid refines.  given: codes that are known already.
+    others: grids that may be chosen instead: of other kinds, which calibration inputs compare, and, within a budget, of other bits
+    and granularity.
+    base: earlier stages of a progressive file; the grid quantizes the residual.  given: codes that are fixed already.
     """
 
     weight: Weight
@@ -52,19 +52,19 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision on every weight of a model, in graph order."""
+    """The plan for every weight of a model, in graph order.  skipped: weights that stay in float, and why."""
 
     planned: tuple[PlannedWeight, ...]
     skipped: tuple[SkippedWeight, ...]
 
 
 def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] = ()) -> Plan:
-    """Give each weight its grid and form; first and last layers by `config.edge_layers`.
+    """Choose the grid and form of each weight; in first and last layers, by `config.edge_layers`.
 
-    A first or last layer that holds much of the weights gets the bits asked for.  The classifier of a MobileNetV2 holds 37 % of
-    them: 8 bits instead of 4 make the file a third larger, and the outputs 0.1 dB better.
+    A first or last layer with a large share of all elements is quantized like any other layer.  The classifier of a MobileNetV2
+    has 37 % of them: 8 bits instead of 4 would make the file a third larger, and the outputs 0.1 dB better.
 
-    integers: the weights that an integer kernel multiplies with, in the int8 form.
+    integers: weights that integer kernels read, in the int8 form.
     """
     planned, left = [], list(view.skipped)
     total = sum(math.prod(weight.shape) for weight in view.weights)
@@ -80,13 +80,13 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
 
 
 def _is_much(weight: Weight, total: int, count: int) -> bool:
-    """Whether a weight holds much of the elements of all weights.  total: their number.  count: of weights."""
+    """Whether a weight has a large share of all elements.  total: number of elements of all weights.  count: number of weights."""
     size = math.prod(weight.shape)
     return count >= FEW and size > total * (LARGE_SHARE if size >= LARGE else MOST)
 
 
 def opset_for(config: QuantConfig) -> int:
-    """The opset that the decodes of such a conversion need."""
+    """The smallest opset that supports the decodes of a conversion with these settings."""
     both, native4 = (False, True), RUNTIMES[config.runtime].native4
     forms = {config.form, *(rule.form for rule in config.rules if rule.form is not None)}
     widths = {bits for edge in both for form in forms for bits in _widths(config, edge, form)}
@@ -97,7 +97,7 @@ def opset_for(config: QuantConfig) -> int:
 
 
 def kept_in_float(weight: Weight, config: QuantConfig) -> str | None:
-    """Why the settings exempt this weight (a sentence without its subject); None where they do not."""
+    """Why the settings keep this weight in float (a sentence without its subject); None if they do not."""
     rule = config.kept_in_float(weight.names, weight.op)
     if rule is not None:
         return f"is kept in float by the rule '{rule.pattern}'"
@@ -138,17 +138,17 @@ def _form(config: QuantConfig, integer: bool) -> Form:
 
 
 def _limit(config: QuantConfig) -> int:
-    """The largest level of the int8 form; a runtime of its own kernels has no need of less than int8 holds."""
+    """The largest level of the int8 form; `int8_levels` is for the kernels of ONNX Runtime, and other runtimes get 127."""
     return int((config.int8_levels if RUNTIMES[config.runtime].checked else Int8Levels.FULL).value)
 
 
 def _has_pairs(weight: Weight, config: QuantConfig) -> bool:
-    """Whether codes of 4 bits can be stored: TensorRT's parser needs two in each byte of a row."""
+    """Whether 4-bit codes can be stored: TensorRT's parser needs an even number of them in each row."""
     return RUNTIMES[config.runtime].checked or weight.shape[-1] % 2 == 0
 
 
 def _widths(config: QuantConfig, is_edge: bool, form: Form) -> list[float]:
-    """Bits, the one to measure by first where they are to be chosen."""
+    """The candidate widths in bits; within a budget, REFERENCE_BITS come first."""
     asked: list[float]
     if is_edge and config.edge_layers is EdgeLayers.EIGHT_BIT:
         asked = [EDGE_BITS]
@@ -161,7 +161,7 @@ def _widths(config: QuantConfig, is_edge: bool, form: Form) -> list[float]:
 
 
 def _granularities(weight: Weight, config: QuantConfig) -> list[Granularity]:
-    """Within a budget, short channels may share one scale (not in int8, whose biases are counted in those of channels)."""
+    """The candidates; within a budget, short channels may share a scale (not in int8, whose biases have steps per channel)."""
     per_channel = config.granularity is Granularity.PER_CHANNEL
     if weight.channel_axis is None:
         return [Granularity.PER_TENSOR]
@@ -173,7 +173,7 @@ def _granularities(weight: Weight, config: QuantConfig) -> list[Granularity]:
 
 
 def _kinds(config: QuantConfig, bits: float, is_edge: bool) -> list[GridKind]:
-    """Edge layers are never transformed (REQuant, arXiv 2510.04044); the automatic transform is one of several, uniform first."""
+    """The candidate kinds, uniform first if the transform is automatic.  Edge layers are never transformed (arXiv 2510.04044)."""
     if is_edge:
         return [UNIFORM]
     if config.transform.exponent is not None:

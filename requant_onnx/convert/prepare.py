@@ -1,4 +1,4 @@
-"""Prepare a conversion: normalize the graph, find the weights, watch activations, plan."""
+"""Prepare a conversion: normalize the graph, find the weights, measure the ranges of activations, and plan."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from requant_onnx.runtimes import RUNTIMES
 
 @dataclass(frozen=True)
 class Origin:
-    """The model as it was given.  overridable: how many weights callers could replace.  constants: all floats that it stores."""
+    """The original model.  overridable: number of weights that callers could replace.  constants: all float constants it stores."""
 
     source: onnx.ModelProto
     opset: int
@@ -47,8 +47,9 @@ class Origin:
 class Prepared:
     """A model ready for its weights to be quantized, and what was decided about it.
 
-    graph: normalized.  folded: BatchNormalizations.  refining: the calibration, if rounding is to follow it.
-    means: without it, what BatchNormalization says of the means of activations.  clock: the time that all of it may take.
+    graph: normalized model.  folded: number of folded BatchNormalization nodes.  refining: calibration, if it refines the rounding.
+    means: without calibration, the channel means, (channels,), of activations, as BatchNormalization determines them.
+    clock: clock of the whole conversion.
     """
 
     origin: Origin
@@ -78,7 +79,7 @@ class Prepared:
 
     @property
     def target(self) -> Target:
-        """What the file is written for."""
+        """The runtime and opset that the file is written for."""
         row = RUNTIMES[self.config.runtime]
         return Target(opset_of(self.model), row.native4, row.signed, row.half, row.grouped)
 
@@ -91,13 +92,14 @@ def prepare(
     clock: Clock,
     progress: Progress | None,
 ) -> Prepared:
-    """Prepare everything up to the weights themselves.
+    """Carry out all steps before the quantization of the weights.
 
-    source: does not change.  excluded: weights that integer kernels are not planned for.
+    source: original model, which does not change.  excluded: weights that are not planned for integer kernels.
+    Raises ConfigError if a layer rule matches no weight; in the int8 form, also as `watch_activations`.
     """
     opset, work = opset_of(source), onnx.ModelProto()
     work.CopyFrom(source)
-    if calibration is not None and not is_large(work):  # which runs the model from memory
+    if calibration is not None and not is_large(work):  # calibration runs the model from memory
         materialize(work)
     start = exposed(work, config.keep_inputs)
     given, view = start.graph, find_weights(start.graph)
@@ -131,7 +133,7 @@ def prepare(
 
 
 def copied(prepared: Prepared) -> Prepared:
-    """One that may be written while the other stays."""
+    """A copy that `write` may change while the original stays the same."""
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
     return replace(prepared, graph=replace(prepared.graph, proto=model))

@@ -1,13 +1,12 @@
-"""Progressive conversions: a model at 2 bits, and two more that add codes to its weights.
+"""Progressive conversions: a model of 2 bits, and two more models that add codes to its weights.
 
     2 bits    W2 = s * level              a conversion at 2 bits
-    4 bits    W4 = W2 + s' * level'       2 bits more for W - W2
-    8 bits    W8 = W4 + s'' * level''     4 bits more for W - W4
+    4 bits    W4 = W2 + s' * level'       2 more bits for the residual W - W2
+    8 bits    W8 = W4 + s'' * level''     4 more bits for the residual W - W4
 
 Each stage is refined for the outputs of its own model, with the codes of the stages before it fixed, and has its own biases.
-First and last layers, layers with few weights for each scale (depthwise), and those with bits of their own (--layer) have the same
-codes in all stages.
-files/planes.py stores what several of the models have in common once.
+First and last layers, layers with few elements per scale (such as depthwise layers), and layers whose bits are set by --layer have
+the same codes in all stages.  files/planes.py stores tensors that several of the models contain only once.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from requant_onnx.numerics.kinds import SQUARE_ROOT, UNIFORM
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 
-STAGES = (2, 4, 8)  # bits of a weight
-SHORT_ROW = 32  # weights that share a scale, up to which two more scales are more than an eighth of their 8 bits
+STAGES = (2, 4, 8)  # bits per weight in each stage
+SHORT_ROW = 32  # elements per scale, up to which two more scales take at least an eighth of the size of 8-bit codes
 NOT_SMALLER = "would not get smaller in the 2-bit model"
 
 
 class Stage(NamedTuple):
-    """One model of a progressive conversion.  bits: of its weights.  report: of the conversion, as quantize_model returns it."""
+    """One model of a progressive conversion.  bits: bits per weight.  report: report of its conversion, as by quantize_model."""
 
     bits: int
     model: onnx.ModelProto
@@ -59,10 +58,10 @@ def quantize_progressively(
 ) -> list[Stage]:
     """Quantize the weights of a model to 2 bits, and refine them to 4 and 8 bits.  Returns the three stages, the smallest first.
 
-    Each model is complete and folded: ONNX Runtime adds the codes of all its stages when it loads it.  `save_progressive` writes
-    what the models have in common once.  The arguments and errors are those of quantize_model.
-    config: settings (default: QuantConfig(form="folded")), with 8 bits, the folded form, and optimized for files.
-    Raises ConfigError for other settings too.
+    Each model is complete and has the folded form: ONNX Runtime adds its decoded stages when it loads the model.
+    `save_progressive` stores tensors that several models contain only once.  Arguments and errors are those of quantize_model.
+    config: settings (default: QuantConfig(form="folded")); bits must be 8, the form folded, and optimize_for file.
+    Raises ConfigError if they are not.
     """
     config = config or QuantConfig(form=Form.FOLDED)
     _check(config)
@@ -76,13 +75,14 @@ def quantize_progressively(
 
 
 def _part(progress: Progress | None, number: int) -> Progress | None:
-    """The progress of one stage as a part of the whole."""
+    """A callback that reports the progress of one stage as a part of the whole."""
     if progress is None:
         return None
     return lambda name, done, total: progress(name, number * total + done, len(STAGES) * total)
 
 
 def _check(config: QuantConfig) -> None:
+    """Raise ConfigError if the settings are not those of progressive files."""
     if config.form is not Form.FOLDED:
         raise ConfigError(f"progressive files have the folded form, not {config.form}; choose form folded")
     if config.bits != MAX_BITS:
@@ -93,7 +93,7 @@ def _check(config: QuantConfig) -> None:
 
 @dataclass(frozen=True)
 class _Coarse:
-    """What a weight has so far.  grid: of the first stage.  fixed: whether its codes stay.  stages: its codes, in order."""
+    """A weight after some stages.  grid: grid of the first one.  fixed: whether its codes are final.  stages: codes, in order."""
 
     grid: Grid
     fixed: bool
@@ -102,9 +102,9 @@ class _Coarse:
 
 @dataclass
 class _Refinement:
-    """Conversions of one model one after another, each of which refines the weights of the one before it.
+    """Successive conversions of one model, each of which refines the weights of the conversion before it.
 
-    coarse: by weight; None before the first conversion.
+    coarse: weights so far, by name; None before the first conversion.
     """
 
     coarse: dict[str, _Coarse] | None = field(default=None)
@@ -112,7 +112,7 @@ class _Refinement:
     def convert(
         self, prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None
     ) -> Built:
-        """Quantize and write the next stage.  Changes `prepared.model`."""
+        """Quantize and write the next stage.  Changes `prepared.model`.  Raises ModelError as `write_checked`."""
         if self.coarse is None:
             planned = [_first(item) for item in planned]
         else:
@@ -136,9 +136,9 @@ class _Refinement:
 def _first(item: PlannedWeight) -> PlannedWeight:
     """The weight as the first stage quantizes it.
 
-    Weights whose codes stay get their nearest levels: refined ones would make up for errors that later stages do not have.  These
-    are first and last layers, and those with short rows, such as depthwise layers, where scales of three stages would take more
-    room than 8 bits from the start.  Short rows have no zero points, which would take much room too.
+    Weights with the same codes in all stages get nearest levels: refined levels would compensate for errors that later stages do
+    not have.  Among them are layers with short rows, such as depthwise layers, where the scales of three stages would take more
+    space than 8-bit codes in the first stage.  Short rows are symmetric, because zero points would take much space too.
     """
     grid = item.grid
     if grid.bits == STAGES[0] and item.form is Form.FOLDED:
@@ -150,12 +150,12 @@ def _first(item: PlannedWeight) -> PlannedWeight:
 
 
 def _next(item: PlannedWeight, coarse: _Coarse) -> PlannedWeight:
-    """The weight as the next stage quantizes it: what is left of it, or, where its bits stay, with the codes that it has.
+    """The weight as the next stage quantizes it: its residual, or, if its bits do not change, its existing codes.
 
-    Most of what is left is below half a step, but weights beyond the range of the base leave more: levels of the square root reach
-    them.  Nearest levels of a ResNet-20 have 4.4 dB less error in three stages so than with uniform levels.  All weights have the
-    same kind, so that those that are decoded together are the same in all stages.
-    item: as planned for the bits of all stages so far.
+    Most residuals are below half a step, but weights beyond the range of the earlier stages leave larger ones, which square-root
+    levels reach: nearest levels of a ResNet-20 in three stages have 4.4 dB less error than with uniform levels.  All weights use
+    this kind, so that the same weights are decoded together in all stages.
+    item: weight planned with the total bits of all stages up to this one.
     """
     more = item.grid.bits - sum(stage.table.bits for stage in coarse.stages)
     if coarse.fixed or more <= 0:

@@ -1,11 +1,11 @@
-"""The step of each weight for compressed files: one bit buys the same reduction of the output error in every weight.
+"""The step of each weight for compressed files: one more bit reduces the output error equally in every weight.
 
-Uniform rounding by a step s makes an output error of kappa * n * s**2 / 12 with the n weights of a tensor.  Its bits fall by n for
-each doubling of s, so a bit is worth kappa * s**2 / 6 * ln 2 of output error, whatever n is: the same for all weights where
+Uniform rounding of the n elements of a weight with step s causes an output error of kappa * n * s**2 / 12.  Each doubling of s
+saves n bits, so a bit is worth kappa * s**2 / 6 * ln 2 of output error, whatever n is.  It is worth the same in all weights if
 
     s = s_0 / sqrt(kappa)
 
-with one s_0 for the whole model.  kappa is measured: what the outputs lose where the weight alone is rounded by a known step.
+with one s_0 for the whole model.  kappa is measured: the output error with only this weight rounded, with a known step.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from requant_onnx.numerics.quantize import Grid
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.stream import Chunk
 
-PROBE = 0.5  # step at which kappa is measured, in root mean squares of the weight
-LADDER = 2.0 ** (np.arange(-14, 17) / 2)  # steps at which bits are counted, in the same
-SAMPLE = 1 << 13  # weights of a tensor that are counted
-LEAST_KAPPA = 1e-6  # relative to the mean of all: a weight that no output notices gets a step all the same
+PROBE = 0.5  # step at which kappa is measured, relative to the root mean square of the weight
+LADDER = 2.0 ** (np.arange(-14, 17) / 2)  # steps at which bits are counted, in the same unit
+SAMPLE = 1 << 13  # largest number of elements of a weight whose bits are counted
+LEAST_KAPPA = 1e-6  # least kappa relative to the mean of all, so that a weight without effect on the outputs has a finite step
 
 
 @dataclass(frozen=True)
 class Rated:
     """A weight whose step is free.
 
-    axis: of its scales.  rms: root mean square.  kappa: output error for a squared error of one weight.
-    bits: that a weight takes on average, for the steps of LADDER.
+    axis: axis of its scales, None for one scale.  rms: root mean square of its elements.
+    kappa: relative output error per unit of squared error of the weight.
+    bits: average bits per element at each step of LADDER, (steps,).
     """
 
     item: PlannedWeight
@@ -49,7 +50,7 @@ class Rated:
 
     @property
     def count(self) -> int:
-        """Number of weights."""
+        """The number of elements."""
         return math.prod(self.item.weight.shape)
 
     def bits_at(self, unit: float) -> float:
@@ -58,7 +59,7 @@ class Rated:
         return self.count * float(np.interp(math.log(step), np.log(LADDER), self.bits))
 
     def planned(self, unit: float) -> PlannedWeight:
-        """The weight with its step."""
+        """The weight planned with its step.  unit: s_0."""
         grid = Grid.by_step(self._step(unit), self.axis, half_scales=self.item.grid.half_scales)
         return PlannedWeight(self.item.weight, grid, self.item.form)
 
@@ -69,13 +70,16 @@ class Rated:
 def rate_weights(
     prepared: Prepared, planned: Sequence[PlannedWeight], chunks: Sequence[Chunk], progress: Progress | None
 ) -> tuple[Rated, ...]:
-    """Measure what errors of the weights do, and what bits they take.  chunks: of calibration inputs; none: go by the weights."""
+    """Measure kappa and the bits of each weight.
+
+    chunks: calibration inputs; without any, kappa is estimated from the weights.
+    """
     axes = _axes(prepared, planned)
     loaded = []
     for item in planned:
         w = item.weight.load()
         rms = float(np.sqrt(np.square(w, dtype=np.float64).mean())) or 1.0
-        blind = 1 / (rms**2 * math.sqrt(w.size))  # none gets far above the others, as with bits (allocate.py)
+        blind = 1 / (rms**2 * math.sqrt(w.size))  # no error is far above the others, as in allocate.py
         loaded.append(Rated(item, axes[item.weight.name], rms, blind, _bits_by_step(w, rms)))
     if not chunks:
         return tuple(loaded)
@@ -91,7 +95,7 @@ def rate_weights(
 
 
 def _axes(prepared: Prepared, planned: Sequence[PlannedWeight]) -> Mapping[str, int | None]:
-    """One scale for all weights that are multiplied with the same inputs: for each channel only where groups read their own."""
+    """The axis of each weight's scales: elements multiplied by the same inputs share one, so it is per-channel only for groups."""
     axes: dict[str, int | None] = {item.weight.name: None for item in planned}
     by_name = {item.weight.name: item for item in planned}
     for layer in find_layers(prepared.graph, by_name.keys()):
@@ -101,15 +105,15 @@ def _axes(prepared: Prepared, planned: Sequence[PlannedWeight]) -> Mapping[str, 
 
 
 def _bits_by_step(w: Float32Array, rms: float) -> Float64Array:
-    """The bits of nearest levels, which are nearly those of feedback."""
+    """The average bits per element with nearest levels at each step of LADDER; with feedback, they are nearly the same."""
     sample = w.ravel()[:: -(-w.size // SAMPLE)] / np.float32(rms)
     levels = (np.clip(np.rint(sample / step), -REACH, REACH) + ZERO for step in LADDER)
     return np.array([entropy(each.astype(np.uint8)) / sample.size for each in levels])
 
 
 def unit_for(weights: Sequence[Rated], bits: float) -> float:
-    """The s_0 with which all codes together take about this number of bits."""
-    low, high = -60.0, 60.0  # of its logarithm to the base 2
+    """The s_0 at which all codes together take about `bits` bits."""
+    low, high = -60.0, 60.0  # bounds of log2(s_0)
     for _ in range(60):
         middle = (low + high) / 2
         if sum(each.bits_at(2.0**middle) for each in weights) > bits:

@@ -39,7 +39,7 @@ class WeightReport:
     """One converted weight.
 
     name: name of its tensor.  op: type of the node that reads it.  shape: its shape.
-    form: form in which it is stored (a weight may lack what int8 needs).  bits: bits per weight.
+    form: form in which it is stored (in the int8 form, some weights are folded).  bits: bits per weight.
     transform: transform of its grid, as in --transform.  axis: axis of its scales, None for one scale.
     alpha, scale: smallest and largest value over the channels.
     mse: mean squared error of the decoded weights.
@@ -85,8 +85,8 @@ class ActivationReport:
 class FrontPoint:
     """One compromise between the size of the file and its error, both estimated.
 
-    bytes: size of the file.  sqnr_db: output SQNR in dB with nearest levels, by the additive model; without calibration, the mean
-    SQNR of the weights.
+    bytes: size of the file.  sqnr_db: output SQNR in dB with nearest levels, by the additive model; without calibration, that of a
+    power mean of the relative errors of the weights.
     """
 
     bytes: int
@@ -110,7 +110,7 @@ LEAST_DB = 5.0  # below this limit, the command line writes a file only with --f
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """The difference between the outputs of both models on inputs that the conversion did not use.
+    """The difference between the outputs of both models, if possible on inputs that the conversion did not use.
 
     inputs: description of these inputs.  outputs: comparison of each output."""
 
@@ -129,7 +129,7 @@ class SelfCheck:
 
     @property
     def is_good(self) -> bool:
-        """Whether there is no reason to warn; the agreement may be one standard error too low, because there are few inputs."""
+        """Whether there is no reason to warn.  As inputs are few, the agreement may be a standard error below GOOD_AGREEMENT."""
         answers = self.answers
         agrees = answers is None or (answers.agreement or 0.0) + answers.standard_error >= GOOD_AGREEMENT
         return (self.sqnr_db is None or self.sqnr_db >= GOOD_DB) and agrees
@@ -155,7 +155,7 @@ class SelfCheck:
 
 
 def _share(answers: OutputReport) -> str:
-    """The answers that agree: few are counted, because a percentage would look more precise than it is."""
+    """The share of equal answers as text: a count if answers are few, because a percentage would look more precise than it is."""
     agreement, text = answers.agreement or 0.0, SAME[answers.what]
     if answers.count < FEW_ANSWERS and text.startswith("of the "):
         return f"{round(agreement * answers.count)} of {answers.count} {text.removeprefix('of the ')}"
@@ -164,7 +164,7 @@ def _share(answers: OutputReport) -> str:
 
 @dataclass(frozen=True, repr=False)
 class QuantReport:
-    """One conversion.
+    """The report of one conversion.
 
     config: settings, as QuantConfig.to_dict writes them.  opset: opset before and after.
     folded_batchnorms: number of BatchNormalization nodes that were folded into weights.
@@ -173,7 +173,7 @@ class QuantReport:
     front: with a budget, the best compromises between size and error, the smallest file first.
     vectors: biases and other vectors stored as float16.  floats: bytes of all float constants in the input.
     complaint: objection of the onnx checker to the input, if ONNX Runtime runs it anyway; "" for none.
-    check: the self-check; None if there was none.  why_unchecked: the reason, as a sentence.
+    check: the self-check; None if there was none.  why_unchecked: the reason for that, as a sentence.
     download_bytes: compressed size of the file, as save_model writes it, in bytes; None unless it was optimized for downloads.
     """
 
@@ -236,7 +236,7 @@ class ValidationReport:
     agreement_of: kind of the answers, for example "top-1".  agreement_error: standard error of the agreement.
     sqnr_db: SQNR in dB of the first output that is a tensor of numbers.  bytes: file sizes.
     latency_ms: time of one run of `latency_batch` images, lower quartile, in ms.  latency_spread: interquartile range, relative
-    to it.  latency_ratio: candidate over reference.  latency_ratio_error: its standard error.  All four are None without timing.
+    to it.  latency_ratio: candidate / reference.  latency_ratio_error: its standard error.  All four are None without timing.
     notes: sentences that qualify the figures.  outputs: comparison of every output, and of detections.
     mean_ap, ap50: for detectors, COCO AP@[.5:.95] and AP at an overlap of 0.5, 0..1; None without labeled boxes.
     mean_ap_error: standard error of the change in mean_ap, by resampling the images.
@@ -349,7 +349,9 @@ def as_json(value: Any) -> Any:
 
 
 def sqnr_db(signal: float, error: float) -> float:
-    """Signal-to-quantization-noise ratio in dB.  signal, error: energies of the values and of their errors.
+    """The signal-to-quantization-noise ratio in dB.  signal, error: energies of the values and of their errors.
+
+    Infinite without error, minus infinity for an error without a signal, and NaN if an energy is not finite.
 
     >>> sqnr_db(100.0, 1.0)
     20.0

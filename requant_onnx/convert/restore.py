@@ -1,4 +1,4 @@
-"""Turn a quantized model back into a plain float model that gives the same answers."""
+"""Turn a quantized model back into a plain float model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from requant_onnx.runtime.sessions import load_runnable, open_cpu_session, run_s
 class RestoreReport:
     """The result of a restoration.
 
-    constants, activations: number of weights and activations that are float again.  left: operators that still work on integers."""
+    constants: number of constants (weights, biases and other vectors) that are float again.  activations: number of activations.
+    left: types of operators that still work on integers."""
 
     constants: int
     activations: int
@@ -36,10 +37,11 @@ def restore_model(model: ModelLike) -> tuple[onnx.ModelProto, RestoreReport]:
     """Turn a quantized model into a plain float model.  Returns the new model and a report.
 
     model: path, ModelProto, bytes or binary file object, in any form of requant_onnx, or with QuantizeLinear and DequantizeLinear
-    of other tools.  It does not change.
-    Weights become the floats that the codes stand for.  Activations are no longer rounded, so a model in the int8 form answers
+    nodes of other tools.  It does not change.
+    Weights become the floats that their codes represent.  Activations are no longer rounded, so a model in the int8 form answers
     like one with float layers.
-    Raises ModelError if the model cannot be loaded, or the float model would exceed 2 GB; ConfigError if nothing is quantized.
+    Raises ModelError if the model cannot be loaded, or the float model does not run or would exceed 2 GB; ConfigError if nothing
+    is quantized.
     """
     restored = materialize(load_runnable(model).copy())
     activations = restore_activations(restored)
@@ -63,7 +65,7 @@ def _on_integers(op: str) -> bool:
 
 
 def _restore_constants(model: onnx.ModelProto) -> int:
-    """Store the results of the decodes.  Changes the model."""
+    """Replace decodes by initializers with their results.  Changes `model`.  Returns the number of new initializers."""
     graph = model.graph
     constant = constants_of(graph)
     reads = [[*node.input, *(name for body in subgraphs_of(node) for name in reads_in(body))] for node in graph.node]
@@ -82,7 +84,7 @@ def _restore_constants(model: onnx.ModelProto) -> int:
         if not more:
             break
         doomed |= more
-    for k in constant.nodes - doomed:  # a node with several results: what is stored now, it gives no more
+    for k in constant.nodes - doomed:  # a node with several outputs drops those that are stored now
         graph.node[k].output[:] = ["" if name in floats else name for name in graph.node[k].output]
     delete_where(graph.node, doomed)
     read = set(reads_in(graph))

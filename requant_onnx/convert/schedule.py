@@ -6,34 +6,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-RESERVE = 0.05  # of the limit, for writing the file and checking it
-PASSES = 0.5  # of the time left at most, for running the model; what remains is for refining its layers
-PRIOR = 1.0  # second of estimated time that counts like measured time
+RESERVE = 0.05  # share of the time limit for writing the file and checking it
+PASSES = 0.5  # largest share of the time left for running the model; the rest is for refining its layers
+PRIOR = 1.0  # seconds added to both estimated and measured time, so that their ratio starts at 1
 
 
 @dataclass(frozen=True)
 class Clock:
-    """The time that a conversion takes.  limit: in seconds, None for none.  started: in seconds of time.perf_counter."""
+    """The clock of a conversion.  limit: time limit in seconds, None for none.  started: time.perf_counter() at the start."""
 
     limit: float | None = None
     started: float = field(default_factory=lambda: time.perf_counter())  # noqa: PLW0108  # looked up when it is called
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """The seconds since the start."""
         return time.perf_counter() - self.started
 
     @property
     def left(self) -> float:
-        """Seconds until the file has to be written; infinite without a limit."""
+        """The seconds until the file has to be written; infinite without a limit."""
         return float("inf") if self.limit is None else self.limit * (1 - RESERVE) - self.elapsed
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimates for one layer, in seconds, and what refining it gains, in any unit.
+    """The estimated times for one layer, in seconds, and the gain from refining it, in any unit.
 
-    running: the model on the way to the layer.  least: the correction of its bias.  full: the refinement asked for.
+    running: time to run the model up to the layer.  least: time to correct its bias.  full: time of the full refinement.
     """
 
     running: float
@@ -43,14 +43,14 @@ class Cost:
 
 
 class Schedule:
-    """Decides which layers are refined fully, by gain per second, and estimates the time left from what the layers so far took."""
+    """Chooses the layers to refine fully, by gain per second, and estimates the remaining time from that of finished layers."""
 
     def __init__(self, clock: Clock, costs: Sequence[Cost]) -> None:
         self._clock, self._costs = clock, costs
         self._chosen = set(range(len(costs)))
         self._ran, self._fitted = _Ratio(), {True: _Ratio(), False: _Ratio()}
         self._shown = 0.0
-        self.full = self.least = 0  # layers refined fully, and those that got no more than the correction of the bias
+        self.full = self.least = 0  # numbers of layers refined fully, and of those with only a bias correction
         self._plan(0)
 
     @property
@@ -59,11 +59,11 @@ class Schedule:
         return self._clock.left <= 0.0
 
     def is_full(self, number: int) -> bool:
-        """Whether a layer is refined as asked for."""
+        """Whether a layer is refined fully."""
         return number in self._chosen
 
     def done(self, number: int, ran: float, fitted: float) -> None:
-        """Count a layer.  ran, fitted: seconds it took to run the model up to it, and to refine it."""
+        """Record a finished layer.  ran, fitted: seconds spent on running the model up to it, and on refining it."""
         cost = self._costs[number]
         self._ran.add(cost.running, ran)
         full = self.is_full(number)
@@ -72,14 +72,14 @@ class Schedule:
         self._plan(number + 1)
 
     def fraction(self, number: int) -> float:
-        """The share of all time that has passed once layer `number` is done; it never falls."""
+        """The elapsed share of the estimated total time once layer `number` is done; it never decreases."""
         rest = sum(self._running(k) + self._fitting(k) for k in range(number + 1, len(self._costs)))
         elapsed = self._clock.elapsed
         self._shown = max(self._shown, elapsed / max(elapsed + rest, 1e-9))
         return self._shown
 
     def _plan(self, first: int) -> None:
-        """Choose among the layers from `first` on those to refine fully."""
+        """Choose the layers to refine fully, from layer `first` on."""
         if self._clock.limit is None:
             return
         rest = range(first, len(self._costs))
@@ -98,13 +98,13 @@ class Schedule:
         return (cost.full if full else cost.least) * self._fitted[full].value
 
     def _more(self, number: int) -> float:
-        """Seconds that the full refinement takes more than the least, positive."""
+        """The seconds by which the full refinement takes longer than a bias correction, positive."""
         cost = self._costs[number]
         return max(1e-6, cost.full * self._fitted[True].value - cost.least * self._fitted[False].value)
 
 
 class _Ratio:
-    """The ratio of measured to estimated seconds."""
+    """The ratio of measured to estimated seconds, starting at 1."""
 
     def __init__(self) -> None:
         self._estimated = self._measured = PRIOR

@@ -1,4 +1,4 @@
-"""The check at the end of a conversion: the error of the outputs, on inputs that the conversion did not use."""
+"""The check at the end of a conversion: the error of the outputs, if possible on inputs that the conversion did not use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from requant_onnx.numerics.outputs import OutputTally, images_in
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sessions import load_session, open_session, run_session
 
-COUNT = 32  # inputs of a check
+COUNT = 32  # number of inputs
 
 
 def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Calibration | None) -> SelfCheck | str:
-    """Compare a converted model with its source on inputs that it did not use; returns the reason if that is not possible.
+    """Compare a converted model with its source.  Returns the reason, as a sentence, if that is not possible.
 
-    calibration: inputs of the conversion, None to try noise.  Raises QualityError if the converted model does not run.
+    calibration: calibration of the conversion, whose unused inputs are used if there are any; None to try noise.
+    Raises QualityError if the converted model does not run.
     """
     if is_large(source) or is_large(made):
         return "the model is larger than 2 GB"
@@ -48,7 +49,7 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
 
 
 def _unseen(calibration: Calibration | None) -> tuple[Calibration, str]:
-    """Inputs that a calibration does not use, if there are any, and their description."""
+    """The inputs that a calibration does not use, or its own if there are no others, and their description."""
     unseen, is_new = (calibration or Calibration()).unseen(COUNT)
     kind = "images of noise" if unseen.is_noise else "inputs" if unseen.feeds else "images"
     return unseen, f"{unseen.count} {kind} {'not used in the conversion' if is_new else 'used in the conversion too'}"

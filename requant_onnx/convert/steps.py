@@ -28,14 +28,14 @@ from requant_onnx.runtime.sessions import load_session, run_session
 from requant_onnx.text import decibels
 
 Steps: TypeAlias = Callable[[Prepared, Sequence[PlannedWeight], Progress | None, int | None], Built]
-DOUBT, ROUNDING = 0.25, 1e-6  # of the squared error of outputs, relative to it and to their power: float32 sums in other orders
+DOUBT, ROUNDING = 0.25, 1e-6  # tolerances of the output error, relative to it and to output power, for float32 sums in other orders
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """results: of every planned weight, in order.  biases: those that change with them.
+    """The quantized weights of a model.  results: result for each planned weight, in order.  biases: new biases, (oc,), by name.
 
-    belief: what the refinement knows of the outputs, where it saw every weight; else None.  notes: on what was left out.
+    belief: outputs that the refinement expects; None unless it refined every weight.  notes: sentences on what was left out.
     """
 
     results: list[Result]
@@ -100,12 +100,12 @@ def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
 
 
 def _alike(outputs: Sequence[Any]) -> bool:
-    """Whether an output is a tensor of one shape in each of several models: how many numbers it has may depend on the data."""
+    """Whether one output of several models is a tensor of the same shape in each; its shape may depend on its values."""
     return all(isinstance(each, np.ndarray) for each in outputs) and len({each.shape for each in outputs}) == 1
 
 
 def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Quantized:
-    """Quantize every planned weight, on calibration inputs where a layer can be."""
+    """Quantize every planned weight: refine it on calibration inputs if possible, and round it to nearest levels otherwise."""
     belief, why, note = None, {}, ""
     refined: dict[str, Result] = {}
     biases: dict[str, GenericArray] = {}
@@ -130,7 +130,7 @@ def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Pro
 
 
 def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, GenericArray]) -> None:
-    """Take out of each bias what the error of the weight adds to the mean of the output, where the means of inputs are known.
+    """Correct each bias for the shift of the output mean that the weight error causes, if the means of the inputs are known.
 
     Nagel et al. 2019 (arXiv 1906.04721), equation 16.  Changes `results` and `biases`.
     """

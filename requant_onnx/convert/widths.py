@@ -1,7 +1,7 @@
-"""The number of codes that share a byte in compressed files: the one that compresses best.
+"""The width of codes in compressed files: the one that compresses best.
 
 A compressor with Huffman codes needs at least one bit for each byte, so weights that are mostly zero compress better with two or
-four codes in a byte.  Codes that do not divide a byte evenly hide their common patterns from the compressor.
+four codes in a byte.  Codes whose width does not divide a byte evenly hide their common patterns from the compressor.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from requant_onnx.numerics.levels import level_table
 from requant_onnx.numerics.quantize import QuantizedWeight
 from requant_onnx.numerics.ranges import symmetric_zero_point
 
-PIECE = 1 << 18  # codes on which widths are compared
-NARROW = (4, 2)  # bits of codes that fill a byte without a rest
+PIECE = 1 << 18  # number of codes on which widths are compared
+NARROW = (4, 2)  # widths in bits that divide a byte evenly
 
 
 def narrowed(result: Result, aim: OptimizeFor) -> Result:
-    """The same weight in codes of the width that compresses best.  One whose grid has no step stays as it is."""
+    """The same weight in codes of the width that compresses best; unchanged if its grid has no step, or its form dequantizes."""
     grid = result.planned.grid
     if grid.step is None or FORMS[result.planned.form].dequantizes:
         return result
@@ -37,7 +37,7 @@ def narrowed(result: Result, aim: OptimizeFor) -> Result:
 
 
 def of_width(q: QuantizedWeight, bits: float) -> QuantizedWeight | None:
-    """The same levels by narrower codes; None where these do not reach as far."""
+    """The same levels in narrower codes; None if these cannot hold them."""
     levels, middle = q.levels(), symmetric_zero_point(bits)
     low, high = int(levels.min()), int(levels.max())
     zero = next((z for z in (middle, middle - 1) if low >= -z and high < LEVELS[bits] - z), None)
@@ -48,7 +48,7 @@ def of_width(q: QuantizedWeight, bits: float) -> QuantizedWeight | None:
 
 
 def _stored(q: QuantizedWeight) -> bytes:
-    """The bytes of some of the codes in the file."""
+    """The bytes in the file of the first PIECE codes, at most."""
     packing = PACKINGS[q.table.bits]
     codes: UInt8Array = q.codes.ravel()[:PIECE]
     return pack(codes[: codes.size // packing.codes * packing.codes].reshape(-1, packing.codes), packing)[0].tobytes()

@@ -39,9 +39,12 @@ Biases = Mapping[str, GenericArray]
 
 
 def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tuple[onnx.ModelProto, QuantReport]:
-    """The converted model and its report; the source where no weight is worth it.  Changes `prepared.model`, and returns it.
+    """Replace weights by their decodes.  Returns the model and its report.
 
-    Codes and the nodes that hold them are never all in memory at once where the results come from `drain`.
+    The model is `prepared.model`, which changes, or the source if no weight is worth converting.
+    biases: new biases, (oc,), by name.
+    If the results come from `drain`, codes and the nodes that hold them are never all in memory at once.
+    Raises ModelError if a weight planned for integer kernels has levels beyond the largest float.
     """
     model, config, integers, target = prepared.model, prepared.config, prepared.integers, prepared.target
     finite, skipped = _finite(results)
@@ -84,7 +87,7 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
 
 @dataclass(frozen=True)
 class Vectors:
-    """The vectors that were stored as float16."""
+    """The vectors that were stored as float16: their names in the model before, and their report."""
 
     names: frozenset[str] = frozenset()
     report: VectorReport = field(default_factory=VectorReport)
@@ -93,7 +96,7 @@ class Vectors:
 def _halve_vectors(prepared: Prepared, names: set[str], errors: Mapping[str, float], constants: Constants) -> Vectors:
     """Store biases and other vectors as float16 where the settings say so.  Changes `prepared.model`.
 
-    names: constants of the model that may be such.  errors: weight -> squared error.
+    names: constants of the model that may be vectors.  errors: weight -> squared error.
     """
     form, wanted = FORMS[prepared.config.form], prepared.config.biases
     if wanted is BiasType.FLOAT or (wanted is BiasType.AUTO and not (form.half_vectors and prepared.target.half)):
@@ -111,21 +114,24 @@ def _halve_vectors(prepared: Prepared, names: set[str], errors: Mapping[str, flo
 
 
 def _settings(config: QuantConfig) -> str:
-    """The settings of a conversion, as JSON without those that are defaults, but for the form, on which sessions depend."""
+    """The version and the settings of a conversion as JSON, without defaults, except for the form, on which sessions depend."""
     defaults = QuantConfig(form=config.form).to_dict()
     given = {name: value for name, value in config.to_dict().items() if name == "form" or value != defaults.get(name)}
     return json.dumps({"version": version("requant_onnx"), **given}, sort_keys=True, separators=(",", ":"))
 
 
 def drain(items: list[T]) -> Iterator[T]:
-    """The items in order, each out of its list: what nobody else refers to is freed once the next is asked for."""
+    """The items in order, each removed from the list, so that it can be freed when the next one is requested."""
     items.reverse()
     while items:
         yield items.pop()
 
 
 def _finite(results: Iterable[Result]) -> tuple[dict[str, Result], list[SkippedWeight]]:
-    """The results by weight, and those that cannot be: a graph planned for integers has no way back."""
+    """The results with finite weights, by name, and the other weights, which are skipped.
+
+    Raises ModelError if such a weight was planned for integer kernels, because activations already depend on this.
+    """
     finite: dict[str, Result] = {}
     skipped = []
     for result in results:
@@ -146,11 +152,11 @@ def _decode(
     why_not_int8: Mapping[str, str],
     skipped: list[SkippedWeight],
 ) -> tuple[list[Decode], tuple[WeightReport, ...]]:
-    """The decodes of all weights that are worth it, and their reports.  Takes the results out of their dictionary one by one, and
-    adds those whose weights stay to `skipped`."""
+    """The decodes of all weights that are worth converting, and their reports.  Removes the results from their dictionary one by
+    one, and adds the weights that stay in float to `skipped`."""
     order, decodes = list(results), []
     reports: dict[str, WeightReport] = {}
-    stays: list[list[SkippedWeight]] = []  # by decode, what to say of its weights where they are left in float after all
+    stays: list[list[SkippedWeight]] = []  # for each decode, its weights, in case they stay in float after all
     for group in drain(group_weights([result.coded() for result in results.values()], target)):
         decode = decode_of(group, target, constants)
         members = [results.pop(weight.name) for weight in group]
@@ -173,7 +179,7 @@ def _decode(
 
 
 def _not_worth_their_tables(decodes: Sequence[Decode], stored: Sequence[int]) -> set[int]:
-    """The decodes with tables, where all of them together save less than the tables take: in files of a few kB.
+    """The indices of all decodes with tables, if these take as much as the decodes save (in files of a few kB); else none.
 
     stored: bytes of the weights of each decode.
     """

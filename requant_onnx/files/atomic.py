@@ -1,4 +1,4 @@
-"""Write a file so that it appears whole or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from requant_onnx.files.leftovers import claim, remove_unclaimed
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync and rename.  Raises OutputError; leaves nothing behind when it fails or is interrupted."""
+    """Write, fsync and rename a temporary file, which is removed if this fails or is interrupted.  Raises OutputError."""
     with reporting_errors(path), replacing(path) as file:
         file.write(data)
 
@@ -39,9 +39,10 @@ def require_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that replaces `path` at the end of the block, and is removed where the block fails.
+    """Open a temporary file for writing; it replaces `path` at the end of the block, or is removed if the block fails.
 
-    If the path is a symbolic link, its target is replaced.  Raises OutputError for a device, a pipe or a directory.
+    If the path is a symbolic link, its target is replaced.  Raises OutputError for a device, a pipe or a directory; OSError if the
+    file cannot be written.
     """
     path = Path(os.path.realpath(path))
     require_file(path)
@@ -50,7 +51,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     try:
         os.close(descriptor)
-        with open(partial, "wb") as file:  # unlike a file of os.fdopen, it has the path as its name
+        with open(partial, "wb") as file:  # unlike a file from os.fdopen, it has the path as its name
             claim(file)
             yield file
             file.flush()

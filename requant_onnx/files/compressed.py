@@ -1,6 +1,6 @@
-"""The compressed size of a file, with the compressors of web servers and package indexes at their highest level.
+"""The compressed size of a file with gzip, brotli and zstd, each at the highest level that all decoders support.
 
-All but gzip need the extra: pip install 'requant_onnx[download]'.
+Brotli and zstd need an extra: pip install 'requant_onnx[download]'.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import zlib
 from requant_onnx.choices import OptimizeFor
 from requant_onnx.errors import ConfigError
 
-GZIP_LEVEL, GZIP_WINDOW = 9, 31  # the window of zlib's with the header of a gzip file
-BROTLI_QUALITY, BROTLI_WINDOW = 11, 24  # the largest window that browsers take
-ZSTD_LEVEL = 19  # the highest whose window all decoders take
-SHOWN_UP_TO = {OptimizeFor.GZIP: 1 << 28, OptimizeFor.BROTLI: 1 << 23, OptimizeFor.ZSTD: 1 << 25}  # bytes; a few seconds for each
+GZIP_LEVEL, GZIP_WINDOW = 9, 31  # wbits of zlib: the largest window, with a gzip header
+BROTLI_QUALITY, BROTLI_WINDOW = 11, 24  # the largest window that browsers accept
+ZSTD_LEVEL = 19  # the highest level whose window all decoders support
+SHOWN_UP_TO = {OptimizeFor.GZIP: 1 << 28, OptimizeFor.BROTLI: 1 << 23, OptimizeFor.ZSTD: 1 << 25}  # bytes; each takes seconds
 PACKERS = {"gz": "gzip", "br": "brotli", "zst": "zstd"}
 EXTRA = "pip install 'requant_onnx[download]'"
 
 
 def compress(data: bytes, aim: OptimizeFor) -> bytes:
-    """The data as it is sent.  aim: not a file as it is.  Raises ConfigError where the compressor is not installed."""
+    """The compressed data.  aim: any but OptimizeFor.FILE.  Raises ConfigError if the compressor is not installed."""
     if aim is OptimizeFor.GZIP:
         packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP_WINDOW)
         return packer.compress(data) + packer.flush()
@@ -38,7 +38,7 @@ def compress(data: bytes, aim: OptimizeFor) -> bytes:
 
 
 def download_sizes(data: bytes) -> dict[str, int]:
-    """Bytes of a file as gzip, brotli and zstd send it, by "gz", "br", "zst": those that are installed, and not too slow for it."""
+    """The compressed bytes of a file, by "gz", "br" and "zst", without compressors that are missing or would be too slow."""
     sizes = {}
     for aim, largest in SHOWN_UP_TO.items():
         if len(data) <= largest:
@@ -48,7 +48,7 @@ def download_sizes(data: bytes) -> dict[str, int]:
 
 
 def check_installed(aim: OptimizeFor) -> None:
-    """Raise ConfigError where the compressor of an aim is not installed."""
+    """Raise ConfigError if the compressor that `aim` needs is not installed."""
     if aim.compresses:
         compress(b"", aim)
 

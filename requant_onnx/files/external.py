@@ -20,16 +20,16 @@ from onnx import TensorProto, numpy_helper
 from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import stored_tensors
 
-MAX_ELEMENTS = 1 << 40
-CHUNK = 1 << 24
-WIDTHS = {"4": ("UINT4", "INT4", "FLOAT4E2M1"), "2": ("UINT2", "INT2")}  # bits of types narrower than a byte
+MAX_ELEMENTS = 1 << 40  # largest number of elements of a tensor
+CHUNK = 1 << 24  # bytes read at a time
+WIDTHS = {"4": ("UINT4", "INT4", "FLOAT4E2M1"), "2": ("UINT2", "INT2")}  # bits -> types narrower than a byte
 TYPED = {
     "float_data": ("FLOAT", "COMPLEX64"),
     "double_data": ("DOUBLE", "COMPLEX128"),
     "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"),
     "string_data": ("STRING",),
-}  # int32_data holds all other types
+}  # field -> types of its values; int32_data holds all other types
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -43,7 +43,7 @@ def stored_bytes(tensor: TensorProto) -> int:
 
 
 def values_of(tensor: TensorProto) -> npt.NDArray[np.generic]:
-    """The values of a tensor; external data, once resolved, are read from the file.  Raises ModelError when they cannot be read."""
+    """The values of a tensor; external data are read from the resolved file.  Raises ModelError when it cannot be read."""
     if not is_external(tensor):
         return np.asarray(numpy_helper.to_array(tensor))
     here = TensorProto()
@@ -53,7 +53,7 @@ def values_of(tensor: TensorProto) -> npt.NDArray[np.generic]:
 
 
 def chunks_of(tensor: TensorProto) -> Iterator[bytes]:
-    """The raw values, piece by piece.  Raises ModelError when a data file cannot be read."""
+    """The raw values, in pieces of at most CHUNK bytes if external.  Raises ModelError when the data file cannot be read."""
     if not is_external(tensor):
         yield tensor.raw_data
         return
@@ -72,9 +72,9 @@ def chunks_of(tensor: TensorProto) -> Iterator[bytes]:
 
 
 def dense_values(sparse: onnx.SparseTensorProto) -> npt.NDArray[np.generic]:
-    """The values of a sparse tensor, in its whole shape.  https://onnx.ai/onnx/repo-docs/IR.html, SparseTensorProto.
+    """The values of a sparse tensor as a dense array.  https://onnx.ai/onnx/repo-docs/IR.html, SparseTensorProto.
 
-    indices: (values,) positions in the flattened tensor, or (values, rank) coordinates.
+    Its indices are (values,) positions in the flattened tensor, or (values, rank) coordinates.
     """
     values, indices = values_of(sparse.values), values_of(sparse.indices).astype(np.int64)
     dense = np.zeros(tuple(sparse.dims), values.dtype)
@@ -86,7 +86,7 @@ def dense_values(sparse: onnx.SparseTensorProto) -> npt.NDArray[np.generic]:
 
 
 def fetch(tensor: TensorProto) -> None:
-    """Move external data into the tensor."""
+    """Read external data into the tensor, which then refers to no file.  Raises ModelError as `chunks_of`."""
     if is_external(tensor):
         tensor.raw_data = b"".join(chunks_of(tensor))
         tensor.ClearField("data_location")
@@ -96,8 +96,8 @@ def fetch(tensor: TensorProto) -> None:
 def resolve(model: onnx.ModelProto, model_path: Path, name: str) -> int:
     """Check every reference to a data file, and make its path absolute.  Changes `model`.  Returns the bytes of external data.
 
-    model_path: of the file that was read.
-    Raises ModelError if a path leads outside the directories of the model, a file is missing, or offset and length do not fit.
+    model_path: path of the model file.  name: the model in error messages.
+    Raises ModelError if a path leads outside the trusted directories, a file is missing, or offset and length do not fit.
     """
     total = 0
     for tensor in stored_tensors(model):
@@ -111,10 +111,10 @@ def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, label = entries.get("location", ""), f"the data of '{tensor.name}' in {name}"
     windows = PureWindowsPath(location)
-    foreign = (os.name != "nt" and windows.drive) or windows.drive.startswith("\\\\")  # of Windows elsewhere, or of another machine
+    foreign = (os.name != "nt" and windows.drive) or windows.drive.startswith("\\\\")  # another system's drive, or a share
     if not location or "\0" in location or ".." in windows.parts or foreign:
         raise ModelError(f"{label} should be at '{location}', but only files in the directory of the model are read; move it there")
-    path = model_path.parent / location  # an absolute location stays as it is
+    path = model_path.parent / location  # an absolute location stays absolute
     try:
         inside = any(path.resolve().is_relative_to(folder) for folder in _trusted_folders(model_path))
         size = path.stat().st_size if inside and path.is_file() else -1
@@ -139,7 +139,7 @@ def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
 
 
 def _trusted_folders(model_path: Path) -> tuple[Path, ...]:
-    """The directories that may hold data files: those of the given path, and of the file to which it links.
+    """The directories that may hold data files: the directory of the given path, and that of the file to which it links.
 
     In a Hugging Face cache, snapshots are links into a directory of blobs.  ONNX Runtime 1.32 has the same rule.
     """
@@ -147,6 +147,7 @@ def _trusted_folders(model_path: Path) -> tuple[Path, ...]:
 
 
 def _number(text: str, label: str) -> int:
+    """Parse an offset or a length in bytes.  Raises ModelError."""
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise ModelError(f"{label} has the offset or length '{text[:40]}', which is not a number; export the model again")
     return int(text)
@@ -159,7 +160,7 @@ def raw_bytes(tensor: TensorProto) -> int | None:
 
 
 def check_tensors(model: onnx.ModelProto, name: str) -> None:
-    """Raise ModelError where the number of a tensor's values does not match its shape."""
+    """Raise ModelError if a shape is impossible, or does not match the number of values, except for external data (`resolve`)."""
     for tensor in stored_tensors(model):
         label, count = f"the tensor '{tensor.name}' in {name}", math.prod(tensor.dims)
         if min(tensor.dims, default=0) < 0 or count > MAX_ELEMENTS:
@@ -170,13 +171,13 @@ def check_tensors(model: onnx.ModelProto, name: str) -> None:
 
 
 def check_texts(message: Any, name: str) -> None:
-    """Raise ModelError where a text is not UTF-8."""
+    """Raise ModelError if a text in a protobuf message, or in a message nested in it, is not UTF-8."""
     for descriptor, value in message.ListFields():
         values = value if hasattr(value, "extend") else (value,)
         if descriptor.message_type is not None:
             for each in values:
                 check_texts(each, name)
-        # protobuf gives bytes where a text is not UTF-8
+        # protobuf returns bytes for a text that is not UTF-8
         elif descriptor.type == descriptor.TYPE_STRING and not all(isinstance(text, str) for text in values):
             raise ModelError(f"{name} contains a name or text that is not UTF-8; export the model again")
 

@@ -1,4 +1,4 @@
-"""Temporary files that a killed run leaves behind: a run locks its files, and a later run removes those without a lock."""
+"""Temporary files of killed runs: each run locks its files, and a later run removes those without a lock."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ except ImportError:  # Windows, where nothing is removed
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, CLAIM = "requant_onnx-", ".claim"
-TRIES = 5  # to make a directory that no other run takes for a leftover
+TRIES = 5  # attempts to make a directory that no other run mistakes for a leftover
 
 
 def claim(file: IO[Any]) -> bool:
-    """Mark an open file as in use until it is closed, or the process ends.  Returns False where another process has claimed it."""
+    """Lock an open file until it is closed or the process ends.  Returns False if it is locked already, or cannot be locked."""
     if fcntl is None:
         return False
     try:
@@ -31,7 +31,7 @@ def claim(file: IO[Any]) -> bool:
 
 
 def remove_unclaimed(files: Iterable[Path]) -> None:
-    """Delete the files that no living process has claimed."""
+    """Delete the files that no running process has locked."""
     for file in files:
         with contextlib.suppress(OSError), open(file, "r+b") as opened:
             if claim(opened):
@@ -40,7 +40,7 @@ def remove_unclaimed(files: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make a temporary directory, after removing those that killed runs left."""
+    """Make a temporary directory, which is removed after the block; directories left by killed runs are removed first."""
     base = Path(tempfile.gettempdir())
     for claimed in base.glob(f"{PREFIX}*/{CLAIM}"):
         with contextlib.suppress(OSError), open(claimed, "r+b") as opened:
@@ -49,7 +49,7 @@ def scratch_folder() -> Iterator[Path]:
     for attempt in range(TRIES):
         directory = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
         with directory as name, open(os.path.join(name, CLAIM), "wb") as opened:
-            ours = claim(opened) and os.fstat(opened.fileno()).st_nlink > 0  # another run may have removed it before it was claimed
-            if ours or attempt == TRIES - 1:  # file systems without locks never say yes
+            ours = claim(opened) and os.fstat(opened.fileno()).st_nlink > 0  # another run may have removed it before it was locked
+            if ours or attempt == TRIES - 1:  # without support for locks, no claim succeeds
                 yield Path(name)
                 return

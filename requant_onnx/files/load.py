@@ -1,4 +1,4 @@
-"""Load a model from a path or a ModelProto, or raise ModelError with one sentence that gives the reason."""
+"""Load a model from a path, a ModelProto, bytes or a file object, or raise ModelError with one sentence that gives the reason."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ ModelLike: TypeAlias = "Source | bytes | IO[bytes]"
 MIN_OPSET = 7
 MAX_OPSET = min(28, onnx.defs.onnx_opset_version())  # ONNX Runtime 1.32 has the operators of opset 28 and no newer one
 MAX_BYTES = 2**31 - 1  # largest size of one protobuf message
-MAX_PARTS = 1 << 20  # number of parts of a model of 65,000 nodes
+MAX_PARTS = 1 << 20  # number of parts (see has_more_parts) of a model of 65,000 nodes
 FETCHED_BYTES = 1 << 28  # external data up to this size are read with the model
-LARGE_BYTES = MAX_BYTES - 2**26  # size of the initializers; leaves 64 MB for the rest
+LARGE_BYTES = MAX_BYTES - 2**26  # largest size of all initializers, which leaves 64 MB for the rest
 
 
 def source_of(model: ModelLike) -> Source:
     """Turn a model into a source that can be read more than once: a path or a ModelProto is returned as it is, bytes are parsed.
 
     model: a path, a ModelProto, bytes, or a binary file object.
-    Raises ModelError when the bytes are no ONNX file, or the model is given as anything else.
+    Raises ModelError when the bytes cannot be read, are not an ONNX file or have too many parts, or the model is anything else.
     """
     if isinstance(model, onnx.ModelProto | str | PathLike):
         return model
@@ -57,16 +57,16 @@ Runs: TypeAlias = "Callable[[Source], bool]"
 
 
 def load_model(source: ModelLike) -> onnx.ModelProto:
-    """Load a model as `load_checked`, but refuse everything that the onnx checker refuses."""
+    """Load a model as `load_checked`, and raise ModelError for every model that the onnx checker rejects."""
     return load_checked(source)[0]
 
 
 def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.ModelProto, str]:
-    """Load a valid model that the caller may change: read (`source_of`), or copied from a ModelProto; and what the checker of onnx
-    says against it, "" for nothing.
+    """Load and check a model.  Returns it, for the caller to change, and the objection of the onnx checker, "" for none.
 
-    runs: whether a runtime loads the model, which then counts as valid all the same.
-    External data of more than FETCHED_BYTES stay in their files, from which files.external reads them: see `materialize`.
+    source: as for `source_of`; a ModelProto is copied.
+    runs: tells whether a runtime runs the source; such a model is loaded even if the checker rejects it (default: never).
+    Initializers with more than FETCHED_BYTES of external data in total stay in their files; see `materialize`.
     Raises ModelError when it is missing, not ONNX, damaged, invalid, or of an opset outside MIN_OPSET .. MAX_OPSET.
     """
     source = source_of(source)
@@ -90,7 +90,7 @@ def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.Mode
     complaint = ""
     if not stays and not is_large(model):
         complaint = _complaint(model)
-    elif path is not None:  # the checker itself reads a model that is too large to be passed, and checks its data files
+    elif path is not None:  # a model that is too large to be passed is read by the checker, which also checks its data files
         complaint = _complaint(str(path))
     if complaint and not (runs is not None and runs(source)):
         raise ModelError(f"{name} is not valid ONNX ({complaint}); export it again")
@@ -99,9 +99,10 @@ def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.Mode
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that was read and checked once.  source: what ONNX Runtime opens; proto: what it holds, which nobody may change.
+    """A model that has been read and checked.
 
-    complaint: what the checker of onnx says against it, "" for nothing.
+    source: path or ModelProto that ONNX Runtime opens.  proto: its contents, which must not be changed.
+    complaint: objection of the onnx checker, "" for none.
     """
 
     source: Source
@@ -110,7 +111,7 @@ class LoadedModel:
 
     @classmethod
     def of(cls, model: ModelLike | LoadedModel, runs: Runs | None = None) -> LoadedModel:
-        """Read and check, unless that was done.  Raises ModelError as `load_checked`."""
+        """Read and check a model; a LoadedModel is returned as it is.  runs: see `load_checked`.  Raises ModelError as it does."""
         if isinstance(model, LoadedModel):
             return model
         source = source_of(model)
@@ -118,35 +119,35 @@ class LoadedModel:
 
     @property
     def label(self) -> str:
-        """The path, where there is one."""
+        """The path, or "the model" if there is none."""
         return "the model" if isinstance(self.source, onnx.ModelProto) else str(self.source)
 
     @property
     def name(self) -> str:
-        """The model in a sentence."""
+        """The label for use in a sentence: a path is quoted."""
         return self.label if isinstance(self.source, onnx.ModelProto) else f"'{self.label}'"
 
     @property
     def bytes(self) -> int:
-        """Size of the file with its external data, or of the serialized model."""
+        """The size in bytes of the file with its external data, or of the serialized model."""
         return self.source.ByteSize() if isinstance(self.source, onnx.ModelProto) else file_bytes(Path(self.source))
 
     def copy(self) -> onnx.ModelProto:
-        """What it holds, to be changed."""
+        """A copy of the contents, which may be changed."""
         model = onnx.ModelProto()
         model.CopyFrom(self.proto)
         return model
 
 
 def materialize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Read all external data into the model.  Changes and returns `model`."""
+    """Read all external data into the model.  Changes and returns `model`.  Raises ModelError when a data file cannot be read."""
     for tensor in stored_tensors(model):
         fetch(tensor)
     return model
 
 
 def whole(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with all its values, to be run from memory: itself, or a copy where it has external data."""
+    """The model with all its values in memory: the given model, or a copy if it has external data.  Raises as `materialize`."""
     if not any(is_external(tensor) for tensor in stored_tensors(model)):
         return model
     copy = onnx.ModelProto()
@@ -155,7 +156,7 @@ def whole(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def is_large(model: onnx.ModelProto) -> bool:
-    """Whether the model may be too large for one protobuf message; such a model can be neither serialized nor measured."""
+    """Whether the model may be too large for one protobuf message; such a model has no ByteSize and cannot be serialized."""
     return sum(stored_bytes(item) for item in model.graph.initializer) > LARGE_BYTES
 
 
@@ -164,14 +165,15 @@ def load_skeleton(path: str | PathLike[str]) -> onnx.ModelProto:
     return _parse(Path(path))
 
 
-USUAL = 320  # pixels of a side that a model leaves free
+USUAL = 320  # pixels per side where a model leaves it free
 IMAGE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.UINT8)
 
 
 def noise_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of images for the one input of a model, (n, c, h, w) or (n, h, w, c), with 1 to 4 channels; None for others.
+    """The (height, width) in pixels of images for a model whose only input is (n, c, h, w) or (n, h, w, c) with 1 to 4 channels.
 
-    A size that the model leaves free is USUAL, which is divisible by the usual strides of a network.
+    A side that the model leaves free has USUAL pixels, which the usual strides of a network divide.  Returns None for any other
+    model.  Raises ModelError as `load_skeleton`.
     """
     shapes = list(input_shapes(path).items())
     if len(shapes) != 1 or len(shapes[0][1]) != 4:
@@ -186,7 +188,7 @@ def noise_size(path: Path) -> tuple[int, int] | None:
 
 
 def input_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
-    """The shape of each input that a caller has to give, None where a size is free.  Raises ModelError as `load_skeleton`."""
+    """The shape of each required input, by name, with None for a free size.  Raises ModelError as `load_skeleton`."""
     graph = load_skeleton(path).graph
     stored = {item.name for item in graph.initializer}
     inputs = [item for item in graph.input if item.name not in stored]
@@ -194,12 +196,12 @@ def input_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of the standard operator set, 0 when the model imports none."""
+    """The version of the standard operator set; 0 if the model imports none."""
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
 def data_files(path: Path) -> list[Path]:
-    """The external data files of a model; none when the file is no model."""
+    """The paths of a model's external data files; none if the file is not a model."""
     try:
         stat = path.stat()
         return [path.parent / name for name in _locations(path, stat.st_mtime_ns, stat.st_size)]
@@ -239,7 +241,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelError(f"cannot read '{path}' ({error.strerror or error}); check the path and its permissions") from None
     except DecodeError:
         raise ModelError(f"'{path}' is not an ONNX file or is incomplete; export or download it again") from None
-    except ValueError as error:  # a path with a zero byte
+    except ValueError as error:  # a path with a null byte
         raise ModelError(f"'{path}' cannot be loaded ({first_line(error)}); check the path") from None
 
 

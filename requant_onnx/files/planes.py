@@ -1,11 +1,11 @@
-"""Progressive files: models that share one data file, of which each needs a longer beginning than the model before it.
+"""Progressive files: models that share one data file, each of which reads a longer prefix of it than the model before.
 
     out.2bit.onnx   graph of the 2-bit model      reads [0, a) of the data file
     out.4bit.onnx   graph of the 4-bit model      reads [0, b)
     out.onnx        graph of the 8-bit model      reads [0, c), all of it
-    out.planes.bin  part of 2 bits [0, a) | 2 bits more [a, b) | 4 bits more [b, c)
+    out.planes.bin  2 bits [0, a) | 2 more bits [a, b) | 4 more bits [b, c)
 
-A tensor that several of the models have is stored once, in the part of the first of them.  Small tensors stay in the graphs.
+A tensor that several models contain is stored once, in the part of the first of these models.  Small tensors stay in the graphs.
 https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
 
@@ -29,14 +29,14 @@ from requant_onnx.files.load import data_files, is_large
 from requant_onnx.files.save import EXTERNAL_BYTES, check_valid
 from requant_onnx.files.wire import copy_fields
 
-ALIGNMENT = 4  # of tensors in the data file
-REFERENCE = 72  # bytes of a reference to the data file, about
+ALIGNMENT = 4  # alignment of tensors in the data file, in bytes
+REFERENCE = 72  # approximate bytes of a reference to the data file
 
 
 class SavedStage(NamedTuple):
-    """A model that was written.  graph: its file.  data: the data file.
+    """A saved model.  bits: bits of its weights.  graph: path of its graph.  data: path of the common data file.
 
-    graph_bytes: size of the graph.  data_bytes: length of the beginning of the data file that the model needs.
+    graph_bytes: size of the graph file.  data_bytes: length of the prefix of the data file that the model reads.
     """
 
     bits: int
@@ -47,7 +47,7 @@ class SavedStage(NamedTuple):
 
 
 def stage_paths(path: Path, widths: Sequence[int]) -> list[Path]:
-    """The files of the graphs.
+    """The paths of the graphs.  path: path of the last one.  widths: bits of all models.
 
     >>> [path.name for path in stage_paths(Path("net.onnx"), (2, 4, 8))]
     ['net.2bit.onnx', 'net.4bit.onnx', 'net.onnx']
@@ -58,11 +58,11 @@ def stage_paths(path: Path, widths: Sequence[int]) -> list[Path]:
 def save_progressive(
     stages: Sequence[tuple[int, onnx.ModelProto, object]], path: str | os.PathLike[str], *, check: bool = True
 ) -> list[SavedStage]:
-    """Check the models and write them with their common data file, all of them or none.  Returns what was written.
+    """Check the models and write them with their common data file.  Returns the saved models.
 
     stages: (bits, model, anything) of each model, as `quantize_progressively` returns them.
-    path: of the last model, which is replaced if it exists.  For NAME.onnx, the others are NAME.2bit.onnx and NAME.4bit.onnx, and
-    the data file is NAME.planes.bin, or NAME.planes.2.bin where that exists, so that no former model loses its data too early.
+    path: path of the last model.  For NAME.onnx, the others are NAME.2bit.onnx and NAME.4bit.onnx; existing files are replaced.
+    The data file is NAME.planes.bin, or NAME.planes.2.bin if that exists, so that no replaced model loses its data too early.
     check: whether to check the models with onnx.checker.
     Raises ModelError if a model is invalid or above 2 GB; OutputError if a file cannot be written.
     """
@@ -91,7 +91,7 @@ def save_progressive(
 
 
 def _write_graphs(skeletons: Sequence[onnx.ModelProto], paths: Sequence[Path], check: bool) -> None:
-    """Write and check all graphs before the first of them replaces a file."""
+    """Write and check all graphs before any of them replaces a file."""
     with contextlib.ExitStack() as stack:
         for skeleton, path in zip(skeletons, paths, strict=True):
             stack.enter_context(reporting_errors(path))
@@ -108,7 +108,7 @@ def _data_paths(path: Path) -> Iterator[Path]:
 
 
 class _Planes:
-    """The data file of some models.  ends: of the beginning that each model needs, in bytes."""
+    """The common data file of several models.  ends: length of the prefix that each model reads, in bytes."""
 
     def __init__(self, models: Sequence[onnx.ModelProto]) -> None:
         self.ends: list[int] = []
@@ -149,7 +149,10 @@ class _Planes:
 
 
 def _is_outside(size: int, readers: int) -> bool:
-    """Whether a tensor goes to the data file: the codes of a stage, and what takes less room there than in each of its graphs."""
+    """Whether a tensor goes to the data file: it is large, or takes less space there than in every graph that has it.
+
+    size: its bytes.  readers: number of models that have it.
+    """
     return size >= EXTERNAL_BYTES or size + readers * REFERENCE < readers * size
 
 

@@ -1,4 +1,4 @@
-"""Write a model so that the file appears completely or not at all."""
+"""Write a model completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from requant_onnx.files.wire import copy_fields, pieces_of
 from requant_onnx.text import first_line
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
-MAGIC = b"requant_onnx\0\0\0\0"  # at the start of our data files: it identifies those that a killed run left
-PAGE, WORD = 4096, 16  # alignment in the data file: of tensors that are worth mapping into memory, and of all other tensors
-MAPPED_BYTES = 1 << 20
+MAGIC = b"requant_onnx\0\0\0\0"  # first bytes of our data files, by which those of a killed run are recognized
+PAGE, WORD = 4096, 16  # alignment in bytes in the data file: of tensors worth mapping into memory, and of all other tensors
+MAPPED_BYTES = 1 << 20  # smallest size of a tensor worth mapping
 
 
 def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False, check: bool = True) -> int:
-    """Check a model with onnx.checker and write it, completely or not at all.  Returns its size in bytes, with external data.
+    """Check a model with onnx.checker and write it, completely or not at all.  Returns its size in bytes, including external data.
 
     model: model to write.  path: path of the file, which is replaced if it exists.
-    external_data: whether initializers of 1 kB and more go to a second file next to it, `<name>.data`; a model above 2 GB needs it.
+    external_data: whether initializers of 1 KiB and more go to a second file next to it, which a model above 2 GB needs.  Its name
+    is `<name>.data`, or `<name>.2.data` if that exists.
     check: whether to check the model.
     Raises ModelError if the model is invalid, or above 2 GB without external data; OutputError if it cannot be written.
     """
@@ -56,7 +57,7 @@ def check_valid(model: onnx.ModelProto | str) -> None:
 
 
 def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, or a copy with its larger initializers as inputs, which takes little memory to check."""
+    """The model, or a copy whose large initializers are inputs, which takes little memory to check."""
     large = {item.name for item in model.graph.initializer if stored_bytes(item) >= MAPPED_BYTES}
     if not large:
         return model
@@ -73,7 +74,7 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _save_externally(model: onnx.ModelProto, path: Path, check: bool) -> int:
-    """Write the data under a new name, then the model that refers to it: at no moment does a model refer to other data."""
+    """Write the data under a new name, then the model, so that no model ever refers to wrong data.  Returns the size of both."""
     former = _data_files(path)
     location = next(name for name in _data_names(path) if not (path.parent / name).exists())
     skeleton, outside = _without_data(model, location)
@@ -98,7 +99,7 @@ def _save_externally(model: onnx.ModelProto, path: Path, check: bool) -> int:
 
 
 def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[tuple[int, onnx.TensorProto]]]:
-    """A copy of the model whose larger initializers refer to `location`, and these initializers with their offsets there."""
+    """A copy of the model whose larger initializers refer to `location`, and these initializers with their offsets in it."""
     skeleton, outside, end = onnx.ModelProto(), [], len(MAGIC)
     copy_fields(model, skeleton, but="graph")
     copy_fields(model.graph, skeleton.graph, but="initializer")
@@ -120,7 +121,7 @@ def _without_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProt
 
 
 def _mark(stub: onnx.TensorProto) -> onnx.TensorProto:
-    stub.raw_data = b""  # set_external_data wants the field to be there
+    stub.raw_data = b""  # set_external_data requires this field
     return stub
 
 
@@ -130,13 +131,13 @@ def _data_names(path: Path) -> Iterator[str]:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The external data files of the model at `path`, which will be replaced, that have names of this module."""
+    """The external data files of the model at `path` (which is about to be replaced) that have names given by this module."""
     pattern = _data_pattern(path)
     return [file for file in data_files(path) if file.parent == path.parent and pattern.fullmatch(file.name)]
 
 
 def _orphans(path: Path, used: Collection[Path]) -> list[Path]:
-    """Data files of this model that a run left when it was killed before its last step, and that nothing refers to."""
+    """The data files of this model that killed runs left behind.  used: data files that the model refers to."""
     orphans = []
     for file in path.parent.iterdir():
         if file not in used and _data_pattern(path).fullmatch(file.name) and file.is_file():

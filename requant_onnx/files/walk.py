@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 
 def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every graph nested in attributes of its nodes."""
+    """The graph and every graph nested in the attributes of its nodes."""
     yield graph
     for node in graph.node:
         for body in subgraphs_of(node):
@@ -17,7 +17,7 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The bodies of an If, Loop or Scan."""
+    """The graphs in the attributes of a node, such as the bodies of an If, Loop or Scan."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -25,7 +25,7 @@ def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def reads_in(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every tensor name that a graph reads, its outputs and the bodies nested in it included."""
+    """Every tensor name that a graph reads, including its outputs and the reads of nested bodies."""
     for each in all_graphs(graph):
         for node in each.node:
             yield from node.input
@@ -33,9 +33,9 @@ def reads_in(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def stored_tensors(model: onnx.ModelProto, skip_main: bool = False) -> Iterator[TensorProto]:
-    """Every tensor in the model: initializers and attributes, in bodies, functions and training information too.
+    """Every tensor stored in the model: initializers and attributes, including bodies, functions and training information.
 
-    skip_main: whether the initializers of the main graph are skipped.
+    skip_main: whether the dense initializers of the main graph are skipped.
     """
     training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
     bodies = [body for function in model.functions for node in function.node for body in subgraphs_of(node)]

@@ -15,12 +15,12 @@ import onnx
 from requant_onnx.files.external import chunks_of, is_external, stored_bytes
 
 Buffer: TypeAlias = "mmap.mmap | bytes"
-SMALL_BYTES = 1 << 22  # size of a file whose parts take at most 0.4 GB, however many it has
+SMALL_BYTES = 1 << 22  # a file up to this size takes at most 0.4 GB when it is parsed, whatever its parts
 FIXED = {1: 8, 5: 4}  # wire type -> bytes of a value
 
 
 def pieces_of(model: onnx.ModelProto) -> Iterator[bytes]:
-    """The serialized model, piece by piece, external data of its initializers included."""
+    """The serialized model in pieces, including external data of its initializers.  Raises ModelError as `chunks_of`."""
     rest, graph = onnx.ModelProto(), onnx.GraphProto()
     copy_fields(model, rest, but="graph")
     copy_fields(model.graph, graph, but="initializer")
@@ -60,7 +60,8 @@ def copy_fields(source: Any, target: Any, but: str) -> None:
 def has_more_parts(source: Path | bytes, limit: int) -> bool:
     """Whether a serialized model has more than `limit` messages, strings and other values, counted without creating them.
 
-    A file of tiny parts takes a hundred times its size when it is parsed.  Data that are no protobuf count up to the first error.
+    A file of tiny parts takes a hundred times its size in memory when it is parsed.  Returns False for up to SMALL_BYTES, and
+    counts data that are not protobuf up to the first error.
     """
     if (len(source) if isinstance(source, bytes) else source.stat().st_size) <= SMALL_BYTES:
         return False
@@ -111,7 +112,7 @@ def _varint(data: Buffer, at: int) -> tuple[int, int]:
 
 
 def _tag(message: Any, field: str, length: int) -> bytes:
-    """The bytes before a field of that length: field number with wire type 2, and the length, as varints."""
+    """The bytes before a length-delimited field: field number with wire type 2, and length, as varints."""
     coded = b""
     for rest in [message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length]:
         sevens = [rest >> k & 127 for k in range(0, max(rest.bit_length(), 1), 7)]
