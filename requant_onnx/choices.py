@@ -38,8 +38,19 @@ TRANSFORMS = "auto, sqrt, none or power:A with A in 1/3 .. 1"  # the texts that 
 MIN_EXPONENT, MAX_EXPONENT = 1 / 3, 1.0  # 255**3 < 2**24: every level up to 8 bits is exact in float32
 
 
+C = TypeVar("C", bound="Choice")
+
+
 class Choice(Enum):
     """One value of a fixed set; `str` gives its text on the command line."""
+
+    @classmethod
+    def parse(cls: type[C], text: str, option: str) -> C:
+        """The member whose value is `text`.  Raises a ConfigError that names the option and the choices."""
+        try:
+            return cls(text)
+        except ValueError:
+            raise ConfigError(f"{option} '{text}' is not one of {', '.join(map(str, cls))}") from None
 
     def __str__(self) -> str:
         return str(self.value)
@@ -174,8 +185,8 @@ class Transform:
             raise ConfigError(f"the exponent {self.exponent} is outside 1/3 .. 1; 0.5 is the square root, and 1 means no transform")
 
     @classmethod
-    def parse(cls, text: str) -> Transform:
-        """Parse `auto`, `sqrt`, `none` or `power:A`.  Raises ConfigError on anything else."""
+    def parse(cls, text: str, option: str = "transform") -> Transform:
+        """Parse `auto`, `sqrt`, `none` or `power:A`.  Raises a ConfigError that names the option on anything else."""
         named = {"auto": None, "sqrt": 0.5, "none": 1.0}
         if text in named:
             return cls(named[text])
@@ -185,7 +196,7 @@ class Transform:
         except ValueError:
             exponent = math.nan
         if math.isnan(exponent):
-            raise ConfigError(f"the transform '{text}' is not valid; give {TRANSFORMS}")
+            raise ConfigError(f"{option} '{text}' is not valid; give {TRANSFORMS}")
         return cls(exponent)
 
     def __str__(self) -> str:
@@ -223,15 +234,3 @@ def widths_in_words() -> str:
     """All widths as text for sentences: 1.6, 2, ... or 8."""
     *most, last = map(str, LEVELS)
     return f"{', '.join(most)} or {last}"
-
-
-E = TypeVar("E", bound=Choice)
-
-
-def parse_choice(kind: type[E], text: str, option: str) -> E:
-    """The member of `kind` whose value is `text`.  Raises a ConfigError that names the option and the choices."""
-    try:
-        return kind(text)
-    except ValueError:
-        choices = ", ".join(map(str, kind))
-        raise ConfigError(f"{option} '{text}' is not one of {choices}") from None

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from requant_onnx.choices import (
     AUTO_TRANSFORM,
@@ -29,13 +29,14 @@ from requant_onnx.choices import (
     Runtime,
     Space,
     Transform,
-    parse_choice,
     width_of,
     widths_in_words,
 )
 from requant_onnx.errors import ConfigError
 from requant_onnx.rules import LayerRule, Rules, rules_of
 from requant_onnx.runtimes import RUNTIMES
+
+T = TypeVar("T", bound=Choice | Transform)
 
 METADATA_KEY = "requant_onnx"  # of the metadata_props entry that holds a conversion's settings
 
@@ -76,6 +77,30 @@ class Budget:
         return {"size": self.size} if self.size is not None else {"target_sqnr": self.sqnr_db or 0.0}
 
 
+class Setting(Generic[T]):
+    """A field of QuantConfig that accepts a value or its text, as on the command line; reading it gives the value.
+
+    Setting it raises ConfigError if the value has another type, or if the text is not that of a value.
+    """
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, config: object | None, owner: type) -> T:
+        value: T = self._default if config is None else vars(config)[self._name]
+        return value
+
+    def __set__(self, config: object, value: T | str) -> None:
+        kind = type(self._default)
+        found: object = kind.parse(value, self._name) if isinstance(value, str) else value
+        if not isinstance(found, kind):
+            raise ConfigError(f"{self._name} must be a {kind.__name__}, not {value!r}")
+        vars(config)[self._name] = found
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """Settings of `quantize_model`.  The defaults were chosen on the CIFAR-10 train split (convert/README.md, "Defaults").
@@ -99,40 +124,35 @@ class QuantConfig:
     """
 
     bits: float | Budget = 8
-    granularity: Granularity = Granularity.PER_CHANNEL
-    transform: Transform = AUTO_TRANSFORM
-    range_mode: RangeMode = RangeMode.SEARCH
-    edge_layers: EdgeLayers = EdgeLayers.EIGHT_BIT
-    objective: Space = Space.WEIGHT
-    rounding: Space = Space.WEIGHT
-    form: Form = Form.QDQ
-    runtime: Runtime = Runtime.ORT
+    granularity: Setting[Granularity] = Setting(Granularity.PER_CHANNEL)
+    transform: Setting[Transform] = Setting(AUTO_TRANSFORM)
+    range_mode: Setting[RangeMode] = Setting(RangeMode.SEARCH)
+    edge_layers: Setting[EdgeLayers] = Setting(EdgeLayers.EIGHT_BIT)
+    objective: Setting[Space] = Setting(Space.WEIGHT)
+    rounding: Setting[Space] = Setting(Space.WEIGHT)
+    form: Setting[Form] = Setting(Form.QDQ)
+    runtime: Setting[Runtime] = Setting(Runtime.ORT)
     symmetric: bool = False
-    refinement: Refinement = Refinement.DESCENT
-    biases: BiasType = BiasType.AUTO
+    refinement: Setting[Refinement] = Setting(Refinement.DESCENT)
+    biases: Setting[BiasType] = Setting(BiasType.AUTO)
     keep_inputs: bool = False
-    activation_range: ActivationRange = ActivationRange.OUTPUT
-    int8_levels: Int8Levels = Int8Levels.SAFE
-    int8_speed: Int8Speed = Int8Speed.AUTO
+    activation_range: Setting[ActivationRange] = Setting(ActivationRange.OUTPUT)
+    int8_levels: Setting[Int8Levels] = Setting(Int8Levels.SAFE)
+    int8_speed: Setting[Int8Speed] = Setting(Int8Speed.AUTO)
     int8_min_sqnr: float = 15.0
     overrides: Rules = ()
-    optimize_for: OptimizeFor = OptimizeFor.FILE
+    optimize_for: Setting[OptimizeFor] = Setting(OptimizeFor.FILE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", rules_of(self.overrides))
-        for name, kind in ENUMS.items():  # plain texts will do
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, parse_choice(kind, getattr(self, name), name))
-        if isinstance(self.transform, str):
-            object.__setattr__(self, "transform", Transform.parse(self.transform))
         if not isinstance(self.bits, Budget):
             width = width_of(self.bits)
             if width is None:
                 raise ConfigError(f"bits must be one of {widths_in_words()}, not {self.bits!r}")
             object.__setattr__(self, "bits", width)
-        for name, kind in {**ENUMS, "transform": Transform, "symmetric": bool, "keep_inputs": bool}.items():
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
+        for name in ("symmetric", "keep_inputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be a bool, not {getattr(self, name)!r}")
         if (
             isinstance(self.int8_min_sqnr, bool)
             or not isinstance(self.int8_min_sqnr, int | float)
@@ -228,13 +248,8 @@ class QuantConfig:
         size, sqnr_db = given.pop("size", None), given.pop("target_sqnr", None)
         if given.get("bits") == "auto":
             given["bits"] = Budget(size=size, sqnr_db=sqnr_db)
-        for name, kind in ENUMS.items():
-            if isinstance(given.get(name), str):
-                given[name] = parse_choice(kind, given[name], name)
         if isinstance(given.get("int8_min_sqnr"), str):
             given["int8_min_sqnr"] = float(given["int8_min_sqnr"])
-        if isinstance(given.get("transform"), str):
-            given["transform"] = Transform.parse(given["transform"])
         known = [item.name for item in fields(cls)]
         strange = sorted(given.keys() - set(known))
         if strange:
@@ -245,19 +260,5 @@ class QuantConfig:
 OPTIONS_OF_FORM = {"activation_range": Form.INT8, "int8_levels": Form.INT8, "int8_speed": Form.INT8, "int8_min_sqnr": Form.INT8}
 """Settings that apply to one form only, by name."""
 
-ENUMS: dict[str, type[Choice]] = {
-    "optimize_for": OptimizeFor,
-    "granularity": Granularity,
-    "range_mode": RangeMode,
-    "edge_layers": EdgeLayers,
-    "objective": Space,
-    "rounding": Space,
-    "form": Form,
-    "runtime": Runtime,
-    "refinement": Refinement,
-    "biases": BiasType,
-    "activation_range": ActivationRange,
-    "int8_levels": Int8Levels,
-    "int8_speed": Int8Speed,
-}
+ENUMS: dict[str, type[Choice]] = {item.name: type(item.default) for item in fields(QuantConfig) if isinstance(item.default, Choice)}
 """Settings with a fixed set of choices, by name."""

@@ -14,13 +14,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from requant_onnx.choices import Form, Granularity, Transform, parse_choice, width_of, widths_in_words
+from requant_onnx.choices import Choice, Form, Granularity, Transform, width_of, widths_in_words
 from requant_onnx.errors import ConfigError
 
 Rules: TypeAlias = "Sequence[LayerRule | str] | Mapping[str, Any]"
 """Rules as accepted from callers: LayerRules, strings, or a table from patterns to settings."""
 KEEP = "float"
 PARTS = "bits:N, form:F, transform:T, granularity:G, or float"
+KINDS: dict[str, type[Choice | Transform]] = {"form": Form, "granularity": Granularity, "transform": Transform}
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,9 @@ class LayerRule:
                 given["keep"] = True
             elif name == "bits":
                 given[name] = float(value) if re.fullmatch(r"\d+(\.\d+)?", str(value)) else value
-            elif name == "transform":
-                given[name] = value if isinstance(value, Transform) else Transform.parse(str(value))
-            elif name in ("form", "granularity"):
-                kind = {"form": Form, "granularity": Granularity}[name]
-                given[name] = value if isinstance(value, kind) else parse_choice(kind, str(value), option)
+            elif name in KINDS:
+                kind = KINDS[name]
+                given[name] = value if isinstance(value, kind) else kind.parse(str(value), option)
             else:
                 raise ConfigError(f"the layer rule for '{pattern}' sets '{name}', but it can only set {PARTS}")
         return cls(pattern, **given)

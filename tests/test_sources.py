@@ -161,10 +161,10 @@ def test_what_is_no_model_is_an_error_of_ours(tmp_path: Path) -> None:
 
 
 def test_plain_texts_will_do_for_choices() -> None:
-    plain = QuantConfig(4, form="folded", transform="sqrt", edge_layers="plain")  # type: ignore[arg-type]
+    plain = QuantConfig(4, form="folded", transform="sqrt", edge_layers="plain")
     assert plain == QuantConfig(4, form=Form.FOLDED, transform=Transform(0.5), edge_layers=EdgeLayers.PLAIN)
     with pytest.raises(ConfigError, match="form 'fast' is not one of"):
-        QuantConfig(form="fast")  # type: ignore[arg-type]
+        QuantConfig(form="fast")
 
 
 def test_reports_show_well() -> None:

@@ -41,7 +41,7 @@ CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 def convert(source: Path, output: Path, images: ImageSet) -> QuantReport:
     """Convert at four bits, calibrated on 32 images."""
-    config = QuantConfig(bits=4, form=Form.FOLDED, runtime=Runtime.WEB)
+    config = QuantConfig(bits=4, form=Form.FOLDED, runtime=Runtime.WEB, transform="sqrt", rounding="weight")
     model: onnx.ModelProto
     model, report = quantize_model(source, config, calibration=Calibration(images=images, normalization=CIFAR, count=32))
     save_model(model, output)
@@ -80,6 +80,7 @@ def wrong() -> None:
 
     requant_onnx.quantise_model("net.onnx")  # type: ignore[attr-defined]
     QuantConfig(bits="four")  # type: ignore[arg-type]
+    QuantConfig(form=4)  # type: ignore[arg-type]
     quantize_model(3)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import shtab
 
-from requant_onnx.choices import TRANSFORMS, Choice, parse_choice, widths_in_words
+from requant_onnx.choices import TRANSFORMS, Choice, widths_in_words
 from requant_onnx.cli.examples import EXAMPLES
 from requant_onnx.cli.goals import GOALS
 from requant_onnx.cli.parser import (
@@ -441,7 +441,7 @@ def _add_choice(group: Container, name: str, metavar: str, prefix: str = "", opt
 
     def choice(text: str) -> Choice:
         try:
-            return parse_choice(kind, text, option)
+            return kind.parse(text, option)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -39,7 +39,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     base = QuantConfig.paper() if args.recipe == "paper" else QuantConfig()
     given: dict[str, Any] = {}
     if args.transform is not None:
-        given["transform"] = Transform.parse(args.transform)
+        given["transform"] = Transform.parse(args.transform, "--transform")
     given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
     given.setdefault("form", RUNTIMES[given.get("runtime", base.runtime)].forms[0])
     if args.int8_min_sqnr is not None:
