@@ -9,6 +9,7 @@ import argparse
 import inspect
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from requant_onnx import ImageSet, Normalization, QuantReport, ValidationReport,
 from requant_onnx.cli.options import parser_of
 from requant_onnx.cli.parser import parse as parse_options
 from requant_onnx.convert.report import InspectReport
+from requant_onnx.errors import RequantError
 from requant_onnx.graph.float_constants import VECTOR
 from requant_onnx.graph.weights import SkippedWeight, View
 
@@ -148,6 +150,21 @@ def one_thread_each() -> Iterator[None]:
         patch.setattr(onnxruntime.InferenceSession, "__init__", start_with_one)
         for library in ("OMP", "OPENBLAS", "MKL"):  # for the processes that tests start
             patch.setenv(f"{library}_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_error_in_an_error() -> Iterator[None]:
+    """Fail where one of our errors is caught as the ValueError or OSError that it also is, and put into another one of ours."""
+
+    def check(self: RequantError, *args: object) -> None:
+        inner = sys.exc_info()[1]
+        text = str(args[0]) if args else ""
+        assert not isinstance(inner, RequantError) or f"({inner})" not in text or "the converted model (" in text, text
+        Exception.__init__(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RequantError, "__init__", check)
         yield
 
 

@@ -16,9 +16,11 @@ from conftest import laplace, parse, small_cnn
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
-from requant_onnx import Form, ModelError, QuantConfig, quantize_model
+from requant_onnx import Form, ModelError, OutputError, QuantConfig, quantize_model
 from requant_onnx.cli.main import main
+from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import load_model
+from requant_onnx.graph.constants import load_proto
 
 Change = Callable[[onnx.ModelProto], None]
 IMAGES = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
@@ -300,3 +302,20 @@ def test_a_model_proto_with_data_elsewhere() -> None:
     model.ParseFromString(referring("w.bin"))
     with pytest.raises(ModelError, match="give the path of the model"):
         quantize_model(model)
+
+
+def test_an_error_is_not_put_into_another(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our errors are also ValueErrors and OSErrors, which some functions translate."""
+    large = home / "large.onnx"
+    with large.open("wb") as file:
+        file.truncate(2**31)  # sparse: takes no space
+    with pytest.raises(ModelError, match=r"^'[^']+large.onnx' is larger than 2 GB"):
+        load_model(large)
+    with pytest.raises(OutputError, match=r"^'[^']+home' is a directory; give the path of the file to write$"):
+        write_atomically(home, b"")
+    (home / "in.onnx").write_bytes(referring("w.bin", length="1728"))
+    monkeypatch.setattr("requant_onnx.files.load.FETCHED_BYTES", 0)
+    tensor = load_model(home / "in.onnx").graph.initializer[0]
+    (home / "w.bin").write_bytes(bytes(100))
+    with pytest.raises(ModelError, match=r"^the data file '[^']+w.bin' of '\w+' became shorter"):
+        load_proto(tensor)

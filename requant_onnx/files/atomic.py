@@ -24,6 +24,8 @@ def reporting_errors(path: Path) -> Iterator[None]:
     """Turn every OSError into an OutputError that names the path."""
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             f"cannot write '{path}' ({error.strerror or error}); check the directory, its permissions and the free space"

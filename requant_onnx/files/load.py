@@ -235,6 +235,8 @@ def _parse(path: Path) -> onnx.ModelProto:
         if has_more_parts(path, MAX_PARTS):
             raise _too_many_parts(f"'{path}'")
         return onnx.load(path, format="protobuf", load_external_data=False)
+    except ModelError:
+        raise
     except FileNotFoundError:
         raise ModelError(f"'{path}' does not exist; give the path of an .onnx file") from None
     except OSError as error:

@@ -114,7 +114,7 @@ class Root:
 
 
 def load_values(tensor: gs.Constant) -> GenericArray:
-    """The values of a constant.  Raises ModelError when they do not fit its shape."""
+    """The values of a constant.  Raises ModelError when they do not fit its shape, or a data file cannot be read."""
     stored = tensor._values  # tensor.values would cache them
     return load_proto(stored.tensor) if isinstance(stored, LazyValues) else np.asarray(stored)
 
@@ -125,6 +125,8 @@ def load_proto(tensor: onnx.TensorProto | onnx.SparseTensorProto) -> GenericArra
     name = tensor.values.name if sparse else tensor.name
     try:
         return dense_values(tensor) if sparse else values_of(tensor)
+    except ModelError:  # the data file cannot be read
+        raise
     except (IndexError, TypeError, ValueError) as error:
         raise ModelError(f"the values of '{name}' do not fit its shape ({first_line(error)}); export the model again") from None
 
