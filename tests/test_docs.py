@@ -242,7 +242,7 @@ def test_help_lists_the_topics_and_refuses_others(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert all(f"{name}\t" in printed for name in TOPICS)
     assert main(["help", "form"]) == 2
-    assert capsys.readouterr().err == "error: there is no topic 'form'; is it 'forms'?\n"
+    assert capsys.readouterr().err == "error: there is no topic 'form'; did you mean 'forms'?\n"
     assert main(["help", "zzz"]) == 2
     assert capsys.readouterr().err == "error: there is no topic 'zzz'; requant help lists the topics\n"
 

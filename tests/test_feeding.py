@@ -170,7 +170,7 @@ def test_damaged_images_of_a_folder_are_skipped_and_counted(tmp_path: Path, caps
     assert len(load_images(place)) == 100
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     assert main(["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--calibrate", str(place)]) == 0
-    assert "note: 1 of 101 images are damaged and skipped" in capsys.readouterr().err
+    assert "note: 1 of 101 images are damaged and were skipped" in capsys.readouterr().err
     (place / "0051.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"0050\.jpg"):
         load_images(place)

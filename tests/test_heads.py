@@ -143,10 +143,10 @@ def test_weak_doubled_and_broken_ones_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("detect:yolovx", "is it 'detect:yolox'?"),
+        ("detect:yolovx", "did you mean 'detect:yolox'?"),
         ("detect:qqq", "give detect:HEAD, with one of yolov8, yolox, yolov5, nms"),
         ("detect", "give detect:HEAD"),
-        ("yolov8", "is it 'detect:yolov8'?"),
+        ("yolov8", "did you mean 'detect:yolov8'?"),
         ("segment:yolov8", "the task 'segment:yolov8' is unknown"),
     ],
 )

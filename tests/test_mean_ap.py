@@ -202,7 +202,7 @@ def test_mistakes_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
         (["--labels", str(folder / "list.json")], "is not in COCO format; give a file"),
         (["--labels", str(folder / "none.json")], "check the path of the labels"),
         (["--labels", labels, "--data", "noise"], "--labels applies to images:DIR, not to 'noise'; drop --labels"),
-        (["--task", "detect:yolo5"], "is it 'detect:yolov5'?"),
+        (["--task", "detect:yolo5"], "did you mean 'detect:yolov5'?"),
         (["--task", "detect:boxes"], "the outputs have the shapes 1x5x84 on images of 64x64, which do not match the head 'boxes'"),
     ]
     for options, message in cases:

@@ -213,7 +213,7 @@ def test_weights_that_stay_folded_for_one_reason_share_a_line() -> None:
 )
 def test_other_words_lead_to_a_topic(word: str, topic: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help", word]) == 2
-    assert f"is it '{topic}'?" in capsys.readouterr().err
+    assert f"did you mean '{topic}'?" in capsys.readouterr().err
 
 
 def test_a_size_that_cannot_be_measured_does_not_hide_the_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
     ("text", "message"),
     [
         ("bits = ", "is not TOML"),
-        ("bit = 4", "'bit', which is not an option here; is it 'bits'?"),
+        ("bit = 4", "'bit', which is not an option here; did you mean 'bits'?"),
         ("zzz = 4", "see --help"),
         ("[validate]\nbits = 4\n[convrt]\nbits = 4", "a table 'convrt', which is not a command"),
         ("[convert]\nrecipes = 'x'", "'recipes', which is not an option here"),

@@ -198,7 +198,7 @@ def test_a_change_within_its_error_is_called_so(tmp_path: Path, capsys: pytest.C
         ("ratio=50,sqnr=99", 4, "relative to the candidate is 3.8"),
         ("latency=1", 4, "relative to the reference was not measured"),
         ("top1-drop=1", 4, "was not measured"),
-        ("agreemnt=9", 2, "is it 'agreement'?"),
+        ("agreemnt=9", 2, "did you mean 'agreement'?"),
         ("sqnr", 2, "is not of the form FIGURE=NUMBER"),
         ("sqnr=much", 2, "is not a number"),
         ("sqnr=nan", 2, "is not a number"),

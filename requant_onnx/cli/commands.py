@@ -93,7 +93,7 @@ def run_convert(args: argparse.Namespace) -> None:
     paths = {"input": str(args.input), "output": str(args.output), "file_bytes": list(sizes), "toml": write_options(args)}
     write_json(args.json, {**report.to_dict(), **paths, "downloads": downloads})
     if args.html is not None:
-        with progress_bar(args, "drawing") as progress:
+        with progress_bar(args, "writing the page") as progress:
             settings = [("requant.toml, for requant convert --config", write_options(args))]
             page = html_report(
                 args.input, args.output, **_page_inputs(args, calibration), conversion=report, settings=settings, progress=progress

@@ -88,8 +88,8 @@ def _add_convert(run: Command, parser: Parser) -> None:
     parser.titled(SIZE).add_argument(
         "--progressive",
         action="store_true",
-        help="write OUT.2bit.onnx, OUT.4bit.onnx, OUT.onnx and OUT.planes.bin, the beginning of which is all the data "
-        "that the 2-bit model needs; only for --form folded, which it implies",
+        help="write OUT.2bit.onnx, OUT.4bit.onnx, OUT.onnx and OUT.planes.bin; the 2-bit model reads "
+        "only the start of OUT.planes.bin; only for --form folded, which it implies",
     )
     output = parser.titled(OUTPUT)
     output.add_argument("--force", action="store_true", help="replace OUT.onnx if it exists")

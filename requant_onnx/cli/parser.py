@@ -114,7 +114,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
         near = difflib.get_close_matches(strange[0].partition("=")[0], args.parser._option_string_actions, 1)
         if not strange[0].startswith("-"):
             args.parser.error(f"the argument '{strange[0]}' is unexpected; put a value with spaces in quotes")
-        args.parser.error(f"'{strange[0]}' is no option here" + (f"; is it '{near[0]}'?" if near else ""))
+        args.parser.error(f"'{strange[0]}' is not an option of this command" + (f"; did you mean '{near[0]}'?" if near else ""))
     return args
 
 

@@ -77,9 +77,9 @@ def check_cache(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot keep results in '{folder}' ({error.strerror or error}); give another directory") from None
+        raise OutputError(f"cannot cache results in '{folder}' ({error.strerror or error}); give another directory") from None
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot keep results in '{folder}' (it is not writable); give another directory")
+        raise OutputError(f"cannot cache results in '{folder}' (it is not writable); give another directory")
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def _report(args: argparse.Namespace, stages: list[Stage], saved: list[SavedStag
     tables.print_stages(console, saved, checks)
     for stage, found in zip(stages[:-1], checks, strict=False):
         if found is not None and found.is_broken:
-            console.print(escape(f"warning: at {stage.bits} bits, {found.sentence()}: show no answers of this stage"))
+            console.print(escape(f"warning: at {stage.bits} bits, {found.sentence()}: do not show the answers of this stage"))
     if args.verbose:
         for stage in stages:
             tables.print_tried(console, stage.report)

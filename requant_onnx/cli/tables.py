@@ -123,7 +123,7 @@ def _remarks(report: QuantReport) -> list[str]:
     for weight in report.converted:
         if weight.why_not_int8:
             folded.setdefault(weight.why_not_int8, []).append(weight)
-    lines = [f"folded, not int8: {_names(weights)} {why}" for why, weights in folded.items()]
+    lines = [f"folded instead of int8: {_names(weights)} {why}" for why, weights in folded.items()]
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -258,7 +258,7 @@ def print_sensitivity(console: Console, costs: Sequence[WeightCost], inputs: str
 
 def print_explanation(console: Console, explanation: Explanation) -> None:
     """Print what ONNX Runtime does with each weight."""
-    table = Grid("weight", "op", "shape", "fate", "kernel", "why not better", left=("fate", "kernel", "why not better"))
+    table = Grid("weight", "op", "shape", "fate", "kernel", "reason", left=("fate", "kernel", "reason"))
     for weight in explanation.weights:
         table.add_row(escape(weight.name), weight.op, shape_text(weight.shape), weight.fate.value, weight.kernel, weight.why)
     if explanation.weights:
@@ -273,7 +273,7 @@ def print_explanation(console: Console, explanation: Explanation) -> None:
 
 def print_stages(console: Console, saved: Sequence[SavedStage], checks: Sequence[SelfCheck | None]) -> None:
     """Print one row per stage of a progressive conversion."""
-    table = Grid("bits", "graph", "bytes of it", "of the data", "bytes up to here", "SQNR dB", "agreement")
+    table = Grid("bits", "graph", "graph bytes", "data bytes", "total so far", "SQNR dB", "agreement")
     total = 0
     for stage, check in zip(saved, checks, strict=True):
         total += stage.graph_bytes
@@ -284,7 +284,7 @@ def print_stages(console: Console, saved: Sequence[SavedStage], checks: Sequence
         table.add_row(str(stage.bits), escape(stage.graph.name), *sizes, quality, agreement)
     table.show(console)
     data = saved[-1].data.name
-    console.print(escape(f"each graph reads only that many bytes from the beginning of {data}"), soft_wrap=True)
+    console.print(escape(f"each graph reads only the given number of data bytes, from the start of {data}"), soft_wrap=True)
 
 
 def print_restored(console: Console, report: RestoreReport, sizes: tuple[int, int]) -> None:

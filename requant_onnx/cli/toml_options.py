@@ -85,7 +85,7 @@ def _named(path: Path, table: dict[str, Any], known: dict[str, argparse.Action])
             raise ConfigError(f"'{path}' sets '{name}', which is only allowed on the command line, as --{name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"is it '{near[0]}'?" if near else "see --help"
+            hint = f"did you mean '{near[0]}'?" if near else "see --help"
             raise ConfigError(f"'{path}' sets '{name}', which is not an option here; {hint}")
     return named
 

@@ -79,7 +79,9 @@ def text_of(name: str) -> str:
     if name not in TOPICS:
         near = [topic for topic, row in TOPICS.items() if name.lower() in re.findall(r"\w+", row.about.lower())]
         near = near or difflib.get_close_matches(name, TOPICS, 1)
-        raise ConfigError(f"there is no topic '{name}'; " + (f"is it '{near[0]}'?" if near else "requant help lists the topics"))
+        raise ConfigError(
+            f"there is no topic '{name}'; " + (f"did you mean '{near[0]}'?" if near else "requant help lists the topics")
+        )
     page = PACKAGE / TOPICS[name].page
     return _without_files(_section(page.read_text("utf-8"), TOPICS[name].heading), page)
 

@@ -192,7 +192,10 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     unreadable = images.x.unreadable if isinstance(images.x, FolderImages) else ()
     if unreadable:
         count = len(images) + len(unreadable)
-        print(f"note: {len(unreadable)} of {count} images are damaged and skipped; the first is '{unreadable[0]}'", file=sys.stderr)
+        print(
+            f"note: {len(unreadable)} of {count} images are damaged and were skipped; the first is '{unreadable[0]}'",
+            file=sys.stderr,
+        )
     return images
 
 

@@ -269,4 +269,6 @@ def _broken_promises(
     except LoadError as error:
         if runs(source.source):
             raise
-        return (f"the treatment of the weights by ONNX Runtime was not checked: {error}, and neither does the input",), {}
+        return (
+            f"how ONNX Runtime treats the weights was not checked, because it loads neither the input nor the result: {error}",
+        ), {}

@@ -61,7 +61,7 @@ def parse_gate(text: str) -> dict[str, float]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if name not in FIGURES or not equals:
             near = difflib.get_close_matches(name, FIGURES, 1)
-            hint = f"is it '{near[0]}'?" if near else f"the figures are {', '.join(FIGURES)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"the figures are {', '.join(FIGURES)}"
             raise ConfigError(f"--fail-below '{part.strip()}' is not of the form FIGURE=NUMBER with a known figure; {hint}")
         try:
             bounds[name] = float(value)

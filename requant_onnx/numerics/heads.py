@@ -67,7 +67,7 @@ def head_of(task: str) -> str:
     name = task.removeprefix(TASK)
     if name == task or name not in HEADS:
         near = difflib.get_close_matches(name, HEADS, 1)
-        hint = f"is it '{TASK}{near[0]}'?" if near else f"give {TASK}HEAD, with one of {', '.join(HEADS)}"
+        hint = f"did you mean '{TASK}{near[0]}'?" if near else f"give {TASK}HEAD, with one of {', '.join(HEADS)}"
         raise ConfigError(f"the task '{task}' is unknown; {hint}")
     return name
 
