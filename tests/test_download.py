@@ -32,7 +32,7 @@ from requant_onnx import (
     save_model,
 )
 from requant_onnx.cli.main import main
-from requant_onnx.convert.ladder import SHRINKAGES
+from requant_onnx.convert.ladder import DOWNLOAD_SHRINKAGES
 from requant_onnx.convert.nearest import Result
 from requant_onnx.convert.prepare import Prepared
 from requant_onnx.convert.report import sqnr_db
@@ -115,7 +115,10 @@ def test_moments_of_a_few_places_are_better_held_to_their_diagonal() -> None:
     x = np.random.default_rng(1).multivariate_normal(np.zeros(150), h, 60)
     seen = (x.T @ x / 60).astype(np.float32)[None]
     grid = grid_of(w[0], float(w.std()))
-    errors = [output_error(grid.decode(feedback(w, factor(shrunk(seen, share)), grid)) - w, h[None]).sum() for share in SHRINKAGES]
+    errors = [
+        output_error(grid.decode(feedback(w, factor(shrunk(seen, share)), grid)) - w, h[None]).sum()
+        for share in DOWNLOAD_SHRINKAGES
+    ]
     assert errors[2] < 0.9 * errors[0]
 
 

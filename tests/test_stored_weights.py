@@ -12,8 +12,8 @@ from conftest import laplace, parse
 from onnx import TensorProto, helper, numpy_helper
 
 from requant_onnx import BiasType, Budget, Calibration, EdgeLayers, Form, Int8Speed, ModelError, QuantConfig, quantize_model
-from requant_onnx.convert.layerwise import Belief
-from requant_onnx.convert.steps import check_belief
+from requant_onnx.convert.layerwise import ExpectedOutputs
+from requant_onnx.convert.steps import check_expected
 from requant_onnx.runtime.sensitivity import outputs_of, relative_error
 from requant_onnx.runtime.stream import Chunk
 
@@ -166,13 +166,13 @@ def test_half_precision_is_refined_as_single_is(form: Form, with_biases: bool, c
 def test_a_model_that_does_not_give_what_was_believed_is_refused() -> None:
     exact = outputs_of(net(), HELD_OUT)[0]
     near, names = [y * 1.001 for y in exact], [item.name for item in net().graph.output]
-    check_belief(net(), Belief(dict(HELD_OUT[0]), names, list(exact), list(near)))
+    check_expected(net(), ExpectedOutputs(dict(HELD_OUT[0]), names, list(exact), list(near)))
     far = net()
     next(item for item in far.graph.initializer if item.name == "w1").CopyFrom(
         numpy_helper.from_array(laplace(16, 3, 3, 3, seed=7), "w1")
     )
     with pytest.raises(ModelError, match=r"the converted model has an output SQNR of .* dB, but the refinement expected"):
-        check_belief(far, Belief(dict(HELD_OUT[0]), names, list(exact), list(near)))
+        check_expected(far, ExpectedOutputs(dict(HELD_OUT[0]), names, list(exact), list(near)))
 
 
 DEPENDS = "gets a number of inputs that depends on the data, and differs between the float and the quantized model"

@@ -69,7 +69,7 @@ LADDER = {
 WITH_IMAGES = {name for name, config in LADDER.items() if config.refinement is not Refinement.NONE}
 Patch = tuple[object, str, object]
 """(module, name, value): how a step that has no setting is switched off"""
-NO_SHRINKAGE: tuple[Patch, ...] = ((ladder, "SHARES", ladder.SHARES[:1]),)
+NO_SHRINKAGE: tuple[Patch, ...] = ((ladder, "FILE_SHRINKAGES", ladder.FILE_SHRINKAGES[:1]),)
 OFF = dict.fromkeys(("+ feedback, chosen exponent", "+ descent, scales"), NO_SHRINKAGE)
 INTEGERS = replace(BEST, form=Form.INT8, int8_speed=Int8Speed.ALL, int8_min_sqnr=-math.inf)
 LOW = 2  # bits: at the size of this width, and the first one that downloads are compared at

@@ -99,15 +99,15 @@ class Market:
 
     def smallest(self) -> Picks:
         """The picks with approximately the fewest bytes."""
-        return min(self._settled(lambda _: 0), key=self.bytes)
+        return min(self._rounds(lambda _: 0), key=self.bytes)
 
     def least_error(self) -> Picks:
         """The picks with approximately the least output error."""
-        return min(self._settled(lambda front: len(front.sizes) - 1), key=self.output_error)
+        return min(self._rounds(lambda front: len(front.sizes) - 1), key=self.output_error)
 
     def within(self, size: int) -> Picks | None:
         """The picks with the least output error among those found with at most `size` bytes; None if there are none."""
-        rounds = self._settled(lambda front: front.best_within(size))
+        rounds = self._rounds(lambda front: front.best_within(size))
         fitting = [picks for picks in rounds if self.bytes(picks) <= size]
         return min(fitting, key=self.output_error, default=None)
 
@@ -117,12 +117,12 @@ class Market:
         Either each weight has its best grid of these bits, or all weights have the same kind of grid.
         """
         widths = {offer.grid.bits for offers in self.offers for offer in offers}
-        uniform = [*(tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths)), *self._alike()]
+        uniform = [*(tuple(_best_of(offers, bits) for offers in self.offers) for bits in sorted(widths)), *self._one_grid_picks()]
         return sorted((picks for picks in uniform if self.bytes(picks) <= size), key=self.output_error)
 
     def reaching(self, output_error: float) -> Picks | None:
         """The picks with the fewest bytes among those found with at most this output error; None if there are none."""
-        rounds = self._settled(lambda front: front.smallest_within(output_error))
+        rounds = self._rounds(lambda front: front.smallest_within(output_error))
         fitting = [picks for picks in rounds if self.output_error(picks) <= output_error * (1 + 1e-9)]
         return min(fitting, key=self.bytes, default=None)
 
@@ -133,14 +133,14 @@ class Market:
         points = dict.fromkeys(int(k) for k in np.searchsorted(front.sizes, marks, side="right") - 1)
         return [self._picks(front, point) for point in points]
 
-    def _settled(self, choose: Callable[[Front], int | None]) -> list[Picks]:
+    def _rounds(self, choose: Callable[[Front], int | None]) -> list[Picks]:
         """The picks with one grid for all weights, which share the most bytes, and those of every round until they repeat.
 
         choose: index of a point of the front; None means the smallest.
         """
         every = {key for offers in self.offers for offer in offers for key in offer.shares()}
         members = Counter(dict.fromkeys(every, len(self.offers)))  # as if every key were shared by all weights
-        rounds = self._alike()
+        rounds = self._one_grid_picks()
         for _ in range(ROUNDS):
             front = self._front(members)
             point = choose(front)
@@ -151,7 +151,7 @@ class Market:
             members = self._members(picks)
         return rounds
 
-    def _alike(self) -> list[Picks]:
+    def _one_grid_picks(self) -> list[Picks]:
         """For every grid, the picks with the most similar offer for each weight."""
         kinds = dict.fromkeys((o.grid.bits, o.grid.kind, o.grid.axis is None) for offers in self.offers for o in offers)
         return [tuple(_nearest(offers, *kind) for offers in self.offers) for kind in kinds]

@@ -63,7 +63,9 @@ def write_within(
         assert budget.sqnr_db is not None
         picks, (model, report) = search.good_enough(budget.sqnr_db, held)
     rest = model.ByteSize() - market.bytes(picks)
-    points = [FrontPoint(market.bytes(p) + rest, _decibels(_shown(market, p, chunks))) for p in market.front(picks, FRONT_POINTS)]
+    points = [
+        FrontPoint(market.bytes(p) + rest, _decibels(_reported_error(market, p, chunks))) for p in market.front(picks, FRONT_POINTS)
+    ]
     return model, replace(report, front=tuple(points), notes=(*report.notes, OF_OUTPUT if chunks else OF_WEIGHTS))
 
 
@@ -80,7 +82,7 @@ def _offered(prepared: Prepared, size: int | None, threads: int | None) -> tuple
     return tuple(replace(item, others=tuple(grid for grid in item.others if grid.bits % 1 == 0)) for item in planned)
 
 
-def _shown(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:
+def _reported_error(market: Market, picks: Picks, chunks: Sequence[Chunk]) -> float:
     """The estimated error of picks for users: of the output, or, without calibration, a power mean over the weights."""
     error = market.output_error(picks)
     return error if chunks else (error / len(market.planned)) ** (1 / BLIND_POWER)
@@ -105,7 +107,7 @@ class _Search:
         found = [self._small_enough(size)]
         if not chunks:
             return found[0]
-        found += self._alike(*found[0], size)
+        found += self._uniform_file(*found[0], size)
         exact = outputs_of(self.prepared.model, chunks)
         return min(found, key=lambda each: relative_error(exact, outputs_of(each[1][0], chunks)))
 
@@ -121,7 +123,7 @@ class _Search:
             limit -= excess
         raise ConfigError(f"no choice of bits was found for a file of {size:,} bytes; allow a slightly larger file")
 
-    def _alike(self, picks: Picks, built: Built, size: int) -> Iterator[tuple[Picks, Built]]:
+    def _uniform_file(self, picks: Picks, built: Built, size: int) -> Iterator[tuple[Picks, Built]]:
         """The best other file of `alike_within` that has at most `size` bytes, if one is found."""
         room = self.market.bytes(picks) + size - built[0].ByteSize() + SLACK
         for alike in self.market.alike_within(room)[:TRIES]:

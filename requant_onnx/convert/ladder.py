@@ -26,8 +26,9 @@ from requant_onnx.numerics.price import RATE, Price, entropy
 from requant_onnx.numerics.quantize import Grid, QuantizedWeight, quantize_weight
 
 Pair = tuple[Float32Array, Float64Array]  # second moments of inputs, and of outputs with inputs: see Evidence.pair
-SHRINKAGES = (0.02, 0.15, 0.5)  # shrinkages of second moments if bits count; held-out inputs choose one
-SHARES, FEW_PLACES = (0.0, 0.15, 0.5), 20  # the same if bits do not count, for layers with fewer than 20 places per input
+DOWNLOAD_SHRINKAGES = (0.02, 0.15, 0.5)  # shrinkages of second moments if bits count; held-out inputs choose one
+FILE_SHRINKAGES = (0.0, 0.15, 0.5)  # the same if bits do not count, for layers with too few places
+ENOUGH_PLACES = 20  # places per input from which second moments need no shrinkage
 ESTIMATES = 2  # number of times that the price of codes is estimated during the descent
 HELD_OUT = 4  # every fourth chunk is held out, to choose between candidates
 
@@ -49,10 +50,10 @@ class RefinedLayer:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The calibration data of a layer.  fitted: moments of the inputs to fit on.  held: places of the held-out inputs."""
+    """The calibration data of a layer.  fitted: moments of the inputs to fit on.  held_out: places of the held-out inputs."""
 
     fitted: Moments
-    held: Sample
+    held_out: Sample
 
     def pair(self, corrected: bool) -> Pair:
         """The second moments of the inputs, (G, n, n), and of the outputs with the inputs, (G, rows, n).
@@ -161,7 +162,7 @@ def _feedback(
     refit = nearest.has_row_scales and not layer.product.scale_is_shared
     xx, xy = pair
     tried: dict[str, tuple[float, _Candidate, Float64Array, float]] = {}
-    for share in SHARES if evidence.fitted.count < FEW_PLACES * xx.shape[-1] else SHARES[:1]:
+    for share in FILE_SHRINKAGES if evidence.fitted.count < ENOUGH_PLACES * xx.shape[-1] else FILE_SHRINKAGES[:1]:
         triangle = factor(shrunk(xx, share) if share else xx)
         wanted = {"feedback": matrices, "feedback to the float output": _target(matrices, xx, xy, triangle)}
         for kind, whole in wanted.items():
@@ -188,14 +189,14 @@ def _by_price(
     matrices, (xx, xy), step = layer.product.matrices(w).astype(np.float64), pair, nearest.grid.step or 0.0
     made: dict[str, _Candidate] = {}
     least, worth, best = math.inf, 0.0, None
-    for shrinkage in SHRINKAGES:
+    for shrinkage in DOWNLOAD_SHRINKAGES:
         h = shrunk(xx, shrinkage)
         triangle = factor(h)
         worth = worth or RATE * step**2 * float(triangle.variances().mean())
         price, target = Price.of(nearest.codes, worth), _target(matrices, xx, xy, triangle)
         codes = feedback(target, triangle, nearest.rows, price.again(feedback(target, triangle, nearest.rows, price)))
         name, candidate = f"feedback at shrinkage {shrinkage:g}", replace(nearest, codes=codes, corrected=layer.can_correct)
-        made[name], cost = candidate, _error(layer, candidate, evidence) + worth / evidence.held.power * entropy(codes)
+        made[name], cost = candidate, _error(layer, candidate, evidence) + worth / evidence.held_out.power * entropy(codes)
         if cost < least:
             least, best = cost, (name, candidate, h, target)
     if refinement is Refinement.DESCENT and best is not None:
@@ -204,7 +205,7 @@ def _by_price(
         for _ in range(ESTIMATES):
             codes, rows = refine(target, h, rows, codes, refit=False, price=Price.of(codes, worth))
         made[f"{name}, descent"] = replace(candidate, codes=codes, rows=rows)
-    return made, worth / evidence.held.power
+    return made, worth / evidence.held_out.power
 
 
 def _rows(layer: Layer, q: QuantizedWeight, min_scale: Float64Array | None) -> RowGrid:
@@ -243,7 +244,7 @@ def _error(layer: Layer, candidate: _Candidate, evidence: Evidence) -> float:
     """The squared output error on held-out inputs, relative to output power; a corrected bias is fitted on the other inputs."""
     w_hat = candidate.decoded()
     bias = fitted_bias(w_hat, [evidence.sums]) if candidate.corrected else layer.biases
-    return evidence.held.error(w_hat, bias)
+    return evidence.held_out.error(w_hat, bias)
 
 
 def _finish(layer: Layer, candidate: _Candidate, evidence: Evidence, method: str, errors: dict[str, float]) -> RefinedLayer:
@@ -254,5 +255,5 @@ def _finish(layer: Layer, candidate: _Candidate, evidence: Evidence, method: str
     bias = None
     if candidate.corrected:
         decoded = candidate.offset + layer.product.matrices(quantized.dequantize()).astype(np.float64)
-        bias = fitted_bias(decoded, [evidence.sums, evidence.held.sums()]).astype(np.float32).ravel()
+        bias = fitted_bias(decoded, [evidence.sums, evidence.held_out.sums()]).astype(np.float32).ravel()
     return RefinedLayer(candidate.grid, quantized, bias, method, errors)

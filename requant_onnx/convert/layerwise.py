@@ -14,7 +14,7 @@ from requant_onnx.choices import LEVELS, Refinement
 from requant_onnx.convert.ladder import HELD_OUT, Evidence, RefinedLayer, choose
 from requant_onnx.convert.nearest import Result, measure
 from requant_onnx.convert.plan import PlannedWeight
-from requant_onnx.convert.schedule import PASSES, Clock, Cost, Schedule
+from requant_onnx.convert.schedule import RUN_SHARE, Clock, Cost, Schedule
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.edit import tensor_proto
 from requant_onnx.graph.layers import Layer, find_layers
@@ -27,7 +27,7 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.stream import Chunk, Lanes, Stream, constants_to_initializers
 
-PLACES_AN_INPUT, PLACES, FEW_PLACES = 20, 1 << 15, 1 << 13  # fewest places sampled: per input of a product, in total, with groups
+PLACES_PER_INPUT, PLACES, GROUPED_PLACES = 20, 1 << 15, 1 << 13  # fewest places sampled: per input, in total, with groups
 STEPS = 1000  # number of steps of the progress
 SECONDS_A_LAYER, SECONDS_A_ROW, SECONDS_A_WEIGHT = 0.04, 2.4e-4, 7.6e-7  # estimated time of a layer, fitted to four nets;
 SECONDS_AN_INPUT, SECONDS_A_PRODUCT = 4e-9, 2e-10  # per element of an input at a place, and per product of rows with moments
@@ -45,7 +45,7 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class Belief:
+class ExpectedOutputs:
     """The outputs that the refinement expects of the model with refined weights.
 
     feed: the first chunk of calibration inputs.  names: names of the outputs.
@@ -62,11 +62,11 @@ class Belief:
 class Refined:
     """The refined layers.  why_nearest: for each weight that was not refined, the reason (a sentence without its subject).
 
-    belief: expected outputs; None if the model was not run to its end.  note: sentence on what the time limit left out, or "".
+    expected: expected outputs; None if the model was not run to its end.  note: sentence on what the time limit left out, or "".
     """
 
     layers: list[LayerResult]
-    belief: Belief | None
+    expected: ExpectedOutputs | None
     why_nearest: dict[str, str]
     note: str
 
@@ -91,7 +91,7 @@ def quantize_layers(
     plans = {item.weight.name: item for item in planned}
     layers = find_layers(ModelGraph.of(work), plans.keys())
     chunks = calibration_chunks(model, calibration)
-    lanes = Lanes(work, chunks, 2, [layer.index for layer in layers], calibration.memory, clock.left * PASSES)
+    lanes = Lanes(work, chunks, 2, [layer.index for layer in layers], calibration.memory, clock.left * RUN_SHARE)
     exact, rounded = lanes.runs
     costs = [_cost(layer, plans[layer.weight], seconds, clock) for layer, seconds in zip(layers, lanes.seconds, strict=True)]
     schedule = Schedule(clock, costs)
@@ -115,8 +115,8 @@ def quantize_layers(
         schedule.done(number, ran - started, time.perf_counter() - ran)
         if progress is not None:
             progress(layer.weight, round(STEPS * schedule.fraction(number)), STEPS)
-    belief = None if schedule.is_over else _belief(work, chunks[0], (exact, rounded), replaced)
-    return Refined(results, belief, why, _left_out(clock, schedule, len(layers)))
+    expected = None if schedule.is_over else _expected(work, chunks[0], (exact, rounded), replaced)
+    return Refined(results, expected, why, _left_out(clock, schedule, len(layers)))
 
 
 def _quantized(
@@ -138,11 +138,13 @@ def _replacements(plan: PlannedWeight, done: LayerResult) -> Iterator[tuple[str,
         yield layer.bias, tensor_proto(layer.stored_bias(choice.bias), layer.bias)
 
 
-def _belief(work: onnx.ModelProto, feed: Chunk, runs: tuple[Stream, Stream], replaced: Mapping[str, onnx.TensorProto]) -> Belief:
+def _expected(
+    work: onnx.ModelProto, feed: Chunk, runs: tuple[Stream, Stream], replaced: Mapping[str, onnx.TensorProto]
+) -> ExpectedOutputs:
     for stream, weights in zip(runs, ({}, replaced), strict=True):
         stream.advance(len(work.graph.node), weights)
     names = [item.name for item in work.graph.output if item.name in runs[0].values[0]]
-    return Belief(feed, names, *([stream.values[0][name] for name in names] for stream in runs))
+    return ExpectedOutputs(feed, names, *([stream.values[0][name] for name in names] for stream in runs))
 
 
 def _left_out(clock: Clock, schedule: Schedule, layers: int) -> str:
@@ -160,7 +162,7 @@ def _cost(layer: Layer, plan: PlannedWeight, running: float, clock: Clock) -> Co
     """The estimated seconds for a layer, and the gain from refining it: its relative weight error, or 0 without a time limit."""
     product = layer.product
     n, rows = math.prod(product.shape) // product.channels, product.group * product.rows
-    places = FEW_PLACES if product.group > 1 else max(PLACES, PLACES_AN_INPUT * n)
+    places = GROUPED_PLACES if product.group > 1 else max(PLACES, PLACES_PER_INPUT * n)
     least = SECONDS_A_LAYER + SECONDS_A_ROW / 5 * rows + SECONDS_AN_INPUT * product.group * places * n
     full = SECONDS_A_ROW * rows + SECONDS_A_WEIGHT * rows * n + SECONDS_A_PRODUCT * n**2 * rows
     gain = 0.0 if clock.limit is None else _error_at_full_range(plan)
@@ -196,7 +198,7 @@ def _evidence(layer: Layer, exact: Stream, rounded: Stream, number: int, refinem
     product = layer.product
     columns = math.prod(product.shape) // product.channels
     few = product.group > 1
-    places = max(PLACES_AN_INPUT * columns, FEW_PLACES if few else PLACES) // max(1, len(fitted))
+    places = max(PLACES_PER_INPUT * columns, GROUPED_PLACES if few else PLACES) // max(1, len(fitted))
     moments, sample = Moments.empty(product.group, columns, product.rows), Sample()
     added = 0.0 if layer.can_correct else layer.biases.astype(np.float32)[:, None]
     for k, y in enumerate(targets(layer, exact, rounded)):

@@ -20,7 +20,7 @@ from requant_onnx.numerics.quantize import QuantizedWeight, quantize_weight
 from requant_onnx.progress import Progress
 
 PIECE = 1 << 20  # number of values converted to float64 at a time
-ONE_AT_A_TIME, LARGE = 1 << 25, Lock()  # larger weights, in bytes, are quantized one at a time, to save memory
+ONE_AT_A_TIME, LARGE_LOCK = 1 << 25, Lock()  # larger weights, in bytes, are quantized one at a time, to save memory
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def workers(threads: int | None) -> int:
 
 def _quantize(planned: PlannedWeight, min_scale: Float64Array | None) -> Result:
     if planned.weight.stored_bytes > ONE_AT_A_TIME:
-        with LARGE:
+        with LARGE_LOCK:
             result = _quantize_loaded(planned, min_scale)
             return replace(result, quantized=replace(result.quantized, codes=_on_disk(result.quantized.codes)))
     return _quantize_loaded(planned, min_scale)

@@ -18,7 +18,7 @@ from requant_onnx.runtimes import RUNTIMES
 EDGE_BITS = 8  # bits of first and last layers, and of tables
 REFERENCE_BITS = 4  # bits of the reference grid within a budget
 SHORT_CHANNEL = 600  # elements; in longer channels, scales take less than 2 % of the size of the codes
-MOST, FEW = 1 / 2, 4  # share of all elements that counts as most of them, in a model of at least this many weights
+DOMINANT_SHARE, FEWEST_WEIGHTS = 1 / 2, 4  # share of all elements that is most of them, in a model of at least so many weights
 LARGE, LARGE_SHARE = 1 << 16, 1 / 20  # elements of a large weight, and its share of all above which 8 bits cost more than they gain
 TERNARY = 3  # number of levels for which all kinds of grids are the same
 BALANCED = (3, 5)  # numbers of levels that are always symmetric, because zero points gain nothing
@@ -74,15 +74,15 @@ def plan_conversion(view: View, config: QuantConfig, integers: Collection[str] =
             left.append(SkippedWeight(weight.name, weight.op, weight.shape, reason, weight.stored_bytes))
         else:
             own = config.of_layer(weight.names, weight.op)
-            is_edge = weight.is_edge and not _is_much(weight, total, len(view.weights))
+            is_edge = weight.is_edge and not _is_dominant(weight, total, len(view.weights))
             planned.append(_planned(weight, own, is_edge, weight.name in integers))
     return Plan(tuple(planned), tuple(left))
 
 
-def _is_much(weight: Weight, total: int, count: int) -> bool:
+def _is_dominant(weight: Weight, total: int, count: int) -> bool:
     """Whether a weight has a large share of all elements.  total: number of elements of all weights.  count: number of weights."""
     size = math.prod(weight.shape)
-    return count >= FEW and size > total * (LARGE_SHARE if size >= LARGE else MOST)
+    return count >= FEWEST_WEIGHTS and size > total * (LARGE_SHARE if size >= LARGE else DOMINANT_SHARE)
 
 
 def opset_for(config: QuantConfig) -> int:

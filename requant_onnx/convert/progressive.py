@@ -92,7 +92,7 @@ def _check(config: QuantConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Coarse:
+class _WeightSoFar:
     """A weight after some stages.  grid: grid of the first one.  fixed: whether its codes are final.  stages: codes, in order."""
 
     grid: Grid
@@ -107,7 +107,7 @@ class _Refinement:
     coarse: weights so far, by name; None before the first conversion.
     """
 
-    coarse: dict[str, _Coarse] | None = field(default=None)
+    coarse: dict[str, _WeightSoFar] | None = field(default=None)
 
     def convert(
         self, prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None
@@ -126,7 +126,7 @@ class _Refinement:
         found = {}
         for result in quantized.results:
             item, name = result.planned, result.planned.weight.name
-            known = first.get(name, _Coarse(item.grid, item.given is not None, ()))
+            known = first.get(name, _WeightSoFar(item.grid, item.given is not None, ()))
             found[name] = replace(known, stages=(*item.base, result.quantized))
         model, report = write_checked(prepared, planned, quantized)
         self.coarse = {weight.name: found[weight.name] for weight in report.converted}
@@ -149,7 +149,7 @@ def _first(item: PlannedWeight) -> PlannedWeight:
     return replace(item, grid=grid, others=(), given=quantize_weight(item.weight.load(), grid))
 
 
-def _next(item: PlannedWeight, coarse: _Coarse) -> PlannedWeight:
+def _next(item: PlannedWeight, coarse: _WeightSoFar) -> PlannedWeight:
     """The weight as the next stage quantizes it: its residual, or, if its bits do not change, its existing codes.
 
     Most residuals are below half a step, but weights beyond the range of the earlier stages leave larger ones, which square-root

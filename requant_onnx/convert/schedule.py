@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 RESERVE = 0.05  # share of the time limit for writing the file and checking it
-PASSES = 0.5  # largest share of the time left for running the model; the rest is for refining its layers
+RUN_SHARE = 0.5  # largest share of the time left for running the model; the rest is for refining its layers
 PRIOR = 1.0  # seconds added to both estimated and measured time, so that their ratio starts at 1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from requant_onnx.choices import BiasType
-from requant_onnx.convert.layerwise import Belief, quantize_layers
+from requant_onnx.convert.layerwise import ExpectedOutputs, quantize_layers
 from requant_onnx.convert.nearest import Result, quantize_all
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.prepare import Prepared
@@ -35,12 +35,12 @@ DOUBT, ROUNDING = 0.25, 1e-6  # tolerances of the output error, relative to it a
 class Quantized:
     """The quantized weights of a model.  results: result for each planned weight, in order.  biases: new biases, (oc,), by name.
 
-    belief: outputs that the refinement expects; None unless it refined every weight.  notes: sentences on what was left out.
+    expected: outputs that the refinement expects; None unless it refined every weight.  notes: sentences on what was left out.
     """
 
     results: list[Result]
     biases: Biases
-    belief: Belief | None
+    expected: ExpectedOutputs | None
     notes: tuple[str, ...] = ()
 
 
@@ -60,8 +60,8 @@ def write_checked(prepared: Prepared, planned: Sequence[PlannedWeight], quantize
 
     Raises ModelError if the outputs of the finished model are worse than the refinement expected.
     """
-    belief = quantized.belief
-    if belief is None or is_large(prepared.model):
+    expected = quantized.expected
+    if expected is None or is_large(prepared.model):
         model, report = write(prepared, drain(quantized.results), quantized.biases)
         return model, replace(report, notes=(*report.notes, *quantized.notes))
     untouched = onnx.ModelProto()
@@ -71,23 +71,23 @@ def write_checked(prepared: Prepared, planned: Sequence[PlannedWeight], quantize
     notes = quantized.notes
     try:
         if complete:
-            check_belief(model, belief)
+            check_expected(model, expected)
     except ModelError:
         if not report.vectors.count:
             raise
         exact = replace(prepared, graph=ModelGraph.of(untouched), config=replace(prepared.config, biases=BiasType.FLOAT))
         with_floats, float_report = write(exact, quantized.results, quantized.biases)
-        check_belief(with_floats, belief)
+        check_expected(with_floats, expected)
         if prepared.config.biases is BiasType.AUTO:
             model, report = with_floats, replace(float_report, config=report.config)
             notes = (*notes, "biases stay float32, because float16 would increase the output error by more than a quarter")
     return model, replace(report, notes=(*report.notes, *notes))
 
 
-def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
+def check_expected(model: onnx.ModelProto, expected: ExpectedOutputs) -> None:
     """Raise ModelError if the outputs of a finished model have a larger error than the refinement expected."""
-    finished = run_session(load_session(model), "the converted model", belief.names, belief.feed)
-    rows = [row for row in zip(belief.exact, belief.refined, finished, strict=True) if _alike(row)]
+    finished = run_session(load_session(model), "the converted model", expected.names, expected.feed)
+    rows = [row for row in zip(expected.exact, expected.refined, finished, strict=True) if _same_shapes(row)]
     if not rows:
         return
     exact, refined, found = (numbers_in(outputs) for outputs in zip(*rows, strict=True))
@@ -99,21 +99,21 @@ def check_belief(model: onnx.ModelProto, belief: Belief) -> None:
         )
 
 
-def _alike(outputs: Sequence[Any]) -> bool:
+def _same_shapes(outputs: Sequence[Any]) -> bool:
     """Whether one output of several models is a tensor of the same shape in each; its shape may depend on its values."""
     return all(isinstance(each, np.ndarray) for each in outputs) and len({each.shape for each in outputs}) == 1
 
 
 def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Progress | None, threads: int | None) -> Quantized:
     """Quantize every planned weight: refine it on calibration inputs if possible, and round it to nearest levels otherwise."""
-    belief, why, note = None, {}, ""
+    expected, why, note = None, {}, ""
     refined: dict[str, Result] = {}
     biases: dict[str, GenericArray] = {}
     min_scales = prepared.integers.min_scales
     if prepared.refining is not None and planned:
         refinement = prepared.config.refinement
         found = quantize_layers(prepared.model, tuple(planned), prepared.refining, refinement, min_scales, prepared.clock, progress)
-        belief, why, note = found.belief, found.why_nearest, found.note
+        expected, why, note = found.expected, found.why_nearest, found.note
         for done in found.layers:
             refined[done.layer.weight] = done.result
             if done.choice.bias is not None:
@@ -126,7 +126,7 @@ def quantize(prepared: Prepared, planned: Sequence[PlannedWeight], progress: Pro
     if prepared.means:
         _correct(prepared, nearest, biases)
     results = [refined.get(item.weight.name) or nearest[item.weight.name] for item in planned]
-    return Quantized(results, biases, None if rest else belief, (note,) if note else ())
+    return Quantized(results, biases, None if rest else expected, (note,) if note else ())
 
 
 def _correct(prepared: Prepared, results: dict[str, Result], biases: dict[str, GenericArray]) -> None:

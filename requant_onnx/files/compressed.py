@@ -14,7 +14,7 @@ from requant_onnx.errors import ConfigError
 GZIP_LEVEL, GZIP_WINDOW = 9, 31  # wbits of zlib: the largest window, with a gzip header
 BROTLI_QUALITY, BROTLI_WINDOW = 11, 24  # the largest window that browsers accept
 ZSTD_LEVEL = 19  # the highest level whose window all decoders support
-SHOWN_UP_TO = {OptimizeFor.GZIP: 1 << 28, OptimizeFor.BROTLI: 1 << 23, OptimizeFor.ZSTD: 1 << 25}  # bytes; each takes seconds
+LARGEST_MEASURED = {OptimizeFor.GZIP: 1 << 28, OptimizeFor.BROTLI: 1 << 23, OptimizeFor.ZSTD: 1 << 25}  # bytes; each takes seconds
 PACKERS = {"gz": "gzip", "br": "brotli", "zst": "zstd"}
 EXTRA = "pip install 'requant_onnx[download]'"
 
@@ -40,7 +40,7 @@ def compress(data: bytes, aim: OptimizeFor) -> bytes:
 def download_sizes(data: bytes) -> dict[str, int]:
     """The compressed bytes of a file, by "gz", "br" and "zst", without compressors that are missing or would be too slow."""
     sizes = {}
-    for aim, largest in SHOWN_UP_TO.items():
+    for aim, largest in LARGEST_MEASURED.items():
         if len(data) <= largest:
             with contextlib.suppress(ConfigError):
                 sizes[aim.value.rpartition(":")[2]] = len(compress(data, aim))
