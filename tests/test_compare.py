@@ -22,7 +22,7 @@ from conftest import laplace, parse, small_cnn
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
 from requant_onnx.cli.main import main
-from requant_onnx.evaluate.cache import Cache
+from requant_onnx.evaluate.cache import Cache, key_of
 from requant_onnx.evaluate.jobs import open_executor, run_all
 from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
 from requant_onnx.inputs.calibration import NATURAL
@@ -109,12 +109,15 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, expected: Compa
 
 def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    for k in range(5):
-        cache.put(f"{k}", bytes(100))
-        os.utime(tmp_path / f"{k}", (k, k))
-    assert cache.get("0") == bytes(100)  # now the most recently used
+    (tmp_path / "thesis.txt").write_bytes(bytes(1000))  # a user's own file, the oldest
+    os.utime(tmp_path / "thesis.txt", (0, 0))
+    keys = [key_of(str(k)) for k in range(5)]
+    for k, key in enumerate(keys):
+        cache.put(key, bytes(100))
+        os.utime(tmp_path / key, (k, k))
+    assert cache.get(keys[0]) == bytes(100)  # now the most recently used
     cache.trim(250)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "4"]
+    assert {path.name for path in tmp_path.iterdir()} == {keys[0], keys[4], "thesis.txt"}
     Cache(tmp_path / "no" / "folder").trim()
     (tmp_path / "file").write_text("")
     Cache(tmp_path / "file").put("a", b"b")  # a result that cannot be stored is dropped

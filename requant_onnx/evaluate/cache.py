@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
+OWN_NAME = re.compile(r"[0-9a-f]{64}|tmp-\w{8}")  # of files that `put` writes; a user may give a directory with other files
 MAX_BYTES = 2 << 30  # total size of all results; the least recently used are deleted first
 
 
@@ -61,11 +63,12 @@ class Cache:
                 raise
 
     def trim(self, limit: int = MAX_BYTES) -> None:
-        """Delete the least recently used results until their total size is below the limit."""
+        """Delete the least recently used results until their total size is below the limit, in bytes; other files stay."""
         if self.folder is None or not self.folder.is_dir():
             return
         with contextlib.suppress(OSError):
-            found = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.iterdir()), reverse=True)
+            own = [path for path in self.folder.iterdir() if OWN_NAME.fullmatch(path.name)]
+            found = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in own), reverse=True)
             total = 0
             for _, size, path in found:
                 total += size
