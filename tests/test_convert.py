@@ -10,14 +10,17 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from conftest import laplace, parse, small_cnn
+from onnx import numpy_helper
 from onnxruntime import InferenceSession
 from oracle import run
 
 from requant_onnx import (
+    BiasType,
     Calibration,
     EdgeLayers,
     Form,
     Granularity,
+    ImageSet,
     Int8Speed,
     QuantConfig,
     RangeMode,
@@ -263,3 +266,19 @@ def test_a_large_classifier_gets_the_bits_asked_for() -> None:
         model = parse(text.replace("classes", str(classes)), **convolutions, w4=laplace(128, classes, seed=3))
         found = {weight.name: weight.bits for weight in quantize_model(model, QuantConfig(4))[1].converted}
         assert found == {"w1": 8, "w2": 4, "w3": 4, "w4": bits}
+
+
+def test_the_bias_of_a_weight_that_stays_float_does_not_change() -> None:
+    """The small matrix is refined with the others, but would not get smaller."""
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 400] y)
+        { a = Conv(x, w1) b = Relu(a) c = GlobalAveragePool(b) d = Flatten(c)
+          e = MatMul(d, w2) f = Gemm(e, w3, b3) y = MatMul(f, w4) }"""
+    weights = {"w1": laplace(32, 3, 3, 3), "w2": laplace(32, 2), "w3": laplace(2, 4), "w4": laplace(4, 400)}
+    model = parse(text, **weights, b3=np.zeros(4, np.float32))
+    images = ImageSet(np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), np.uint8), None)
+    for calibration in (None, Calibration(images, count=32)):
+        config = QuantConfig(2, form=Form.FOLDED, biases=BiasType.FLOAT)
+        made, report = quantize_model(model, config, calibration=calibration)
+        assert "w3" in {weight.name for weight in report.skipped}
+        bias = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}["b3"]
+        assert (bias == 0).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TypeVar
@@ -50,11 +50,12 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
     finite, skipped = _finite(results)
     quantized = {name: result.quantized for name, result in finite.items() if result.is_integer}
     errors = {name: result.error for name, result in finite.items()}
-    for name, values in biases.items():
-        set_initializer(model.graph, values, name)
     constants, writer = float_constants(model), Constants(FreshNames(model))
     decodes, converted = _decode(finite, target, writer, integers.plan.why_not, skipped)
     done, halved = {weight.name for weight in converted}, Vectors()
+    biases = _of_converted(prepared, biases, errors.keys(), done)
+    for name, values in biases.items():
+        set_initializer(model.graph, values, name)
     if done:
         decode_after_lookup(model, replace_weights(model, done, drain(decodes)))
         if integers.plan.weighted:
@@ -83,6 +84,12 @@ def write(prepared: Prepared, results: Iterable[Result], biases: Biases) -> tupl
         floats=sum(each.bytes for each in prepared.origin.constants),
     )
     return (model if done else prepared.origin.source), report
+
+
+def _of_converted(prepared: Prepared, biases: Biases, quantized: Collection[str], converted: set[str]) -> Biases:
+    """The new biases without those that correct the error of a weight that was quantized, but stays float."""
+    kept = {layer.bias for layer in find_layers(prepared.graph, quantized) if layer.weight not in converted}
+    return {name: values for name, values in biases.items() if name not in kept}
 
 
 @dataclass(frozen=True)
