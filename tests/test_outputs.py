@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +14,24 @@ import onnx
 import pytest
 from conftest import OWN_MODEL, laplace, parse
 
-from requant_onnx import ImageSet, QuantConfig, quantize_model, save_model, validate
+from requant_onnx import ImageSet, QuantConfig, ValidationReport, quantize_model, save_model, validate
 from requant_onnx.cli.main import main
-from requant_onnx.evaluate.gate import FIGURES
+from requant_onnx.convert.report import Compared, FileSizes, SelfCheck
+from requant_onnx.errors import QualityError
+from requant_onnx.evaluate.gate import FIGURES, check_gate
 from requant_onnx.evaluate.latency import compare_latency
+from requant_onnx.evaluate.verdict import Level, judge
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, Detections, matched, overlaps
-from requant_onnx.numerics.heads import find_candidates
-from requant_onnx.numerics.outputs import OutputTally, kind_of
+from requant_onnx.numerics.heads import find_candidates, find_in_both
+from requant_onnx.numerics.outputs import NO_CLASS, OutputReport, OutputTally, kind_of, top_classes
+
+REPORT = ValidationReport(
+    images=1000, top1=Compared(0.92, 0.918), top1_error=0.003, agreement=0.985, agreement_error=0.004, agreement_of="top-1",
+    sqnr_db=25.0, bytes=FileSizes(1000, 200), latency_ms=None, latency_spread=None, latency_ratio=None, latency_batch=1, notes=(),
+    outputs=(OutputReport("y", (1, 10), "scores", 25.0, 1.0, 0.1, 0.985),),
+)  # fmt: skip
 
 
 def tallied(reference: np.ndarray, candidate: np.ndarray, images: int, size: tuple[int, int] | None = None) -> OutputTally:
@@ -247,3 +257,70 @@ def test_the_standard_error_of_a_ratio_of_times_is_the_spread_of_repeated_measur
         first, second = times(), times()
         found.append(compare_latency(partial(next, first), partial(next, second)))
     assert np.mean([each.ratio_error for each in found]) == pytest.approx(np.std([each.ratio for each in found]), rel=0.3)
+
+
+@pytest.mark.parametrize("broken", [(), (0,), (1,), (0, 1)])
+def test_rows_with_nan_have_no_answer(broken: tuple[int, ...]) -> None:
+    """Whichever model gives NaN, and even if both do."""
+    pair = [np.eye(4, 10), np.eye(4, 10)]
+    for k in broken:
+        pair[k][1, 3] = math.nan
+    report = tallied(pair[0], pair[1], 4).report()
+    right = 4 - bool(broken)
+    assert (report.agreement, report.extra["top5"]) == (right / 4, right / 4)
+    assert not broken or all(math.isnan(value) for value in (report.sqnr_db, report.cosine, report.largest) if value is not None)
+    assert top_classes(pair[0]).tolist() == [0, NO_CLASS if 0 in broken else 1, 2, 3]
+
+
+def test_equal_infinities_are_no_error() -> None:
+    reference = np.array([[3.0, 4.0, -math.inf, math.inf]])
+    report = tallied(reference, np.array([[3.0, 5.0, -math.inf, math.inf]]), 1).report()
+    assert report.sqnr_db == pytest.approx(10 * math.log10(25 / 1))
+    other = tallied(reference, np.array([[3.0, 4.0, 0.0, math.inf]]), 1).report()
+    assert other.sqnr_db is not None
+    assert math.isnan(other.sqnr_db)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_output_of_nan_is_the_worst_in_any_order(order: tuple[int, int]) -> None:
+    outputs = [replace(REPORT.outputs[0], sqnr_db=40.0), replace(REPORT.outputs[0], sqnr_db=math.nan)]
+    report = replace(REPORT, outputs=tuple(outputs[k] for k in order))
+    with pytest.raises(QualityError, match="lowest SQNR of all outputs in dB is nan"):
+        check_gate(report, {"worst-sqnr": 20.0})
+    assert judge(report, report.bytes).level is Level.BAD
+    assert SelfCheck("inputs", report.outputs).is_broken
+
+
+def test_the_side_of_a_mask_is_decided_by_the_reference() -> None:
+    reference = np.full((1, 1, 8, 8), 0.3)
+    reference[..., :4] = 0.9
+    candidate = reference.copy()
+    candidate[0, 0, 0, 7] = -0.001  # no probability, but the others still are
+    assert tallied(reference, candidate, 1, (8, 8)).report().agreement == 1.0
+
+
+def test_texts_without_the_padding_of_a_batch() -> None:
+    steps = np.zeros((6, 4, 12))
+    steps[..., 3] = 1.0
+    tally = tallied(steps, steps, 4)
+    tally.add(steps, steps, 1, None)  # one image, and three copies of it
+    assert (tally.report().agreement, tally.report().count) == (1.0, 5)
+
+
+def test_the_reference_decides_on_the_head() -> None:
+    """A width slightly below zero would make the candidate another head, of which nothing matches."""
+    yolo = np.random.default_rng(0).uniform(0.1, 0.4, (1, 84, 8400)) * np.array([640] * 4 + [1] * 80)[None, :, None]
+    yolo[0, 4, :9] = 0.9
+    worse = yolo.copy()
+    worse[0, 2, 100] = -1e-4
+    pair = find_in_both([yolo], [worse], 1, (640, 640))
+    assert pair is not None
+    assert len(pair[0][0].above(ALIKE).scores) == len(pair[1][0].above(ALIKE).scores) > 0
+
+
+def test_a_gate_holds_at_exactly_its_bound() -> None:
+    for right in range(101):
+        check_gate(replace(REPORT, agreement=right / 100), {"agreement": float(right)})
+        check_gate(replace(REPORT, top1=Compared(0.92, 0.92 - right / 1000)), {"top1-drop": right / 10})
+        with pytest.raises(QualityError):
+            check_gate(replace(REPORT, agreement=right / 100), {"agreement": right + 0.001})

@@ -73,7 +73,7 @@ def test_a_fixed_batch_of_100() -> None:
 
 def test_scores_that_are_no_numbers_are_noted() -> None:
     report = validate(scorer(MEANS, 1, 1, 1), scorer(MEANS, np.nan, 1, 1), pictures(0, 1))
-    assert report.notes == ("the candidate gives NaN or infinite scores for 2 images",)
+    assert report.notes == ("the candidate gives NaN or infinity for 2 images",)
     assert report.to_dict()["sqnr_db"] == "nan"
 
 

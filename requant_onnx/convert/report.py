@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from requant_onnx.graph.weights import SkippedWeight
-from requant_onnx.numerics.outputs import SAME, OutputReport
+from requant_onnx.numerics.outputs import SAME, OutputReport, worst
 from requant_onnx.text import decibels
 
 
@@ -119,8 +119,8 @@ class SelfCheck:
 
     @property
     def sqnr_db(self) -> float | None:
-        """The lowest SQNR of all outputs, in dB; None if no output has one."""
-        return min((each.sqnr_db for each in self.outputs if each.sqnr_db is not None), default=None)
+        """The lowest SQNR of all outputs, in dB, NaN if one is NaN; None if no output has one."""
+        return worst(each.sqnr_db for each in self.outputs)
 
     @property
     def answers(self) -> OutputReport | None:

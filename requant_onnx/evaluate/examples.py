@@ -12,8 +12,8 @@ import numpy as np
 
 from requant_onnx.convert.report import sqnr_db
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
-from requant_onnx.numerics.detections import ALIKE
-from requant_onnx.numerics.heads import find_candidates
+from requant_onnx.numerics.detections import ALIKE, Candidates
+from requant_onnx.numerics.heads import find_in_both
 from requant_onnx.numerics.outputs import kind_of, strings_of
 
 WORST = 8  # examples kept
@@ -67,20 +67,24 @@ class Examples:
 
     def add(self, start: int, count: int, first: Sequence[Any], second: Sequence[Any]) -> None:
         """Add a batch.  start: index of its first input.  count: number of inputs.  first, second: outputs of the two models."""
-        one, other = (_answers(outputs, count, self._size, self._head) for outputs in (first, second))
+        found = find_in_both(first, second, count, self._size, self._head)
+        if found is None:
+            one, other = (_answers(outputs, count, self._size) for outputs in (first, second))
+        else:
+            one, other = (_detected(candidates) for candidates in found)
         for k, sqnr in enumerate(_sqnr(first, second, count)):
             label = "" if self._labels is None else f"class {self._labels[start + k]}"
             differs = one.keys[k] != other.keys[k]
             if differs and one.are_classes:
                 self._changes[label, f"class {one.keys[k]}", f"class {other.keys[k]}"] += 1
             self._worst.append(Example(start + k, (one.texts[k], other.texts[k]), label, differs, sqnr))
-        self._worst.sort(key=lambda example: (not example.differs, example.sqnr_db, example.index))
+        self._worst.sort(key=lambda example: (not example.differs, not math.isnan(example.sqnr_db), example.sqnr_db, example.index))
         del self._worst[WORST:]
 
     @property
     def worst(self) -> tuple[Example, ...]:
         """The worst examples: those with different answers first, then by SQNR; none if the outputs are the same."""
-        return tuple(example for example in self._worst if example.differs or example.sqnr_db < math.inf)
+        return tuple(example for example in self._worst if example.differs or example.sqnr_db != math.inf)
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -104,12 +108,13 @@ def _has_rows(values: Any, count: int) -> bool:
     return isinstance(values, np.ndarray) and (count == 1 or (values.ndim > 0 and len(values) == count))
 
 
-def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None, head: str | None) -> _Answers:
+def _detected(found: Sequence[Candidates]) -> _Answers:
+    each = [tuple(sorted(part.above(ALIKE).classes.tolist())) for part in found]
+    return _Answers([_listed(classes) for classes in each], list(each))
+
+
+def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None) -> _Answers:
     arrays = [values for values in outputs if isinstance(values, np.ndarray) and values.dtype.kind in "fiu"]
-    found = find_candidates(outputs, count, size, head)
-    if found is not None:
-        each = [tuple(sorted(part.above(ALIKE).classes.tolist())) for part in found]
-        return _Answers([_listed(classes) for classes in each], list(each))
     kind = kind_of(arrays[0], count, size) if arrays and arrays[0] is outputs[0] else ""
     if kind == "scores":
         scores = np.asarray(arrays[0], np.float64).reshape(count, -1)

@@ -16,7 +16,7 @@ from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import AnyArray, Int64Array
 from requant_onnx.numerics.heads import HEADS
-from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in
+from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in, top_classes, without_padding
 
 CHANCE = 3.0  # standard errors above chance; an accuracy below suggests a mistake in the inputs
 POOR = 0.05  # AP50 of the reference; a value below suggests wrong labels or a wrong head
@@ -48,7 +48,8 @@ class Tally:
         if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
             text = f"the reference has the outputs {names[0]}, but the candidate has {names[1]}"
             raise DataError(f"{text}; compare models with the same outputs")
-        self._order = [names[1].index(name) if name in names[1] else k for k, name in enumerate(names[0])]
+        others = iter([k for k, name in enumerate(names[1]) if name not in names[0]])
+        self._order = [names[1].index(name) if name in names[1] else next(others) for name in names[0]]
         self._outputs = [OutputTally(name) for name in names[0]]
         self._detections = DetectionTally(head)
         self._precision: PrecisionTally | None = None
@@ -65,7 +66,8 @@ class Tally:
         """
         second = [second[k] for k in self._order]
         size = len(batch) if isinstance(batch, np.ndarray) else None
-        first, second = ([_cut(y, size, count) for y in outputs] for outputs in (first, second))
+        if size is not None:
+            first, second = ([without_padding(y, size, count) for y in outputs] for outputs in (first, second))
         images = count if size is not None else images_in(batch.values())[0]
         for tally, one, other in zip(self._outputs, first, second, strict=True):
             tally.add(one, other, images, self._size)
@@ -76,7 +78,7 @@ class Tally:
                 text = f"the labels are boxes, but the outputs, of shapes {shapes}, are not a recognized head"
                 raise DataError(f"{text}; name it with --task detect:HEAD, or drop the labels")
             self._precision.add(found)
-        self._broken = [n + _broken(outputs) for n, outputs in zip(self._broken, (first, second), strict=True)]
+        self._broken = [n + _broken(outputs, images) for n, outputs in zip(self._broken, (first, second), strict=True)]
         if self._outputs[0].is_scores and np.shape(first[0]) != np.shape(second[0]):
             raise DataError(
                 f"the reference gives {np.shape(first[0])[1]} scores per image, but the candidate {np.shape(second[0])[1]}; "
@@ -98,7 +100,7 @@ class Tally:
             text = f"the labels are {labels.min()} to {labels.max()}, but the models give {self._classes} scores"
             raise DataError(f"{text}; give labels of the same classes")
         for right, y in zip(self._right, scores, strict=True):
-            right.extend((y.argmax(1) == labels).tolist())
+            right.extend((top_classes(y) == labels).tolist())
 
     def precision(self) -> Precision | None:
         """The mAP, None without labeled boxes; slow to compute."""
@@ -108,7 +110,7 @@ class Tally:
         """Sentences about models that return NaN or infinity, and about a reference hardly better than chance."""
         named = zip(("reference", "candidate"), self._broken, strict=True)
         what = "inputs" if isinstance(self._images, FeedSet) else "images"
-        notes = [f"the {name} gives NaN or infinite scores for {count} {what}" for name, count in named if count]
+        notes = [f"the {name} gives NaN or infinity for {count} {what}" for name, count in named if count]
         listed = " and std ".join(", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
         if precision is not None and precision.ap50.reference < POOR:
             notes.append(
@@ -168,14 +170,11 @@ def _paired_error(reference: AnyArray, candidate: AnyArray) -> float:
     return float(difference.std() / math.sqrt(len(difference)))
 
 
-def _broken(outputs: list[Any]) -> int:
-    """The number of rows of the first output that contain NaN or infinity."""
-    y = outputs[0] if outputs else None
-    if not isinstance(y, np.ndarray) or y.dtype.kind != "f" or y.size == 0:
-        return 0
-    return len(y) - int(np.isfinite(y.reshape(len(y), -1)).all(1).sum()) if y.ndim else int(not np.isfinite(y))
-
-
-def _cut(y: Any, size: int | None, count: int) -> Any:
-    """An output without the padding of the batch."""
-    return y[:count] if isinstance(y, np.ndarray) and y.ndim and size is not None and len(y) == size else y
+def _broken(outputs: list[Any], images: int) -> int:
+    """The number of images, out of `images`, for which an output contains NaN or infinity; at least one for a whole batch."""
+    broken = np.zeros(images, bool)
+    for y in outputs:
+        if isinstance(y, np.ndarray) and y.dtype.kind == "f" and not np.isfinite(y).all():
+            has_rows = y.ndim > 0 and len(y) == images
+            broken |= ~np.isfinite(y.reshape(images, -1)).all(1) if has_rows else np.arange(images) == 0
+    return int(broken.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -100,7 +101,7 @@ def _outputs(report: ValidationReport) -> list[Reason]:
     known = [(output.sqnr_db, output.name) for output in report.outputs if output.sqnr_db is not None]
     if not known:
         return [] if report.agreement is not None else [Reason(Level.DOUBTFUL, "No output is a tensor of numbers.")]
-    least, name = min(known)
+    least, name = min(known, key=lambda each: (not math.isnan(each[0]), each[0]))  # NaN is the worst
     text = f"The output SQNR is {decibels(least)}" + (f" for the worst of {len(known)} outputs, {name}." if len(known) > 1 else ".")
     if not least >= LEAST_DB:  # NaN too
         return [Reason(Level.BAD, text)]

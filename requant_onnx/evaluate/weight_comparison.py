@@ -173,7 +173,7 @@ def _anatomy(reader: WeightReader, pair: Pair, output: float) -> ComparedWeight:
     if w.shape != w_hat.shape:
         return ComparedWeight(reader.weight, reader.op, pair.shape, "changed", math.nan, output)
     sqnr = sqnr_db(float(np.square(w).sum()), float(np.square(w_hat - w).sum()))
-    outcome = "same" if math.isinf(sqnr) else "changed"
+    outcome = "same" if sqnr == math.inf else "changed"
     per_tensor = None if outcome == "same" else infer_grid(pair.w_hat.reshape(1, -1), half=pair.half)
     grid = None if outcome == "same" else per_tensor or infer_grid(pair.w_hat, half=pair.half)
     plain = ComparedWeight(reader.weight, reader.op, pair.shape, outcome, sqnr, output)

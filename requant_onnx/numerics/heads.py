@@ -80,15 +80,43 @@ def find_candidates(
     outputs: outputs of the model, in order.  images: number of images in the batch.  size: (height, width) of the images, or None.
     head: a key of HEADS, None to recognize it.  Raises DataError if the outputs cannot be those of that head.
     """
-    arrays = [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind in "fiu"]
-    if head is not None:
-        found = HEADS[head].read(arrays, Batch(images, size, True))
-        if found is None:
-            shapes = ", ".join("x".join(map(str, np.shape(y))) or "()" for y in outputs)
-            of = "" if size is None else f" on images of {size[0]}x{size[1]}"
-            raise DataError(f"the outputs have the shapes {shapes}{of}, which do not match the head '{head}': {HEADS[head].what}")
-        return found
+    if head is None:
+        recognized = _recognized(outputs, images, size)
+        return None if recognized is None else recognized[1]
+    found = HEADS[head].read(_arrays(outputs), Batch(images, size, True))
+    if found is None:
+        shapes = ", ".join("x".join(map(str, np.shape(y))) or "()" for y in outputs)
+        of = "" if size is None else f" on images of {size[0]}x{size[1]}"
+        raise DataError(f"the outputs have the shapes {shapes}{of}, which do not match the head '{head}': {HEADS[head].what}")
+    return found
+
+
+def find_in_both(
+    reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None
+) -> tuple[list[Candidates], list[Candidates]] | None:
+    """The detections of two models; None if the outputs of one of them are not those of a recognized head.
+
+    Recognition looks at values, which differ between the models, so only the reference decides on the head.  Parameters and errors
+    as of `find_candidates`.
+    """
+    if head is None:
+        recognized = _recognized(reference, images, size)
+        if recognized is None:
+            return None
+        other = HEADS[recognized[0]].read(_arrays(candidate), Batch(images, size, True))
+        return None if other is None else (recognized[1], other)
+    first, second = (find_candidates(outputs, images, size, head) for outputs in (reference, candidate))
+    return None if first is None or second is None else (first, second)
+
+
+def _arrays(outputs: Sequence[Any]) -> list[AnyArray]:
+    return [y for y in outputs if isinstance(y, np.ndarray) and y.dtype.kind in "fiu"]
+
+
+def _recognized(outputs: Sequence[Any], images: int, size: tuple[int, int] | None) -> tuple[str, list[Candidates]] | None:
+    """The name of the head of some outputs, and the detections in each image; None if no head is recognized."""
+    arrays = _arrays(outputs)
     if len(arrays) < len(outputs):
         return None
-    rows = (row.read(arrays, Batch(images, size, False)) for row in HEADS.values() if row.is_recognized)
-    return next((found for found in rows if found is not None), None)
+    rows = ((name, row.read(arrays, Batch(images, size, False))) for name, row in HEADS.items() if row.is_recognized)
+    return next(((name, found) for name, found in rows if found is not None), None)

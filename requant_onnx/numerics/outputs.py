@@ -2,7 +2,7 @@
 
 scores        (n, classes), also (n, classes, 1, 1): the same largest score; among the five largest
 mask          (n, classes, h, w) with at least a quarter of the image's h and w: the same class at a pixel, mean IoU;
-              (n, 1, h, w): the same side of 1/2 if all values are in 0..1, else of 0
+              (n, 1, h, w): the same side of 1/2 if all values of the reference are in 0..1, else of 0
 text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC decoding with class 0 as blank
 detections    see heads.py: detections of the reference that the candidate also has, and the number of additional ones
 texts         arrays of strings: equal strings
@@ -12,7 +12,7 @@ values        all others: errors only
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,13 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import ALIKE, OVERLAPS, Candidates, matched
-from requant_onnx.numerics.heads import find_candidates
+from requant_onnx.numerics.heads import find_in_both
 
 SCALES = 4  # a mask is at most this many times smaller than the image along each axis
 CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
 MOST_CLASSES = 1 << 12  # largest number of classes of a mask
 FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
+NO_CLASS = -1  # the answer of a row of scores with NaN, which equals no label
 
 
 SAME = {
@@ -76,6 +77,7 @@ class OutputTally:
         self._power = self._error = self._dot = self._other = self._largest = 0.0
         self._odd = False
         self._same = self._count = self._five = 0
+        self._edge: float | None = None  # of masks with one channel: probabilities or logits, as in the first batch
         self._union: Float64Array | None = None
         self._common: Float64Array | None = None
 
@@ -94,12 +96,14 @@ class OutputTally:
             self._same += int((reference == candidate).sum())
             return
         a, b = reference.astype(np.float64), candidate.astype(np.float64)
+        same = np.isinf(a) & (a == b)  # equal infinities, such as log 0, have no error, and do not count as power
+        x, y = np.where(same, 0.0, a), np.where(same, 0.0, b)
         with np.errstate(invalid="ignore", over="ignore"):
-            self._power += float((a * a).sum())
-            self._other += float((b * b).sum())
-            self._dot += float((a * b).sum())
-            self._error += float(((a - b) ** 2).sum())
-            self._largest = max(self._largest, float(np.abs(a - b).max(initial=0.0)))
+            self._power += float((x * x).sum())
+            self._other += float((y * y).sum())
+            self._dot += float((x * y).sum())
+            self._error += float(((x - y) ** 2).sum())
+            self._largest = float(np.maximum(self._largest, np.abs(x - y).max(initial=0.0)))  # NaN stays NaN
         if self._kind == "scores":
             self._add_scores(a.reshape(images, -1), b.reshape(images, -1))
         elif self._kind == "mask":
@@ -109,14 +113,17 @@ class OutputTally:
             self._same += sum(x == y for x, y in zip(strings_of(a, images), strings_of(b, images), strict=True))
 
     def _add_scores(self, a: Float64Array, b: Float64Array) -> None:
-        tops = a.argmax(1)
+        tops = top_classes(a)
+        answered = tops != NO_CLASS
         self._count += len(a)
-        self._same += int((tops == b.argmax(1)).sum())
+        self._same += int(((tops == top_classes(b)) & answered).sum())
         five = np.argsort(-b, 1, kind="stable")[:, :5]
-        self._five += int((five == tops[:, None]).any(1).sum())
+        self._five += int(((five == tops[:, None]).any(1) & answered & ~np.isnan(b).any(1)).sum())
 
     def _add_mask(self, a: Float64Array, b: Float64Array) -> None:
-        first, second = _classes(a), _classes(b)
+        if self._edge is None:
+            self._edge = 0.5 if a.min(initial=0.0) >= 0.0 and a.max(initial=0.0) <= 1.0 else 0.0
+        first, second = _classes(a, self._edge), _classes(b, self._edge)
         self._count += first.size
         self._same += int((first == second).sum())
         count = max(2, a.shape[1])
@@ -149,7 +156,7 @@ class OutputTally:
             shape=self._shape,
             kind=self._kind if self._kind in ("texts", "other") or (answers and not self._odd) else "values",
             sqnr_db=sqnr if numbers else None,
-            cosine=(self._dot / norm if norm > 0.0 else 1.0) if numbers else None,
+            cosine=(self._dot / norm if norm != 0.0 else float(self._power == self._other)) if numbers else None,
             largest=self._largest if numbers else None,
             agreement=self._same / self._count if answers and self._count and not self._odd else None,
             what=what if answers else "",
@@ -172,16 +179,16 @@ class DetectionTally:
         self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None
     ) -> tuple[list[Candidates], list[Candidates]] | None:
         """Compare a batch.  reference, candidate: all outputs.  Returns the candidates in each image, None without known head."""
-        pair = [find_candidates(y, images, size, self._head) if self.recognized else None for y in (reference, candidate)]
-        if pair[0] is None or pair[1] is None:
+        pair = find_in_both(reference, candidate, images, size, self._head) if self.recognized else None
+        if pair is None:
             self.recognized = False
             return None
-        for one, other in zip(*([each.above(ALIKE) for each in found] for found in pair if found is not None), strict=True):
+        for one, other in zip(*([each.above(ALIKE) for each in found] for found in pair), strict=True):
             self._reference += len(one.scores)
             self._candidate += len(other.scores)
             for overlap in OVERLAPS:
                 self._found[overlap] += matched(one, other, overlap)
-        return pair[0], pair[1]
+        return pair
 
     def report(self) -> OutputReport | None:
         """The share of detections found again with overlap 0.5; None without a known head, or if the reference detected nothing."""
@@ -191,6 +198,23 @@ class DetectionTally:
         extra = {**shares, "detections": float(self._reference), "more": float(self._candidate - self._found[OVERLAPS[0]])}
         share = self._found[OVERLAPS[0]] / self._reference
         return OutputReport("detections", (), "detections", None, None, None, share, "detections", self._reference, extra)
+
+
+def worst(values: Iterable[float | None]) -> float | None:
+    """The smallest of some SQNRs, NaN if one is NaN; None if none is known."""
+    known = [value for value in values if value is not None]
+    return float(np.min(known)) if known else None
+
+
+def top_classes(scores: AnyArray) -> Int64Array:
+    """The class of the largest score of each row, (n, classes) -> (n,); NO_CLASS for a row with NaN."""
+    return np.where(np.isnan(scores).any(1), NO_CLASS, scores.argmax(1))
+
+
+def without_padding(output: Any, padded: int, images: int) -> Any:
+    """The rows of an output that belong to images.  padded: size of the batch.  images: how many of them are not padding."""
+    is_padded = isinstance(output, np.ndarray) and output.ndim > 0 and len(output) == padded
+    return output[:images] if is_padded else output
 
 
 def images_in(inputs: Collection[AnyArray]) -> tuple[int, tuple[int, int] | None]:
@@ -230,17 +254,16 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
     return "values"
 
 
-def _classes(mask: Float64Array) -> Int64Array:
-    """The class of each pixel."""
+def _classes(mask: Float64Array, edge: float) -> Int64Array:
+    """The class of each pixel.  edge: least value of the class 1, if there is one channel."""
     if mask.shape[1] > 1:
         return np.asarray(mask.argmax(1))
-    edge = 0.5 if mask.min() >= 0.0 and mask.max() <= 1.0 else 0.0
     return np.asarray(mask[:, 0] > edge, np.int64)
 
 
 def strings_of(output: Float64Array, images: int) -> list[tuple[int, ...]]:
     """The best path of each image by CTC's rule: repeats joined, then blanks dropped (Graves et al. 2006)."""
-    rows = output if output.shape[0] == images else output.swapaxes(0, 1)
+    rows = output if output.shape[0] == images else output.swapaxes(0, 1)[:images]  # without the padding of a batch
     strings = []
     for path in rows.argmax(-1):
         joined = path[np.concatenate([[True], np.diff(path) != 0])]

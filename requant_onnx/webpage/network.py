@@ -87,7 +87,7 @@ def _box(block: Block, weights: Sequence[ComparedWeight], x: int, y: int) -> Box
 
 
 def _sqnr(value: float) -> str:
-    return "" if math.isnan(value) else "exact" if math.isinf(value) else f"{value:.1f} dB"
+    return "" if math.isnan(value) else "exact" if value == math.inf else f"{value:.1f} dB"
 
 
 def _strength(value: float) -> float | None:

@@ -224,7 +224,7 @@ def _row(
 def _number(decibels: float) -> Cell:
     if math.isnan(decibels):
         return Cell("")
-    return Cell("exact" if math.isinf(decibels) else f"{decibels:.1f}", min(decibels, 1e9))
+    return Cell("exact" if decibels == math.inf else f"{decibels:.1f}", min(decibels, 1e9))
 
 
 def _detail(number: int, weight: ComparedWeight, fate: WeightFate | None, report: WeightReport | None) -> dict[str, Any]:
