@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn
 
-from requant_onnx import Calibration, Form, ImageSet, QuantConfig, quantize_model, save_model
+from requant_onnx import Calibration, EdgeLayers, Form, ImageSet, QuantConfig, quantize_model, save_model
 from requant_onnx.cli.main import main
 from requant_onnx.convert.selfcheck import COUNT, self_check
 from requant_onnx.errors import QualityError
@@ -107,3 +107,16 @@ def test_a_result_that_does_not_run_is_an_error() -> None:
     bad = parse(text, s=np.array([7, 48], np.int64), w=laplace(48, 8))
     with pytest.raises(QualityError, match=r"ONNX Runtime runs the model, but not the converted model .*; please report this"):
         self_check(good, bad, None)
+
+
+@pytest.mark.parametrize("batch", [1, 3, COUNT, 100])
+def test_the_copies_that_fill_a_fixed_batch_do_not_count(batch: int) -> None:
+    """On the same images, a batch of any size gives the same agreement."""
+    text = "net (float[{}, 3, 4, 4] x) => (float[{}, b] y) {{ f = Flatten(x) y = MatMul(f, w) }}"
+    models = [parse(text.format(n, n), w=laplace(48, 20)) for n in (batch, "n")]
+    checks = [quantize_model(model, QuantConfig(2, form=Form.FOLDED, edge_layers=EdgeLayers.PLAIN))[1].check for model in models]
+    first, second = (check.answers for check in checks if check is not None)
+    assert first is not None
+    assert second is not None
+    assert (first.count, first.agreement) == (second.count, second.agreement)
+    assert first.sqnr_db == pytest.approx(second.sqnr_db)

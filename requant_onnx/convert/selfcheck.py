@@ -8,8 +8,8 @@ from requant_onnx.convert.report import SelfCheck
 from requant_onnx.errors import DataError, ModelError, QualityError
 from requant_onnx.files.load import is_large, whole
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.numerics.outputs import OutputTally, images_in
-from requant_onnx.runtime.feeds import calibration_chunks
+from requant_onnx.numerics.outputs import OutputTally, images_in, without_padding
+from requant_onnx.runtime.feeds import calibration_chunks, counts_in
 from requant_onnx.runtime.sessions import load_session, open_session, run_session
 
 COUNT = 32  # number of inputs
@@ -37,10 +37,12 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
         if {item.name for item in candidate.get_outputs()} != set(names):
             return "the outputs of the converted model have different names"
         tallies = [OutputTally(name) for name in names]
-        for chunk, expected in zip(chunks, exact, strict=True):
+        for chunk, images, expected in zip(chunks, counts_in(chunks), exact, strict=True):
             found = run_session(candidate, "the converted model", names, chunk)
-            for tally, one, other in zip(tallies, expected, found, strict=True):
-                tally.add(one, other, *images_in(chunk.values()))
+            padded, size = images_in(chunk.values())
+            for tally, *pair in zip(tallies, expected, found, strict=True):
+                one, other = (without_padding(y, padded, images) for y in pair)
+                tally.add(one, other, images, size)
     except ModelError as error:
         raise QualityError(
             f"ONNX Runtime runs the model, but not the converted model ({error}); please report this, and choose another --form"

@@ -21,6 +21,7 @@ from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batc
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.numerics.arrays import AnyArray, Float32Array
+from requant_onnx.numerics.outputs import images_in
 from requant_onnx.runtime.classifier import Classifier, ImageInput, open_classifier, require_image
 from requant_onnx.runtime.sessions import open_session, provider_in_use, quiet_options, run_session, serialized, start_session
 
@@ -80,6 +81,13 @@ def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> Sequ
     size = classifier.batch or _chunk_size(images)
     normalization = classifier.normalization(_normalization(calibration, images))
     return _ImageChunks(images, normalization, classifier.taken, size, range(0, len(images), size))
+
+
+def counts_in(chunks: Sequence[dict[str, AnyArray]]) -> list[int]:
+    """The number of inputs in each chunk of `calibration_chunks`, without the copies that fill a fixed batch."""
+    if isinstance(chunks, _ImageChunks):
+        return [min(chunks.size, len(chunks.images) - start) for start in chunks.starts]
+    return [images_in(chunk.values())[0] for chunk in chunks]
 
 
 @dataclass(frozen=True)
