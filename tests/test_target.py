@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,17 @@ import onnx
 import pytest
 from conftest import OWN_MODEL, ROOT
 
-from requant_onnx import Calibration, ConfigError, Form, ImageSet, Normalization, QuantConfig, load_images, save_model
+from requant_onnx import (
+    Calibration,
+    ConfigError,
+    Form,
+    ImageSet,
+    Normalization,
+    QuantConfig,
+    load_images,
+    quantize_model,
+    save_model,
+)
 from requant_onnx.cli.main import main
 from requant_onnx.evaluate.target import Target, find_smallest
 
@@ -109,3 +120,24 @@ def test_data_and_functions_have_to_go_with_the_target() -> None:
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99))
     with pytest.raises(ConfigError, match="give --max-drop"):
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99), evaluate=lambda _: 0.0)
+
+
+def test_a_file_that_is_too_large_does_not_ask_for_more_bits() -> None:
+    """Every width agrees, and only few bits fit."""
+    sizes = [quantize_model(OWN_MODEL, replace(FOLDED, bits=bits))[0].ByteSize() for bits in (3, 4)]
+    target = Target(min_agreement=5, size=sum(sizes) // 2)
+    found = find_smallest(OWN_MODEL, FOLDED, target, data=sample().first(20), normalization=HOW)
+    assert found.holds
+    assert found.model.ByteSize() <= sum(sizes) // 2
+    missed = find_smallest(OWN_MODEL, FOLDED, replace(target, size=1000), data=sample().first(20), normalization=HOW)
+    assert not missed.holds
+    assert "reaches the target of 5 in at most 1,000 bytes; for the best, the agreement is" in missed.sentence
+
+
+def test_nothing_is_sure_without_a_standard_error() -> None:
+    five = ImageSet(sample().x[:5], np.zeros(5, np.int64))
+    few = find_smallest(OWN_MODEL, FOLDED, Target(max_drop=0.5), data=five, normalization=HOW)
+    assert few.holds
+    assert "but not with 95 % confidence" in few.sentence
+    own = find_smallest(OWN_MODEL, FOLDED, Target(max_drop=0.5), evaluate=lambda _: 1.0)
+    assert "with an unknown standard error" in own.sentence

@@ -28,6 +28,7 @@ from requant_onnx.runtimes import RUNTIMES
 
 CONFIDENT = 1.645  # standard errors: 95 % on one side
 MIXED_TRIES = 3
+SLACK = 1e-9  # for the rounding of 100 * (a - b)
 Evaluate = Callable[[onnx.ModelProto], float]
 
 
@@ -55,12 +56,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Trial:
-    """A file that was tried.  value: value of the figure.  error: its standard error, 0 if unknown."""
+    """A file that was tried.  value: value of the figure.  error: its standard error, NaN if unknown.
+
+    reaches: whether the value meets the target.  holds: whether it also has at most the size that was given.
+    is_sure: whether it does so with 95 % confidence.
+    """
 
     bytes: int
     bits: str
     value: float
     error: float
+    reaches: bool
     holds: bool
     is_sure: bool
 
@@ -128,15 +134,16 @@ class _Search:
         low, high = 0, len(widths) - 1
         while low < high:  # find the fewest bits that meet the target, if any do
             middle = (low + high) // 2
-            if self._try(replace(self._config, bits=widths[middle]), str(widths[middle])).holds:
+            trial = self._try(replace(self._config, bits=widths[middle]), str(widths[middle]))
+            if trial.reaches:  # if it does not fit, more bits would not help
                 high = middle
             else:
                 low = middle + 1
         if not any(trial.bits == str(widths[high]) for trial, *_ in self._trials):
             self._try(replace(self._config, bits=widths[high]), str(widths[high]))
         for _ in range(MIXED_TRIES if self._calibration is not None else 0):
-            held = [trial.bytes for trial, *_ in self._trials if trial.holds]
-            failed = [trial.bytes for trial, *_ in self._trials if held and not trial.holds and trial.bytes < min(held)]
+            held = [trial.bytes for trial, *_ in self._trials if trial.reaches]
+            failed = [trial.bytes for trial, *_ in self._trials if held and not trial.reaches and trial.bytes < min(held)]
             if not failed:
                 break
             size = (min(held) + max(*failed, self._too_small)) // 2
@@ -154,22 +161,24 @@ class _Search:
         limit = -(self._target.max_drop or 0.0) if self._target.min_agreement is None else self._target.min_agreement
         size = made.ByteSize() if report.download_bytes is None else report.download_bytes
         fits = self._target.size is None or size <= self._target.size
-        trial = Trial(size, bits, value, error, fits and value >= limit, fits and value - CONFIDENT * error >= limit)
+        reaches = value >= limit - SLACK
+        trial = Trial(size, bits, value, error, reaches, fits and reaches, fits and value - CONFIDENT * error >= limit)
         self._trials.append((trial, made, report))
         return trial
 
     def _measure(self, made: onnx.ModelProto) -> tuple[float, float]:
         """The figure, higher is better, and its standard error."""
         if self._evaluate is not None and self._float is not None:
-            return float(self._evaluate(made)) - self._float, 0.0
+            return float(self._evaluate(made)) - self._float, math.nan
         assert self._data is not None
         report = validate(self._model, made, self._data, self._normalization, latency_batch=None)
+        least_error = 1 / (report.images + 1)  # that no image differs in a small sample does not show that none does
         if self._target.min_agreement is not None:
             if report.agreement is None or report.agreement_error is None:
                 raise ConfigError("the model has no output with answers, such as rows of scores; give a function to evaluate")
-            return 100 * report.agreement, 100 * max(report.agreement_error, 1 / (report.images + 1))
+            return 100 * report.agreement, 100 * max(report.agreement_error, least_error)
         assert report.top1 is not None
-        return 100 * (report.top1[1] - report.top1[0]), 100 * (report.top1_error or 0.0)
+        return 100 * (report.top1[1] - report.top1[0]), 100 * max(report.top1_error or 0.0, least_error)
 
     def _found(self) -> Found:
         order = sorted((k for k in self._trials if math.isfinite(k[0].value)), key=lambda each: each[0].bytes)
@@ -179,14 +188,18 @@ class _Search:
         fitting = [each for each in order if self._target.size is None or each[0].bytes <= self._target.size]
         trial, model, report = holding[0] if holding else max(fitting or order, key=lambda each: each[0].value)
         what = "the agreement" if self._target.min_agreement is not None else "the change in the score"
-        figure = f"{what} is {trial.value:.2f}" + (f" (standard error {trial.error:.2f})" if trial.error else "")
+        figure = f"{what} is {trial.value:.2f}" + (f" (standard error {trial.error:.2f})" if trial.error > 0.0 else "")
         wanted = f"{-(self._target.max_drop or 0.0):g}" if self._target.min_agreement is None else f"{self._target.min_agreement:g}"
         if not holding:
-            sentence = f"no file that was tried reaches the target of {wanted}; for the best, {figure}, in {trial.bytes:,} bytes"
+            limit = "" if self._target.size is None else f" in at most {self._target.size:,} bytes"
+            sentence = (
+                f"no file that was tried reaches the target of {wanted}{limit}; for the best, {figure}, in {trial.bytes:,} bytes"
+            )
         elif trial.is_sure:
             sentence = f"{figure}, which reaches the target of {wanted} with 95 % confidence, in {trial.bytes:,} bytes"
         else:
-            sure = "but not with 95 % confidence, which needs more data"
+            is_known = not math.isnan(trial.error)
+            sure = "but not with 95 % confidence, which needs more data" if is_known else "with an unknown standard error"
             sentence = f"{figure}, which reaches the target of {wanted}, {sure}, in {trial.bytes:,} bytes"
         check = self_check(self._model, model, self._calibration)
         report = replace(report, why_unchecked=check) if isinstance(check, str) else replace(report, check=check, why_unchecked="")
