@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -22,6 +24,7 @@ from requant_onnx import (
     Refinement,
     quantize_model,
 )
+from requant_onnx.convert.budget import _decibels
 from requant_onnx.runtime.feeds import calibration_chunks
 from requant_onnx.runtime.sensitivity import output_errors, outputs_of, relative_error
 
@@ -158,10 +161,12 @@ def test_budgets_and_sizes() -> None:
             Budget.parse_size(text)
 
 
-def test_nothing_to_convert_is_within_any_budget() -> None:
+def test_nothing_to_convert_is_copied_if_it_fits() -> None:
     model = parse("net (float[n] x) => (float[n] y) { y = Relu(x) }")
-    made, report = quantize_model(model, QuantConfig(Budget(size=10)))
+    made, report = quantize_model(model, QuantConfig(Budget(size=model.ByteSize())))
     assert (made, report.converted) == (model, ())
+    with pytest.raises(ConfigError, match="no weight can be converted, so the file keeps"):
+        quantize_model(model, QuantConfig(Budget(size=model.ByteSize() - 1)))
 
 
 @pytest.mark.slow
@@ -170,3 +175,10 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     images = Calibration(ImageSet(np.random.default_rng(0).normal(size=(16, 3, 8, 8)).astype(np.float32), None))
     made = [quantize_model(net(), config, calibration=images, threads=t)[0].SerializeToString() for t in (1, 2)]
     assert made[0] == made[1]
+
+
+def test_infinities_among_the_outputs_do_not_meet_a_target() -> None:
+    """The error of an output with infinities is unknown, so it is not better than the target."""
+    assert math.isnan(_decibels(math.nan))
+    assert _decibels(0.0) == math.inf
+    assert _decibels(0.01) == pytest.approx(20.0)

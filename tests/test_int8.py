@@ -411,3 +411,27 @@ def test_files_of_full_levels_load_with_the_precision_that_they_need() -> None:
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.zeros((1, 16, 8, 8), np.float32)})
+
+
+@pytest.mark.parametrize("given", [8, 40])
+def test_ranges_are_compared_on_as_many_inputs_as_there_are(given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default number of calibration inputs, 256, is no reason to use only a part of fewer inputs."""
+    used: list[int] = []
+
+    def alphas(_: object, starts: dict[str, float], __: object, chunks: list[object], **___: object) -> dict[str, float]:
+        used.append(len(chunks))
+        return starts
+
+    monkeypatch.setattr("requant_onnx.convert.integer_ranges.alphas_by_output", alphas)
+    values = np.random.default_rng(0).normal(size=(given, 1, 3, 8, 8)).astype(np.float32)
+    calibration = Calibration.from_feeds([{"x": each} for each in values])
+    quantize_model(small_cnn(), QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=calibration)
+    assert used == [given]
+
+
+def test_nan_is_no_reason_to_keep_activations_on_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output with infinities has an error of NaN, which does not keep `int8_min_sqnr`."""
+    monkeypatch.setattr("requant_onnx.convert.integer_ranges.activation_loss", lambda *_: lambda names: math.nan if names else 0.0)
+    calibration = Calibration(ImageSet(np.zeros((4, 3, 8, 8), np.uint8), None))
+    _, report = quantize_model(small_cnn(), QuantConfig(form=Form.INT8, int8_speed=Int8Speed.ALL), calibration=calibration)
+    assert not report.activations

@@ -13,7 +13,7 @@ from requant_onnx.convert.ladder import HELD_OUT
 from requant_onnx.convert.nearest import Result, quantize_all
 from requant_onnx.convert.plan import PlannedWeight
 from requant_onnx.convert.prepare import Prepared, copied
-from requant_onnx.convert.report import FrontPoint
+from requant_onnx.convert.report import FrontPoint, sqnr_db
 from requant_onnx.convert.steps import convert
 from requant_onnx.convert.write import Built, write
 from requant_onnx.errors import ConfigError
@@ -44,7 +44,11 @@ def write_within(
     Raises ConfigError if no choice of bits that was found meets the budget.
     """
     if not prepared.plan.planned:
-        return write(prepared, [], {})
+        model, report = write(prepared, [], {})
+        if budget.size is not None and model.ByteSize() > budget.size:
+            text = f"no weight can be converted, so the file keeps {model.ByteSize():,} bytes, more than {budget.size:,}"
+            raise ConfigError(f"{text}; give a larger size, or convert more weights")
+        return model, report
     chunks: Sequence[Chunk] = ()
     if calibration is not None:
         chunks = calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES)))
@@ -209,4 +213,4 @@ class _Search:
 
 
 def _decibels(error: float) -> float:
-    return -10 * math.log10(error) if error > 0.0 else math.inf
+    return sqnr_db(1.0, error)

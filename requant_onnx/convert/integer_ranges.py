@@ -126,6 +126,8 @@ def _grids(
         return activation_grid(histograms[name], method, calibration.headroom, ceiling, alpha, **kinds)
 
     grids = {name: grid_at(name) for name in histograms}
+    given = len(calibration.feeds) or calibration.count if calibration.images is None else len(calibration.images)
+    calibration = replace(calibration, count=min(calibration.count, given))
     count = _inputs_for_ranges(histograms, calibration) if method is ActivationRange.OUTPUT and not is_large(model) else 0
     if not count:
         return grids
@@ -159,7 +161,7 @@ def _unfit(
     if loss(left) <= allowed:
         return unfit
     order = sorted(left, key=lambda name: loss({name}))
-    while order and loss(left) > allowed:
+    while order and not loss(left) <= allowed:  # NaN too
         for _ in range(max(1, len(order) // 10)):
             unfit.add(order.pop())
         left -= unfit

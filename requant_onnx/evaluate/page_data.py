@@ -215,7 +215,7 @@ def _inputs(
     if calibration is not None:
         return calibration_images(model, calibration)
     try:
-        return calibration_images(model, Calibration(count=COMPARED))
+        return calibration_images(model, Calibration().unseen(COMPARED)[0])
     except (ModelError, DataError) as error:
         notes.append(f"outputs were not compared: {error}")
         return None
