@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from requant_onnx import (
     validate,
 )
 from requant_onnx.errors import ConfigError
+from requant_onnx.inputs.feeds import FeedSet
 
 SUMS = "{ s = ReduceMean<axes = [2, 3], keepdims = 0>(x) y = Mul(s, w) }"
 MEANS = "net (float[n, 3, 2, 2] x) => (float[n, 3] y) " + SUMS
@@ -144,3 +146,13 @@ def test_published_model_keeps_its_accuracy_at_8_and_6_bits(cifar10: Path) -> No
     assert report.top1[0] == pytest.approx(0.9173, abs=5e-4)
     for found in (report.top1[1], top1(quantize_model(path, QuantConfig(bits=6))[0], images, imagenet)):
         assert abs(found - report.top1[0]) <= 0.002
+
+
+def test_renamed_outputs_are_compared_by_the_positions_left() -> None:
+    """`b` is found by its name, so the output `a` is the one that the candidate calls `c`."""
+    text = "net (float[n, 4] x) => (float[n, 3] {0}, float[n, 3] {1}) {{ {0} = MatMul(x, {2}) {1} = MatMul(x, {3}) }}"
+    weights: dict[str, Any] = {"v": laplace(4, 3), "w": laplace(4, 3, seed=1)}
+    reference = parse(text.format("a", "b", "v", "w"), **weights)
+    candidate = parse(text.format("b", "c", "w", "v"), **weights)
+    report = validate(reference, candidate, FeedSet(({"x": np.ones((1, 4), np.float32)},)), latency_batch=None)
+    assert [(each.name, each.sqnr_db) for each in report.outputs] == [("a", math.inf), ("b", math.inf)]
