@@ -348,3 +348,20 @@ def test_a_report_on_standard_output_is_alone_there(model: Path, capsys: pytest.
     for command in (["inspect", str(model)], ["convert", str(model), str(model.with_name("out.onnx"))]):
         assert main([*command, "--json", "-"]) == 0
         assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("form", [[], ["--json", "-"]])
+def test_exit_codes_count_even_if_nobody_reads_the_output(model: Path, form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `requant validate ... | head -1`, once head has ended."""
+    output = str(model.with_name("out.onnx"))
+    command = ["validate", str(model), output, "--data", "noise", "--limit", "4", "--no-latency"]
+    for arguments, code in (
+        (["convert", str(model), output, "--bits", "4", "--calibrate", "none"], 0),
+        ([*command, "--fail-below", "sqnr=5"], 0),
+        ([*command, "--fail-below", "sqnr=90"], 4),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w", encoding="utf-8") as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert main([*arguments, *form]) == code

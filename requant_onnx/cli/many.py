@@ -22,7 +22,7 @@ from requant_onnx.cli import tables
 from requant_onnx.cli.commands import convert_file
 from requant_onnx.cli.paths import check_output
 from requant_onnx.cli.record import RECORD, Line, read_record, write_record
-from requant_onnx.cli.terminal import console_for, progress_bar
+from requant_onnx.cli.terminal import console_for, progress_bar, until_pipe_is_closed
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import config_of, seconds_of, whole_of
 from requant_onnx.errors import ConfigError, OutputError, RequantError
@@ -68,7 +68,8 @@ def run_convert_many(args: argparse.Namespace) -> None:
                 progress(name, sum(key in rows for key in items), len(items))
 
         run_each(jobs, args.dask, items, done)
-    tables.print_many(console_for(args), [rows[name] for name in models], len(earlier))
+    with until_pipe_is_closed():
+        tables.print_many(console_for(args), [rows[name] for name in models], len(earlier))
     failed = sum(not line.is_done for line in rows.values())
     if failed:
         raise RequantError(f"{failed} of {len(rows)} models failed, for the reasons above; the others are in '{args.output}'")
