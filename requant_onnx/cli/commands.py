@@ -17,7 +17,7 @@ from rich.markup import escape
 from requant_onnx.choices import Form
 from requant_onnx.cli import tables
 from requant_onnx.cli.goals import GOALS, dtype_of, lines_of, place_for_transformers_js
-from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
+from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, read_by, write_json
 from requant_onnx.cli.progressive import run_progressive
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line, until_pipe_is_closed
 from requant_onnx.cli.toml_options import write_options
@@ -78,10 +78,11 @@ def run_convert(args: argparse.Namespace) -> None:
         return
     if args.goal == "transformers.js" and args.output.suffix != ".onnx":
         args.output = _transformers_js_output(args)
-    check_output(args.input, args.output, args.force)
-    data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
-    check_json(args.json, args.input, args.output, *data)
-    check_page(args.html, args.force, args.input, args.output, *data)
+    read = read_by(args)
+    check_output(args.input, args.output, args.force, read)
+    used = [*read, args.output, *data_files(args.output), Path(f"{args.output}.data")]
+    check_json(args.json, *used)
+    check_page(args.html, args.force, *used)
     check_apart(args.json, args.html)
     if args.goal is not None:
         console_for(args).print(escape(f"--for {args.goal}, {GOALS[args.goal].title}:\n{lines_of(args.goal, args.from_file)}"))
@@ -238,8 +239,9 @@ def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tup
 
 def run_restore(args: argparse.Namespace) -> None:
     """requant restore: write the plain float version of a quantized model."""
-    check_output(args.input, args.output, args.force)
-    check_json(args.json, args.input, args.output, *data_files(args.input), *data_files(args.output))
+    read = read_by(args)
+    check_output(args.input, args.output, args.force, read)
+    check_json(args.json, *read, args.output, *data_files(args.output), Path(f"{args.output}.data"))
     with status_line(args, "decoding weights"):
         model, report = restore_model(args.input)
     before = file_bytes(args.input)
@@ -251,7 +253,7 @@ def run_restore(args: argparse.Namespace) -> None:
 
 def run_validate(args: argparse.Namespace) -> None:
     """requant validate: compare two models on the same inputs."""
-    check_json(args.json, args.reference, args.candidate)
+    check_json(args.json, *read_by(args))
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for example cifar10:DIR, images:DIR or FILE.npz")
     bounds = {} if args.fail_below is None else parse_gate(args.fail_below)
@@ -286,7 +288,7 @@ def run_validate(args: argparse.Namespace) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     """requant report: write a web page that shows every weight."""
-    check_page(args.output, args.force, args.reference, args.candidate)
+    check_page(args.output, args.force, *read_by(args))
     labels_of(args)
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
     if args.data is None and args.limit is None:
@@ -307,7 +309,7 @@ def run_report(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """requant inspect: list the weights of a model and, with --sensitivity, what each of them costs."""
-    check_json(args.json, args.model)
+    check_json(args.json, *read_by(args))
     if args.data is not None and not args.sensitivity and "data" not in args.from_file:
         raise ConfigError("--data needs --sensitivity; give --sensitivity, or drop --data")
     with status_line(args, "reading the model"):
@@ -326,7 +328,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_explain(args: argparse.Namespace) -> None:
     """requant explain: show what ONNX Runtime does with the weights of a model."""
-    check_json(args.json, args.model)
+    check_json(args.json, *read_by(args))
     with status_line(args, "loading the model in ONNX Runtime"):
         explanation = explain(args.model)
     write_json(args.json, {**explanation.to_dict(), "model": str(args.model)})
@@ -335,9 +337,10 @@ def run_explain(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """requant compare: convert with every recipe at every width, and list the results."""
-    check_json(args.json, args.model)
-    check_page(args.html, args.force, args.model)
-    check_new(args.csv, args.force, args.model)
+    read = read_by(args)
+    check_json(args.json, *read)
+    check_page(args.html, args.force, *read)
+    check_new(args.csv, args.force, *read)
     check_apart(args.json, args.html, args.csv)
     if args.cache is not None:
         check_cache(args.cache)

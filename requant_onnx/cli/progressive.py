@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from requant_onnx.choices import MAX_BITS, Form, OptimizeFor
 from requant_onnx.cli import tables
-from requant_onnx.cli.paths import check_json, check_output, write_json
+from requant_onnx.cli.paths import check_json, check_output, read_by, write_json
 from requant_onnx.cli.terminal import console_for, progress_bar
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import automatic, calibration_of, config_of
@@ -42,10 +42,10 @@ def run_progressive(args: argparse.Namespace) -> None:
     and writes nothing, if the self-check finds the last stage broken.
     """
     config = _config(args)
-    paths = stage_paths(args.output, STAGES)
+    paths, read = stage_paths(args.output, STAGES), read_by(args)
     for path in paths:
-        check_output(args.input, path, args.force)
-    check_json(args.json, args.input, *paths, *(file for path in (args.input, *paths) for file in data_files(path)))
+        check_output(args.input, path, args.force, read)
+    check_json(args.json, *read, *paths, *(file for path in paths for file in data_files(path)))
     with progress_bar(args, "quantizing") as progress:
         stages = _quantized(args, config, progress)
     if not stages[-1].report.converted:
