@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import numpy as np
 import onnx
 import pytest
 from conftest import laplace, parse, small_cnn
+from rich.console import Console
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
+from requant_onnx.cli.commands import _as_csv
 from requant_onnx.cli.main import main
+from requant_onnx.cli.tables import print_comparison
 from requant_onnx.evaluate.cache import Cache
 from requant_onnx.evaluate.jobs import open_executor, run_all
-from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
+from requant_onnx.evaluate.recipes import RECIPES, Comparison, Trial, compare
 from requant_onnx.inputs.calibration import NATURAL
 from requant_onnx.inputs.synthetic import noise_images
 
@@ -249,6 +253,16 @@ def test_the_command_writes_the_table_in_every_form(tmp_path: Path, capsys: pyte
         assert f"{int(row['bytes']):,}" in files["html"].read_text()
     assert main([*command, "--csv", str(files["csv"])]) == 2  # exists already
     assert main([*command, "--csv", str(files["csv"]), "--force", "-q"]) == 0
+
+
+def test_large_files_have_fewer_compressed_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    large, small = Trial("max", 8, 9, 1.0, None, None, 1.0, 40.0), Trial("max", 4, 4, 2.0, None, None, 0.9, 20.0)
+    trials = (replace(large, downloads={"gz": 8}), replace(small, downloads={"gz": 3, "br": 2}))
+    comparison = Comparison(9, None, 1, trials)
+    rows = list(csv.DictReader(_as_csv(comparison).splitlines()))
+    assert [(row["bytes_gz"], row["bytes_br"]) for row in rows] == [("8", ""), ("3", "2")]
+    print_comparison(Console(width=200), comparison)
+    assert "brotli bytes" in capsys.readouterr().out
 
 
 def test_without_data_the_models_are_compared_on_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -404,7 +404,8 @@ def _whole_file(path: Path) -> bytes:
 def _as_csv(comparison: Comparison) -> str:
     rows = [_flat(asdict(trial)) for trial in comparison.trials]
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
+    names = dict.fromkeys(name for row in rows for name in row)  # a large file has fewer compressed sizes than others
+    writer = csv.DictWriter(text, list(names))
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
