@@ -286,6 +286,19 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
     assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0
 
 
+def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1", "--calibrate", "none"]
+    assert main([*command, "--recipes", "max"]) == 0
+    for options, said in (
+        ([], "the recipe 'best' needs calibration inputs; give --calibrate, or other --recipes"),
+        (["--recipes", "max", "--form", "int8"], "the int8 form needs calibration inputs; give --calibrate, or another --form"),
+        (["--recipes", "max", "--seed", "1"], "--seed needs --calibrate"),
+    ):
+        assert main([*command, *options]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])

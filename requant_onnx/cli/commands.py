@@ -347,12 +347,12 @@ def run_compare(args: argparse.Namespace) -> None:
     widths = [bits_of(text) for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
     form = Form.QDQ if args.form is None else args.form
     args.calibrate = args.calibrate or "noise"
-    calibration = calibration_of(args) or Calibration()
+    calibration = calibration_of(args)
     model = _whole_file(args.model)
     images: ImageSet | FeedSet
     if args.data is None:  # noise as in the calibration, from another seed
-        count, seed = limit_of(args.limit) or DEFAULT_COUNT, calibration.seed + 1
-        other = Calibration(None, calibration.normalization, count, seed, calibration.size)
+        like = calibration or Calibration()
+        other = Calibration(None, like.normalization, limit_of(args.limit) or DEFAULT_COUNT, like.seed + 1, like.size)
         images, normalization = calibration_images(args.model, other)
     else:
         images, normalization = _images_to_compare(args, args.model, args.data)

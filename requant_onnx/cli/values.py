@@ -267,7 +267,7 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> No
     reason: the middle of the sentence, between the option and the advice to drop it.
     """
     for name in names:
-        if getattr(args, name) not in (None, False) and name not in args.from_file:
+        if getattr(args, name, None) not in (None, False) and name not in args.from_file:
             raise ConfigError(f"{_flag(name)} {reason} drop {_flag(name)}")
 
 

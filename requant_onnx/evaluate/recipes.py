@@ -108,7 +108,7 @@ def compare(
     recipes: Sequence[str],
     images: ImageSet | FeedSet,
     normalization: Normalization | None,
-    calibration: Calibration,
+    calibration: Calibration | None,
     executor: Executor,
     *,
     form: Form = Form.QDQ,
@@ -117,20 +117,18 @@ def compare(
 ) -> Comparison:
     """Convert with every recipe at every width, and compare with the float model on the images.
 
-    model: a whole ONNX file.  calibration: for `best`, and for every recipe in the int8 form.
+    model: a whole ONNX file.  calibration: for `best`, and for every recipe in the int8 form; None if there is no such recipe.
     The trials are sorted by bits, then by output SQNR, best first.
-    Raises ConfigError on an unknown recipe; ModelError, DataError as quantize_model and validate.
+    Raises ConfigError for an unknown recipe, or one that lacks its calibration; ModelError, DataError as quantize_model and
+    validate.
     """
     _check(recipes)
-    has_scores = _probe(model, images, normalization)
     cases = [(recipe, width) for width in dict.fromkeys(bits) for recipe in dict.fromkeys(recipes)]
+    wanted = {case: _settings(case, form, calibration) for case in cases}
+    has_scores = _probe(model, images, normalization)
     shards = [(start, images.part(start, start + SHARD)) for start in range(0, len(images), SHARD)]
     parts = len(shards) * (len(cases) + 1) if has_scores else len(cases)
     work = _Work(executor, cache or Cache(None), len(cases) + parts, progress)
-    wanted = {
-        case: (replace(RECIPES[case[0]](case[1]), form=form), calibration if case[0] == "best" or FORMS[form].on_integers else None)
-        for case in cases
-    }
     made = work.conversions(model, wanted)
     if not has_scores:
         judged = work.judgments(model, made, images, normalization)
@@ -155,6 +153,18 @@ def _check(recipes: Sequence[str]) -> None:
     unknown = [recipe for recipe in recipes if recipe not in RECIPES]
     if unknown:
         raise ConfigError(f"the recipe '{', '.join(unknown)}' is unknown; choose from {', '.join(RECIPES)}")
+
+
+def _settings(case: Case, form: Form, calibration: Calibration | None) -> tuple[QuantConfig, Calibration | None]:
+    """The settings of a conversion, and the calibration if it needs one.  Raises ConfigError if that is missing."""
+    recipe, bits = case
+    needs = recipe == "best" or FORMS[form].on_integers
+    if needs and calibration is None:
+        what, other = (
+            (f"the {form} form", "another --form") if FORMS[form].on_integers else (f"the recipe '{recipe}'", "other --recipes")
+        )
+        raise ConfigError(f"{what} needs calibration inputs; give --calibrate, or {other}")
+    return replace(RECIPES[recipe](bits), form=form), calibration if needs else None
 
 
 def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
