@@ -286,6 +286,21 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
     assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0
 
 
+def test_files_are_for_the_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "1", "--recipes", "channel", "--limit", "8"]
+    report = ["--json", str(tmp_path / "r.json"), "-q"]
+    assert main([*command, "--runtime", "tensorrt", *report]) == 0
+    assert [trial["bits"] for trial in json.loads((tmp_path / "r.json").read_text())["trials"]] == [8, 4]
+    sizes = {}
+    for options in ("--runtime web", "--runtime web --form folded", "--runtime web --form qdq"):
+        assert main([*command, "--bits", "4", *options.split(), *report]) == 0
+        sizes[options] = json.loads((tmp_path / "r.json").read_text())["trials"][0]["bytes"]
+    assert sizes["--runtime web"] == sizes["--runtime web --form folded"] != sizes["--runtime web --form qdq"]
+    assert main([*command, "--runtime", "tensorrt", "--bits", "3"]) == 2
+    assert "3-bit codes do not work with TensorRT (--runtime tensorrt); choose --bits 4 or 8" in capsys.readouterr().err
+
+
 def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1", "--calibrate", "none"]

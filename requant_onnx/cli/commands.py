@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 from rich.markup import escape
 
-from requant_onnx.choices import Form
+from requant_onnx.choices import Runtime
 from requant_onnx.cli import tables
 from requant_onnx.cli.goals import GOALS, dtype_of, lines_of, place_for_transformers_js
 from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, read_by, write_json
@@ -63,9 +63,11 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
+from requant_onnx.runtimes import RUNTIMES
 from requant_onnx.webpage.pages import html_comparison, html_report
 
 PAGE_IMAGES, PAGE_VALUES = 1000, 1 << 24  # most images on the page of a conversion, and most values in them
+USUAL_BITS = (8, 6, 4, 3)  # that compare tries
 PAGE_INPUTS = 64  # fewest inputs on a page; also most, for noise and inputs by name
 MORE_BITS_OR_DATA = ["use more --bits", "give your own inputs to --calibrate"]
 TARGET_BITS, TARGET_IMAGES = 4, 1000  # with a target: bits that --calibrate auto assumes; most images to measure it on
@@ -344,8 +346,10 @@ def run_compare(args: argparse.Namespace) -> None:
     check_apart(args.json, args.html, args.csv)
     if args.cache is not None:
         check_cache(args.cache)
-    widths = [bits_of(text) for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
-    form = Form.QDQ if args.form is None else args.form
+    runtime = Runtime.ORT if args.runtime is None else args.runtime
+    read_bits, forms = RUNTIMES[runtime].bits, RUNTIMES[runtime].forms
+    widths = [bits for bits in USUAL_BITS if bits in read_bits] if args.bits is None else [*map(bits_of, list_of(args.bits))]
+    form = forms[0] if args.form is None else args.form
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args)
     model = _whole_file(args.model)
@@ -361,7 +365,17 @@ def run_compare(args: argparse.Namespace) -> None:
     with open_executor(jobs, args.dask) as executor, progress_bar(args, "comparing") as progress:
         recipes = list_of("max,paper,best" if args.recipes is None else args.recipes)
         comparison = compare(
-            model, widths, recipes, images, normalization, calibration, executor, form=form, cache=cache, progress=progress
+            model,
+            widths,
+            recipes,
+            images,
+            normalization,
+            calibration,
+            executor,
+            form=form,
+            runtime=runtime,
+            cache=cache,
+            progress=progress,
         )
     cache.trim()
     write_json(args.json, {**comparison.to_dict(), "model": str(args.model), "toml": write_options(args)})

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from requant_onnx.choices import Form, Granularity, RangeMode, Refinement, Transform
+from requant_onnx.choices import Form, Granularity, RangeMode, Refinement, Runtime, Transform
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import as_json, sqnr_db
@@ -112,6 +112,7 @@ def compare(
     executor: Executor,
     *,
     form: Form = Form.QDQ,
+    runtime: Runtime = Runtime.ORT,
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -119,12 +120,12 @@ def compare(
 
     model: a whole ONNX file.  calibration: for `best`, and for every recipe in the int8 form; None if there is no such recipe.
     The trials are sorted by bits, then by output SQNR, best first.
-    Raises ConfigError for an unknown recipe, or one that lacks its calibration; ModelError, DataError as quantize_model and
-    validate.
+    Raises ConfigError for an unknown recipe, one that lacks its calibration, or files that the runtime does not read; ModelError,
+    DataError as quantize_model and validate.
     """
     _check(recipes)
     cases = [(recipe, width) for width in dict.fromkeys(bits) for recipe in dict.fromkeys(recipes)]
-    wanted = {case: _settings(case, form, calibration) for case in cases}
+    wanted = {case: _settings(case, form, runtime, calibration) for case in cases}
     has_scores = _probe(model, images, normalization)
     shards = [(start, images.part(start, start + SHARD)) for start in range(0, len(images), SHARD)]
     parts = len(shards) * (len(cases) + 1) if has_scores else len(cases)
@@ -155,8 +156,11 @@ def _check(recipes: Sequence[str]) -> None:
         raise ConfigError(f"the recipe '{', '.join(unknown)}' is unknown; choose from {', '.join(RECIPES)}")
 
 
-def _settings(case: Case, form: Form, calibration: Calibration | None) -> tuple[QuantConfig, Calibration | None]:
-    """The settings of a conversion, and the calibration if it needs one.  Raises ConfigError if that is missing."""
+def _settings(case: Case, form: Form, runtime: Runtime, calibration: Calibration | None) -> tuple[QuantConfig, Calibration | None]:
+    """The settings of a conversion, and the calibration if it needs one.
+
+    Raises ConfigError if the calibration is missing, or the runtime does not read such a file.
+    """
     recipe, bits = case
     needs = recipe == "best" or FORMS[form].on_integers
     if needs and calibration is None:
@@ -164,7 +168,7 @@ def _settings(case: Case, form: Form, calibration: Calibration | None) -> tuple[
             (f"the {form} form", "another --form") if FORMS[form].on_integers else (f"the recipe '{recipe}'", "other --recipes")
         )
         raise ConfigError(f"{what} needs calibration inputs; give --calibrate, or {other}")
-    return replace(RECIPES[recipe](bits), form=form), calibration if needs else None
+    return replace(RECIPES[recipe](bits), form=form, runtime=runtime), calibration if needs else None
 
 
 def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
