@@ -31,6 +31,7 @@ from requant_onnx.evaluate.jobs import open_executor, run_all
 from requant_onnx.evaluate.recipes import RECIPES, Comparison, Trial, compare
 from requant_onnx.inputs.calibration import NATURAL
 from requant_onnx.inputs.synthetic import noise_images
+from requant_onnx.runtime.sessions import CUSTOM_OPS, PROVIDER
 
 pytestmark = pytest.mark.xdist_group("compare")  # one reference table, and no race for free ports
 RNG = np.random.default_rng(0)
@@ -92,6 +93,24 @@ def test_a_second_run_does_nothing_again(tmp_path: Path, expected: Comparison) -
     other = ImageSet(IMAGES.pixels[::-1], IMAGES.y)
     with pytest.raises(AssertionError, match="score_item"):
         compare(MODEL, [4], ["max"], other, None, CALIBRATION, _Refusing(), cache=cache)
+
+
+def test_results_of_another_provider_or_library_are_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache")
+
+    def compared(executor: Executor) -> Comparison:
+        return compare(MODEL, [4], ["max"], IMAGES.first(20), None, None, executor, cache=cache)
+
+    with open_executor(1) as executor:
+        compared(executor)
+    compared(_Refusing())
+    (tmp_path / "library.so").write_bytes(b"changed")
+    for name, value in ((PROVIDER, "OtherExecutionProvider"), (CUSTOM_OPS, str(tmp_path / "library.so"))):
+        with monkeypatch.context() as patch:
+            patch.setattr("requant_onnx.evaluate.recipes._probe", lambda *_: True)  # ONNX Runtime has neither
+            patch.setenv(name, value)
+            with pytest.raises(AssertionError, match="convert_item"):
+                compared(_Refusing())
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, expected: Comparison) -> None:

@@ -35,8 +35,7 @@ from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier
 from requant_onnx.runtime.feeds import open_fed
-from requant_onnx.runtime.sessions import quiet_options
-from requant_onnx.runtime.version import runtime_version
+from requant_onnx.runtime.sessions import fingerprint, quiet_options
 
 SHARD = 500  # images per work item
 BATCH = 100
@@ -300,7 +299,7 @@ def judge_item(model: bytes, candidate: bytes, images: ImageSet | FeedSet, norma
 
 def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:
     how = b"" if calibration is None else _calibration_digest(calibration)
-    return key_of("conversion", version("requant_onnx"), runtime_version(), json.dumps(config.to_dict()), how, model)
+    return key_of("conversion", version("requant_onnx"), fingerprint(), json.dumps(config.to_dict()), how, model)
 
 
 def _calibration_digest(calibration: Calibration) -> bytes:
@@ -312,7 +311,7 @@ def _calibration_digest(calibration: Calibration) -> bytes:
 
 
 def _digest(images: ImageSet | FeedSet, normalization: Normalization | None) -> bytes:
-    return key_of(runtime_version(), repr(normalization), images.fingerprint()).encode()
+    return key_of(fingerprint(), repr(normalization), images.fingerprint()).encode()
 
 
 def _hits(scores: Float32Array, images: ImageSet | FeedSet) -> float | None:
