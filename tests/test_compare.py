@@ -28,7 +28,7 @@ from requant_onnx.cli.main import main
 from requant_onnx.cli.tables import print_comparison
 from requant_onnx.evaluate.cache import Cache
 from requant_onnx.evaluate.jobs import open_executor, run_all
-from requant_onnx.evaluate.recipes import RECIPES, Comparison, Trial, compare
+from requant_onnx.evaluate.recipes import FLOAT, RECIPES, Comparison, Trial, _hits, _trial, compare
 from requant_onnx.inputs.calibration import NATURAL
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.runtime.sessions import CUSTOM_OPS, PROVIDER
@@ -318,6 +318,22 @@ def test_files_are_for_the_runtime(tmp_path: Path, capsys: pytest.CaptureFixture
     assert sizes["--runtime web"] == sizes["--runtime web --form folded"] != sizes["--runtime web --form qdq"]
     assert main([*command, "--runtime", "tensorrt", "--bits", "3"]) == 2
     assert "3-bit codes do not work with TensorRT (--runtime tensorrt); choose --bits 4 or 8" in capsys.readouterr().err
+
+
+def test_labels_have_to_be_classes_of_the_model() -> None:
+    labels = np.array([0, 1, 5000])
+    with pytest.raises(DataError, match="the labels are 0 to 5000, but the model gives 10 scores"):
+        compare(MODEL, [4], ["max"], ImageSet(IMAGES.pixels[:3], labels), None, None, _Refusing())
+
+
+def test_scores_with_nan_are_no_answer() -> None:
+    """NumPy's argmax would choose the NaN."""
+    exact = np.array([[1, 0], [0, 1], [np.nan, 0], [0, 1]], np.float32)
+    scores = np.array([[np.nan, 0], [np.nan, 0], [np.nan, 0], [0, 1]], np.float32)
+    images = ImageSet(IMAGES.pixels[:4], np.array([0, 1, 0, 1]))
+    assert _hits(exact, images) == 0.75
+    trial = _trial(FLOAT, 1, 1, exact, scores, images, 0.75)
+    assert (trial.top1, trial.agreement) == (0.25, 0.25)
 
 
 def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

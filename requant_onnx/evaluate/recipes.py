@@ -31,7 +31,7 @@ from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
-from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier
 from requant_onnx.runtime.feeds import open_fed
@@ -173,11 +173,18 @@ def _settings(case: Case, form: Form, runtime: Runtime, calibration: Calibration
 def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
     """Run the model once, before any work, and return whether its first output is a row of scores per image.
 
-    Raises DataError, ModelError if the model and the data do not fit together.
+    Raises DataError, ModelError if the model and the data, or the labels, do not fit together.
     """
     proto = onnx.ModelProto.FromString(model)
     found = validate(proto, proto, images.first(1), normalization, latency_batch=None).outputs
-    return bool(found) and found[0].kind == "scores"
+    has_scores = bool(found) and found[0].kind == "scores"
+    if has_scores and images.y is not None:
+        least, largest, classes = images.y.min(), images.y.max(), math.prod(found[0].shape[1:])
+        if least < 0 or largest >= classes:
+            raise DataError(
+                f"the labels are {least} to {largest}, but the model gives {classes} scores; give labels of the same classes"
+            )
+    return has_scores
 
 
 @dataclass
@@ -314,8 +321,13 @@ def _digest(images: ImageSet | FeedSet, normalization: Normalization | None) -> 
     return key_of(fingerprint(), repr(normalization), images.fingerprint()).encode()
 
 
+def _answers(scores: Float32Array) -> Int64Array:
+    """The top class of each row; -1, which is no class, for a row with NaN."""
+    return np.where(np.isnan(scores).any(1), -1, scores.argmax(1))
+
+
 def _hits(scores: Float32Array, images: ImageSet | FeedSet) -> float | None:
-    return None if images.y is None else float((scores.argmax(1) == images.y).mean())
+    return None if images.y is None else float((_answers(scores) == images.y).mean())
 
 
 def _trial(
@@ -325,6 +337,7 @@ def _trial(
         raise ModelError(f"the converted model gives scores of shape {scores.shape}, but the float model gives {exact.shape}")
     accuracy = _hits(scores, images)
     error = np.square(exact.astype(np.float64) - scores).sum()
+    answers = _answers(scores)
     return Trial(
         recipe=case[0],
         bits=case[1],
@@ -332,6 +345,6 @@ def _trial(
         ratio=before / after,
         top1=accuracy,
         change=None if accuracy is None or top1 is None else accuracy - top1,
-        agreement=float((exact.argmax(1) == scores.argmax(1)).mean()),
+        agreement=float(((answers == _answers(exact)) & (answers >= 0)).mean()),
         sqnr_db=sqnr_db(float(np.square(exact, dtype=np.float64).sum()), float(error)),
     )
