@@ -91,6 +91,9 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("help = true", "only allowed on the command line"),
         ("csv = 'a.csv'", "only allowed on the command line, as --csv"),
         ("[convert]\nbits = 'x'", "not one of 1.6, 2, 2.33"),
+        ("for = 'wbe'", "sets 'for' to 'wbe', which is not one of its choices; did you mean 'web'?"),
+        ("form = 'foldd'", "sets 'form' to 'foldd', which is not one of its choices; did you mean 'folded'?"),
+        ("range = 'x'", "sets 'range' to 'x', which is not one of its choices; choose from search, max"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(model: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
