@@ -72,6 +72,7 @@ def test_what_cannot_be_kept_is_not_written(tmp_path: Path, capsys: pytest.Captu
 def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("judge.py").write_text("def score(model):\n    return 1.0\nNOT = 3\n")
+    Path("broken.py").write_text("1 / 0\n")
     save_model(onnx.load(OWN_MODEL), tmp_path / "in.onnx")
     command = ["convert", "in.onnx", "out.onnx", "--max-drop", "0", "--calibrate", "none", "--force-quality"]
     assert main([*command, "--evaluate", "judge:score"]) == 0
@@ -80,6 +81,8 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ("judge:scores", "cannot be imported"),
         ("judges:score", "cannot be imported"),
         ("judge:NOT", "not a function"),
+        (".judge:score", "cannot be imported"),
+        ("broken:score", "cannot be imported (division by zero)"),
     ):
         assert main([*command, "--force", "--evaluate", name]) == 2
         assert sentence in capsys.readouterr().err

@@ -23,6 +23,7 @@ from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Norma
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
+from requant_onnx.text import first_line
 
 SIZES = ("resize", "crop", "fit")
 FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # --calibrate auto: from this width on, few images suffice
@@ -87,8 +88,8 @@ def function_of(text: str) -> Evaluate:
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--evaluate '{text}' cannot be imported ({error}); write it as MODULE:FUNCTION") from None
+    except Exception as error:  # the import runs the code of the module
+        raise ConfigError(f"--evaluate '{text}' cannot be imported ({first_line(error)}); write it as MODULE:FUNCTION") from None
     if not callable(function):
         raise ConfigError(f"--evaluate '{text}' is not a function; write it as MODULE:FUNCTION")
     return cast("Evaluate", function)
