@@ -45,7 +45,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     given.setdefault("form", RUNTIMES[given.get("runtime", base.runtime)].forms[0])
     if args.int8_min_sqnr is not None:
         none = args.int8_min_sqnr == "none"
-        given["int8_min_sqnr"] = -math.inf if none else _numbers(args.int8_min_sqnr, "--int8-min-sqnr")[0]
+        given["int8_min_sqnr"] = -math.inf if none else _number(args.int8_min_sqnr, "--int8-min-sqnr")
     for name, form in OPTIONS_OF_FORM.items():
         if name not in given or given["form"] is form:
             continue
@@ -69,7 +69,7 @@ def _listed(given: str | list[str] | None) -> list[str]:
 def target_of(args: argparse.Namespace) -> Target | None:
     """The quality target of the file; None if there is none.  Raises ConfigError."""
     given = {"max_drop": "--max-drop", "min_agreement": "--min-agreement"}
-    values = {name: _numbers(getattr(args, name), option)[0] for name, option in given.items() if getattr(args, name) is not None}
+    values = {name: _number(getattr(args, name), option) for name, option in given.items() if getattr(args, name) is not None}
     if not values:
         for name in ("data", "limit", "evaluate", "best_effort"):
             if getattr(args, name) and name not in args.from_file:
@@ -106,7 +106,7 @@ def _bits(args: argparse.Namespace) -> float | Budget | None:
     if (args.size is None) == (args.target_sqnr is None):
         raise ConfigError("--bits auto needs one target: either --size, for example 180kB, or --target-sqnr, for example 20")
     if args.size is None:
-        return Budget(sqnr_db=_numbers(args.target_sqnr, "--target-sqnr")[0])
+        return Budget(sqnr_db=_number(args.target_sqnr, "--target-sqnr"))
     if args.external_data:
         raise ConfigError("--size is the size of a single file; drop --external-data")
     return Budget(size=Budget.parse_size(args.size))
@@ -275,6 +275,18 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> No
 def _flag(name: str) -> str:
     """The option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        hint = f"write it as {float(text.replace(',', '.')):g}"
+    except ValueError:
+        hint = "write it like 0.5"
+    raise ConfigError(f"{option} '{text}' is not a number; {hint}")
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
