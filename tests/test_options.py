@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import small_cnn
+from conftest import parsed, small_cnn
 from test_image_folder import write
 
 from requant_onnx.cli.main import main
@@ -200,6 +200,16 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
         np.savez(path, **arrays)
         assert main([*command, "--force"]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_memory_is_also_for_inputs_by_name(model: Path) -> None:
+    from requant_onnx.cli.values import calibration_of  # noqa: PLC0415
+
+    path = model.with_name("inputs.npz")
+    np.savez(path, x=np.zeros((20, 3, 8, 8), np.float64))
+    calibration = calibration_of(parsed(f"requant convert {model} out.onnx --calibrate {path} --memory 5MB"))
+    assert calibration is not None
+    assert (len(calibration.feeds), calibration.memory) == (20, 5_000_000)
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:

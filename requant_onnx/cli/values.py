@@ -149,7 +149,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     feeds = feeds_of(args, spec)
     if feeds is not None:
         _refuse(args, ("seed",), f"applies to images, but '{spec}' holds inputs by name;")
-        return Calibration.from_feeds(feeds, count)
+        return dataclasses.replace(Calibration.from_feeds(feeds, count), memory=_memory(args))
     images = images_of(args, spec, "train")
     if args.calibrate_limit is None:
         count = min(count, len(images) - min(CHECKED, len(images) // SHARE_CHECKED))
