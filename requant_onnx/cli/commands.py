@@ -25,6 +25,7 @@ from requant_onnx.cli.values import (
     automatic,
     bits_of,
     calibration_of,
+    check_free,
     config_of,
     feeds_of,
     function_of,
@@ -205,6 +206,7 @@ def _targeted(
     args: argparse.Namespace, config: QuantConfig, target: Target, progress: Progress | None, threads: int | None
 ) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
     """The smallest file that meets a target.  Raises QualityError if none does, unless --best-effort is given."""
+    check_free(config)
     if args.calibrate in (None, "auto"):
         config, calibration = automatic(args, replace(config, bits=TARGET_BITS))
     else:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from requant_onnx.choices import Form, Refinement, Space, Transform, width_of, widths_in_words
+from requant_onnx.choices import MAX_BITS, Form, Refinement, Space, Transform, width_of, widths_in_words
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.evaluate.target import Evaluate, Target
@@ -79,6 +79,20 @@ def target_of(args: argparse.Namespace) -> Target | None:
         if getattr(args, name) is not None and name not in args.from_file:
             raise ConfigError(f"a target chooses the bits, and has no time limit; drop {_flag(name)}")
     return Target(**values, size=None if args.size is None else Budget.parse_size(args.size))
+
+
+def check_free(config: QuantConfig) -> None:
+    """Raise ConfigError if the runtime does not read all its widths in the form, so that a target could not choose among them."""
+    row = RUNTIMES[config.runtime]
+    try:
+        for bits in row.bits:
+            dataclasses.replace(config, bits=bits, overrides=())
+    except ConfigError:
+        other = " or ".join(str(form) for form in row.forms if form is not config.form)
+        raise ConfigError(
+            f"the {config.form} form for {row.title} has a single width, so a target has no choice; choose --form {other}, or give "
+            f"--bits {MAX_BITS} without a target"
+        ) from None
 
 
 def function_of(text: str) -> Evaluate:
