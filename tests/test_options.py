@@ -212,6 +212,47 @@ def test_memory_is_also_for_inputs_by_name(model: Path) -> None:
     assert (len(calibration.feeds), calibration.memory) == (20, 5_000_000)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("report in.onnx in.onnx page.html --limit 10", "--limit needs --data; give --data, for example noise, or drop --limit"),
+        ("inspect in.onnx --limit 10", "--limit needs --sensitivity; give --sensitivity, or drop --limit"),
+        ("inspect in.onnx --resize 9", "--resize needs --sensitivity"),
+        ("inspect in.onnx --mean 0.5", "--mean needs --sensitivity"),
+        ("convert in.onnx out.onnx --max-drop 1 --evaluate a:b --data noise", "--data has no effect with --evaluate"),
+        ("convert in.onnx out.onnx --max-drop 1 --evaluate a:b --limit 9", "--limit has no effect with --evaluate"),
+        ("convert in.onnx out.onnx --min-agreement 90 --limit 9", "--limit needs --data; give --data, or drop --limit"),
+        ("convert in.onnx out.onnx --calibrate none --time-limit 9s", "--time-limit needs --calibrate"),
+        ("convert in.onnx out.onnx --calibrate none --refinement descent", "--refinement needs --calibrate"),
+        ("convert in.onnx out.onnx --optimize-for download:gz --transform sqrt", "--transform has no effect with --optimize-for"),
+        ("convert in.onnx out.onnx --for download --range max", "--range has no effect with --optimize-for download:br"),
+        ("convert in.onnx out.onnx --for download --granularity per-tensor", "--granularity has no effect"),
+        ("convert in.onnx out.onnx --for download --recipe paper", "--recipe has no effect"),
+    ],
+)
+def test_options_without_any_effect_are_refused(
+    model: Path, command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert main(command.split()) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_options_without_any_effect_may_be_in_a_file(model: Path) -> None:
+    text = "limit = 9\nresize = 9\n[convert]\ntime-limit = '9s'\nrefinement = 'descent'\ntransform = 'sqrt'\n"
+    written = config(model.parent, text)
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--config", written, "--force"]
+    assert main([*command, "--calibrate", "none"]) == 0
+    download = ["--optimize-for", "download:gz", "--form", "folded", "--calibrate-limit", "8"]
+    assert main([*command, *download, "--json", str(model.with_name("r.json"))]) == 0
+    assert json.loads(model.with_name("r.json").read_text())["config"]["transform"] == "auto"
+    assert main(["inspect", str(model), "--config", written]) == 0
+    assert main([*command, "--calibrate", "none", "--refinement", "bias"]) == 0  # which the means of channels allow
+
+
 def _commands() -> dict[str, argparse.ArgumentParser]:
     from requant_onnx.cli.options import parser_of  # noqa: PLC0415
     from requant_onnx.cli.parser import commands_of  # noqa: PLC0415

@@ -22,6 +22,7 @@ from requant_onnx.cli.progressive import run_progressive
 from requant_onnx.cli.terminal import console_for, progress_bar, status_line, until_pipe_is_closed
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import (
+    SIZES,
     automatic,
     bits_of,
     calibration_of,
@@ -36,6 +37,7 @@ from requant_onnx.cli.values import (
     list_of,
     noise_of,
     normalization_of,
+    refuse,
     seconds_of,
     target_of,
     whole_of,
@@ -298,6 +300,8 @@ def run_report(args: argparse.Namespace) -> None:
     if args.data is None and args.limit is None:
         calibration = replace(calibration, count=PAGE_INPUTS)
     asked = args.data is not None or replace(calibration, count=DEFAULT_COUNT) != Calibration()
+    if not asked:
+        refuse(args, ("limit",), "needs --data; give --data, for example noise, or")
     with progress_bar(args, "comparing") as progress:  # without options for inputs, weights are compared even if noise does not fit
         page = html_report(
             args.reference,
@@ -314,8 +318,8 @@ def run_report(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """requant inspect: list the weights of a model and, with --sensitivity, what each of them costs."""
     check_json(args.json, *read_by(args))
-    if args.data is not None and not args.sensitivity and "data" not in args.from_file:
-        raise ConfigError("--data needs --sensitivity; give --sensitivity, or drop --data")
+    if not args.sensitivity:
+        refuse(args, ("data", "limit", "mean", "std", *SIZES), "needs --sensitivity; give --sensitivity, or")
     with status_line(args, "reading the model"):
         report = pipeline.inspect_model(args.model)
     costs: tuple[WeightCost, ...] = ()
