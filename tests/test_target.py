@@ -115,6 +115,23 @@ def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pyt
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "sentence"),
+    [
+        (40, ["--max-drop", "5"], "a drop in accuracy is measured on labels; give labeled --data"),
+        (6, ["--min-agreement", "90"], "the calibration uses all images, so a target cannot be measured; give --data"),
+    ],
+)
+def test_calibration_images_are_no_test_set(
+    count: int, options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "lab.npz", x=rng.integers(0, 256, (count, 32, 32, 3), np.uint8), y=rng.integers(0, 10, count))
+    command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--calibrate", str(tmp_path / "lab.npz")]
+    assert main([*command, *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_data_and_functions_have_to_go_with_the_target() -> None:
     with pytest.raises(ConfigError, match="measured on data"):
         find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=99))

@@ -233,13 +233,21 @@ def _targeted(
 
 
 def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tuple[ImageSet | FeedSet | None, Normalization | None]:
-    """The data on which a target is measured, and their normalization: --data, or inputs that the calibration does not use."""
+    """The data on which a target is measured, and their normalization: --data, or inputs that the calibration does not use.
+
+    The latter have no labels, because the model may have been trained on them.  Raises ConfigError if none is left.
+    """
     if args.data is not None:
         return _images_to_compare(args, args.input, args.data)
     if calibration is None or calibration.feeds:
         return None, None
     if calibration.images is not None:
-        return calibration.images.not_drawn(calibration.count, calibration.seed).first(TARGET_IMAGES), calibration.normalization
+        left = calibration.images.not_drawn(calibration.count, calibration.seed).first(TARGET_IMAGES)
+        if len(left) == 0:
+            raise ConfigError(
+                "the calibration uses all images, so a target cannot be measured; give --data, or more to --calibrate"
+            )
+        return replace(left, y=None), calibration.normalization
     return calibration_images(args.input, replace(calibration, count=DEFAULT_COUNT, seed=calibration.seed + 1))
 
 
