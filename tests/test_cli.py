@@ -76,6 +76,34 @@ def test_a_report_replaces_nothing_but_reports(model: Path, capsys: pytest.Captu
     assert main(["inspect", str(model), "--json", str(report)]) == 0
 
 
+def test_nothing_replaces_a_file_that_is_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files of options, and the data of models, even with --force."""
+    monkeypatch.chdir(model.parent)
+    external, toml = model.with_name("external.onnx"), model.with_name("requant.json")
+    onnx.save(small_cnn(), external, save_as_external_data=True, location="weights.json", size_threshold=0)
+    toml.write_text("limit = 4\n")
+    for name in ("labels.json", "x.npz"):
+        model.with_name(name).write_text("precious")
+    before = {path: path.read_bytes() for path in model.parent.iterdir()}
+    for command in (
+        "validate in.onnx in.onnx --data . --labels labels.json --json labels.json",
+        "validate in.onnx external.onnx --data noise --json weights.json",
+        "validate in.onnx in.onnx --data noise --config requant.json --json requant.json",
+        "convert in.onnx x.npz --calibrate x.npz --force",
+        "convert in.onnx out.onnx --calibrate x.npz --html x.npz --force",
+        "restore external.onnx out.onnx --json weights.json",
+        "report in.onnx in.onnx x.npz --data x.npz --force",
+        "compare in.onnx --data x.npz --csv x.npz --force",
+        "inspect external.onnx --json weights.json",
+        "explain external.onnx --json weights.json",
+    ):
+        assert main(command.split()) == 2, command
+        expect_one_sentence(capsys, "would replace a file that this command")
+    assert {path: path.read_bytes() for path in model.parent.iterdir()} == before
+
+
 def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = parse("net (float[n, 40] x) => (float[n, 40] y) { y = MatMul(x, w) }", w=laplace(40, 40))
     model.graph.initializer[0].name = model.graph.node[0].input[1] = "[/b]:fire:"
@@ -175,7 +203,7 @@ def expect_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["--edge-layers", "4bit"], "--edge-layers '4bit' is not one of plain, float, 8bit"),
         (["--recipe", "best"], "--recipe 'best' is unknown"),
         (["--json", "no/such/folder/r.json"], "cannot write the report"),
-        (["--json", "IN"], "would replace a model"),
+        (["--json", "IN"], "would replace a file that this command uses"),
     ],
 )
 def test_bad_options(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
@@ -348,3 +376,20 @@ def test_a_report_on_standard_output_is_alone_there(model: Path, capsys: pytest.
     for command in (["inspect", str(model)], ["convert", str(model), str(model.with_name("out.onnx"))]):
         assert main([*command, "--json", "-"]) == 0
         assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("form", [[], ["--json", "-"]])
+def test_exit_codes_count_even_if_nobody_reads_the_output(model: Path, form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `requant validate ... | head -1`, once head has ended."""
+    output = str(model.with_name("out.onnx"))
+    command = ["validate", str(model), output, "--data", "noise", "--limit", "4", "--no-latency"]
+    for arguments, code in (
+        (["convert", str(model), output, "--bits", "4", "--calibrate", "none"], 0),
+        ([*command, "--fail-below", "sqnr=5"], 0),
+        ([*command, "--fail-below", "sqnr=90"], 4),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w", encoding="utf-8") as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert main([*arguments, *form]) == code

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ import numpy as np
 import onnx
 import pytest
 from conftest import laplace, parse, small_cnn
+from rich.console import Console
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
+from requant_onnx.cli.commands import _as_csv
 from requant_onnx.cli.main import main
+from requant_onnx.cli.tables import print_comparison
 from requant_onnx.evaluate.cache import Cache, key_of
 from requant_onnx.evaluate.jobs import open_executor, run_all
-from requant_onnx.evaluate.recipes import RECIPES, Comparison, compare
+from requant_onnx.evaluate.recipes import FLOAT, RECIPES, Comparison, Trial, _hits, _trial, compare
 from requant_onnx.inputs.calibration import NATURAL
 from requant_onnx.inputs.synthetic import noise_images
+from requant_onnx.runtime.sessions import CUSTOM_OPS, PROVIDER
 
 pytestmark = pytest.mark.xdist_group("compare")  # one reference table, and no race for free ports
 RNG = np.random.default_rng(0)
@@ -88,6 +93,24 @@ def test_a_second_run_does_nothing_again(tmp_path: Path, expected: Comparison) -
     other = ImageSet(IMAGES.pixels[::-1], IMAGES.y)
     with pytest.raises(AssertionError, match="score_item"):
         compare(MODEL, [4], ["max"], other, None, CALIBRATION, _Refusing(), cache=cache)
+
+
+def test_results_of_another_provider_or_library_are_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache")
+
+    def compared(executor: Executor) -> Comparison:
+        return compare(MODEL, [4], ["max"], IMAGES.first(20), None, None, executor, cache=cache)
+
+    with open_executor(1) as executor:
+        compared(executor)
+    compared(_Refusing())
+    (tmp_path / "library.so").write_bytes(b"changed")
+    for name, value in ((PROVIDER, "OtherExecutionProvider"), (CUSTOM_OPS, str(tmp_path / "library.so"))):
+        with monkeypatch.context() as patch:
+            patch.setattr("requant_onnx.evaluate.recipes._probe", lambda *_: True)  # ONNX Runtime has neither
+            patch.setenv(name, value)
+            with pytest.raises(AssertionError, match="convert_item"):
+                compared(_Refusing())
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, expected: Comparison) -> None:
@@ -254,6 +277,16 @@ def test_the_command_writes_the_table_in_every_form(tmp_path: Path, capsys: pyte
     assert main([*command, "--csv", str(files["csv"]), "--force", "-q"]) == 0
 
 
+def test_large_files_have_fewer_compressed_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    large, small = Trial("max", 8, 9, 1.0, None, None, 1.0, 40.0), Trial("max", 4, 4, 2.0, None, None, 0.9, 20.0)
+    trials = (replace(large, downloads={"gz": 8}), replace(small, downloads={"gz": 3, "br": 2}))
+    comparison = Comparison(9, None, 1, trials)
+    rows = list(csv.DictReader(_as_csv(comparison).splitlines()))
+    assert [(row["bytes_gz"], row["bytes_br"]) for row in rows] == [("8", ""), ("3", "2")]
+    print_comparison(Console(width=200), comparison)
+    assert "brotli bytes" in capsys.readouterr().out
+
+
 def test_without_data_the_models_are_compared_on_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     assert main(["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1"]) == 0
@@ -273,6 +306,50 @@ def test_noise_has_the_size_and_number_asked_for(tmp_path: Path, capsys: pytest.
     assert main([*command, "--calibrate", "noise:9x7", "--limit", "20"]) == 0
     assert "20 images without labels" in capsys.readouterr().out
     assert main([*command, "--calibrate", "noise:9x7", "--data", "noise:8x8"]) == 0
+
+
+def test_files_are_for_the_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--no-cache", "--jobs", "1", "--recipes", "channel", "--limit", "8"]
+    report = ["--json", str(tmp_path / "r.json"), "-q"]
+    assert main([*command, "--runtime", "tensorrt", *report]) == 0
+    assert [trial["bits"] for trial in json.loads((tmp_path / "r.json").read_text())["trials"]] == [8, 4]
+    sizes = {}
+    for options in ("--runtime web", "--runtime web --form folded", "--runtime web --form qdq"):
+        assert main([*command, "--bits", "4", *options.split(), *report]) == 0
+        sizes[options] = json.loads((tmp_path / "r.json").read_text())["trials"][0]["bytes"]
+    assert sizes["--runtime web"] == sizes["--runtime web --form folded"] != sizes["--runtime web --form qdq"]
+    assert main([*command, "--runtime", "tensorrt", "--bits", "3"]) == 2
+    assert "3-bit codes do not work with TensorRT (--runtime tensorrt); choose --bits 4 or 8" in capsys.readouterr().err
+
+
+def test_labels_have_to_be_classes_of_the_model() -> None:
+    labels = np.array([0, 1, 5000])
+    with pytest.raises(DataError, match="the labels are 0 to 5000, but the model gives 10 scores"):
+        compare(MODEL, [4], ["max"], ImageSet(IMAGES.pixels[:3], labels), None, None, _Refusing())
+
+
+def test_scores_with_nan_are_no_answer() -> None:
+    """NumPy's argmax would choose the NaN."""
+    exact = np.array([[1, 0], [0, 1], [np.nan, 0], [0, 1]], np.float32)
+    scores = np.array([[np.nan, 0], [np.nan, 0], [np.nan, 0], [0, 1]], np.float32)
+    images = ImageSet(IMAGES.pixels[:4], np.array([0, 1, 0, 1]))
+    assert _hits(exact, images) == 0.75
+    trial = _trial(FLOAT, 1, 1, exact, scores, images, 0.75)
+    assert (trial.top1, trial.agreement) == (0.25, 0.25)
+
+
+def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1", "--calibrate", "none"]
+    assert main([*command, "--recipes", "max"]) == 0
+    for options, said in (
+        ([], "the recipe 'best' needs calibration inputs; give --calibrate, or other --recipes"),
+        (["--recipes", "max", "--form", "int8"], "the int8 form needs calibration inputs; give --calibrate, or another --form"),
+        (["--recipes", "max", "--seed", "1"], "--seed needs --calibrate"),
+    ):
+        assert main([*command, *options]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,12 +9,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from conftest import OWN_MODEL, laplace, parse
 
 from requant_onnx import RequantError
 from requant_onnx.cli.main import main
+from requant_onnx.cli.many import _data_digest
 from requant_onnx.evaluate.jobs import run_each
 from requant_onnx.files.save import save_model
 
@@ -72,6 +74,40 @@ def test_other_settings_replace_nothing_without_force(zoo: Path, tmp_path: Path,
     assert (record(out), (out / "resnet.onnx").read_bytes()) == (lines, data)
     assert main(["convert-many", pattern, str(out), "--bits", "3", "--force", "--jobs", "1", *none]) == 0
     assert (out / "resnet.onnx").stat().st_size < len(data)
+
+
+def test_incomplete_results_are_made_again(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert-many", str(zoo / "a"), str(tmp_path / "out"), "--jobs", "1", "--calibrate", "none", "--external-data"]
+    assert main(command) == 0
+    data = tmp_path / "out/dense.onnx.data"
+    data.unlink()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 of 1 converted, 8,361" in capsys.readouterr().out
+    assert data.is_file()
+    assert main(command) == 0
+    assert "1 of them by an earlier run" in capsys.readouterr().out
+
+
+def test_changed_calibration_data_are_other_settings(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((9, 64), np.float32))
+    command = ["convert-many", str(zoo / "a"), str(tmp_path / "out"), "--jobs", "1", "--calibrate", str(tmp_path / "x.npz")]
+    assert main([*command, "--force-quality"]) == 0
+    assert main([*command, "--force-quality"]) == 0
+    assert "1 of them by an earlier run" in capsys.readouterr().out
+    np.savez(tmp_path / "x.npz", x=np.ones((9, 64), np.float32))
+    assert main([*command, "--force-quality"]) == 2
+    assert "with different settings, data or model; give another directory" in capsys.readouterr().out
+
+
+def test_a_directory_of_data_is_identified_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(b"1")
+    first = _data_digest(f"images:{tmp_path}")
+    assert first == _data_digest(str(tmp_path))
+    (tmp_path / "a/2.png").write_bytes(b"2")
+    assert first != _data_digest(str(tmp_path))
+    assert {_data_digest(spec) for spec in (None, "none", "auto", "noise", "noise:8x8", "images:")} == {""}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.rel
 
 def commands_in(text: str) -> Iterator[str]:
     """The single commands of a shell script, without prompts, comments and output."""
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
         stripped = re.sub(r"^\s*(- run: |\$ )?|\s+#.*$", "", line)
         for part in stripped.split(" && "):
             if re.match(r"(requant|python3?|pip|\.) |tools/", part):
@@ -152,7 +152,7 @@ def test_every_block_is_accounted_for() -> None:
     for block in BLOCKS:
         assert block.language in (*SHELL, *RUN_ELSEWHERE, "python", "toml"), str(block)
         if block.language == "bash" and not block.is_excused:
-            lines = [line for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]
+            lines = [line for line in re.sub(r"\s*\\\n\s*", " ", block.text).splitlines() if line.strip()]
             parts = [part for line in lines for part in re.sub(r"\s+#.*$", "", line).split(" && ")]
             assert parts == list(commands_in(block.text)), f"{block}: not all lines are commands that a test knows"
 

@@ -39,6 +39,19 @@ def test_other_options_override_a_goal(tmp_path: Path) -> None:
     assert (config["bits"], config["runtime"], config["form"]) == (6, "web", "folded")
 
 
+def test_one_target_overrides_the_other_of_a_goal_or_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path, "--for", "archive", "--size", "9kB")
+    assert (config["bits"], config["size"], config.get("target_sqnr")) == ("auto", 9000, None)
+    assert "target-sqnr" not in capsys.readouterr().out
+    (tmp_path / "own.toml").write_text('for = "archive"\nsize = "9kB"\n')
+    assert config_of(tmp_path, "--config", str(tmp_path / "own.toml")) == config
+    config = config_of(tmp_path, "--config", str(tmp_path / "own.toml"), "--target-sqnr", "10")
+    assert (config["target_sqnr"], config.get("size")) == (10.0, None)
+    command = ["convert", str(tmp_path / "in.onnx"), str(tmp_path / "no.onnx"), "--for", "archive"]
+    assert main([*command, "--size", "9kB", "--target-sqnr", "20"]) == 2
+    assert "needs one target" in capsys.readouterr().err
+
+
 def test_only_options_that_nothing_overrides_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of(tmp_path, "--for", "web", "--bits", "6")
     assert capsys.readouterr().out.splitlines()[1:3] == ['runtime = "web"', 'form = "folded"']

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import small_cnn
+from conftest import parsed, small_cnn
 from test_image_folder import write
 
 from requant_onnx.cli.main import main
@@ -91,6 +91,9 @@ def test_the_report_holds_the_file_that_makes_the_same_again(model: Path) -> Non
         ("help = true", "only allowed on the command line"),
         ("csv = 'a.csv'", "only allowed on the command line, as --csv"),
         ("[convert]\nbits = 'x'", "not one of 1.6, 2, 2.33"),
+        ("for = 'wbe'", "sets 'for' to 'wbe', which is not one of its choices; did you mean 'web'?"),
+        ("form = 'foldd'", "sets 'form' to 'foldd', which is not one of its choices; did you mean 'folded'?"),
+        ("range = 'x'", "sets 'range' to 'x', which is not one of its choices; choose from search, max"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(model: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +200,57 @@ def test_inputs_by_name_calibrate(model: Path, capsys: pytest.CaptureFixture[str
         np.savez(path, **arrays)
         assert main([*command, "--force"]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_memory_is_also_for_inputs_by_name(model: Path) -> None:
+    from requant_onnx.cli.values import calibration_of  # noqa: PLC0415
+
+    path = model.with_name("inputs.npz")
+    np.savez(path, x=np.zeros((20, 3, 8, 8), np.float64))
+    calibration = calibration_of(parsed(f"requant convert {model} out.onnx --calibrate {path} --memory 5MB"))
+    assert calibration is not None
+    assert (len(calibration.feeds), calibration.memory) == (20, 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("report in.onnx in.onnx page.html --limit 10", "--limit needs --data; give --data, for example noise, or drop --limit"),
+        ("inspect in.onnx --limit 10", "--limit needs --sensitivity; give --sensitivity, or drop --limit"),
+        ("inspect in.onnx --resize 9", "--resize needs --sensitivity"),
+        ("inspect in.onnx --mean 0.5", "--mean needs --sensitivity"),
+        ("convert in.onnx out.onnx --max-drop 1 --evaluate a:b --data noise", "--data has no effect with --evaluate"),
+        ("convert in.onnx out.onnx --max-drop 1 --evaluate a:b --limit 9", "--limit has no effect with --evaluate"),
+        ("convert in.onnx out.onnx --min-agreement 90 --limit 9", "--limit needs --data; give --data, or drop --limit"),
+        ("convert in.onnx out.onnx --calibrate none --time-limit 9s", "--time-limit needs --calibrate"),
+        ("convert in.onnx out.onnx --calibrate none --refinement descent", "--refinement needs --calibrate"),
+        ("convert in.onnx out.onnx --optimize-for download:gz --transform sqrt", "--transform has no effect with --optimize-for"),
+        ("convert in.onnx out.onnx --for download --range max", "--range has no effect with --optimize-for download:br"),
+        ("convert in.onnx out.onnx --for download --granularity per-tensor", "--granularity has no effect"),
+        ("convert in.onnx out.onnx --for download --recipe paper", "--recipe has no effect"),
+    ],
+)
+def test_options_without_any_effect_are_refused(
+    model: Path, command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert main(command.split()) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_options_without_any_effect_may_be_in_a_file(model: Path) -> None:
+    text = "limit = 9\nresize = 9\n[convert]\ntime-limit = '9s'\nrefinement = 'descent'\ntransform = 'sqrt'\n"
+    written = config(model.parent, text)
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--config", written, "--force"]
+    assert main([*command, "--calibrate", "none"]) == 0
+    download = ["--optimize-for", "download:gz", "--form", "folded", "--calibrate-limit", "8"]
+    assert main([*command, *download, "--json", str(model.with_name("r.json"))]) == 0
+    assert json.loads(model.with_name("r.json").read_text())["config"]["transform"] == "auto"
+    assert main(["inspect", str(model), "--config", written]) == 0
+    assert main([*command, "--calibrate", "none", "--refinement", "bias"]) == 0  # which the means of channels allow
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:

@@ -212,6 +212,7 @@ def test_a_change_within_its_error_is_called_so(tmp_path: Path, capsys: pytest.C
         ("sqnr", 2, "is not of the form FIGURE=NUMBER"),
         ("sqnr=much", 2, "is not a number"),
         ("sqnr=nan", 2, "is not a number"),
+        ("sqnr=20,agreement=9,sqnr=10", 2, "has two bounds for sqnr; give one of them"),
     ],
 )
 def test_gates(gate: str, code: int, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,6 +271,9 @@ def test_settings_that_make_no_sense(config: QuantConfig, message: str) -> None:
         ("--external-data", "drop --external-data, or --progressive"),
         ("--html page.html", "drop --html, or --progressive"),
         ("--for transformers.js", "use --for web"),
+        ("--for download", "cannot be optimized for downloads, but --for download sets --optimize-for; use --for web"),
+        ("--for server", "needs --form folded, but --for server sets --form; use --for web"),
+        ("--data noise", "--data needs --max-drop or --min-agreement"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -283,6 +286,15 @@ def test_options_that_make_no_sense(
     assert message in printed
     assert printed.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def test_options_of_a_file_that_do_not_fit_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(small_cnn(), "in.onnx")
+    Path("own.toml").write_text('form = "qdq"\noptimize-for = "download:gz"\nbits = 3\n')
+    command = ["convert", "in.onnx", "out.onnx", "--config", "own.toml", "--calibrate-limit", "8", "--force-quality"]
+    assert main([*command, "--progressive"]) == 0
+    assert Path("out.planes.bin").is_file()
 
 
 def test_the_command_writes_all_files_and_a_row_for_each_stage(

@@ -83,6 +83,7 @@ def test_what_cannot_be_kept_is_not_written(tmp_path: Path, capsys: pytest.Captu
 def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("judge.py").write_text("def score(model):\n    return 1.0\nNOT = 3\n")
+    Path("broken.py").write_text("1 / 0\n")
     save_model(onnx.load(OWN_MODEL), tmp_path / "in.onnx")
     command = ["convert", "in.onnx", "out.onnx", "--max-drop", "0", "--calibrate", "none", "--force-quality"]
     assert main([*command, "--evaluate", "judge:score"]) == 0
@@ -91,6 +92,8 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ("judge:scores", "cannot be imported"),
         ("judges:score", "cannot be imported"),
         ("judge:NOT", "not a function"),
+        (".judge:score", "cannot be imported"),
+        ("broken:score", "cannot be imported (division by zero)"),
     ):
         assert main([*command, "--force", "--evaluate", name]) == 2
         assert sentence in capsys.readouterr().err
@@ -103,8 +106,16 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         (["--max-drop", "0.5", "--min-agreement", "99"], "give exactly one of the two"),
         (["--min-agreement", "101"], "at most 100 %"),
         (["--max-drop", "-1"], "must be 0 or more"),
-        (["--max-drop", "much"], "--max-drop"),
+        (["--max-drop", "much"], "--max-drop 'much' is not a number; write it like 0.5"),
+        (["--max-drop", "30,5"], "--max-drop '30,5' is not a number; write it as 30.5"),
+        (["--min-agreement", "99,5"], "write it as 99.5"),
+        (["--bits", "auto", "--target-sqnr", "20,5"], "write it as 20.5"),
+        (["--form", "int8", "--int8-min-sqnr", "15,5"], "write it as 15.5"),
         (["--min-agreement", "99", "--bits", "4"], "drop --bits"),
+        (
+            ["--min-agreement", "99", "--runtime", "tensorrt", "--form", "int8"],
+            "has a single width, so a target has no choice; choose --form qdq, or give --bits 8 without a target",
+        ),
         (["--min-agreement", "99", "--evaluate", "a:b"], "cannot be imported"),
         (["--data", "noise"], "--data needs --max-drop or --min-agreement"),
         (["--best-effort"], "--best-effort needs"),
@@ -112,6 +123,23 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 )
 def test_mistakes(options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "sentence"),
+    [
+        (40, ["--max-drop", "5"], "a drop in accuracy is measured on labels; give labeled --data"),
+        (6, ["--min-agreement", "90"], "the calibration uses all images, so a target cannot be measured; give --data"),
+    ],
+)
+def test_calibration_images_are_no_test_set(
+    count: int, options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "lab.npz", x=rng.integers(0, 256, (count, 32, 32, 3), np.uint8), y=rng.integers(0, 10, count))
+    command = ["convert", str(OWN_MODEL), str(tmp_path / "a.onnx"), "--calibrate", str(tmp_path / "lab.npz")]
+    assert main([*command, *options]) == 2
     assert sentence in capsys.readouterr().err
 
 

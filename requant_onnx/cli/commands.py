@@ -14,17 +14,19 @@ from typing import Any
 import onnx
 from rich.markup import escape
 
-from requant_onnx.choices import Form
+from requant_onnx.choices import Runtime
 from requant_onnx.cli import tables
 from requant_onnx.cli.goals import GOALS, dtype_of, lines_of, place_for_transformers_js
-from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, write_json
+from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, read_by, write_json
 from requant_onnx.cli.progressive import run_progressive
-from requant_onnx.cli.terminal import console_for, progress_bar, status_line
+from requant_onnx.cli.terminal import console_for, progress_bar, status_line, until_pipe_is_closed
 from requant_onnx.cli.toml_options import write_options
 from requant_onnx.cli.values import (
+    SIZES,
     automatic,
     bits_of,
     calibration_of,
+    check_free,
     config_of,
     feeds_of,
     function_of,
@@ -35,6 +37,7 @@ from requant_onnx.cli.values import (
     list_of,
     noise_of,
     normalization_of,
+    refuse,
     seconds_of,
     target_of,
     whole_of,
@@ -63,9 +66,11 @@ from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import explain
 from requant_onnx.runtime.feeds import calibration_images
 from requant_onnx.runtime.sessions import load_runnable
+from requant_onnx.runtimes import RUNTIMES
 from requant_onnx.webpage.pages import html_comparison, html_report
 
 PAGE_IMAGES, PAGE_VALUES = 1000, 1 << 24  # most images on the page of a conversion, and most values in them
+USUAL_BITS = (8, 6, 4, 3)  # that compare tries
 PAGE_INPUTS = 64  # fewest inputs on a page; also most, for noise and inputs by name
 MORE_BITS_OR_DATA = ["use more --bits", "give your own inputs to --calibrate"]
 TARGET_BITS, TARGET_IMAGES = 4, 1000  # with a target: bits that --calibrate auto assumes; most images to measure it on
@@ -78,10 +83,11 @@ def run_convert(args: argparse.Namespace) -> None:
         return
     if args.goal == "transformers.js" and args.output.suffix != ".onnx":
         args.output = _transformers_js_output(args)
-    check_output(args.input, args.output, args.force)
-    data = [*data_files(args.input), *data_files(args.output), Path(f"{args.output}.data")]
-    check_json(args.json, args.input, args.output, *data)
-    check_page(args.html, args.force, args.input, args.output, *data)
+    read = read_by(args)
+    check_output(args.input, args.output, args.force, read)
+    used = [*read, args.output, *data_files(args.output), Path(f"{args.output}.data")]
+    check_json(args.json, *used)
+    check_page(args.html, args.force, *used)
     check_apart(args.json, args.html)
     if args.goal is not None:
         console_for(args).print(escape(f"--for {args.goal}, {GOALS[args.goal].title}:\n{lines_of(args.goal, args.from_file)}"))
@@ -202,6 +208,7 @@ def _targeted(
     args: argparse.Namespace, config: QuantConfig, target: Target, progress: Progress | None, threads: int | None
 ) -> tuple[onnx.ModelProto, QuantReport, Calibration | None]:
     """The smallest file that meets a target.  Raises QualityError if none does, unless --best-effort is given."""
+    check_free(config)
     if args.calibrate in (None, "auto"):
         config, calibration = automatic(args, replace(config, bits=TARGET_BITS))
     else:
@@ -226,20 +233,29 @@ def _targeted(
 
 
 def _judged_on(args: argparse.Namespace, calibration: Calibration | None) -> tuple[ImageSet | FeedSet | None, Normalization | None]:
-    """The data on which a target is measured, and their normalization: --data, or inputs that the calibration does not use."""
+    """The data on which a target is measured, and their normalization: --data, or inputs that the calibration does not use.
+
+    The latter have no labels, because the model may have been trained on them.  Raises ConfigError if none is left.
+    """
     if args.data is not None:
         return _images_to_compare(args, args.input, args.data)
     if calibration is None or calibration.feeds:
         return None, None
     if calibration.images is not None:
-        return calibration.images.not_drawn(calibration.count, calibration.seed).first(TARGET_IMAGES), calibration.normalization
+        left = calibration.images.not_drawn(calibration.count, calibration.seed).first(TARGET_IMAGES)
+        if len(left) == 0:
+            raise ConfigError(
+                "the calibration uses all images, so a target cannot be measured; give --data, or more to --calibrate"
+            )
+        return replace(left, y=None), calibration.normalization
     return calibration_images(args.input, replace(calibration, count=DEFAULT_COUNT, seed=calibration.seed + 1))
 
 
 def run_restore(args: argparse.Namespace) -> None:
     """requant restore: write the plain float version of a quantized model."""
-    check_output(args.input, args.output, args.force)
-    check_json(args.json, args.input, args.output, *data_files(args.input), *data_files(args.output))
+    read = read_by(args)
+    check_output(args.input, args.output, args.force, read)
+    check_json(args.json, *read, args.output, *data_files(args.output), Path(f"{args.output}.data"))
     with status_line(args, "decoding weights"):
         model, report = restore_model(args.input)
     before = file_bytes(args.input)
@@ -251,7 +267,7 @@ def run_restore(args: argparse.Namespace) -> None:
 
 def run_validate(args: argparse.Namespace) -> None:
     """requant validate: compare two models on the same inputs."""
-    check_json(args.json, args.reference, args.candidate)
+    check_json(args.json, *read_by(args))
     if args.data is None:
         raise ConfigError("validate needs images; give --data, for example cifar10:DIR, images:DIR or FILE.npz")
     bounds = {} if args.fail_below is None else parse_gate(args.fail_below)
@@ -275,22 +291,25 @@ def run_validate(args: argparse.Namespace) -> None:
     names = {"reference": str(args.reference), "candidate": str(args.candidate), "data": args.data}
     both = [_downloads(path) for path in (args.reference, args.candidate)]
     downloads = {name: (both[0].get(name), size) for name, size in both[1].items()} if both[0] else {}
-    write_json(args.json, {**report.to_dict(), **names, "downloads": {name: list(sizes) for name, sizes in downloads.items()}})
-    console = console_for(args)
-    if normalization is not None:
-        console.print(f"pixels normalized with mean {_listed(normalization.mean)} and std {_listed(normalization.std)}")
-    tables.print_validation(console, report, downloads)
+    with until_pipe_is_closed():  # the gate counts even if nobody reads the table
+        write_json(args.json, {**report.to_dict(), **names, "downloads": {name: list(sizes) for name, sizes in downloads.items()}})
+        console = console_for(args)
+        if normalization is not None:
+            console.print(f"pixels normalized with mean {_listed(normalization.mean)} and std {_listed(normalization.std)}")
+        tables.print_validation(console, report, downloads)
     check_gate(report, bounds)
 
 
 def run_report(args: argparse.Namespace) -> None:
     """requant report: write a web page that shows every weight."""
-    check_page(args.output, args.force, args.reference, args.candidate)
+    check_page(args.output, args.force, *read_by(args))
     labels_of(args)
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
     if args.data is None and args.limit is None:
         calibration = replace(calibration, count=PAGE_INPUTS)
     asked = args.data is not None or replace(calibration, count=DEFAULT_COUNT) != Calibration()
+    if not asked:
+        refuse(args, ("limit",), "needs --data; give --data, for example noise, or")
     with progress_bar(args, "comparing") as progress:  # without options for inputs, weights are compared even if noise does not fit
         page = html_report(
             args.reference,
@@ -306,9 +325,9 @@ def run_report(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """requant inspect: list the weights of a model and, with --sensitivity, what each of them costs."""
-    check_json(args.json, args.model)
-    if args.data is not None and not args.sensitivity and "data" not in args.from_file:
-        raise ConfigError("--data needs --sensitivity; give --sensitivity, or drop --data")
+    check_json(args.json, *read_by(args))
+    if not args.sensitivity:
+        refuse(args, ("data", "limit", "mean", "std", *SIZES), "needs --sensitivity; give --sensitivity, or")
     with status_line(args, "reading the model"):
         report = pipeline.inspect_model(args.model)
     costs: tuple[WeightCost, ...] = ()
@@ -325,7 +344,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_explain(args: argparse.Namespace) -> None:
     """requant explain: show what ONNX Runtime does with the weights of a model."""
-    check_json(args.json, args.model)
+    check_json(args.json, *read_by(args))
     with status_line(args, "loading the model in ONNX Runtime"):
         explanation = explain(args.model)
     write_json(args.json, {**explanation.to_dict(), "model": str(args.model)})
@@ -334,21 +353,24 @@ def run_explain(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """requant compare: convert with every recipe at every width, and list the results."""
-    check_json(args.json, args.model)
-    check_page(args.html, args.force, args.model)
-    check_new(args.csv, args.force, args.model)
+    read = read_by(args)
+    check_json(args.json, *read)
+    check_page(args.html, args.force, *read)
+    check_new(args.csv, args.force, *read)
     check_apart(args.json, args.html, args.csv)
     if args.cache is not None:
         check_cache(args.cache)
-    widths = [bits_of(text) for text in list_of("8,6,4,3" if args.bits is None else args.bits)]
-    form = Form.QDQ if args.form is None else args.form
+    runtime = Runtime.ORT if args.runtime is None else args.runtime
+    read_bits, forms = RUNTIMES[runtime].bits, RUNTIMES[runtime].forms
+    widths = [bits for bits in USUAL_BITS if bits in read_bits] if args.bits is None else [*map(bits_of, list_of(args.bits))]
+    form = forms[0] if args.form is None else args.form
     args.calibrate = args.calibrate or "noise"
-    calibration = calibration_of(args) or Calibration()
+    calibration = calibration_of(args)
     model = _whole_file(args.model)
     images: ImageSet | FeedSet
     if args.data is None:  # noise as in the calibration, from another seed
-        count, seed = limit_of(args.limit) or DEFAULT_COUNT, calibration.seed + 1
-        other = Calibration(None, calibration.normalization, count, seed, calibration.size)
+        like = calibration or Calibration()
+        other = Calibration(None, like.normalization, limit_of(args.limit) or DEFAULT_COUNT, like.seed + 1, like.size)
         images, normalization = calibration_images(args.model, other)
     else:
         images, normalization = _images_to_compare(args, args.model, args.data)
@@ -357,7 +379,17 @@ def run_compare(args: argparse.Namespace) -> None:
     with open_executor(jobs, args.dask) as executor, progress_bar(args, "comparing") as progress:
         recipes = list_of("max,paper,best" if args.recipes is None else args.recipes)
         comparison = compare(
-            model, widths, recipes, images, normalization, calibration, executor, form=form, cache=cache, progress=progress
+            model,
+            widths,
+            recipes,
+            images,
+            normalization,
+            calibration,
+            executor,
+            form=form,
+            runtime=runtime,
+            cache=cache,
+            progress=progress,
         )
     cache.trim()
     write_json(args.json, {**comparison.to_dict(), "model": str(args.model), "toml": write_options(args)})
@@ -400,7 +432,8 @@ def _whole_file(path: Path) -> bytes:
 def _as_csv(comparison: Comparison) -> str:
     rows = [_flat(asdict(trial)) for trial in comparison.trials]
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
+    names = dict.fromkeys(name for row in rows for name in row)  # a large file has fewer compressed sizes than others
+    writer = csv.DictWriter(text, list(names))
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from requant_onnx.cli.crash import report_crashes
 from requant_onnx.cli.many import run_convert_many
 from requant_onnx.cli.options import parser_of
 from requant_onnx.cli.parser import parse
+from requant_onnx.cli.terminal import until_pipe_is_closed
 from requant_onnx.cli.topics import run_help
 from requant_onnx.errors import INTERRUPTED, INTERRUPTED_MESSAGE, ConvertedError, QualityError, RequantError
 from requant_onnx.runtime.sessions import use_custom_ops, use_provider
@@ -46,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parse(parser, arguments)
         use_custom_ops(*([args.custom_ops] if isinstance(args.custom_ops, str) else args.custom_ops or []))
         use_provider(getattr(args, "provider", None))
-        args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the tables has closed the pipe; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with until_pipe_is_closed():  # commands print at their end, when the files are written
+            args.run(args)
     except KeyboardInterrupt:
         print(INTERRUPTED_MESSAGE, file=sys.stderr)
         return INTERRUPTED

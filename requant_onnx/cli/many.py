@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,9 @@ from requant_onnx.cli import tables
 from requant_onnx.cli.commands import convert_file
 from requant_onnx.cli.paths import check_output
 from requant_onnx.cli.record import RECORD, Line, read_record, write_record
-from requant_onnx.cli.terminal import console_for, progress_bar
+from requant_onnx.cli.terminal import console_for, progress_bar, until_pipe_is_closed
 from requant_onnx.cli.toml_options import write_options
-from requant_onnx.cli.values import config_of, seconds_of, whole_of
+from requant_onnx.cli.values import config_of, is_noise, seconds_of, whole_of
 from requant_onnx.errors import ConfigError, OutputError, RequantError
 from requant_onnx.evaluate.jobs import run_each
 from requant_onnx.files.atomic import write_atomically
@@ -54,7 +54,7 @@ def run_convert_many(args: argparse.Namespace) -> None:
     rows = dict(earlier)
     items: dict[str, Item] = {}
     for name, path in models.items():
-        blocked = "" if name in earlier else _blocked(path, args.output / name, lines.get(name), args.force)
+        blocked = "" if name in earlier else _blocked(path, args.output / name, settings, lines.get(name), args.force)
         if blocked:
             rows[name] = _failed(name, path, settings, blocked)
         elif name not in earlier:
@@ -68,7 +68,8 @@ def run_convert_many(args: argparse.Namespace) -> None:
                 progress(name, sum(key in rows for key in items), len(items))
 
         run_each(jobs, args.dask, items, done)
-    tables.print_many(console_for(args), [rows[name] for name in models], len(earlier))
+    with until_pipe_is_closed():
+        tables.print_many(console_for(args), [rows[name] for name in models], len(earlier))
     failed = sum(not line.is_done for line in rows.values())
     if failed:
         raise RequantError(f"{failed} of {len(rows)} models failed, for the reasons above; the others are in '{args.output}'")
@@ -105,31 +106,53 @@ def _models(source: str, output: Path) -> dict[str, Path]:
 
 
 def _settings(args: argparse.Namespace) -> str:
+    """What determines the results, besides the models: the options, the data that they name, and the version."""
     given = [line for line in write_options(args).splitlines() if line.partition(" ")[0] not in HOW]
-    return "\n".join([*given, f"# requant {version('requant_onnx')}"])
+    data = [f"# {name} {digest}" for name in ("calibrate", "data") if (digest := _data_digest(getattr(args, name)))]
+    return "\n".join([*given, *data, f"# requant {version('requant_onnx')}"])
+
+
+def _data_digest(spec: str | None) -> str:
+    """Text that identifies the inputs of a spec: contents of a file, or names, sizes and times in a directory; "" for others."""
+    if spec is None or is_noise(spec):
+        return ""
+    path = Path(spec if Path(spec).exists() else spec.partition(":")[2])
+    if path.is_file():
+        return _digest([path])
+    if not path.is_dir() or path == Path():
+        return ""
+    found = [(str(file.relative_to(path)), file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
 
 
 def _is_there(line: Line, model: Path, settings: str, folder: Path) -> bool:
-    """Whether a model was converted with these settings, has not changed since, and the result exists."""
-    return line.is_done and line.settings == settings and (folder / line.output).is_file() and line.digest == _digest(model)
+    """Whether a model was converted with these settings, has not changed since, and the result and its data files exist."""
+    output = folder / line.output
+    whole = output.is_file() and all(file.is_file() for file in data_files(output))
+    return whole and _is_from(line, model, settings)
 
 
-def _blocked(model: Path, output: Path, line: Line | None, force: bool) -> str:
-    """Why a result cannot be written, or ""."""
+def _is_from(line: Line, model: Path, settings: str) -> bool:
+    """Whether a line is that of a model that was converted with these settings, and has not changed since."""
+    return line.is_done and line.settings == settings and line.digest == _digest([model, *data_files(model)])
+
+
+def _blocked(model: Path, output: Path, settings: str, line: Line | None, force: bool) -> str:
+    """Why a result cannot be written, or ""; one that lacks its data file may be replaced."""
     try:
         check_output(model, output, True)
     except RequantError as error:
         if output.parent.is_dir():
             return str(error)
-    if output.exists() and not force:
-        how = "with different settings, or from a different model" if line is not None and line.is_done else "by something else"
+    if output.exists() and not force and not (line is not None and _is_from(line, model, settings)):
+        how = "with different settings, data or model" if line is not None and line.is_done else "by something else"
         return f"'{output}' exists and was made {how}; give another directory, or --force to replace it"
     return ""
 
 
-def _digest(model: Path) -> str:
+def _digest(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in (model, *data_files(model)):
+    for path in files:
         with open(path, "rb") as file:
             for piece in iter(lambda: file.read(1 << 20), b""):
                 digest.update(piece)
@@ -154,7 +177,7 @@ def _convert(args: argparse.Namespace, name: str, model: Path, output: Path, set
         sqnr_db=min((weight.sqnr_db for weight in report.converted if math.isfinite(weight.sqnr_db)), default=None),
         notes=report.notes,
         seconds=round(time.perf_counter() - started, 3),
-        digest=_digest(model),
+        digest=_digest([model, *data_files(model)]),
         settings=settings,
     )
 

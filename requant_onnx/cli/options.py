@@ -322,7 +322,11 @@ def _add_data(parser: Parser, what: str = USUAL_DATA) -> None:
 def _add_compare(run: Command, parser: Parser) -> None:
     _add_file(parser, "model", "IN.onnx", "model to convert")
     tried = parser.titled("what is tried")
-    tried.add_argument("--bits", metavar="N,N", help="widths to try, in bits per weight, as in convert (default: 8,6,4,3)")
+    tried.add_argument(
+        "--bits",
+        metavar="N,N",
+        help="widths to try, in bits per weight, as in convert (default: those of 8,6,4,3 that the runtime reads)",
+    )
     tried.add_argument("--recipes", metavar="NAME,NAME", help="recipes to try, listed below (default: max,paper,best)")
     _add_choice(tried, "runtime", "RT", "runtime that reads the file: ")
     _add_choice(tried, "form", "F", "how the weights are stored and decoded: ")
@@ -331,7 +335,7 @@ def _add_compare(run: Command, parser: Parser) -> None:
     inputs.add_argument(
         "--calibrate",
         metavar="SPEC",
-        help="calibration inputs for the recipe best and for --form int8, as in convert (default: noise)",
+        help="calibration inputs for the recipe best and for --form int8, as in convert, or none (default: noise)",
     )
     inputs.add_argument(
         "--calibrate-limit", metavar="N", help=f"number of calibration inputs, which are drawn at random (default: {DEFAULT_COUNT})"

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from requant_onnx.cli.goals import GOALS
@@ -26,6 +26,8 @@ INTEGERS = "integer kernels, for --form int8"
 RUNNING = "where and how models run"
 HIDDEN = (METHOD, REFINING, INTEGERS, RUNNING)
 """Titles of groups that only --help-all shows."""
+RIVALS = {"size": "target_sqnr", "target_sqnr": "size", "max_drop": "min_agreement", "min_agreement": "max_drop"}
+"""Options of which only one may be given, by name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,14 +100,20 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     from_file = {} if args.config is None else read_options(args.config, name, commands)
     goal = getattr(args, "goal", None) or from_file.get("goal")
     if goal is not None:
-        from_file = {**options_of(GOALS[goal].options, name, commands), **from_file}
+        from_file = {**_without_rivals(options_of(GOALS[goal].options, name, commands), from_file), **from_file}
     if from_file:
-        overridden = {name for name in from_file if getattr(args, name) not in (None, False)}
+        given = {name for name, value in vars(args).items() if value not in (None, False)}
+        from_file = _without_rivals(from_file, given)
         args.parser.set_defaults(**from_file)
         args = _parse(parser, arguments)
-        from_file = {name: value for name, value in from_file.items() if name not in overridden}
+        from_file = {name: value for name, value in from_file.items() if name not in given}
     args.from_file = frozenset(from_file)
     return args
+
+
+def _without_rivals(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The options, by name, without those that exclude one that was given where it counts more."""
+    return {name: value for name, value in options.items() if RIVALS.get(name) not in given}
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

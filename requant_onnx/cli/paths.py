@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,23 @@ from requant_onnx.webpage.pages import require
 STDOUT = Path("-")  # the value of --json for standard output
 
 
-def check_output(source: Path, output: Path, force: bool) -> None:
-    """Refuse an output model path that cannot be written, or would replace the input or, without --force, any other file."""
+MODELS, FILES = ("input", "model", "reference", "candidate"), ("labels", "config", "custom_ops", "data", "calibrate")
+"""Options, and arguments, whose values may be paths of files to read."""
+
+
+def read_by(args: argparse.Namespace) -> list[Path]:
+    """The files that a command reads: its models, their data files, and the files that its options name."""
+    models = [Path(getattr(args, name)) for name in MODELS if hasattr(args, name)]
+    given = [getattr(args, name, None) for name in FILES]
+    named = [Path(each) for value in given if value for each in (value if isinstance(value, list) else [value])]
+    return [*models, *(file for model in models for file in data_files(model)), *named]
+
+
+def check_output(source: Path, output: Path, force: bool, read: Sequence[Path] = ()) -> None:
+    """Refuse an output model path that cannot be written, or would replace the input or, without --force, any other file.
+
+    read: all files that the command reads, which are not replaced either.
+    """
     require_file(output)
     if not output.parent.is_dir():
         raise OutputError(f"the directory '{output.parent}' does not exist; create it first")
@@ -28,38 +45,44 @@ def check_output(source: Path, output: Path, force: bool) -> None:
         raise OutputError(f"the output '{output}' holds the weights of the input, which is never changed; give another path")
     if set(used) & {file.absolute() for file in data_files(output)}:
         raise OutputError(f"the data file of '{output}' holds the weights of the input too; give another path")
+    if any(_is_same(output, file) for file in read):
+        raise OutputError(f"the output '{output}' would replace a file that this command reads; give another path")
     if output.exists() and not force:
         raise OutputError(f"'{output}' exists; give another path, or --force to replace it")
 
 
-def check_json(path: Path | None, *models: Path) -> None:
+def _is_same(path: Path, other: Path) -> bool:
+    return path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other))
+
+
+def check_json(path: Path | None, *used: Path) -> None:
     """Refuse the path of a report that cannot be written, or would replace a file that is not a .json file."""
     if path is not None and path != STDOUT:
-        _check_place(path, *models)
+        _check_place(path, *used)
         if path.exists() and path.suffix != ".json":
             raise OutputError(f"'{path}' exists and is not a .json file; give the report another path")
 
 
-def _check_place(path: Path, *models: Path) -> None:
-    """Refuse the path of a report that cannot be written, or would replace a model."""
+def _check_place(path: Path, *used: Path) -> None:
+    """Refuse the path of a report that cannot be written, or would replace a file that the command reads or writes."""
     require_file(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write the report to '{path}'; give a file in an existing directory")
-    if any(path.absolute() == model.absolute() or (path.exists() and model.exists() and path.samefile(model)) for model in models):
-        raise OutputError(f"the report '{path}' would replace a model; give another path")
+    if any(_is_same(path, file) for file in used):
+        raise OutputError(f"the report '{path}' would replace a file that this command uses; give another path")
 
 
-def check_page(path: Path | None, force: bool, *models: Path) -> None:
+def check_page(path: Path | None, force: bool, *used: Path) -> None:
     """Refuse the path of a web page as `check_new`.  Raises ConfigError if the libraries for web pages are missing."""
     if path is not None:
         require()
-        check_new(path, force, *models)
+        check_new(path, force, *used)
 
 
-def check_new(path: Path | None, force: bool, *models: Path) -> None:
-    """Refuse the path of a report that cannot be written, or would replace a model or, without --force, any other file."""
+def check_new(path: Path | None, force: bool, *used: Path) -> None:
+    """Refuse the path of a report that cannot be written, or would replace a file in use or, without --force, any other file."""
     if path is not None:
-        _check_place(path, *models)
+        _check_place(path, *used)
         if path.exists() and not force:
             raise OutputError(f"'{path}' exists; give another path, or --force to replace it")
 

@@ -10,10 +10,11 @@ from rich.markup import escape
 
 from requant_onnx.choices import MAX_BITS, Form, OptimizeFor
 from requant_onnx.cli import tables
-from requant_onnx.cli.paths import check_json, check_output, write_json
+from requant_onnx.cli.goals import GOALS
+from requant_onnx.cli.paths import check_json, check_output, read_by, write_json
 from requant_onnx.cli.terminal import console_for, progress_bar
 from requant_onnx.cli.toml_options import write_options
-from requant_onnx.cli.values import automatic, calibration_of, config_of
+from requant_onnx.cli.values import automatic, calibration_of, config_of, target_of
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert.progressive import STAGES, Stage, quantize_progressively
 from requant_onnx.errors import ConfigError, DataError, ModelError, QualityError
@@ -42,10 +43,10 @@ def run_progressive(args: argparse.Namespace) -> None:
     and writes nothing, if the self-check finds the last stage broken.
     """
     config = _config(args)
-    paths = stage_paths(args.output, STAGES)
+    paths, read = stage_paths(args.output, STAGES), read_by(args)
     for path in paths:
-        check_output(args.input, path, args.force)
-    check_json(args.json, args.input, *paths, *(file for path in (args.input, *paths) for file in data_files(path)))
+        check_output(args.input, path, args.force, read)
+    check_json(args.json, *read, *paths, *(file for path in paths for file in data_files(path)))
     with progress_bar(args, "quantizing") as progress:
         stages = _quantized(args, config, progress)
     if not stages[-1].report.converted:
@@ -70,17 +71,28 @@ def _config(args: argparse.Namespace) -> QuantConfig:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{why}; drop {option}, or --progressive")
         setattr(args, name, None)
+    target_of(args)  # raises for options that only a target uses
     if args.goal == "transformers.js":
         raise ConfigError("transformers.js loads one file, not stages; use --for web, or drop --progressive")
     if args.optimize_for not in (None, OptimizeFor.FILE):
-        raise ConfigError(f"progressive files cannot be optimized for downloads; drop --optimize-for {args.optimize_for}")
+        _give_up(args, "optimize_for", "progressive files cannot be optimized for downloads")
     if args.runtime is not None and Form.FOLDED not in RUNTIMES[args.runtime].forms:
         able = ", ".join(str(runtime) for runtime, row in RUNTIMES.items() if Form.FOLDED in row.forms)
         raise ConfigError(f"--progressive needs a runtime that folds constants ({able}); drop --runtime {args.runtime}")
     if args.form not in (None, Form.FOLDED):
-        raise ConfigError(f"--progressive needs --form folded; drop --form {args.form}")
+        _give_up(args, "form", "--progressive needs --form folded")
     args.form = Form.FOLDED
     return config_of(args)
+
+
+def _give_up(args: argparse.Namespace, name: str, why: str) -> None:
+    """Ignore an option that comes from a file.  Raises ConfigError for one that was given, or that a goal sets."""
+    option = name.replace("_", "-")
+    if name not in args.from_file:
+        raise ConfigError(f"{why}; drop --{option} {getattr(args, name)}, or --progressive")
+    if args.goal is not None and option in GOALS[args.goal].options:
+        raise ConfigError(f"{why}, but --for {args.goal} sets --{option}; use --for web, or drop --progressive")
+    setattr(args, name, None)
 
 
 def _quantized(args: argparse.Namespace, config: QuantConfig, progress: Progress | None) -> list[Stage]:

@@ -20,7 +20,8 @@ class Line:
     status: converted, copied (nothing to convert) or failed.
     bytes_before, bytes_after: file sizes in bytes, 0 if it failed.
     sqnr_db: lowest SQNR of all weights; None if no weight has any error.
-    digest: SHA-256 of the model, including its external data.  settings: options as TOML, and the version.
+    digest: SHA-256 of the model, including its external data.  settings: options as TOML, digests of the data
+    that they name, and the version.
     """
 
     model: str

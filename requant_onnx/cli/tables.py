@@ -212,7 +212,7 @@ def _print_outputs(console: Console, outputs: Sequence[OutputReport]) -> None:
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print one row per trial, the float model first."""
     labeled = comparison.top1 is not None
-    packers = list(comparison.trials[0].downloads) if comparison.trials else []
+    packers = list(dict.fromkeys(name for trial in comparison.trials for name in trial.downloads))
     sizes, answers = [f"{PACKERS[name]} bytes" for name in packers], ["top-1", "change"] if labeled else []
     table = Grid("recipe", "bits", "bytes", "x smaller", *sizes, *answers, "agreement", "SQNR dB")
     accuracy = [] if comparison.top1 is None else [f"{comparison.top1:.2%}", ""]

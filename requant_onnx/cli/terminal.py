@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,13 +22,31 @@ WHOLE_RUN = 1e9  # seconds of the past from which the time left is extrapolated:
 PLAIN_SECONDS = 30.0  # between two lines of progress, where there is no terminal
 
 
+class _Console(Console):
+    """A console that lets a BrokenPipeError pass, where rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise it, as rich calls it."""
+        raise BrokenPipeError
+
+
+@contextlib.contextmanager
+def until_pipe_is_closed() -> Iterator[None]:
+    """Print in this block; if the reader of a pipe closes it, as head does, the rest is skipped without an error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console_for(args: argparse.Namespace) -> Console:
     """The console for tables; text in a file or a pipe is not wrapped, and rich obeys NO_COLOR.
 
     It is silent with --quiet, and if the report goes to standard output.
     """
     quiet = args.quiet or getattr(args, "json", None) == STDOUT
-    return Console(emoji=False, highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else UNWRAPPED)
+    return _Console(emoji=False, highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else UNWRAPPED)
 
 
 @contextlib.contextmanager

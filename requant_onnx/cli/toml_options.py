@@ -103,11 +103,21 @@ def _value(path: Path, option: argparse.Action, value: Any) -> Any:
         raise ConfigError(f"'{path}' sets '{option.dest}' to {value!r}; it takes a text, a number, or a list of them")
     if isinstance(option, argparse._AppendAction):
         return [str(item) for item in values]
-    text = ",".join(str(item) for item in values)
+    return _parsed(path, option, ",".join(str(item) for item in values))
+
+
+def _parsed(path: Path, option: argparse.Action, text: str) -> Any:
+    """The value of a text, checked as argparse checks it on the command line."""
     try:
-        return option.type(text) if callable(option.type) else text
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"'{path}': {error}") from None
+        value = option.type(text) if callable(option.type) else text
+    except argparse.ArgumentTypeError:
+        value = None
+    if option.choices is not None and value not in option.choices:
+        choices = [str(choice) for choice in option.choices]
+        near = difflib.get_close_matches(text, choices, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(choices)}"
+        raise ConfigError(f"'{path}' sets '{option.option_strings[-1][2:]}' to '{text}', which is not one of its choices; {hint}")
+    return value
 
 
 def _quoted(text: str) -> str:

@@ -8,10 +8,21 @@ import importlib
 import math
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
-from requant_onnx.choices import Form, Refinement, Space, Transform, width_of, widths_in_words
+from requant_onnx.choices import (
+    AUTO_TRANSFORM,
+    MAX_BITS,
+    Form,
+    OptimizeFor,
+    Refinement,
+    Space,
+    Transform,
+    width_of,
+    widths_in_words,
+)
 from requant_onnx.config import ENUMS, OPTIONS_OF_FORM, Budget, QuantConfig
 from requant_onnx.errors import ConfigError
 from requant_onnx.evaluate.target import Evaluate, Target
@@ -23,6 +34,7 @@ from requant_onnx.inputs.images import CHANNELS, CIFAR_MEAN_STD, ImageSet, Norma
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
+from requant_onnx.text import first_line
 
 SIZES = ("resize", "crop", "fit")
 FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # --calibrate auto: from this width on, few images suffice
@@ -41,10 +53,11 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     if args.transform is not None:
         given["transform"] = Transform.parse(args.transform, "--transform")
     given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
+    _check_download(args, given)
     given.setdefault("form", RUNTIMES[given.get("runtime", base.runtime)].forms[0])
     if args.int8_min_sqnr is not None:
         none = args.int8_min_sqnr == "none"
-        given["int8_min_sqnr"] = -math.inf if none else _numbers(args.int8_min_sqnr, "--int8-min-sqnr")[0]
+        given["int8_min_sqnr"] = -math.inf if none else _number(args.int8_min_sqnr, "--int8-min-sqnr")
     for name, form in OPTIONS_OF_FORM.items():
         if name not in given or given["form"] is form:
             continue
@@ -60,6 +73,25 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     return dataclasses.replace(base, **given)
 
 
+def _check_download(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse settings of levels for downloads, whose levels are all one step apart, and remove those that come from a file.
+
+    given: settings by name, which this changes.
+    """
+    aim = given.get("optimize_for", OptimizeFor.FILE)
+    if not aim.compresses:
+        return
+    why = f"has no effect with --optimize-for {aim}, which chooses a step for each weight;"
+    unused = ["granularity", "range_mode", "objective", "rounding"]
+    if given.get("transform", AUTO_TRANSFORM).exponent not in (None, 1.0):
+        unused.append("transform")
+    refuse(args, unused, why)
+    for name in unused:
+        given.pop(name, None)
+    if args.recipe is not None:
+        raise ConfigError(f"--recipe {why} drop --recipe")
+
+
 def _listed(given: str | list[str] | None) -> list[str]:
     """The texts of an option that may be repeated."""
     return [given] if isinstance(given, str) else given or []
@@ -68,7 +100,7 @@ def _listed(given: str | list[str] | None) -> list[str]:
 def target_of(args: argparse.Namespace) -> Target | None:
     """The quality target of the file; None if there is none.  Raises ConfigError."""
     given = {"max_drop": "--max-drop", "min_agreement": "--min-agreement"}
-    values = {name: _numbers(getattr(args, name), option)[0] for name, option in given.items() if getattr(args, name) is not None}
+    values = {name: _number(getattr(args, name), option) for name, option in given.items() if getattr(args, name) is not None}
     if not values:
         for name in ("data", "limit", "evaluate", "best_effort"):
             if getattr(args, name) and name not in args.from_file:
@@ -77,7 +109,25 @@ def target_of(args: argparse.Namespace) -> Target | None:
     for name in ("bits", "target_sqnr", "time_limit"):
         if getattr(args, name) is not None and name not in args.from_file:
             raise ConfigError(f"a target chooses the bits, and has no time limit; drop {_flag(name)}")
+    if args.evaluate is not None:
+        refuse(args, ("data", "limit"), "has no effect with --evaluate, which measures the score itself;")
+    elif args.data is None:
+        refuse(args, ("limit",), "needs --data; give --data, or")
     return Target(**values, size=None if args.size is None else Budget.parse_size(args.size))
+
+
+def check_free(config: QuantConfig) -> None:
+    """Raise ConfigError if the runtime does not read all its widths in the form, so that a target could not choose among them."""
+    row = RUNTIMES[config.runtime]
+    try:
+        for bits in row.bits:
+            dataclasses.replace(config, bits=bits, overrides=())
+    except ConfigError:
+        other = " or ".join(str(form) for form in row.forms if form is not config.form)
+        raise ConfigError(
+            f"the {config.form} form for {row.title} has a single width, so a target has no choice; choose --form {other}, or give "
+            f"--bits {MAX_BITS} without a target"
+        ) from None
 
 
 def function_of(text: str) -> Evaluate:
@@ -87,8 +137,8 @@ def function_of(text: str) -> Evaluate:
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--evaluate '{text}' cannot be imported ({error}); write it as MODULE:FUNCTION") from None
+    except Exception as error:  # the import runs the code of the module
+        raise ConfigError(f"--evaluate '{text}' cannot be imported ({first_line(error)}); write it as MODULE:FUNCTION") from None
     if not callable(function):
         raise ConfigError(f"--evaluate '{text}' is not a function; write it as MODULE:FUNCTION")
     return cast("Evaluate", function)
@@ -105,7 +155,7 @@ def _bits(args: argparse.Namespace) -> float | Budget | None:
     if (args.size is None) == (args.target_sqnr is None):
         raise ConfigError("--bits auto needs one target: either --size, for example 180kB, or --target-sqnr, for example 20")
     if args.size is None:
-        return Budget(sqnr_db=_numbers(args.target_sqnr, "--target-sqnr")[0])
+        return Budget(sqnr_db=_number(args.target_sqnr, "--target-sqnr"))
     if args.external_data:
         raise ConfigError("--size is the size of a single file; drop --external-data")
     return Budget(size=Budget.parse_size(args.size))
@@ -122,7 +172,7 @@ def automatic(args: argparse.Namespace, config: QuantConfig) -> tuple[QuantConfi
     )
     size = noise_size(model_of(args))
     if not (refined or config.form is Form.INT8) or size is None:
-        return config, calibration_of(argparse.Namespace(**{**vars(args), "calibrate": "none"}))
+        return config, calibration_of(argparse.Namespace(**{**vars(args), "calibrate": None}))
     fine = not isinstance(config.bits, Budget) and config.bits >= FINE_BITS and config.form is not Form.INT8
     if fine and args.refinement is None:
         config = dataclasses.replace(config, refinement=Refinement.BIAS)
@@ -136,7 +186,11 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     """The calibration that --calibrate asks for.  Raises ConfigError, DataError."""
     spec = args.calibrate
     if spec in (None, "none"):
-        _refuse(args, ("calibrate_limit", "memory", "seed", "mean", "std", *SIZES), "needs --calibrate; give --calibrate, or")
+        unused = ["calibrate_limit", "memory", "seed", "mean", "std", *SIZES]
+        if spec == "none":  # otherwise, an option may apply to other models, of convert-many
+            refined = getattr(args, "refinement", None) in (Refinement.FEEDBACK, Refinement.DESCENT)
+            unused += ["time_limit", *(["refinement"] if refined else [])]
+        refuse(args, unused, "needs --calibrate; give --calibrate, or")
         return None
     spec = whole_spec(spec)
     seed = 0 if args.seed is None else whole_of(args.seed, "--seed")
@@ -147,8 +201,8 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
         raise ConfigError(f"--calibrate: {unknown_data(spec, 'cifar10:DIR, cifar100:DIR, images:DIR, FILE.npz or noise')}")
     feeds = feeds_of(args, spec)
     if feeds is not None:
-        _refuse(args, ("seed",), f"applies to images, but '{spec}' holds inputs by name;")
-        return Calibration.from_feeds(feeds, count)
+        refuse(args, ("seed",), f"applies to images, but '{spec}' holds inputs by name;")
+        return dataclasses.replace(Calibration.from_feeds(feeds, count), memory=_memory(args))
     images = images_of(args, spec, "train")
     if args.calibrate_limit is None:
         count = min(count, len(images) - min(CHECKED, len(images) // SHARE_CHECKED))
@@ -162,7 +216,7 @@ def feeds_of(args: argparse.Namespace, spec: str) -> list[dict[str, GenericArray
     shapes = input_shapes(model_of(args))
     if holds_images(Path(spec), shapes):
         return None
-    _refuse(args, ("mean", "std", *SIZES), f"applies to images, but '{spec}' holds inputs by name;")
+    refuse(args, ("mean", "std", *SIZES), f"applies to images, but '{spec}' holds inputs by name;")
     return load_feeds(Path(spec), shapes)
 
 
@@ -174,7 +228,7 @@ def is_noise(spec: str) -> bool:
 def noise_of(args: argparse.Namespace, spec: str, count: int, seed: int) -> Calibration:
     """Images of noise, or of noise:HxW.  Raises ConfigError."""
     if not whole_spec(getattr(args, "data", None) or "noise").startswith("images:"):  # these options may apply to it
-        _refuse(args, SIZES, "applies to images:DIR, but the calibration inputs are noise; give --calibrate images:DIR, or")
+        refuse(args, SIZES, "applies to images:DIR, but the calibration inputs are noise; give --calibrate images:DIR, or")
     return Calibration(None, normalization_of(args, "noise", None), count, seed, size=_size(spec[6:]), memory=_memory(args))
 
 
@@ -186,7 +240,7 @@ def images_of(args: argparse.Namespace, spec: str, split: str) -> ImageSet:
     """The images of a spec, resized and cropped as the options say.  Raises ConfigError, DataError."""
     spec = whole_spec(spec)
     if not spec.startswith("images:"):
-        _refuse(args, SIZES, f"applies to images:DIR, not to '{spec}';")
+        refuse(args, SIZES, f"applies to images:DIR, not to '{spec}';")
         return load_images(spec, split)
     images = load_images(spec, split, _pipeline(args), labels_of(args))
     unreadable = images.x.unreadable if isinstance(images.x, FolderImages) else ()
@@ -204,7 +258,7 @@ def labels_of(args: argparse.Namespace) -> Path | None:
     labels: Path | None = getattr(args, "labels", None)
     if labels is None or whole_spec(args.data or "noise").startswith("images:"):
         return labels
-    _refuse(args, ("labels",), f"applies to images:DIR, not to '{args.data or 'noise'}';")
+    refuse(args, ("labels",), f"applies to images:DIR, not to '{args.data or 'noise'}';")
     return None
 
 
@@ -261,19 +315,31 @@ def _in_shares(values: tuple[float, ...], option: str, largest: float) -> tuple[
     return values
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+def refuse(args: argparse.Namespace, names: Collection[str], reason: str) -> None:
     """Raise ConfigError if an option has no meaning here; an option from a file is ignored.
 
     reason: the middle of the sentence, between the option and the advice to drop it.
     """
     for name in names:
-        if getattr(args, name) not in (None, False) and name not in args.from_file:
+        if getattr(args, name, None) not in (None, False) and name not in args.from_file:
             raise ConfigError(f"{_flag(name)} {reason} drop {_flag(name)}")
 
 
 def _flag(name: str) -> str:
     """The option as it is written on the command line."""
-    return f"--{name.replace('_', '-')}"
+    return "--range" if name == "range_mode" else f"--{name.replace('_', '-')}"
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        hint = f"write it as {float(text.replace(',', '.')):g}"
+    except ValueError:
+        hint = "write it like 0.5"
+    raise ConfigError(f"{option} '{text}' is not a number; {hint}")
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

@@ -64,6 +64,8 @@ def parse_gate(text: str) -> dict[str, float]:
             near = difflib.get_close_matches(name, FIGURES, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"the figures are {', '.join(FIGURES)}"
             raise ConfigError(f"--fail-below '{part.strip()}' is not of the form FIGURE=NUMBER with a known figure; {hint}")
+        if name in bounds:
+            raise ConfigError(f"--fail-below has two bounds for {name}; give one of them")
         try:
             bounds[name] = float(value)
         except ValueError:

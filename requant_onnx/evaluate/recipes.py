@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from requant_onnx.choices import Form, Granularity, RangeMode, Refinement, Transform
+from requant_onnx.choices import Form, Granularity, RangeMode, Refinement, Runtime, Transform
 from requant_onnx.config import QuantConfig
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import as_json, sqnr_db
@@ -31,12 +31,11 @@ from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches
-from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier
 from requant_onnx.runtime.feeds import open_fed
-from requant_onnx.runtime.sessions import quiet_options
-from requant_onnx.runtime.version import runtime_version
+from requant_onnx.runtime.sessions import fingerprint, quiet_options
 
 SHARD = 500  # images per work item
 BATCH = 100
@@ -108,29 +107,28 @@ def compare(
     recipes: Sequence[str],
     images: ImageSet | FeedSet,
     normalization: Normalization | None,
-    calibration: Calibration,
+    calibration: Calibration | None,
     executor: Executor,
     *,
     form: Form = Form.QDQ,
+    runtime: Runtime = Runtime.ORT,
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Convert with every recipe at every width, and compare with the float model on the images.
 
-    model: a whole ONNX file.  calibration: for `best`, and for every recipe in the int8 form.
+    model: a whole ONNX file.  calibration: for `best`, and for every recipe in the int8 form; None if there is no such recipe.
     The trials are sorted by bits, then by output SQNR, best first.
-    Raises ConfigError on an unknown recipe; ModelError, DataError as quantize_model and validate.
+    Raises ConfigError for an unknown recipe, one that lacks its calibration, or files that the runtime does not read; ModelError,
+    DataError as quantize_model and validate.
     """
     _check(recipes)
-    has_scores = _probe(model, images, normalization)
     cases = [(recipe, width) for width in dict.fromkeys(bits) for recipe in dict.fromkeys(recipes)]
+    wanted = {case: _settings(case, form, runtime, calibration) for case in cases}
+    has_scores = _probe(model, images, normalization)
     shards = [(start, images.part(start, start + SHARD)) for start in range(0, len(images), SHARD)]
     parts = len(shards) * (len(cases) + 1) if has_scores else len(cases)
     work = _Work(executor, cache or Cache(None), len(cases) + parts, progress)
-    wanted = {
-        case: (replace(RECIPES[case[0]](case[1]), form=form), calibration if case[0] == "best" or FORMS[form].on_integers else None)
-        for case in cases
-    }
     made = work.conversions(model, wanted)
     if not has_scores:
         judged = work.judgments(model, made, images, normalization)
@@ -157,14 +155,36 @@ def _check(recipes: Sequence[str]) -> None:
         raise ConfigError(f"the recipe '{', '.join(unknown)}' is unknown; choose from {', '.join(RECIPES)}")
 
 
+def _settings(case: Case, form: Form, runtime: Runtime, calibration: Calibration | None) -> tuple[QuantConfig, Calibration | None]:
+    """The settings of a conversion, and the calibration if it needs one.
+
+    Raises ConfigError if the calibration is missing, or the runtime does not read such a file.
+    """
+    recipe, bits = case
+    needs = recipe == "best" or FORMS[form].on_integers
+    if needs and calibration is None:
+        what, other = (
+            (f"the {form} form", "another --form") if FORMS[form].on_integers else (f"the recipe '{recipe}'", "other --recipes")
+        )
+        raise ConfigError(f"{what} needs calibration inputs; give --calibrate, or {other}")
+    return replace(RECIPES[recipe](bits), form=form, runtime=runtime), calibration if needs else None
+
+
 def _probe(model: bytes, images: ImageSet | FeedSet, normalization: Normalization | None) -> bool:
     """Run the model once, before any work, and return whether its first output is a row of scores per image.
 
-    Raises DataError, ModelError if the model and the data do not fit together.
+    Raises DataError, ModelError if the model and the data, or the labels, do not fit together.
     """
     proto = onnx.ModelProto.FromString(model)
     found = validate(proto, proto, images.first(1), normalization, latency_batch=None).outputs
-    return bool(found) and found[0].kind == "scores"
+    has_scores = bool(found) and found[0].kind == "scores"
+    if has_scores and images.y is not None:
+        least, largest, classes = images.y.min(), images.y.max(), math.prod(found[0].shape[1:])
+        if least < 0 or largest >= classes:
+            raise DataError(
+                f"the labels are {least} to {largest}, but the model gives {classes} scores; give labels of the same classes"
+            )
+    return has_scores
 
 
 @dataclass
@@ -286,7 +306,7 @@ def judge_item(model: bytes, candidate: bytes, images: ImageSet | FeedSet, norma
 
 def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:
     how = b"" if calibration is None else _calibration_digest(calibration)
-    return key_of("conversion", version("requant_onnx"), runtime_version(), json.dumps(config.to_dict()), how, model)
+    return key_of("conversion", version("requant_onnx"), fingerprint(), json.dumps(config.to_dict()), how, model)
 
 
 def _calibration_digest(calibration: Calibration) -> bytes:
@@ -298,11 +318,16 @@ def _calibration_digest(calibration: Calibration) -> bytes:
 
 
 def _digest(images: ImageSet | FeedSet, normalization: Normalization | None) -> bytes:
-    return key_of(runtime_version(), repr(normalization), images.fingerprint()).encode()
+    return key_of(fingerprint(), repr(normalization), images.fingerprint()).encode()
+
+
+def _answers(scores: Float32Array) -> Int64Array:
+    """The top class of each row; -1, which is no class, for a row with NaN."""
+    return np.where(np.isnan(scores).any(1), -1, scores.argmax(1))
 
 
 def _hits(scores: Float32Array, images: ImageSet | FeedSet) -> float | None:
-    return None if images.y is None else float((scores.argmax(1) == images.y).mean())
+    return None if images.y is None else float((_answers(scores) == images.y).mean())
 
 
 def _trial(
@@ -312,6 +337,7 @@ def _trial(
         raise ModelError(f"the converted model gives scores of shape {scores.shape}, but the float model gives {exact.shape}")
     accuracy = _hits(scores, images)
     error = np.square(exact.astype(np.float64) - scores).sum()
+    answers = _answers(scores)
     return Trial(
         recipe=case[0],
         bits=case[1],
@@ -319,6 +345,6 @@ def _trial(
         ratio=before / after,
         top1=accuracy,
         change=None if accuracy is None or top1 is None else accuracy - top1,
-        agreement=float((exact.argmax(1) == scores.argmax(1)).mean()),
+        agreement=float(((answers == _answers(exact)) & (answers >= 0)).mean()),
         sqnr_db=sqnr_db(float(np.square(exact, dtype=np.float64).sum()), float(error)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.cpu import adds_exactly
+from requant_onnx.runtime.version import runtime_version
 from requant_onnx.text import first_line
 
 Session: TypeAlias = onnxruntime.InferenceSession
@@ -54,6 +56,16 @@ def provider_in_use() -> str:
     return os.environ.get(PROVIDER, CPU)
 
 
+def fingerprint() -> str:
+    """Text that identifies what runs models: the version of ONNX Runtime, the provider, and the custom operator libraries."""
+    digests = (hashlib.sha256(Path(library).read_bytes()).hexdigest() for library in _libraries())
+    return " ".join([runtime_version(), provider_in_use(), *digests])
+
+
+def _libraries() -> list[str]:
+    return [path for path in os.environ.get(CUSTOM_OPS, "").split(os.pathsep) if path]
+
+
 def _provider(name: str) -> str:
     short: dict[str, str] = {full.removesuffix("ExecutionProvider").lower(): full for full in onnxruntime.get_available_providers()}
     wanted = name.lower().removesuffix("executionprovider")
@@ -77,7 +89,7 @@ def quiet_options() -> onnxruntime.SessionOptions:
     """Default options with the custom operator libraries, but without warnings: those of the optimizer do not help users."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for library in filter(None, os.environ.get(CUSTOM_OPS, "").split(os.pathsep)):
+    for library in _libraries():
         _register(options, library)
     return options
 
