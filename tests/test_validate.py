@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ import pytest
 from conftest import laplace, parse, small_cnn, top1, trained_model
 
 from requant_onnx import (
+    Calibration,
     DataError,
     Form,
     ImageSet,
@@ -21,8 +22,10 @@ from requant_onnx import (
     ValidationReport,
     load_images,
     quantize_model,
+    save_model,
     validate,
 )
+from requant_onnx.cli.main import main
 from requant_onnx.errors import ConfigError
 from requant_onnx.inputs.feeds import FeedSet
 
@@ -156,3 +159,20 @@ def test_renamed_outputs_are_compared_by_the_positions_left() -> None:
     candidate = parse(text.format("b", "c", "w", "v"), **weights)
     report = validate(reference, candidate, FeedSet(({"x": np.ones((1, 4), np.float32)},)), latency_batch=None)
     assert [(each.name, each.sqnr_db) for each in report.outputs] == [("a", math.inf), ("b", math.inf)]
+
+
+def test_models_are_not_compared_on_the_noise_of_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its own noise, a calibrated model looks better than it is."""
+    seeds: list[int] = []
+
+    def drawn(_: object, calibration: Calibration) -> NoReturn:
+        seeds.append(calibration.seed)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("requant_onnx.cli.commands.calibration_images", drawn)
+    save_model(small_cnn(), tmp_path / "m.onnx")
+    path = str(tmp_path / "m.onnx")
+    for command in (["validate", path, path], ["compare", path], ["convert", path, f"{path}.out", "--min-agreement", "9"]):
+        assert main([*command, "--data", "noise"]) == 2
+    assert len(seeds) == 3
+    assert Calibration().seed not in seeds

@@ -58,7 +58,7 @@ from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.compressed import download_sizes
 from requant_onnx.files.load import data_files, file_bytes, is_large, materialize
 from requant_onnx.files.save import save_model
-from requant_onnx.inputs.calibration import DEFAULT_COUNT, Calibration
+from requant_onnx.inputs.calibration import DEFAULT_COUNT, OTHER_SEED, Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.image_folder import FolderImages
 from requant_onnx.inputs.images import ImageSet, Normalization
@@ -307,7 +307,7 @@ def run_report(args: argparse.Namespace) -> None:
     calibration = _data_to_compare(args, "noise" if args.data is None else args.data)
     if args.data is None and args.limit is None:
         calibration = replace(calibration, count=PAGE_INPUTS)
-    asked = args.data is not None or replace(calibration, count=DEFAULT_COUNT) != Calibration()
+    asked = args.data is not None or replace(calibration, count=DEFAULT_COUNT) != Calibration(seed=OTHER_SEED)
     if not asked:
         refuse(args, ("limit",), "needs --data; give --data, for example noise, or")
     with progress_bar(args, "comparing") as progress:  # without options for inputs, weights are compared even if noise does not fit
@@ -408,7 +408,7 @@ def _data_to_compare(args: argparse.Namespace, spec: str) -> Calibration:
     if feeds is not None:
         return Calibration.from_feeds(feeds, limit or len(feeds))
     if is_noise(spec):
-        return noise_of(args, spec, limit or DEFAULT_COUNT, 0)
+        return noise_of(args, spec, limit or DEFAULT_COUNT, OTHER_SEED)  # not the noise of a calibration
     images = images_of(args, spec, "test").first(limit)
     return Calibration(images, normalization_of(args, spec, images), len(images))
 
