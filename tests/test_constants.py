@@ -129,6 +129,62 @@ def test_inputs_that_are_no_weights_stay() -> None:
     assert [item.name for item in made.graph.input] == ["x", "low", "high"]
 
 
+FACTORS = {"v": laplace(24, 40), "g": 1 + laplace(1, 40)}
+DEFAULTS: dict[str, tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]] = {
+    "states": (
+        "net (float[5, 1, 16] x) => (float[5, 1, 1, 32] y) { y = LSTM<hidden_size = 32>(x, w, r, b, , h, c) }",
+        {"w": laplace(1, 128, 16), "r": laplace(1, 128, 32), "b": laplace(1, 256)},
+        {"h": np.zeros((1, 1, 32), np.float32), "c": np.zeros((1, 1, 32), np.float32)},
+    ),
+    "a mask": (
+        "net (float[2, 24, 24] x) => (float[2, 24, 24] y) { a = MatMul(x, w) y = Add(a, m) }",
+        {"w": laplace(24, 24)},
+        {"m": np.zeros((1, 24, 24), np.float32)},
+    ),
+    "the left operand": (
+        "net (float[2, 24] x) => (float[2, 40] y) { a = MatMul(x, w) b = MatMul(h, v) y = Add(a, b) }",
+        {"w": laplace(24, 40), "v": laplace(24, 40)},
+        {"h": np.zeros((2, 24), np.float32)},
+    ),
+    "the right operand": (
+        "net (float[24, 2] x) => (float[40, 2] y) { a = MatMul(w, x) b = MatMul(v, h) y = Add(a, b) }",
+        {"w": laplace(40, 24), "v": laplace(40, 24)},
+        {"h": np.zeros((24, 2), np.float32)},
+    ),
+    "no past": (
+        "net (float[2, 24] x) => (float[2, 40] y, float[2, 0] z) { y = MatMul(x, w) z = MatMul(x, p) }",
+        {"w": laplace(24, 40)},
+        {"p": np.zeros((24, 0), np.float32)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_inputs_with_a_default_value_stay(name: str) -> None:
+    text, weights, defaults = DEFAULTS[name]
+    source = parse(text, **weights, **defaults)
+    source.graph.input.extend(helper.make_tensor_value_info(key, 1, values.shape) for key, values in defaults.items())
+    made, report = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x", *defaults]
+    assert "w" in {weight.name for weight in report.converted}
+
+
+@pytest.mark.parametrize("name", ["states", "the left operand", "no past"])
+def test_states_stay_where_every_initializer_is_an_input(name: str) -> None:
+    text, weights, defaults = DEFAULTS[name]
+    made, report = quantize_model(with_inputs(parse(text, **weights, **defaults)))
+    assert [item.name for item in made.graph.input] == ["x", *defaults]
+    assert {weight.name for weight in report.converted} == weights.keys() - {"b"}
+
+
+def test_factors_of_a_weight_that_are_inputs_become_constant() -> None:
+    source = with_inputs(parse("net (float[2, 24] x) => (float[2, 40] y) { w = Mul(v, g) y = MatMul(x, w) }", **FACTORS))
+    made, report = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x"]
+    assert [weight.name for weight in report.converted] == ["w_folded"]
+    near(made, source)
+
+
 def with_biases() -> onnx.ModelProto:
     text = """net (float[2, 32] x) => (float[a, b] y) {
         a = Gemm(x, w1, b1) c = Relu(a) d = Gemm(c, w2, b2) e = Relu(d) f = MatMul(e, w3) y = Add(f, b3) }"""
