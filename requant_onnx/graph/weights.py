@@ -19,8 +19,8 @@ from requant_onnx.graph.constants import (
     ModelGraph,
     Root,
     cast_target,
+    constants_behind,
     find_stored,
-    from_constants,
     load_values,
     seen_shape,
     stored_axis,
@@ -184,7 +184,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
     tensor = node.inputs[operand]
     root = find_stored(tensor)
     if root is None:
-        reason = _why_computed(tensor)
+        reason = _why_computed(tensor, interface)
         if reason is not None:
             yield SkippedWeight(tensor.name, node.op, _shape(tensor), reason), tensor
         return
@@ -262,14 +262,17 @@ def _why_fixed(root: Root) -> str | None:
     return "has whole multiples of one number, as fixed kernels do" if small and is_fixed_kernel(root.load()) else None
 
 
-def _why_computed(tensor: gs.Tensor) -> str | None:
+def _why_computed(tensor: gs.Tensor, interface: _Interface) -> str | None:
     """Why a weight that is not a constant is skipped; None if it is clearly an activation (an input of the model)."""
     if not tensor.inputs:
         return "is an input of the model, not a constant"
     producer = tensor.inputs[0]
     if producer.op == "DequantizeLinear":
         return "is already quantized (DequantizeLinear)"
-    if from_constants(tensor):
+    constants = constants_behind(tensor)
+    if constants is not None and any(each.name in interface.overridable for each in constants):
+        return f"is computed from inputs of the model ({producer.op}), so a caller may replace it"
+    if constants is not None:
         return f"is decoded from other constants ({producer.op}), so it may be quantized already"
     return f"is computed by {producer.op} '{producer.name}', not a constant"
 
