@@ -11,7 +11,7 @@ from conftest import laplace, parse, skipped_weights, small_cnn
 from onnx import helper
 from oracle import feeds_for, run
 
-from requant_onnx import BiasType, Form, QuantConfig, Refinement, inspect_model, quantize_model
+from requant_onnx import BiasType, Calibration, Form, QuantConfig, Refinement, inspect_model, quantize_model
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.float_constants import VECTOR, float_constants
 
@@ -120,6 +120,39 @@ def test_keep_inputs() -> None:
     assert not report.converted
     assert made == source
     assert {item.reason for item in skipped_weights(report)} == {"is also an input of the model, so a caller may replace it"}
+
+
+def test_factors_of_a_weight_that_stay_inputs_are_not_computed() -> None:
+    source = parse("net (float[2, 24] x) => (float[2, 40] y) { w = Mul(v, g) a = MatMul(x, w) b = MatMul(a, u) y = MatMul(b, t) }",
+                   **FACTORS, u=laplace(40, 24), t=laplace(24, 40))  # fmt: skip
+    source.graph.input.append(helper.make_tensor_value_info("g", 1, [1, 40]))
+    made, report = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x", "g"]
+    assert {weight.name for weight in report.converted} == {"v", "u", "t"}
+    assert [item.reason for item in skipped_weights(report) if item.name == "w"] == [
+        "is computed from inputs of the model (Mul), so a caller may replace it"
+    ]
+    feeds = {**feeds_for(source), "g": np.full((1, 40), 3, np.float32)}
+    np.testing.assert_allclose(run(made, feeds)[0], run(source, feeds)[0], atol=0.1)
+
+
+@pytest.mark.parametrize("form", Form)
+def test_a_bias_that_stays_an_input_counts(form: Form) -> None:
+    """So do the bounds of a Clip, which integer kernels absorb otherwise."""
+    source = parse(
+        "net (float[1, 3, 8, 8] x) => (float[1, 16, 8, 8] y) { a = Conv<pads = [1, 1, 1, 1]>(x, w, b) r = Clip(a, low, high) "
+        "y = Conv<pads = [1, 1, 1, 1]>(r, v) }",
+        w=laplace(16, 3, 3, 3), v=laplace(16, 16, 3, 3), b=laplace(16), low=np.float32(0), high=np.float32(6),
+    )  # fmt: skip
+    given = {"b": np.ones(16, np.float32), "high": np.array(2, np.float32)}
+    source.graph.input.extend(helper.make_tensor_value_info(key, 1, values.shape) for key, values in given.items())
+    config = QuantConfig(8, form=form, keep_inputs=True, int8_speed="all")
+    made, report = quantize_model(source, config, calibration=Calibration(count=8))
+    assert [item.name for item in made.graph.input] == ["x", *given]
+    assert {weight.name for weight in report.converted} == {"w", "v"}
+    feeds = feeds_for(source) | given
+    expected = run(source, feeds)[0]
+    np.testing.assert_allclose(run(made, feeds)[0], expected, atol=0.05 * abs(expected).max())
 
 
 def test_inputs_that_are_no_weights_stay() -> None:
