@@ -118,6 +118,21 @@ def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "net (int64[3] x) => (float[a, b] y) { t = Identity(w) y = Gather(t, x) }",
+        "net (int64[3] x) => (float[a, b] y) { t = Cast<to = 1>(w) y = Gather(t, x) }",
+        "net (int64[3] x) => (float[a, b] y, int64[2] s) { t = Transpose(w) y = Gather<axis = 1>(t, x) s = Shape(w) }",
+    ],
+    ids=["Identity", "Cast", "Transpose"],
+)
+def test_an_embedding_behind_another_node_is_decoded_whole(text: str, config: QuantConfig) -> None:
+    report = check(model_of(text, {"w": (60, 20)}, np.float16 if "Cast" in text else np.float32), config, feeds_for(parse(text)))
+    assert [w.axis for w in report.converted] == [0 if config.granularity is Granularity.PER_CHANNEL else None]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(("turned", "shape", "axis"), [(0, (24, 32), 0), (1, (32, 24), 1)])
 def test_gemm_with_its_weight_on_the_left(turned: int, shape: tuple[int, ...], axis: int, config: QuantConfig) -> None:
     text = f"net (float[32, 5] x) => (float[a, b] y) {{ y = Gemm<transA = {turned}>(w, x) }}"

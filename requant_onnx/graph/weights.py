@@ -216,7 +216,7 @@ def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[t
         weight = _weight(root, node, axis)
         if holder.is_recurrent and len(root.shape) == 2:  # directions and rows share an axis (merge_directions.py)
             weight = replace(weight, channel_axis=0)
-        lookup_axis = weight.channel_axis if _is_lookup(tensor, holder) else None
+        lookup_axis = weight.channel_axis if not root.chain and _is_lookup(tensor, holder) else None
         yield replace(weight, is_table=holder.is_table, lookup_axis=lookup_axis), tensor
 
 
