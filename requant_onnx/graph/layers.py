@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import FLOATS, ModelGraph, find_root, is_standard
+from requant_onnx.graph.constants import FLOATS, ModelGraph, Root, find_root, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import bias_input, operator_of, weight_operand
@@ -83,7 +83,7 @@ def find_layers(model: ModelGraph, weights: Collection[str]) -> list[Layer]:
         operator, root = operator_of(node), None
         if operator is not None and weight_operand(node) == 1:
             root = find_root(node.inputs[1])
-        if operator is None or root is None or root.name not in weights or model.read_counts[root.name] != 1:
+        if operator is None or root is None or root.name not in weights or not _has_one_reader(root, model):
             continue
         if not (operator.fits(node.attrs, root.shape) and operator.is_product(node.attrs, root.shape)):
             continue
@@ -116,6 +116,11 @@ def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
         set_initializer(graph, bias[1], name)
         del target.input[operator.bias :]
         target.input.append(name)
+
+
+def _has_one_reader(root: Root, model: ModelGraph) -> bool:
+    """Whether a single node reads the constant, also behind the nodes of its chain, such as a Cast."""
+    return all(model.read_counts[name] == 1 for name in (root.name, *(step.outputs[0].name for step in root.chain)))
 
 
 def _added_to(node: gs.Node) -> str:
