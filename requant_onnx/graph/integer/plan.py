@@ -153,7 +153,7 @@ def _weighted_nodes(model: ModelGraph, weights: Collection[str], why_not: dict[s
             root = find_root(tensor)
             if root is None or root.name not in weights:
                 continue
-            reason = _why_not_weighted(model, node, operand)
+            reason = _why_not_weighted(model, node, operand, len(root.shape))
             if reason is None and axes.setdefault(root.name, axis := _channel_axis(node, len(root.shape))) != axis:
                 reason = "is read along two axes"
             if reason is None:
@@ -165,12 +165,14 @@ def _weighted_nodes(model: ModelGraph, weights: Collection[str], why_not: dict[s
     return {key: node for key, node in weighted.items() if node.weight not in why_not}
 
 
-def _why_not_weighted(model: ModelGraph, node: gs.Node, operand: int) -> str | None:
+def _why_not_weighted(model: ModelGraph, node: gs.Node, operand: int, rank: int) -> str | None:
     operator = operator_of(node)
     if operator is None or operator.kernel is None:
         return f"is read by {node.op}, for which ONNX Runtime has no integer kernel"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
+    if node.op == "MatMul" and rank != 2:
+        return "has more than two dimensions, for which ONNX Runtime's integer kernel takes no scale per channel"
     if from_constants(node.inputs[0]):
         return "is multiplied with a constant"
     bias = bias_input(node)
