@@ -225,6 +225,14 @@ def test_functions_without_weights_stay() -> None:
     assert [function.name for function in quantize_model(model)[0].functions] == ["act"]
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(("last", "names"), [("Gemm<transB = 1>", ["w"]), ("MatMul", ["w_transposed", "w"])])
+def test_a_transposed_weight_of_several_nodes_is_stored_once(last: str, names: list[str], config: QuantConfig) -> None:
+    text = "net (float[n, 24] x) => (float[n, c] y) { a = Gemm<transB = 1>(x, w) b = Gemm<transB = 1>(a, w) y = LAST(b, w) }"
+    report = check(parse(text.replace("LAST", last), w=laplace(24, 24)), config)
+    assert [weight.name for weight in report.converted] == (["w"] if config.form is Form.FOLDED else names)
+
+
 OLD = ROWS.replace("c] y", "40] y") + "{ h = MatMul(x, w) u = Unsqueeze<axes = [0]>(h) s = Squeeze<axes = [0]>(u) %s }"
 """A graph that only onnx.version_converter can raise above opset 12."""
 
