@@ -28,7 +28,7 @@ CASES: list[tuple[str, str, Shapes, dict[str, int | None]]] = [  # operator, tex
         "LSTM",
         SEQUENCE + '{ y = LSTM<hidden_size = 24, direction = "bidirectional">(x, w, r) }',
         {"w": (2, 96, 16), "r": (2, 96, 24)},
-        {"w_rows": 0, "r_rows": 0},
+        {"w": 0, "r": 0},
     ),
     ("Gather", "net (int64[2, 3] x) => (float[a, b, c] y) { y = Gather(w, x) }", {"w": (60, 20)}, {"w": 0}),
     ("Gather", "net (int64[2] x) => (float[a, b] y) { y = Gather<axis = -1>(w, x) }", {"w": (20, 60)}, {"w": 1}),

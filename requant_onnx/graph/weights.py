@@ -6,7 +6,7 @@ The channel axis is that of the output channel in the stored layout (operators.p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,6 +44,7 @@ class Weight:
     is_table: whether its values reach results directly, see holders.py.
     lookup_axis: axis along which all its readers look up entries, None if one reads it whole.
     readers: names of the nodes that read it, if they have a name.
+    former: name of the tensor that a rewrite made it from, "" if none did.
     """
 
     name: str
@@ -57,11 +58,12 @@ class Weight:
     is_table: bool = False
     lookup_axis: int | None = None
     readers: tuple[str, ...] = ()
+    former: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names by which a user may refer to it."""
-        return (self.name, *self.readers)
+        return (self.name, *((self.former,) if self.former else ()), *self.readers)
 
     def load(self) -> Float32Array:
         """The values as float32.  Raises ModelError when one is NaN or infinite."""
@@ -90,6 +92,10 @@ class View:
 
     weights: tuple[Weight, ...]
     skipped: tuple[SkippedWeight, ...]
+
+    def renamed(self, former: Mapping[str, str]) -> View:
+        """The same weights, with their names before rewrites.  former: name of a new tensor -> name of the one it was made from."""
+        return replace(self, weights=tuple(replace(weight, former=former.get(weight.name, "")) for weight in self.weights))
 
 
 def find_weights(model: ModelGraph) -> View:
