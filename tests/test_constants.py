@@ -25,6 +25,7 @@ COMPUTED = {
     "concat": "{ w = Concat<axis = 0>(v, other) y = Conv(x, w) }",
     "gather": "{ w = Gather(v, order) y = Conv(x, w) }",
     "bias": "{ b = Mul(d, d) y = Conv(x, v, b) }",
+    "clipped from above": "{ w = Clip(v, , half) y = Conv(x, w) }",
     "scaled, behind a reshape": "{ r = Reshape(v, flat) s = Mul(r, half) w = Reshape(s, back) y = Conv(x, w) }",
 }
 CONSTANTS = {
@@ -65,6 +66,7 @@ def test_weights_computed_from_float_constants_are_converted(text: str, form: Fo
     ("text", "reason"),
     [
         ("{ c = Cast<to = 1>(codes) w = Mul(c, half) y = Conv(x, w) }", "is decoded from other constants (Mul)"),  # codes
+        ("{ c = Cast<to = 1>(codes) w = Clip(c, , half) y = Conv(x, w) }", "is decoded from other constants (Clip)"),
         ("{ w = Gather(palette, indices) y = Conv(x, w) }", "is decoded from other constants (Gather)"),
         ("{ w = Tile(v, twice) y = Conv(x, w) }", "is decoded from other constants (Tile)"),  # the file would grow
         ("{ w = RandomNormal<shape = [16, 8, 3, 3]>() y = Conv(x, w) }", "is computed by RandomNormal ''"),

@@ -206,7 +206,7 @@ def ancestors(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
         if id(each) not in seen:
             seen.add(id(each))
             yield each
-            waiting.extend(behind for node in each.inputs for behind in node.inputs)
+            waiting.extend(behind for node in each.inputs for behind in node.inputs if behind.name)  # an omitted input has none
 
 
 def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:
