@@ -102,7 +102,7 @@ def find_weights(model: ModelGraph) -> View:
     """Find the weights of all nodes.  Raises ModelError when a shape is invalid."""
     graphs = (model.graph, *model.bodies)
     edges = edge_nodes(model.graph) or {edge for body in model.bodies for edge in edge_nodes(body)}
-    interface = _Interface.of(model.proto)
+    interface = _Interface.of(model)
     weights: dict[str, Weight] = {}
     skipped: dict[tuple[str, str], tuple[SkippedWeight, gs.Tensor | None]] = {}
     for node in (node for graph in graphs for node in graph.nodes):
@@ -151,6 +151,7 @@ def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:
 class _Interface:
     """Tensors visible to callers of the model.  overridable: initializers that a caller may replace (IR 4 and later).
 
+    outputs: outputs of the model, and constants that reach one through nodes that keep their values.
     stored: the constants of the main graph; only these can be replaced.
     """
 
@@ -160,12 +161,14 @@ class _Interface:
     stored: frozenset[str]
 
     @classmethod
-    def of(cls, model: onnx.ModelProto) -> _Interface:
-        inputs = frozenset(item.name for item in model.graph.input) if model.ir_version >= 4 else frozenset()
-        sparse = frozenset(item.values.name for item in model.graph.sparse_initializer)
-        nodes = (node.output[0] for node in model.graph.node if node.op_type == "Constant" and node.output)
-        stored = frozenset(item.name for item in model.graph.initializer) | frozenset(nodes) | sparse
-        return cls(frozenset(item.name for item in model.graph.output), inputs, sparse, stored)
+    def of(cls, model: ModelGraph) -> _Interface:
+        graph = model.proto.graph
+        sparse = frozenset(item.values.name for item in graph.sparse_initializer)
+        nodes = (node.output[0] for node in graph.node if node.op_type == "Constant" and node.output)
+        stored = frozenset(item.name for item in graph.initializer) | frozenset(nodes) | sparse
+        roots = (find_stored(tensor) for tensor in model.graph.outputs)
+        outputs = {item.name for item in graph.output} | {root.name for root in roots if root is not None}
+        return cls(frozenset(outputs), model.overridable, sparse, stored)
 
 
 def _look_at(
