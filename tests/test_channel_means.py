@@ -57,6 +57,14 @@ def test_what_is_not_known_is_left_out(text: str) -> None:
     assert channel_means(ModelGraph.of(model)).keys() == {"b"}
 
 
+def test_parameters_that_a_caller_may_replace_are_not_known() -> None:
+    text = "{ b = BatchNormalization(x, gamma, beta, m, v) c = Clip(b, low) y = BatchNormalization(c, scale, beta, m, v) }"
+    inputs = "float[n, 3, 8, 8] x, float[3] scale, float low"
+    defaults = {"scale": np.ones(3, np.float32), "low": np.array(0, np.float32)}
+    model = parse(f"net ({inputs}) => (float[n, c, h, w] y) {text}", **NORMALIZED, **STATISTICS, **defaults)
+    assert channel_means(ModelGraph.of(model)).keys() == {"b"}
+
+
 def net() -> onnx.ModelProto:
     """A model of Conv, BatchNormalization with its input's statistics, Relu, grouped Conv with weights that round to one side."""
     text = """net (float[n, 4, 12, 12] x) => (float[n, 8, h, w] y) {

@@ -11,7 +11,7 @@ from conftest import laplace, parse, skipped_weights, small_cnn
 from onnx import helper
 from oracle import feeds_for, run
 
-from requant_onnx import BiasType, Form, QuantConfig, Refinement, inspect_model, quantize_model
+from requant_onnx import BiasType, Calibration, Form, QuantConfig, Refinement, inspect_model, quantize_model
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.float_constants import VECTOR, float_constants
 
@@ -25,6 +25,7 @@ COMPUTED = {
     "concat": "{ w = Concat<axis = 0>(v, other) y = Conv(x, w) }",
     "gather": "{ w = Gather(v, order) y = Conv(x, w) }",
     "bias": "{ b = Mul(d, d) y = Conv(x, v, b) }",
+    "clipped from above": "{ w = Clip(v, , half) y = Conv(x, w) }",
     "scaled, behind a reshape": "{ r = Reshape(v, flat) s = Mul(r, half) w = Reshape(s, back) y = Conv(x, w) }",
 }
 CONSTANTS = {
@@ -65,6 +66,7 @@ def test_weights_computed_from_float_constants_are_converted(text: str, form: Fo
     ("text", "reason"),
     [
         ("{ c = Cast<to = 1>(codes) w = Mul(c, half) y = Conv(x, w) }", "is decoded from other constants (Mul)"),  # codes
+        ("{ c = Cast<to = 1>(codes) w = Clip(c, , half) y = Conv(x, w) }", "is decoded from other constants (Clip)"),
         ("{ w = Gather(palette, indices) y = Conv(x, w) }", "is decoded from other constants (Gather)"),
         ("{ w = Tile(v, twice) y = Conv(x, w) }", "is decoded from other constants (Tile)"),  # the file would grow
         ("{ w = RandomNormal<shape = [16, 8, 3, 3]>() y = Conv(x, w) }", "is computed by RandomNormal ''"),
@@ -122,11 +124,100 @@ def test_keep_inputs() -> None:
     assert {item.reason for item in skipped_weights(report)} == {"is also an input of the model, so a caller may replace it"}
 
 
+def test_factors_of_a_weight_that_stay_inputs_are_not_computed() -> None:
+    source = parse("net (float[2, 24] x) => (float[2, 40] y) { w = Mul(v, g) a = MatMul(x, w) b = MatMul(a, u) y = MatMul(b, t) }",
+                   **FACTORS, u=laplace(40, 24), t=laplace(24, 40))  # fmt: skip
+    source.graph.input.append(helper.make_tensor_value_info("g", 1, [1, 40]))
+    made, report = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x", "g"]
+    assert {weight.name for weight in report.converted} == {"v", "u", "t"}
+    assert [item.reason for item in skipped_weights(report) if item.name == "w"] == [
+        "is computed from inputs of the model (Mul), so a caller may replace it"
+    ]
+    feeds = {**feeds_for(source), "g": np.full((1, 40), 3, np.float32)}
+    np.testing.assert_allclose(run(made, feeds)[0], run(source, feeds)[0], atol=0.1)
+
+
+@pytest.mark.parametrize("form", Form)
+def test_a_bias_that_stays_an_input_counts(form: Form) -> None:
+    """So do the bounds of a Clip, which integer kernels absorb otherwise."""
+    source = parse(
+        "net (float[1, 3, 8, 8] x) => (float[1, 16, 8, 8] y) { a = Conv<pads = [1, 1, 1, 1]>(x, w, b) r = Clip(a, low, high) "
+        "y = Conv<pads = [1, 1, 1, 1]>(r, v) }",
+        w=laplace(16, 3, 3, 3), v=laplace(16, 16, 3, 3), b=laplace(16), low=np.float32(0), high=np.float32(6),
+    )  # fmt: skip
+    given = {"b": np.ones(16, np.float32), "high": np.array(2, np.float32)}
+    source.graph.input.extend(helper.make_tensor_value_info(key, 1, values.shape) for key, values in given.items())
+    config = QuantConfig(8, form=form, keep_inputs=True, int8_speed="all")
+    made, report = quantize_model(source, config, calibration=Calibration(count=8))
+    assert [item.name for item in made.graph.input] == ["x", *given]
+    assert {weight.name for weight in report.converted} == {"w", "v"}
+    feeds = feeds_for(source) | given
+    expected = run(source, feeds)[0]
+    np.testing.assert_allclose(run(made, feeds)[0], expected, atol=0.05 * abs(expected).max())
+
+
 def test_inputs_that_are_no_weights_stay() -> None:
     text = "net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y) { a = Conv(x, v) y = Clip(a, low, high) }"
     source = with_inputs(parse(text, v=FULL["v"], low=np.float32(-1), high=np.float32(1)))
     made, _ = quantize_model(source)
     assert [item.name for item in made.graph.input] == ["x", "low", "high"]
+
+
+FACTORS = {"v": laplace(24, 40), "g": 1 + laplace(1, 40)}
+DEFAULTS: dict[str, tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]] = {
+    "states": (
+        "net (float[5, 1, 16] x) => (float[5, 1, 1, 32] y) { y = LSTM<hidden_size = 32>(x, w, r, b, , h, c) }",
+        {"w": laplace(1, 128, 16), "r": laplace(1, 128, 32), "b": laplace(1, 256)},
+        {"h": np.zeros((1, 1, 32), np.float32), "c": np.zeros((1, 1, 32), np.float32)},
+    ),
+    "a mask": (
+        "net (float[2, 24, 24] x) => (float[2, 24, 24] y) { a = MatMul(x, w) y = Add(a, m) }",
+        {"w": laplace(24, 24)},
+        {"m": np.zeros((1, 24, 24), np.float32)},
+    ),
+    "the left operand": (
+        "net (float[2, 24] x) => (float[2, 40] y) { a = MatMul(x, w) b = MatMul(h, v) y = Add(a, b) }",
+        {"w": laplace(24, 40), "v": laplace(24, 40)},
+        {"h": np.zeros((2, 24), np.float32)},
+    ),
+    "the right operand": (
+        "net (float[24, 2] x) => (float[40, 2] y) { a = MatMul(w, x) b = MatMul(v, h) y = Add(a, b) }",
+        {"w": laplace(40, 24), "v": laplace(40, 24)},
+        {"h": np.zeros((24, 2), np.float32)},
+    ),
+    "no past": (
+        "net (float[2, 24] x) => (float[2, 40] y, float[2, 0] z) { y = MatMul(x, w) z = MatMul(x, p) }",
+        {"w": laplace(24, 40)},
+        {"p": np.zeros((24, 0), np.float32)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_inputs_with_a_default_value_stay(name: str) -> None:
+    text, weights, defaults = DEFAULTS[name]
+    source = parse(text, **weights, **defaults)
+    source.graph.input.extend(helper.make_tensor_value_info(key, 1, values.shape) for key, values in defaults.items())
+    made, report = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x", *defaults]
+    assert "w" in {weight.name for weight in report.converted}
+
+
+@pytest.mark.parametrize("name", ["states", "the left operand", "no past"])
+def test_states_stay_where_every_initializer_is_an_input(name: str) -> None:
+    text, weights, defaults = DEFAULTS[name]
+    made, report = quantize_model(with_inputs(parse(text, **weights, **defaults)))
+    assert [item.name for item in made.graph.input] == ["x", *defaults]
+    assert {weight.name for weight in report.converted} == weights.keys() - {"b"}
+
+
+def test_factors_of_a_weight_that_are_inputs_become_constant() -> None:
+    source = with_inputs(parse("net (float[2, 24] x) => (float[2, 40] y) { w = Mul(v, g) y = MatMul(x, w) }", **FACTORS))
+    made, report = quantize_model(source)
+    assert [item.name for item in made.graph.input] == ["x"]
+    assert [weight.name for weight in report.converted] == ["w_folded"]
+    near(made, source)
 
 
 def with_biases() -> onnx.ModelProto:

@@ -291,6 +291,16 @@ def test_a_layer_makes_up_for_the_error_of_its_shortcut() -> None:
     assert abs(target - d).max() > 0.1
 
 
+@pytest.mark.parametrize("step", ["Cast<to = 1>", "Identity"])
+def test_a_weight_that_two_nodes_read_behind_another_node_is_rounded_to_nearest(step: str) -> None:
+    text = f"net (float[n, 24] x) => (float[n, 24] y) {{ t = {step}(w) a = MatMul(x, t) b = MatMul(a, v) y = MatMul(b, t) }}"
+    model = parse(text, w=laplace(24, 24).astype(np.float16 if "Cast" in step else np.float32), v=laplace(24, 24, seed=1))
+    assert [layer.weight for layer in find_layers(ModelGraph.of(model), {"w", "v"})] == ["v"]
+    feeds = [{"x": laplace(4, 24, seed=k)} for k in range(16)]
+    _, report = quantize_model(model, QuantConfig(3), calibration=Calibration.from_feeds(feeds))
+    assert {weight.name: weight.method == "nearest" for weight in report.converted} == {"w": True, "v": False}
+
+
 def test_the_same_input_gives_the_same_bytes() -> None:
     made = [
         quantize_model(small_cnn(), QuantConfig(3), calibration=Calibration(), threads=t)[0].SerializeToString() for t in (1, 2)

@@ -28,7 +28,7 @@ CASES: list[tuple[str, str, Shapes, dict[str, int | None]]] = [  # operator, tex
         "LSTM",
         SEQUENCE + '{ y = LSTM<hidden_size = 24, direction = "bidirectional">(x, w, r) }',
         {"w": (2, 96, 16), "r": (2, 96, 24)},
-        {"w_rows": 0, "r_rows": 0},
+        {"w": 0, "r": 0},
     ),
     ("Gather", "net (int64[2, 3] x) => (float[a, b, c] y) { y = Gather(w, x) }", {"w": (60, 20)}, {"w": 0}),
     ("Gather", "net (int64[2] x) => (float[a, b] y) { y = Gather<axis = -1>(w, x) }", {"w": (20, 60)}, {"w": 1}),
@@ -115,6 +115,21 @@ def test_an_embedding_that_is_also_a_weight_is_decoded_whole() -> None:
     text = "net (int64[3] x) => (float[a, b] y) { e = Gather(w, x) t = Transpose(w) y = MatMul(e, t) }"
     report = check(model_of(text, {"w": (60, 20)}), QuantConfig(4), feeds_for(parse(text)))
     assert [w.axis for w in report.converted] == [0]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "net (int64[3] x) => (float[a, b] y) { t = Identity(w) y = Gather(t, x) }",
+        "net (int64[3] x) => (float[a, b] y) { t = Cast<to = 1>(w) y = Gather(t, x) }",
+        "net (int64[3] x) => (float[a, b] y, int64[2] s) { t = Transpose(w) y = Gather<axis = 1>(t, x) s = Shape(w) }",
+    ],
+    ids=["Identity", "Cast", "Transpose"],
+)
+def test_an_embedding_behind_another_node_is_decoded_whole(text: str, config: QuantConfig) -> None:
+    report = check(model_of(text, {"w": (60, 20)}, np.float16 if "Cast" in text else np.float32), config, feeds_for(parse(text)))
+    assert [w.axis for w in report.converted] == [0 if config.granularity is Granularity.PER_CHANNEL else None]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -175,6 +175,14 @@ def test_what_has_no_integer_kernel_stays_float() -> None:
     assert {"Softplus", "Exp", "ConvTranspose"} <= explain(model).operators.keys()
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_weight_of_three_dimensions_stays_float(batch: int) -> None:
+    model = parse("net (float[2, n, 24] x) => (float[2, n, 32] y) { y = MatMul(x, w) }", w=laplace(batch, 24, 32))
+    calibration = Calibration.from_feeds([{"x": laplace(2, 6, 24, seed=k)} for k in range(6)])
+    _, report = quantize_model(model, QuantConfig(8, form=Form.INT8, int8_speed="all"), calibration=calibration)
+    assert [(weight.form, "more than two dimensions" in weight.why_not_int8) for weight in report.converted] == [("folded", True)]
+
+
 def test_plan_of_a_tensor_with_other_readers() -> None:
     """A Relu that is not the only reader of a Conv is not absorbed; an output of the model keeps its name."""
     text = """net (float[n, 4, 8, 8] x) => (float[n, 4, a, b] c, float[n, 4, d, e] y) {

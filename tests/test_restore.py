@@ -116,6 +116,14 @@ def test_files_of_other_tools_come_back(tmp_path: Path) -> None:
     assert np.linalg.norm(run(restored) - exact) <= 0.05 * np.linalg.norm(exact)
 
 
+def test_default_values_of_inputs_stay() -> None:
+    text = "net (float[2, 24] x, float[3] unread) => (float[2, 40] y) { w = DequantizeLinear(q, s) y = MatMul(x, w) }"
+    codes = np.random.default_rng(0).integers(-99, 99, (24, 40)).astype(np.int8)
+    restored, report = restore_model(parse(text, q=codes, s=np.float32(0.01), unread=np.ones(3, np.float32)))
+    assert report.constants == 1
+    assert {item.name for item in restored.graph.initializer} == {"w", "unread"}
+
+
 def test_what_is_not_quantized_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing in the model is quantized"):
         restore_model(small_cnn())

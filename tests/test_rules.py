@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from conftest import OWN_MODEL
+from conftest import OWN_MODEL, laplace, parse, skipped_weights
 
 from requant_onnx import Budget, Calibration, ConfigError, Form, LayerRule, QuantConfig, QuantReport, Transform, quantize_model
 from requant_onnx.cli.main import main
@@ -38,6 +39,36 @@ def test_names_of_nodes_match_too() -> None:
     node.name = "the/middle"
     _, report = quantize_model(model, QuantConfig(4, overrides=["*/middle=bits:6"]))
     assert [name for name, bits in bits_of(report).items() if bits == 6] == ["stages.4.conv1.weight"]
+
+
+CONV = "Conv<pads = [1, 1, 1, 1]>"
+REWRITTEN = {
+    "directions": (
+        'net (float[5, 1, 16] x) => (float[5, 2, 1, 32] y) { y = LSTM<hidden_size = 32, direction = "bidirectional">(x, w, r) }',
+        {"w": laplace(2, 128, 16), "r": laplace(2, 128, 32)},
+    ),
+    "normalizations": (
+        f"net (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {{ a = {CONV}(x, w) b = BatchNormalization(a, g, g, g, g) "
+        f"c = {CONV}(b, w) y = BatchNormalization(c, g, g, g, g) }}",
+        {"w": laplace(16, 16, 3, 3), "g": np.linspace(0.5, 1.5, 16, dtype=np.float32)},
+    ),
+    "a transposed weight": (
+        "net (float[n, 24] x) => (float[n, 24] y) { a = Gemm<transB = 1>(x, w) y = MatMul(a, w) }",
+        {"w": laplace(24, 24)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_rules_hold_for_weights_that_are_rewritten(name: str) -> None:
+    text, weights = REWRITTEN[name]
+    model = parse(text, **weights)
+    _, report = quantize_model(model, QuantConfig(4, overrides={"w": {"bits": 6}}, edge_layers="plain"))
+    assert all((bits == 6) == item.startswith("w") for item, bits in bits_of(report).items())
+    assert not skipped_weights(report)
+    _, report = quantize_model(model, QuantConfig(4, overrides={"w": "keep"}, edge_layers="plain"))
+    assert {item.reason for item in skipped_weights(report)} == {"is kept in float by the rule 'w'"}
+    assert not any(item.startswith("w") for item in bits_of(report))
 
 
 def test_the_last_rule_that_sets_something_wins() -> None:

@@ -77,6 +77,20 @@ def test_external_data_lies_beside_the_model_and_is_replaced_with_it(tmp_path: P
     assert files_in(tmp_path) == ["m.onnx"]
 
 
+@pytest.mark.parametrize("external_data", [False, True])
+def test_data_that_another_model_reads_stays(tmp_path: Path, external_data: bool) -> None:
+    """A renamed or copied model still refers to the data file, whose name is that of the model before."""
+    path, renamed, data = tmp_path / "m.onnx", tmp_path / "m_v1.onnx", tmp_path / "m.onnx.data"
+    save_model(small_cnn(), path, external_data=True)
+    path.rename(renamed)
+    for _ in range(2):
+        save_model(small_cnn(), path, external_data=external_data)
+        assert load_model(renamed) == small_cnn()
+    renamed.unlink()
+    save_model(small_cnn(), path, external_data=external_data)
+    assert not data.exists()
+
+
 def test_failing_with_external_data_keeps_the_old_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     save_model(small_cnn(), path, external_data=True)

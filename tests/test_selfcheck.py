@@ -11,7 +11,7 @@ from conftest import OWN_MODEL, laplace, parse, small_cnn
 
 from requant_onnx import Calibration, EdgeLayers, Form, ImageSet, QuantConfig, quantize_model, save_model
 from requant_onnx.cli.main import main
-from requant_onnx.convert.selfcheck import COUNT, self_check
+from requant_onnx.convert.selfcheck import COUNT, check_without_inputs, self_check
 from requant_onnx.errors import QualityError
 
 
@@ -120,3 +120,31 @@ def test_the_copies_that_fill_a_fixed_batch_do_not_count(batch: int) -> None:
     assert second is not None
     assert (first.count, first.agreement) == (second.count, second.agreement)
     assert first.sqnr_db == pytest.approx(second.sqnr_db)
+
+
+TEXTS = "net (float[n, 48] x) => (float[a, b] y) { r = Reshape(x, s) y = MatMul(r, w) }"
+
+
+def test_without_inputs_a_result_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is known about its inputs, except for a runtime that cannot be tried, and for broken models."""
+    good = parse(TEXTS, s=np.array([-1, 48], np.int64), w=laplace(48, 8))
+    bad = parse(TEXTS, s=np.array([-1, 48], np.int32), w=laplace(48, 8))
+    check_without_inputs(good, good, loads=True)
+    check_without_inputs(bad, bad, loads=True)
+    check_without_inputs(good, bad, loads=False)
+    with pytest.raises(QualityError, match=r"ONNX Runtime loads the model, but not the converted model .*; please report this"):
+        check_without_inputs(good, bad, loads=True)
+    asked = []
+    monkeypatch.setattr("requant_onnx.convert.pipeline.check_without_inputs", lambda *_, loads: asked.append(loads))
+    for config in (QuantConfig(), QuantConfig(form=Form.FOLDED), QuantConfig(runtime="tensorrt")):
+        assert quantize_model(good, config)[1].why_unchecked.startswith("there are no inputs")
+    assert asked == [True, False, False]  # the folded form has been loaded already
+
+
+def test_without_inputs_a_result_may_not_require_more_of_them() -> None:
+    values = np.array([-1, 48], np.int64)
+    source = parse(TEXTS.replace("x)", "x, int64[2] s)"), s=values, w=laplace(48, 8))
+    made = parse(TEXTS.replace("x)", "x, int64[2] s)"), w=laplace(48, 8))
+    check_without_inputs(made, source, loads=False)
+    with pytest.raises(QualityError, match="the converted model requires the input 's', which the model does not"):
+        check_without_inputs(source, made, loads=False)

@@ -219,6 +219,19 @@ def test_sequences_and_sparse_initializers_are_calibrated(config: QuantConfig) -
     assert error < 0.1
 
 
+@CALIBRATED
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.INT64])
+def test_empty_optionals_are_calibrated(kind: int, config: QuantConfig) -> None:
+    text = """net (float[n, 3, 8, 8] x) => (float[n, 8, a, b] y, bool z) {
+        c = Conv(x, w1) o = Optional() d = Conv(c, w2) z = OptionalHasElement(o) y = Conv(d, w3) }"""
+    weights = {"w1": laplace(16, 3, 3, 3), "w2": laplace(16, 16, 3, 3, seed=1), "w3": laplace(8, 16, 3, 3, seed=2)}
+    model = parse(text, **weights)
+    element = helper.make_tensor_type_proto(kind, None)
+    model.graph.node[1].attribute.add(name="type", type=onnx.AttributeProto.TYPE_PROTO).tp.CopyFrom(element)
+    _, report = quantize_model(model, config, calibration=Calibration.from_feeds(FEEDS))
+    assert {weight.name for weight in report.converted} == set(weights)
+
+
 def test_biases_stay_float32_where_float16_changes_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large biases that the next layer cancels: rounded to float16, they are the largest error of the model."""
     text = """net (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] y) {

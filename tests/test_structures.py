@@ -11,8 +11,9 @@ from conftest import laplace, parse, skipped_weights
 from onnx import TensorProto, helper, numpy_helper
 from oracle import check, run
 
-from requant_onnx import Form, Granularity, QuantConfig, QuantReport, Transform, inspect_model, quantize_model
+from requant_onnx import Form, Granularity, ModelError, QuantConfig, QuantReport, Transform, inspect_model, quantize_model
 from requant_onnx.cli.main import main
+from requant_onnx.graph.prepare.opset import raise_opset
 
 IMAGES = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
 ROWS = "net (float[n, 24] x) => (float[n, c] y)"
@@ -222,6 +223,59 @@ def test_functions_without_weights_stay() -> None:
     model.graph.initializer.append(numpy_helper.from_array(MATRIX, "w"))
     check(model, CONFIGS["qdq8"])
     assert [function.name for function in quantize_model(model)[0].functions] == ["act"]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(("last", "names"), [("Gemm<transB = 1>", ["w"]), ("MatMul", ["w_transposed", "w"])])
+def test_a_transposed_weight_of_several_nodes_is_stored_once(last: str, names: list[str], config: QuantConfig) -> None:
+    text = "net (float[n, 24] x) => (float[n, c] y) { a = Gemm<transB = 1>(x, w) b = Gemm<transB = 1>(a, w) y = LAST(b, w) }"
+    report = check(parse(text.replace("LAST", last), w=laplace(24, 24)), config)
+    assert [weight.name for weight in report.converted] == (["w"] if config.form is Form.FOLDED else names)
+
+
+OLD = ROWS.replace("c] y", "40] y") + "{ h = MatMul(x, w) u = Unsqueeze<axes = [0]>(h) s = Squeeze<axes = [0]>(u) %s }"
+"""A graph that only onnx.version_converter can raise above opset 12."""
+
+
+def test_functions_without_weights_are_inlined_where_the_opset_is_converted() -> None:
+    """The converter drops functions."""
+    model = parse(OLD % "y = local.act(s)", opset=11, w=MATRIX)
+    imports = [helper.make_opsetid("", 11), helper.make_opsetid("local", 1)]
+    model.opset_import.append(imports[1])
+    model.functions.append(helper.make_function("local", "act", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], imports))
+    check(model, CONFIGS["qdq8"])
+    made, _ = quantize_model(model)
+    assert not made.functions
+    assert [node.op_type for node in made.graph.node][-1] == "Relu"
+    model.functions[0].opset_import[0].version = 10
+    with pytest.raises(ModelError, match="the function 'act' needs another opset"):
+        raise_opset(model, 19)
+
+
+@pytest.mark.parametrize("in_node", [False, True])
+def test_sparse_tensors_become_dense_where_the_opset_is_converted(in_node: bool) -> None:
+    """The converter loses sparse initializers and refuses sparse constants."""
+    model = parse(OLD % "y = Mul(s, k)", opset=11, w=MATRIX)
+    values, indices = np.array([1.5, 2.5], np.float32), np.array([3, 7], np.int64)
+    sparse = helper.make_sparse_tensor(numpy_helper.from_array(values, "k"), numpy_helper.from_array(indices, "i"), [40])
+    if in_node:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], sparse_value=sparse))
+    else:
+        model.graph.sparse_initializer.append(sparse)
+    check(model, CONFIGS["qdq8"])
+
+
+@pytest.mark.parametrize("imports", [("",), ("", "ai.onnx"), ("ai.onnx",)])
+def test_both_names_of_the_standard_domain(imports: tuple[str, ...]) -> None:
+    """The converter knows only one."""
+    model = parse(OLD % "y = Relu(s)", opset=11, w=MATRIX)
+    for node in model.graph.node[1:]:
+        node.domain = "ai.onnx"
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(name, 11) for name in imports)
+    feeds = {"x": laplace(2, 24)}
+    expected = run(model, feeds)
+    np.testing.assert_allclose(run(raise_opset(model, 19), feeds)[0], expected[0], rtol=1e-6)
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from requant_onnx.graph.weights import find_weights
 
 IO = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
 MATRIX_IO = "net (float[n, 6] x) => (float[n, c] y)"
+V_OUT = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y, float[a, b, c, d] v)"
 W_OUT = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y, float[5, 4, 3, 3] w)"
 W_IN = "net (float[n, 4, 6, 6] x, float[5, 4, 3, 3] w) => (float[n, c, h, w] y)"
 W = laplace(5, 4, 3, 3)
@@ -83,6 +84,8 @@ def test_a_product_of_two_activations_is_no_weight() -> None:
         (IO + "{ a = Mul(w, w) y = Conv(x, a) }", W, "is decoded from other constants (Mul)"),
         (IO + "{ m = ReduceMean(x) a = Mul(w, m) y = Conv(x, a) }", W, "is computed by Mul"),
         (W_OUT + "{ y = Conv(x, w) }", W, "is an output"),
+        (V_OUT + "{ v = Identity(w) y = Conv(x, v) }", W, "is an output"),
+        (V_OUT + "{ v = Transpose(w) y = Conv(x, w) }", W, "is an output"),
         (W_IN + "{ y = Conv(x, w) }", W, "a caller may replace"),
         (W_IN + "{ y = Conv(x, w) }", None, "is an input of the model"),
         ("net (float[n, 6] x) => (float[n] y) { y = MatMul(x, w) }", laplace(6), "has 1 dimensions"),

@@ -17,7 +17,7 @@ from requant_onnx.convert.download import write_for_download
 from requant_onnx.convert.prepare import prepare
 from requant_onnx.convert.report import InspectedWeight, InspectReport, QuantReport, WeightReport
 from requant_onnx.convert.schedule import Clock
-from requant_onnx.convert.selfcheck import self_check
+from requant_onnx.convert.selfcheck import check_without_inputs, self_check
 from requant_onnx.convert.steps import Steps, convert
 from requant_onnx.errors import ConfigError, ConvertedError, LoadError, ModelError, QualityError
 from requant_onnx.files.compressed import check_installed
@@ -115,14 +115,17 @@ def convert_model(
 def _checked(
     source: onnx.ModelProto, made: onnx.ModelProto, config: QuantConfig, calibration: Calibration | None, report: QuantReport
 ) -> QuantReport:
-    """The report with the self-check.  Raises QualityError if a result for a checked runtime does not run."""
+    """The report with the self-check.  Raises QualityError if a result for a checked runtime does not run, or needs more inputs."""
+    checked = RUNTIMES[config.runtime].checked
     try:
         found = self_check(source, made, calibration)
     except QualityError as error:
-        if RUNTIMES[config.runtime].checked:
+        if checked:
             raise
         found = str(error)
     if isinstance(found, str):
+        loaded = any(FORMS[Form(weight.form)].promise is not None for weight in report.converted)  # to check the promise
+        check_without_inputs(source, made, loads=checked and not loaded)
         return replace(report, why_unchecked=found)
     return replace(report, check=found, why_unchecked="")
 

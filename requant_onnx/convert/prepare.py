@@ -111,20 +111,21 @@ def prepare(
     form = FORMS[config.form]
     analytic = refining is None and config.refinement is not Refinement.NONE
     means = channel_means(given) if analytic else {}
-    folded = fold_batchnorm(given)
+    former: dict[str, str] = {}
+    folded = fold_batchnorm(given, former)
     merge_directions(given)
     merge_constants(given.proto)
     model = ModelGraph.of(raise_opset(given.proto, opset_for(config)))
-    wanted = {w.name for w in find_weights(model).weights if kept_in_float(w, config) is None}
+    wanted = {w.name for w in find_weights(model).renamed(former).weights if kept_in_float(w, config) is None}
     if form.on_integers:
         write_full_pads(model)
     give_biases(
         model, wanted if refining is not None else {layer.weight for layer in find_layers(model, wanted) if layer.x in means}
     )
     if form.transposes_gemm:
-        transpose_gemm(model, wanted)
+        transpose_gemm(model, wanted, former)
     model = ModelGraph.of(model.proto)
-    view = find_weights(model)
+    view = find_weights(model).renamed(former)
     integers = Integers()
     if form.on_integers and calibration is not None:
         integers = watch_integers(model, view, config, calibration, excluded, clock, progress)

@@ -87,7 +87,7 @@ def _restore_constants(model: onnx.ModelProto) -> int:
     for k in constant.nodes - doomed:  # a node with several outputs drops those that are stored now
         graph.node[k].output[:] = ["" if name in floats else name for name in graph.node[k].output]
     delete_where(graph.node, doomed)
-    read = set(reads_in(graph))
+    read = {*reads_in(graph), *(item.name for item in graph.input)}  # the default value of an input stays
     delete_where(graph.initializer, [k for k, item in enumerate(graph.initializer) if item.name not in read])
     for name, value in floats.items():
         set_initializer(graph, value, name)

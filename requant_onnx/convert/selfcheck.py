@@ -1,4 +1,7 @@
-"""The check at the end of a conversion: the error of the outputs, if possible on inputs that the conversion did not use."""
+"""The check at the end of a conversion: the error of the outputs, if possible on inputs that the conversion did not use.
+
+Without inputs, the converted model is only loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from requant_onnx.files.load import is_large, whole
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.outputs import OutputTally, images_in, without_padding
 from requant_onnx.runtime.feeds import calibration_chunks, counts_in
-from requant_onnx.runtime.sessions import load_session, open_session, run_session
+from requant_onnx.runtime.sessions import load_session, open_session, run_session, runs
 
 COUNT = 32  # number of inputs
 
@@ -48,6 +51,35 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
             f"ONNX Runtime runs the model, but not the converted model ({error}); please report this, and choose another --form"
         ) from None
     return SelfCheck(words, tuple(tally.report() for tally in tallies))
+
+
+def check_without_inputs(source: onnx.ModelProto, made: onnx.ModelProto, *, loads: bool) -> None:
+    """Check what needs no inputs: a converted model requires only inputs of its source, and loads.
+
+    loads: whether to load it in ONNX Runtime.  Raises QualityError if it fails a check.  Models above 2 GB are not loaded.
+    """
+    added = sorted(_required(made) - _required(source))
+    if added:
+        raise QualityError(
+            f"the converted model requires the input '{added[0]}', which the model does not; please report this, "
+            "and choose another --form"
+        )
+    if not loads or is_large(source) or is_large(made):
+        return
+    try:
+        load_session(whole(made))
+    except ModelError as error:
+        if runs(whole(source)):
+            raise QualityError(
+                f"ONNX Runtime loads the model, but not the converted model ({error}); please report this, "
+                "and choose another --form"
+            ) from None
+
+
+def _required(model: onnx.ModelProto) -> set[str]:
+    """The names of the inputs without a default value."""
+    stored = {item.name for item in model.graph.initializer} | {item.values.name for item in model.graph.sparse_initializer}
+    return {item.name for item in model.graph.input} - stored
 
 
 def _unseen(calibration: Calibration | None) -> tuple[Calibration, str]:

@@ -26,7 +26,7 @@ import onnx
 from requant_onnx.errors import ModelError
 from requant_onnx.files.atomic import replacing, reporting_errors
 from requant_onnx.files.load import data_files, is_large
-from requant_onnx.files.save import EXTERNAL_BYTES, check_valid
+from requant_onnx.files.save import EXTERNAL_BYTES, check_valid, unshared
 from requant_onnx.files.wire import copy_fields
 
 ALIGNMENT = 4  # alignment of tensors in the data file, in bytes
@@ -84,7 +84,7 @@ def save_progressive(
         if not any(data in data_files(each) for each in paths):
             data.unlink(missing_ok=True)
         raise
-    for file_before in former:
+    for file_before in unshared(former, path):
         file_before.unlink(missing_ok=True)
     ends = zip(stages, paths, planes.ends, strict=True)
     return [SavedStage(stage[0], graph, data, graph.stat().st_size, end) for stage, graph, end in ends]

@@ -44,7 +44,7 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
     with reporting_errors(path), replacing(path) as file:
         for piece in pieces_of(model):
             file.write(piece)
-    _delete([*former, *_orphans(path, ())])
+    _delete(unshared([*former, *_orphans(path, ())], path))
     return path.stat().st_size
 
 
@@ -94,7 +94,7 @@ def _save_externally(model: onnx.ModelProto, path: Path, check: bool) -> int:
     except BaseException:
         _delete([data])
         raise
-    _delete([*(name for name in former if name != data), *_orphans(path, [data])])
+    _delete(unshared([*(name for name in former if name != data), *_orphans(path, [data])], path))
     return path.stat().st_size + data.stat().st_size
 
 
@@ -148,6 +148,13 @@ def _orphans(path: Path, used: Collection[Path]) -> list[Path]:
 
 def _data_pattern(path: Path) -> re.Pattern[str]:
     return re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+
+
+def unshared(files: Collection[Path], path: Path) -> list[Path]:
+    """The data files that no other model in the directory of `path` reads, such as a copy of the model or one that was renamed."""
+    others = [other for other in path.parent.glob("*.onnx") if other != path] if files else []
+    needed = {os.path.normpath(data) for other in others for data in data_files(other)}
+    return [file for file in files if os.path.normpath(file) not in needed]
 
 
 def _delete(files: Iterable[Path]) -> None:

@@ -35,7 +35,8 @@ def channel_means(model: ModelGraph) -> dict[str, Float64Array]:
     """The channel means, (channels,), of each tensor where they are known.  BatchNormalization must not be folded yet."""
     known: dict[str, _Normal] = {}
     for node in model.nodes:
-        normal = _of(node, known) if is_standard(node) and node.outputs else None
+        fixed = model.overridable.isdisjoint(tensor.name for tensor in node.inputs)  # no caller may replace a parameter
+        normal = _of(node, known) if fixed and is_standard(node) and node.outputs else None
         if normal is not None:
             known[node.outputs[0].name] = normal
     return {name: item.mean for name, item in known.items()}

@@ -52,11 +52,25 @@ class ModelGraph:
         return [body for node in self.graph.nodes for body in node.subgraphs(recursive=True)]
 
     @cached_property
+    def overridable(self) -> frozenset[str]:
+        """The initializers that are also inputs: their values are only defaults, which a caller may replace (from IR 4 on)."""
+        inputs = {item.name for item in self.proto.graph.input} if self.proto.ir_version >= 4 else set()
+        return frozenset(item.name for item in self.proto.graph.initializer if item.name in inputs)
+
+    def find_fixed(self, tensor: gs.Tensor) -> Root | None:
+        """The constant that a tensor comes from; None when it is computed, or when a caller may replace it."""
+        root = find_root(tensor)
+        return None if root is None or root.name in self.overridable else root
+
+    @cached_property
     def constant_tensors(self) -> frozenset[int]:
-        """The ids of the tensors that are constants, or computed only from constants."""
+        """The ids of the tensors that are constants which no caller may replace, or computed only from such constants."""
         found: set[int] = set()
         for node in (node for graph in (self.graph, *self.bodies) for node in graph.nodes):
-            found.update(id(tensor) for tensor in node.inputs if isinstance(tensor, gs.Constant))
+            fixed_inputs = (
+                tensor for tensor in node.inputs if isinstance(tensor, gs.Constant) and tensor.name not in self.overridable
+            )
+            found.update(map(id, fixed_inputs))
             fixed = all(id(tensor) in found for tensor in node.inputs if tensor.name)
             if fixed and not is_random(node.op) and not any(node.subgraphs()):
                 found.update(id(tensor) for tensor in node.outputs)
@@ -192,7 +206,7 @@ def ancestors(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
         if id(each) not in seen:
             seen.add(id(each))
             yield each
-            waiting.extend(behind for node in each.inputs for behind in node.inputs)
+            waiting.extend(behind for node in each.inputs for behind in node.inputs if behind.name)  # an omitted input has none
 
 
 def constants_behind(tensor: gs.Tensor) -> list[gs.Constant] | None:

@@ -68,7 +68,7 @@ def drop_unread(graph: onnx.GraphProto, candidates: Iterable[str]) -> None:
     """
     candidates = set(candidates)
     while True:
-        read = set(reads_in(graph))
+        read = {*reads_in(graph), *(item.name for item in graph.input)}  # the default value of an input stays
         doomed = [
             index
             for index, node in enumerate(graph.node)

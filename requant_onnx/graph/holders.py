@@ -27,7 +27,7 @@ from requant_onnx.graph.products import Attributes
 
 MICROSOFT = "com.microsoft"
 NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
-RECURRENT_BIAS = 3  # input of LSTM, GRU and RNN
+RECURRENT_VECTORS = (3, 7)  # inputs of LSTM, GRU and RNN: the bias, and the peepholes of an LSTM
 MIN_TABLE = 512  # elements; a smaller table takes less space than its decode
 
 
@@ -50,8 +50,13 @@ class Holder:
     is_recurrent: bool = False
 
     def is_parameter(self, operand: int) -> bool:
-        """Whether an input may be a weight, or a bias added to weights."""
-        return self.weights is None or operand in self.weights or (self.is_recurrent and operand == RECURRENT_BIAS)
+        """Whether an input may be a weight, or a vector of parameters."""
+        return self.weights is None or operand in self.weights or (self.is_recurrent and operand in RECURRENT_VECTORS)
+
+    @property
+    def multiplies_either(self) -> bool:
+        """Whether the weight can be one of several operands, which are multiplied with each other."""
+        return not self.is_table and (self.weights is None or 0 in self.weights) and not self.looks_up
 
     def may_hold(self, operand: int, shape: Sequence[int]) -> bool:
         """Whether a constant of that shape at that input is a weight: of at least two dimensions, and not a small table."""

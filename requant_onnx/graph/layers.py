@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from requant_onnx.graph.constants import FLOATS, ModelGraph, find_root, is_standard
+from requant_onnx.graph.constants import FLOATS, ModelGraph, Root, find_root, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operands import bias_input, operator_of, weight_operand
@@ -84,12 +83,12 @@ def find_layers(model: ModelGraph, weights: Collection[str]) -> list[Layer]:
         operator, root = operator_of(node), None
         if operator is not None and weight_operand(node) == 1:
             root = find_root(node.inputs[1])
-        if operator is None or root is None or root.name not in weights or model.read_counts[root.name] != 1:
+        if operator is None or root is None or root.name not in weights or not _has_one_reader(root, model):
             continue
         if not (operator.fits(node.attrs, root.shape) and operator.is_product(node.attrs, root.shape)):
             continue
         product = operator.product(node.attrs, root.shape)
-        bias = _bias(node, operator, product, model.read_counts)
+        bias = _bias(node, operator, product, model)
         if bias is not None:
             layers.append(Layer(index, node.op, root.name, node.inputs[0].name, product, *bias, _added_to(node)))
     return layers
@@ -108,7 +107,7 @@ def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
         root = find_root(node.inputs[operator.weights[0]])
         if root is None or root.name not in weights or operator.scales_bias(node.attrs):
             continue
-        bias = _bias(node, operator, operator.product(node.attrs, root.shape), model.read_counts)
+        bias = _bias(node, operator, operator.product(node.attrs, root.shape), model)
         target, edge = proto[node.outputs[0].name], bias_input(node)
         given = "" if edge is None else edge.name
         if bias is None or (given in stored and given not in interface and model.read_counts[given] == 1):
@@ -117,6 +116,11 @@ def give_biases(model: ModelGraph, weights: Collection[str]) -> None:
         set_initializer(graph, bias[1], name)
         del target.input[operator.bias :]
         target.input.append(name)
+
+
+def _has_one_reader(root: Root, model: ModelGraph) -> bool:
+    """Whether a single node reads the constant, also behind the nodes of its chain, such as a Cast."""
+    return all(model.read_counts[name] == 1 for name in (root.name, *(step.outputs[0].name for step in root.chain)))
 
 
 def _added_to(node: gs.Node) -> str:
@@ -132,15 +136,15 @@ def _added_to(node: gs.Node) -> str:
     return ""
 
 
-def _bias(node: gs.Node, operator: Operator, product: Product, reads: Counter[str]) -> tuple[str, GenericArray] | None:
+def _bias(node: gs.Node, operator: Operator, product: Product, model: ModelGraph) -> tuple[str, GenericArray] | None:
     """The bias, (name if only this node reads it, values); None for values that are not constant or not a vector."""
     edge = bias_input(node)
     if edge is None:
         return "", np.zeros(product.channels, _float_type(node))
-    root = find_root(edge)
+    root = model.find_fixed(edge)
     if root is None or root.edge_dtype not in FLOATS or root.dtype not in FLOATS or root.shape != (product.channels,):
         return None
-    only_here = root.name == edge.name and reads[root.name] == 1 and not operator.scales_bias(node.attrs)
+    only_here = root.name == edge.name and model.read_counts[root.name] == 1 and not operator.scales_bias(node.attrs)
     return (root.name if only_here else ""), root.load().astype(onnx.helper.tensor_dtype_to_np_dtype(root.edge_dtype))
 
 

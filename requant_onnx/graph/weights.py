@@ -6,7 +6,7 @@ The channel axis is that of the output channel in the stored layout (operators.p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,8 +19,8 @@ from requant_onnx.graph.constants import (
     ModelGraph,
     Root,
     cast_target,
+    constants_behind,
     find_stored,
-    from_constants,
     load_values,
     seen_shape,
     stored_axis,
@@ -44,6 +44,7 @@ class Weight:
     is_table: whether its values reach results directly, see holders.py.
     lookup_axis: axis along which all its readers look up entries, None if one reads it whole.
     readers: names of the nodes that read it, if they have a name.
+    former: name of the tensor that a rewrite made it from, "" if none did.
     """
 
     name: str
@@ -57,11 +58,12 @@ class Weight:
     is_table: bool = False
     lookup_axis: int | None = None
     readers: tuple[str, ...] = ()
+    former: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names by which a user may refer to it."""
-        return (self.name, *self.readers)
+        return (self.name, *((self.former,) if self.former else ()), *self.readers)
 
     def load(self) -> Float32Array:
         """The values as float32.  Raises ModelError when one is NaN or infinite."""
@@ -91,12 +93,16 @@ class View:
     weights: tuple[Weight, ...]
     skipped: tuple[SkippedWeight, ...]
 
+    def renamed(self, former: Mapping[str, str]) -> View:
+        """The same weights, with their names before rewrites.  former: name of a new tensor -> name of the one it was made from."""
+        return replace(self, weights=tuple(replace(weight, former=former.get(weight.name, "")) for weight in self.weights))
+
 
 def find_weights(model: ModelGraph) -> View:
     """Find the weights of all nodes.  Raises ModelError when a shape is invalid."""
     graphs = (model.graph, *model.bodies)
     edges = edge_nodes(model.graph) or {edge for body in model.bodies for edge in edge_nodes(body)}
-    interface = _Interface.of(model.proto)
+    interface = _Interface.of(model)
     weights: dict[str, Weight] = {}
     skipped: dict[tuple[str, str], tuple[SkippedWeight, gs.Tensor | None]] = {}
     for node in (node for graph in graphs for node in graph.nodes):
@@ -145,6 +151,7 @@ def _in_functions(model: onnx.ModelProto) -> Iterator[SkippedWeight]:
 class _Interface:
     """Tensors visible to callers of the model.  overridable: initializers that a caller may replace (IR 4 and later).
 
+    outputs: outputs of the model, and constants that reach one through nodes that keep their values.
     stored: the constants of the main graph; only these can be replaced.
     """
 
@@ -154,12 +161,14 @@ class _Interface:
     stored: frozenset[str]
 
     @classmethod
-    def of(cls, model: onnx.ModelProto) -> _Interface:
-        inputs = frozenset(item.name for item in model.graph.input) if model.ir_version >= 4 else frozenset()
-        sparse = frozenset(item.values.name for item in model.graph.sparse_initializer)
-        nodes = (node.output[0] for node in model.graph.node if node.op_type == "Constant" and node.output)
-        stored = frozenset(item.name for item in model.graph.initializer) | frozenset(nodes) | sparse
-        return cls(frozenset(item.name for item in model.graph.output), inputs, sparse, stored)
+    def of(cls, model: ModelGraph) -> _Interface:
+        graph = model.proto.graph
+        sparse = frozenset(item.values.name for item in graph.sparse_initializer)
+        nodes = (node.output[0] for node in graph.node if node.op_type == "Constant" and node.output)
+        stored = frozenset(item.name for item in graph.initializer) | frozenset(nodes) | sparse
+        roots = (find_stored(tensor) for tensor in model.graph.outputs)
+        outputs = {item.name for item in graph.output} | {root.name for root in roots if root is not None}
+        return cls(frozenset(outputs), model.overridable, sparse, stored)
 
 
 def _look_at(
@@ -184,7 +193,7 @@ def _weight_of(node: gs.Node, interface: _Interface, is_edge: bool) -> Iterator[
     tensor = node.inputs[operand]
     root = find_stored(tensor)
     if root is None:
-        reason = _why_computed(tensor)
+        reason = _why_computed(tensor, interface)
         if reason is not None:
             yield SkippedWeight(tensor.name, node.op, _shape(tensor), reason), tensor
         return
@@ -216,7 +225,7 @@ def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[t
         weight = _weight(root, node, axis)
         if holder.is_recurrent and len(root.shape) == 2:  # directions and rows share an axis (merge_directions.py)
             weight = replace(weight, channel_axis=0)
-        lookup_axis = weight.channel_axis if _is_lookup(tensor, holder) else None
+        lookup_axis = weight.channel_axis if not root.chain and _is_lookup(tensor, holder) else None
         yield replace(weight, is_table=holder.is_table, lookup_axis=lookup_axis), tensor
 
 
@@ -262,14 +271,17 @@ def _why_fixed(root: Root) -> str | None:
     return "has whole multiples of one number, as fixed kernels do" if small and is_fixed_kernel(root.load()) else None
 
 
-def _why_computed(tensor: gs.Tensor) -> str | None:
+def _why_computed(tensor: gs.Tensor, interface: _Interface) -> str | None:
     """Why a weight that is not a constant is skipped; None if it is clearly an activation (an input of the model)."""
     if not tensor.inputs:
         return "is an input of the model, not a constant"
     producer = tensor.inputs[0]
     if producer.op == "DequantizeLinear":
         return "is already quantized (DequantizeLinear)"
-    if from_constants(tensor):
+    constants = constants_behind(tensor)
+    if constants is not None and any(each.name in interface.overridable for each in constants):
+        return f"is computed from inputs of the model ({producer.op}), so a caller may replace it"
+    if constants is not None:
         return f"is decoded from other constants ({producer.op}), so it may be quantized already"
     return f"is computed by {producer.op} '{producer.name}', not a constant"
 

@@ -151,7 +151,7 @@ def _values(model: ModelGraph, places: _Places, family: _Family) -> list[Generic
     for node in (node for graph in (model.graph, *model.bodies) for node in graph.nodes if id(node) in needed):
         message = onnx.NodeProto()
         message.CopyFrom(places.nodes[id(node)])
-        message.input[:] = [names.get(id(tensor), "") for tensor in node.inputs]
+        message.input[:] = [names[id(tensor)] if tensor.name else "" for tensor in node.inputs]  # "" for an omitted input
         message.output[:] = [names.get(id(tensor), f"unused{len(nodes)}_{k}") for k, tensor in enumerate(node.outputs)]
         nodes.append(message)
     try:

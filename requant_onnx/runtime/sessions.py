@@ -150,7 +150,7 @@ def run_session(
     try:
         return list(session.run(outputs, dict(feed)))
     except Exception as error:  # onnxruntime raises many types of its own
-        sizes = ", ".join("x".join(map(str, values.shape)) for values in feed.values())
+        sizes = ", ".join("x".join(map(str, getattr(values, "shape", "?"))) for values in feed.values())  # sequences have none
         raise ModelError(f"{name} fails in ONNX Runtime on inputs with shapes {sizes} ({first_line(error)})") from None
 
 

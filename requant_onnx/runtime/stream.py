@@ -94,7 +94,7 @@ class Stream:
         read = {name for node in nodes for name in _reads(node)} - made
         stored = [replaced.get(name, self._stored[name]) for name in sorted(read) if name in self._stored]
         feeds = sorted(name for name in read if name in self.values[0])
-        inputs = [_typed(name, self.values[0][name]) for name in feeds]
+        inputs = [onnx.helper.make_value_info(name, self._type_of(name, self.values[0][name])) for name in feeds]
         outputs = [onnx.ValueInfoProto(name=name) for name in wanted]
         graph = onnx.helper.make_graph(nodes, "piece", inputs, outputs, stored)
         model = onnx.helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
@@ -103,6 +103,14 @@ class Stream:
         session = open_session(model, "the model")
         self.opening += time.perf_counter() - started
         return session, feeds
+
+    def _type_of(self, name: str, values: Any) -> onnx.TypeProto:
+        """The type of a tensor with these values; that of an empty optional is stated by the node that made it."""
+        if values is not None:
+            return _type_of(values)
+        makers = (node for node in self._model.graph.node if name in node.output)
+        stated = next((item.tp for node in makers for item in node.attribute if item.HasField("tp")), None)
+        return onnx.helper.make_optional_type_proto(_ANY_FLOATS if stated is None else stated)
 
     def _constants_before(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """The constant nodes that these nodes need, in the order of the graph."""
@@ -212,14 +220,13 @@ def _reads(node: onnx.NodeProto) -> Iterable[str]:
         yield from reads_in(body)
 
 
-def _typed(name: str, values: Any) -> onnx.ValueInfoProto:
-    """The type of a value from ONNX Runtime: a tensor of numbers or strings, a sequence of these, or an empty optional."""
-    return onnx.helper.make_value_info(name, _type_of(values))
+_ANY_FLOATS = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
 
 
 def _type_of(values: Any) -> onnx.TypeProto:
+    """The type of a value from ONNX Runtime: a tensor of numbers or strings, or a sequence of these."""
     if isinstance(values, list):
-        element = _type_of(values[0]) if values else onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        element = _type_of(values[0] if values else np.zeros(0, np.float32))
         element.tensor_type.ClearField("shape")  # the tensors of a sequence may differ in shape
         return onnx.helper.make_sequence_type_proto(element)
     kind = onnx.TensorProto.STRING if values.dtype.kind in "OSU" else onnx.helper.np_dtype_to_tensor_dtype(values.dtype)

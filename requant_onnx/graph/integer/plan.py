@@ -72,8 +72,8 @@ def plan_integers(model: ModelGraph, weights: Collection[str], generic: Collecti
     graph = model.graph
     plan = IntegerPlan()
     outputs = {id(tensor) for tensor in graph.outputs}
-    weighted = _weighted_nodes(graph, weights, plan.why_not)
-    results = _Results(outputs, {id(node) for node in graph.nodes})
+    weighted = _weighted_nodes(model, weights, plan.why_not)
+    results = _Results(outputs, {id(node) for node in graph.nodes if not _is_set_by_callers(model, node)})
     able = _able(graph, weighted, results, generic)
     wanted = _wanted(graph, weighted, able, results)
     for node in graph.nodes:
@@ -103,18 +103,28 @@ def _carry(plan: IntegerPlan, tensor: gs.Tensor) -> None:
         plan.floats.add(tensor.name)
 
 
+def _is_set_by_callers(model: ModelGraph, node: gs.Node) -> bool:
+    """Whether a caller may replace the bounds of a Clip, or the values of a Pad."""
+    return node.op in ("Clip", "Pad") and any(
+        (root := find_root(tensor)) is not None and root.name in model.overridable for tensor in node.inputs[1:]
+    )
+
+
 class _Results:
-    """The tensors with the nodes' results: after a Relu or a Clip from 0 that is a node's only reader."""
+    """The tensors with the nodes' results: after a Relu or a Clip from 0 that is a node's only reader.
+
+    nodes: ids of the nodes of the main graph whose parameters no caller may replace.
+    """
 
     def __init__(self, outputs: set[int], nodes: set[int]) -> None:
-        self._outputs, self._nodes = outputs, nodes
+        self._outputs, self.nodes = outputs, nodes
 
     def of(self, node: gs.Node) -> gs.Tensor:
         result = node.outputs[0]
         if node.op in MOVES or len(result.outputs) != 1 or id(result) in self._outputs:
             return result
         reader = result.outputs[0]
-        return reader.outputs[0] if id(reader) in self._nodes and _rectifies(reader) else result
+        return reader.outputs[0] if id(reader) in self.nodes and _rectifies(reader) else result
 
 
 def _rectifies(node: gs.Node) -> bool:
@@ -134,16 +144,16 @@ def _ceiling(clip: gs.Node) -> float:
     return float(np.min(high.load())) if high is not None else 0.0
 
 
-def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
+def _weighted_nodes(model: ModelGraph, weights: Collection[str], why_not: dict[str, str]) -> dict[int, WeightedNode]:
     """The nodes with weights, by id.  A weight counts only if all its readers can work on integers."""
     weighted: dict[int, WeightedNode] = {}
     axes: dict[str, int] = {}
-    for node in graph.nodes:
+    for node in model.nodes:
         for operand, tensor in enumerate(node.inputs):
             root = find_root(tensor)
             if root is None or root.name not in weights:
                 continue
-            reason = _why_not_weighted(node, operand)
+            reason = _why_not_weighted(model, node, operand, len(root.shape))
             if reason is None and axes.setdefault(root.name, axis := _channel_axis(node, len(root.shape))) != axis:
                 reason = "is read along two axes"
             if reason is None:
@@ -155,19 +165,21 @@ def _weighted_nodes(graph: gs.Graph, weights: Collection[str], why_not: dict[str
     return {key: node for key, node in weighted.items() if node.weight not in why_not}
 
 
-def _why_not_weighted(node: gs.Node, operand: int) -> str | None:
+def _why_not_weighted(model: ModelGraph, node: gs.Node, operand: int, rank: int) -> str | None:
     operator = operator_of(node)
     if operator is None or operator.kernel is None:
         return f"is read by {node.op}, for which ONNX Runtime has no integer kernel"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
+    if node.op == "MatMul" and rank != 2:
+        return "has more than two dimensions, for which ONNX Runtime's integer kernel takes no scale per channel"
     if from_constants(node.inputs[0]):
         return "is multiplied with a constant"
     bias = bias_input(node)
     refusal = operator.refusal(node.attrs, bias is not None)
     if refusal:
         return refusal
-    return "is added to a bias that is not a constant vector" if bias is not None and not _is_vector(bias, node) else None
+    return "is added to a bias that is not a constant vector" if bias is not None and not _is_vector(model, bias, node) else None
 
 
 def _channel_axis(node: gs.Node, rank: int) -> int:
@@ -175,9 +187,9 @@ def _channel_axis(node: gs.Node, rank: int) -> int:
     return OPERATORS[node.op].channel_axis(node.attrs, 1, rank)
 
 
-def _is_vector(bias: gs.Tensor, node: gs.Node) -> bool:
+def _is_vector(model: ModelGraph, bias: gs.Tensor, node: gs.Node) -> bool:
     """Whether the bias has one constant value per output channel."""
-    root, weight = find_root(bias), find_root(node.inputs[1])
+    root, weight = model.find_fixed(bias), find_root(node.inputs[1])
     if root is None or weight is None or root.dtype != onnx.TensorProto.FLOAT:
         return False
     return root.shape == (weight.shape[_channel_axis(node, len(weight.shape))],)
@@ -187,7 +199,7 @@ def _able(graph: gs.Graph, weighted: dict[int, WeightedNode], results: _Results,
     """The ids of nodes whose result can be integers, and of those results."""
     able: set[int] = set()
     for node in graph.nodes:
-        if id(node) in weighted or (is_standard(node) and _follows(node, able, generic)):
+        if id(node) in weighted or (is_standard(node) and id(node) in results.nodes and _follows(node, able, generic)):
             able.update((id(node), id(results.of(node))))
     return able
 

@@ -69,8 +69,14 @@ def _fill_sparse(graph: onnx.GraphProto) -> None:
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = (node for function in model.functions for node in function.node)
-    if not any(node.op_type in OPERATORS or _holds(node) for node in nodes):
-        return model
+    return inlined(model) if any(node.op_type in OPERATORS or _holds(node) for node in nodes) else model
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without its functions, except those whose opset differs from that of the model.
+
+    Raises ModelError when they cannot be inlined.
+    """
     if _inlined_nodes(model) > MAX_NODES:
         raise ModelError(
             f"the functions of the model make more than {MAX_NODES:,} nodes when inlined, too many nodes; export it without them"

@@ -36,8 +36,11 @@ class _Fold:
     new_bias: GenericArray
 
 
-def fold_batchnorm(view: ModelGraph) -> int:
-    """Fold every BatchNormalization that follows a Conv with constant parameters; return their number.  Changes the model."""
+def fold_batchnorm(view: ModelGraph, former: dict[str, str] | None = None) -> int:
+    """Fold every BatchNormalization that follows a Conv with constant parameters; return their number.  Changes the model.
+
+    former: dictionary to which the names of new weights are added, with the names of the weights that they are made from.
+    """
     model, graph = view.proto, view.graph
     index = {id(node): k for k, node in enumerate(graph.nodes)}
     names = FreshNames(model)
@@ -50,6 +53,9 @@ def fold_batchnorm(view: ModelGraph) -> int:
         if fold is not None:
             stale += _apply(model.graph, fold, names)
             norms.append(fold.norm)
+            weight = model.graph.node[fold.conv].input[1]
+            if former is not None and weight != fold.weight.name:
+                former[weight] = fold.weight.name
     delete_where(model.graph.node, norms)
     drop_unread(model.graph, stale)
     return len(norms)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from requant_onnx.graph.constants import ModelGraph, find_root, is_standard
+from requant_onnx.graph.constants import ModelGraph, is_standard
 from requant_onnx.graph.edit import set_initializer
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.shapes import find_shapes
@@ -23,7 +23,7 @@ def write_full_pads(view: ModelGraph) -> None:
     shapes = find_shapes(model)
     nodes = {node.output[0]: node for node in model.graph.node if node.op_type == "Pad"}
     for pad in pads:
-        amounts, axes = (find_root(pad.inputs[k]) for k in (1, 3))
+        amounts, axes = (view.find_fixed(pad.inputs[k]) for k in (1, 3))
         rank, node = len(shapes.get(pad.inputs[0].name, ())), nodes.get(pad.outputs[0].name)
         if amounts is None or axes is None or node is None or rank == 0:
             continue

@@ -1,6 +1,6 @@
 """Store the weights of a bidirectional LSTM, GRU or RNN with one axis for directions and rows, so that each row gets a scale.
 
-    W (2, rows, n)  ->  Reshape(W', (2, rows, n)),   W' (2 * rows, n)
+    W (2, rows, n)  ->  Reshape(W, (2, rows, n)),   W (2 * rows, n)
 
 https://onnx.ai/onnx/operators/onnx__LSTM.html
 """
@@ -11,7 +11,7 @@ import numpy as np
 from onnx import helper
 
 from requant_onnx.graph.constants import ModelGraph
-from requant_onnx.graph.edit import set_initializer
+from requant_onnx.graph.edit import drop_stale_types, rename_reads, set_initializer
 from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.names import FreshNames
 
@@ -35,8 +35,9 @@ def merge_directions(model: ModelGraph) -> None:
                 wanted.append((tensor, name))
     for tensor, name in wanted:
         shape = tuple(tensor.dims)
-        tensor.name = names.take(f"{name}_rows")
         tensor.dims[:] = [shape[0] * shape[1], shape[2]]
-        axes = names.take(f"{name}_shape")
+        axes, whole = names.take(f"{name}_shape"), names.take(f"{name}_directions")
         set_initializer(graph, np.array(shape, np.int64), axes)
-        graph.node.insert(0, helper.make_node("Reshape", [tensor.name, axes], [name]))
+        rename_reads(graph, {name: whole})
+        graph.node.insert(0, helper.make_node("Reshape", [name, axes], [whole]))  # the name of a weight stays, for layer rules
+    drop_stale_types(graph, [name for _, name in wanted])

@@ -1,7 +1,8 @@
 """Raise the opset of a model with as few changes as possible.
 
 If the operators in use differ between the two versions only by additional types and by optional attributes whose absence means
-the old behavior, only the version number changes.  Otherwise onnx.version_converter is used, and what it drops is restored.
+the old behavior, only the version number changes.  Otherwise onnx.version_converter is used: what it cannot read is rewritten
+before, and what it drops is restored afterward.
 https://onnx.ai/onnx/api/version_converter.html
 """
 
@@ -13,6 +14,9 @@ from onnx import version_converter
 from requant_onnx.errors import ModelError
 from requant_onnx.files.load import opset_of
 from requant_onnx.files.walk import all_graphs
+from requant_onnx.graph.constants import is_standard_proto, load_proto
+from requant_onnx.graph.edit import tensor_proto
+from requant_onnx.graph.prepare.expose import inlined
 from requant_onnx.text import first_line
 
 HARMLESS = {
@@ -82,7 +86,40 @@ def _tensors(parameters: object) -> list[tuple[str, object]]:
     return [(parameter.name, parameter.option) for parameter in parameters]  # type: ignore[attr-defined]
 
 
+def _readable(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
+    """The model without what the converter drops or refuses: functions, sparse tensors, and the second name of the standard domain.
+
+    May change the given model.
+    """
+    if model.functions:
+        model = inlined(model)
+    if model.functions:
+        raise ModelError(
+            f"the function '{model.functions[0].name}' needs another opset than the model, so the opset cannot be raised; "
+            f"export the model with opset {target} or above"
+        )
+    others = [(entry.domain, entry.version) for entry in model.opset_import if entry.domain not in ("", "ai.onnx")]
+    imports = [onnx.helper.make_opsetid(*entry) for entry in (("", opset_of(model)), *others)]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    for graph in all_graphs(model.graph):
+        graph.initializer.extend(tensor_proto(load_proto(item), item.values.name) for item in graph.sparse_initializer)
+        del graph.sparse_initializer[:]
+        for node in filter(is_standard_proto, graph.node):
+            node.domain = ""
+            _fill_constant(node)
+    return model
+
+
+def _fill_constant(node: onnx.NodeProto) -> None:
+    """Make the value of a Constant dense."""
+    for item in node.attribute:
+        if item.type == onnx.AttributeProto.SPARSE_TENSOR:
+            item.CopyFrom(onnx.helper.make_attribute("value", tensor_proto(load_proto(item.sparse_tensor), "")))
+
+
 def _convert(model: onnx.ModelProto, current: int, target: int) -> onnx.ModelProto:
+    model = _readable(model, target)
     try:
         converted = version_converter.convert_version(model, target)
     except Exception as error:  # the converter raises RuntimeError, ConvertError and others
