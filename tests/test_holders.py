@@ -167,3 +167,13 @@ def test_coordinates_and_masks_stay_exact() -> None:
         "has values in steps of 1, as coordinates and masks do, which must stay exact",
         "contains infinite values or NaN, as masks do",
     ]
+
+
+@pytest.mark.parametrize("count", [64, 512, 1000, 4096])
+def test_the_step_of_coordinates_is_found_in_spite_of_float32(count: int) -> None:
+    """The smallest difference alone has a relative error that hundreds of steps multiply."""
+    grid = np.repeat(np.linspace(-1, 1, count, dtype=np.float32)[:, None], 8, 1)
+    model = parse(f"net (float[1, {count}, 8] x) => (float[a, b, c] y) {{ y = Add(x, grid) }}", grid=grid)
+    view = find_weights(ModelGraph.of(model))
+    assert not view.weights
+    assert f"in steps of {2 / (count - 1):.4g}"[:-1] in view.skipped[0].reason

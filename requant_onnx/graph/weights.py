@@ -28,7 +28,7 @@ from requant_onnx.graph.constants import (
 from requant_onnx.graph.holders import Holder, holder_of
 from requant_onnx.graph.operands import LARGEST_FIXED, edge_nodes, is_fixed_kernel, operator_of, weight_operand
 from requant_onnx.graph.operators import KERNELS, OPERATORS
-from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.arrays import Float32Array, Float64Array
 
 LATTICE, LATTICE_POINTS = 1e-3, 1 << 14  # tolerance, in steps, of multiples of a step in float32, and their maximum number
 
@@ -249,11 +249,25 @@ def _why_exact(root: Root) -> str | None:
         return "contains infinite values or NaN, as masks do"
     if values.size == 1:
         return "has the same value everywhere"
-    step = float(np.diff(values).min())
-    counts = (values - values[0]) / step
-    if counts[-1] < LATTICE_POINTS and abs(counts - np.rint(counts)).max() < LATTICE:
+    step = step_of(values)
+    if step is not None:
         return f"has values in steps of {step:.6g}, as coordinates and masks do, which must stay exact"
     return None
+
+
+def step_of(values: Float64Array) -> float | None:
+    """The step of which all differences of these ascending values are multiples; None if they have none.
+
+    It is the mean step, because the smallest difference has the largest relative error in float32.
+
+    >>> step_of(np.array([0.0, 0.5, 2.0])), step_of(np.array([0.0, 0.3, 1.0]))
+    (0.5, None)
+    """
+    gaps = np.diff(values)
+    counts = np.rint(gaps / gaps.min()).cumsum()
+    step = float((values[-1] - values[0]) / counts[-1])
+    fits = counts[-1] < LATTICE_POINTS and abs(values[1:] - values[0] - counts * step).max() < LATTICE * step
+    return step if fits else None
 
 
 def _why_fixed(root: Root) -> str | None:
