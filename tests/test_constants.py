@@ -167,6 +167,30 @@ def test_a_vector_beyond_float16_stays(value: float) -> None:
     assert report.vectors.count == 0
 
 
+def test_vectors_of_positions_and_angles_stay() -> None:
+    """Whole numbers beyond 2048 and steps that float16 cannot represent may be compared, and positions multiply frequencies."""
+    text = """net (float[n, 1] p, float[n, 64] x, float[n, 64, 8] z)
+            => (bool[n, 100] e, float[n, 64] r, float[n, 64, 8] i, float[n, 64] y) {
+        d = Sub(p, places) f = Add(d, thirds) e = Greater(d, f)
+        a = Mul(p, frequencies) b = Concat<axis = 1>(a) r = Sin(b)
+        g = Mul(z, gains) i = InstanceNormalization<epsilon = 0.0>(g, scale, shift)
+        m = MatMul(x, w) y = Add(m, bias) }"""
+    vectors = {
+        "places": np.arange(4000, 4100, dtype=np.float32),
+        "thirds": np.arange(100, dtype=np.float32) / 3,
+        "frequencies": (1e4 ** (-np.arange(64) / 64)).astype(np.float32),
+        "gains": np.repeat(np.float32([1, 1e-8]), 32).reshape(1, 64, 1),
+        "scale": np.repeat(np.float32([1, 1e-7]), 32),
+        "shift": np.repeat(np.float32([0.1, 1e-7]), 32),
+        "bias": laplace(64, seed=1),
+    }
+    made, report = quantize_model(parse(text, w=laplace(64, 64), **vectors), QuantConfig(8, form=Form.FOLDED))
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in made.graph.initializer}
+    assert report.vectors.count == 2  # shift and bias, of which only the largest values matter
+    for name in vectors.keys() - {"shift", "bias"}:
+        np.testing.assert_array_equal(stored[name], vectors[name])
+
+
 def test_every_float_constant_is_in_the_account() -> None:
     """Each is converted, skipped with a reason, or removed; the bytes add up to those of the input."""
     text = """net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y) {
