@@ -191,6 +191,16 @@ def test_vectors_of_positions_and_angles_stay() -> None:
         np.testing.assert_array_equal(stored[name], vectors[name])
 
 
+def test_a_weight_kept_in_float_is_no_vector() -> None:
+    """The last layer of a model with one output has a single row."""
+    text = "net (float[n, 64] x) => (float[n, 1] y) { a = MatMul(x, w) b = Relu(a) y = Gemm<transB = 1>(b, head) }"
+    source = parse(text, w=laplace(64, 256), head=laplace(1, 256, seed=3))
+    made, report = quantize_model(source, QuantConfig(8, form=Form.FOLDED, overrides={"head": "keep"}))
+    assert report.vectors.count == 0
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in made.graph.initializer}
+    np.testing.assert_array_equal(stored["head"], laplace(1, 256, seed=3))
+
+
 def test_every_float_constant_is_in_the_account() -> None:
     """Each is converted, skipped with a reason, or removed; the bytes add up to those of the input."""
     text = """net (float[1, 8, 6, 6] x) => (float[n, c, h, w] y) {
