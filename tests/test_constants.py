@@ -179,9 +179,9 @@ def test_vectors_of_positions_and_angles_stay() -> None:
         "places": np.arange(4000, 4100, dtype=np.float32),
         "thirds": np.arange(100, dtype=np.float32) / 3,
         "frequencies": (1e4 ** (-np.arange(64) / 64)).astype(np.float32),
-        "gains": np.repeat(np.float32([1, 1e-8]), 32).reshape(1, 64, 1),
-        "scale": np.repeat(np.float32([1, 1e-7]), 32),
-        "shift": np.repeat(np.float32([0.1, 1e-7]), 32),
+        "gains": np.repeat(np.array([1, 1e-8], np.float32), 32).reshape(1, 64, 1),
+        "scale": np.repeat(np.array([1, 1e-7], np.float32), 32),
+        "shift": np.repeat(np.array([0.1, 1e-7], np.float32), 32),
         "bias": laplace(64, seed=1),
     }
     made, report = quantize_model(parse(text, w=laplace(64, 64), **vectors), QuantConfig(8, form=Form.FOLDED))
