@@ -63,7 +63,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images that behave like an array of uint8 pixels, (n, 3, h, w).
+    """Images that behave like an array of uint8 pixels, (n, 3, h, w), or (n, 1, h, w) in gray.
 
     size: (h, w) of every image.  unreadable: files that were skipped.  classes: number of subdirectories that give the labels.
     """
@@ -73,12 +73,13 @@ class FolderImages:
     size: tuple[int, int]
     unreadable: tuple[Path, ...] = ()
     classes: int = 0
+    gray: bool = False
     dtype = np.dtype(np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """The shape (n, 3, h, w)."""
-        return (len(self.paths), 3, *self.size)
+        """The shape (n, 3, h, w), or (n, 1, h, w)."""
+        return (len(self.paths), 1 if self.gray else 3, *self.size)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,10 +96,10 @@ class FolderImages:
     def fingerprint(self) -> bytes:
         """Bytes that identify the images: the pipeline, and names, sizes and times of the files."""
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-        return repr((self.pipeline, self.size, stats)).encode("utf-8", "surrogateescape")
+        return repr((self.pipeline, self.size, self.gray, stats)).encode("utf-8", "surrogateescape")
 
     def _pixels(self, path: Path) -> UInt8Array:
-        pixels = _decoded(path, self.pipeline)
+        pixels = _decoded(path, self.pipeline, self.gray)
         if pixels.shape[:2] != self.size:
             raise DataError(
                 f"the image '{path}' is {_listed(pixels.shape)}, but '{self.paths[0].name}' is {_listed(self.size)}; "
@@ -177,12 +178,13 @@ def _images_below(folder: Path) -> list[Path]:
     return [found[parts] for parts in shown if found[parts].is_file()]
 
 
-def _decoded(path: Path, pipeline: Pipeline) -> UInt8Array:
-    """The pixels of a file, (h, w, 3)."""
+def _decoded(path: Path, pipeline: Pipeline, gray: bool = False) -> UInt8Array:
+    """The pixels of a file, (h, w, 3), or (h, w, 1) in gray."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:
-            return np.asarray(pipeline.apply(_of_8_bits(image).convert("RGB")), np.uint8)
+            pixels = np.asarray(pipeline.apply(_of_8_bits(image).convert("L" if gray else "RGB")), np.uint8)
+            return pixels[:, :, None] if gray else pixels
     except (OSError, ValueError, SyntaxError, MemoryError, pillow.Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image '{path}' ({first_line(error)}); repair or remove it") from None
 
