@@ -40,6 +40,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["m" * 249, "\u6a21" * 80 + "m"])
+def test_a_long_name_is_written(tmp_path: Path, name: str) -> None:
+    """The name of the temporary file is longer, but file systems allow 255 bytes."""
+    save_model(small_cnn(), tmp_path / f"{name}.onnx")
+    assert os.listdir(tmp_path) == [f"{name}.onnx"]
+
+
 def test_an_invalid_model_is_never_written(tmp_path: Path) -> None:
     model = small_cnn()
     model.graph.node[0].op_type = "NoSuchOperator"
