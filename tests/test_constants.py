@@ -11,7 +11,7 @@ from conftest import laplace, parse, skipped_weights, small_cnn
 from onnx import helper
 from oracle import feeds_for, run
 
-from requant_onnx import BiasType, Form, QuantConfig, Refinement, inspect_model, quantize_model
+from requant_onnx import BiasType, Calibration, EdgeLayers, Form, QuantConfig, Refinement, inspect_model, quantize_model
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.float_constants import VECTOR, float_constants
 
@@ -199,6 +199,19 @@ def test_a_weight_kept_in_float_is_no_vector() -> None:
     assert report.vectors.count == 0
     stored = {item.name: onnx.numpy_helper.to_array(item) for item in made.graph.initializer}
     np.testing.assert_array_equal(stored["head"], laplace(1, 256, seed=3))
+
+
+def test_floats_that_are_no_tensors_are_constants_too() -> None:
+    values = ", ".join(f"{value:.4f}" for value in laplace(16))
+    text = f"""net (float[n, 8, 6, 6] x) => (float[n, c, h, w] y) {{
+        b = Constant<value_floats = [{values}]>() two = Constant<value_float = 2.0>() c = Conv(x, v, b) y = Mul(c, two) }}"""
+    source = parse(text, v=FULL["v"])
+    feeds = [feeds_for(source, seed=k) for k in range(20)]
+    made, report = quantize_model(source, QuantConfig(4, edge_layers=EdgeLayers.PLAIN), calibration=Calibration.from_feeds(feeds))
+    assert (report.converted[0].why_nearest, report.converted[0].method != "nearest") == ("", True)
+    assert report.floats == 4 * (16 * 72 + 16 + 1)
+    (y,), (expected,) = run(made, feeds[0]), run(source, feeds[0])
+    np.testing.assert_allclose(y, expected, atol=0.3 * abs(expected).max())
 
 
 def test_every_float_constant_is_in_the_account() -> None:
