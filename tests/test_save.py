@@ -71,7 +71,7 @@ def test_a_path_that_is_no_unicode_text_is_read(tmp_path: Path, where: str, exte
     assert len(load_session(path).get_inputs()) == 1
 
 
-@pytest.mark.parametrize("name", ["m" * 249, "\u6a21" * 80 + "m"])
+@pytest.mark.parametrize("name", ["m" * 249, "\u6a21" * 80 + "m"], ids=["ascii", "chinese"])
 def test_a_long_name_is_written(tmp_path: Path, name: str) -> None:
     """The name of the temporary file is longer, but file systems allow 255 bytes."""
     save_model(small_cnn(), tmp_path / f"{name}.onnx")
