@@ -12,6 +12,15 @@ def first_line(error: Exception) -> str:
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
+def is_unicode(path: str) -> bool:
+    """Whether a path is Unicode text; in Linux, a name may consist of any bytes, for which Python uses surrogates.
+
+    >>> is_unicode("café.onnx"), is_unicode("caf\\udce9.onnx")
+    (True, False)
+    """
+    return not any("\ud800" <= letter <= "\udfff" for letter in path)
+
+
 def shape_text(shape: Iterable[int]) -> str:
     """A shape as text, with ? for an unknown size.
 

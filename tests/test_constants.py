@@ -11,7 +11,7 @@ from conftest import laplace, parse, skipped_weights, small_cnn
 from onnx import helper
 from oracle import feeds_for, run
 
-from requant_onnx import BiasType, Calibration, Form, QuantConfig, Refinement, inspect_model, quantize_model
+from requant_onnx import BiasType, Calibration, EdgeLayers, Form, QuantConfig, Refinement, inspect_model, quantize_model
 from requant_onnx.files.walk import all_graphs
 from requant_onnx.graph.float_constants import VECTOR, float_constants
 
@@ -256,6 +256,53 @@ def test_a_vector_beyond_float16_stays(value: float) -> None:
     source.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full(50, value, np.float32), "b"))
     _, report = quantize_model(source, QuantConfig(8, form=Form.FOLDED))
     assert report.vectors.count == 0
+
+
+def test_vectors_of_positions_and_angles_stay() -> None:
+    """Whole numbers beyond 2048 and steps that float16 cannot represent may be compared, and positions multiply frequencies."""
+    text = """net (float[n, 1] p, float[n, 64] x, float[n, 64, 8] z)
+            => (bool[n, 100] e, float[n, 64] r, float[n, 64, 8] i, float[n, 64] y) {
+        d = Sub(p, places) f = Add(d, thirds) e = Greater(d, f)
+        a = Mul(p, frequencies) b = Concat<axis = 1>(a) r = Sin(b)
+        g = Mul(z, gains) i = InstanceNormalization<epsilon = 0.0>(g, scale, shift)
+        m = MatMul(x, w) y = Add(m, bias) }"""
+    vectors = {
+        "places": np.arange(4000, 4100, dtype=np.float32),
+        "thirds": np.arange(100, dtype=np.float32) / 3,
+        "frequencies": (1e4 ** (-np.arange(64) / 64)).astype(np.float32),
+        "gains": np.repeat(np.array([1, 1e-8], np.float32), 32).reshape(1, 64, 1),
+        "scale": np.repeat(np.array([1, 1e-7], np.float32), 32),
+        "shift": np.repeat(np.array([0.1, 1e-7], np.float32), 32),
+        "bias": laplace(64, seed=1),
+    }
+    made, report = quantize_model(parse(text, w=laplace(64, 64), **vectors), QuantConfig(8, form=Form.FOLDED))
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in made.graph.initializer}
+    assert report.vectors.count == 2  # shift and bias, of which only the largest values matter
+    for name in vectors.keys() - {"shift", "bias"}:
+        np.testing.assert_array_equal(stored[name], vectors[name])
+
+
+def test_a_weight_kept_in_float_is_no_vector() -> None:
+    """The last layer of a model with one output has a single row."""
+    text = "net (float[n, 64] x) => (float[n, 1] y) { a = MatMul(x, w) b = Relu(a) y = Gemm<transB = 1>(b, head) }"
+    source = parse(text, w=laplace(64, 256), head=laplace(1, 256, seed=3))
+    made, report = quantize_model(source, QuantConfig(8, form=Form.FOLDED, overrides={"head": "keep"}))
+    assert report.vectors.count == 0
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in made.graph.initializer}
+    np.testing.assert_array_equal(stored["head"], laplace(1, 256, seed=3))
+
+
+def test_floats_that_are_no_tensors_are_constants_too() -> None:
+    values = ", ".join(f"{value:.4f}" for value in laplace(16))
+    text = f"""net (float[n, 8, 6, 6] x) => (float[n, c, h, w] y) {{
+        b = Constant<value_floats = [{values}]>() two = Constant<value_float = 2.0>() c = Conv(x, v, b) y = Mul(c, two) }}"""
+    source = parse(text, v=FULL["v"])
+    feeds = [feeds_for(source, seed=k) for k in range(20)]
+    made, report = quantize_model(source, QuantConfig(4, edge_layers=EdgeLayers.PLAIN), calibration=Calibration.from_feeds(feeds))
+    assert (report.converted[0].why_nearest, report.converted[0].method != "nearest") == ("", True)
+    assert report.floats == 4 * (16 * 72 + 16 + 1)
+    (y,), (expected,) = run(made, feeds[0]), run(source, feeds[0])
+    np.testing.assert_allclose(y, expected, atol=0.3 * abs(expected).max())
 
 
 def test_every_float_constant_is_in_the_account() -> None:

@@ -101,6 +101,15 @@ def test_foreign_models_get_a_reason() -> None:
     assert "no integer kernel" in weight.why
 
 
+def test_a_table_added_to_quantized_activations_gets_a_reason() -> None:
+    text = """net (float[1, 8, 128] x) => (float[1, 8, 128] y) {
+        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  t = DequantizeLinear(codes, s, z)  y = Add(d, t) }"""
+    codes = np.rint(laplace(8, 128) * 60).astype(np.int8)
+    (weight,) = explain(parse(text, opset=19, ir=9, codes=codes, s=np.float32(0.1), z=np.int8(0))).weights
+    assert weight.fate is Fate.EVERY_RUN
+    assert "its output is not quantized" in weight.why
+
+
 def test_operators_of_integers_are_listed_and_shapes_are_known() -> None:
     text = "net (uint8[n, 6] x) => (int32[n, 5] y) { y = MatMulInteger(x, w) }"
     (weight,) = explain(parse(text, w=np.ones((6, 5), np.int8))).weights

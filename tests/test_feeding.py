@@ -10,7 +10,7 @@ import onnx
 import pytest
 from conftest import laplace, parse, small_cnn
 
-from requant_onnx import Calibration, DataError, QuantConfig, load_images, quantize_model
+from requant_onnx import Calibration, DataError, ImageSet, Normalization, QuantConfig, load_images, quantize_model, validate
 from requant_onnx.cli.main import main
 from requant_onnx.files.load import input_shapes
 from requant_onnx.inputs.feeds import holds_images, load_feeds
@@ -34,6 +34,28 @@ def test_noise_is_normalized_whatever_its_channels(channels: int) -> None:
     assert x.min() < -1.5
     assert x.max() > 2
     assert abs(x.mean()) < 0.5
+
+
+def test_a_model_with_one_channel_gets_gray_images(tmp_path: Path) -> None:
+    for k in range(12):
+        pixels = np.random.default_rng(k).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        image_module.fromarray(pixels).save(tmp_path / f"{k:02}.png")
+    gray = np.stack([np.asarray(image_module.open(tmp_path / f"{k:02}.png").convert("L")) for k in range(12)])[:, None]
+    images, color = load_images(tmp_path), Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    chunks = calibration_chunks(net(1), Calibration(images, color, count=12))
+    np.testing.assert_allclose(np.concatenate([chunk["x"] for chunk in chunks]), (gray / 255 - 0.5) / 0.3, atol=1e-5)
+    made, _ = quantize_model(net(1), QuantConfig(8))
+    array = ImageSet(gray, None)
+    for how in (None, color):
+        found = validate(net(1), made, images, how, latency_batch=None)
+        other = validate(net(1), made, array, None if how is None else Normalization((0.5,), (0.3,)), latency_batch=None)
+        assert found.sqnr_db == pytest.approx(other.sqnr_db, abs=1e-3)
+
+
+def test_images_with_other_channels_than_the_model_are_refused() -> None:
+    images = ImageSet(np.zeros((4, 3, 16, 16), np.uint8), None)
+    with pytest.raises(DataError, match=r"the images are 3x16x16, but the model takes 1x16x16; give an \.npz file"):
+        calibration_chunks(net(1), Calibration(images))
 
 
 def test_noise_for_a_model_that_takes_pixels() -> None:

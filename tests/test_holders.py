@@ -182,3 +182,30 @@ def test_coordinates_and_masks_stay_exact() -> None:
         "has values in steps of 1, as coordinates and masks do, which must stay exact",
         "contains infinite values or NaN, as masks do",
     ]
+
+
+def test_tables_of_coordinates_and_masks_stay_exact() -> None:
+    """Unlike words, also those that another tool has quantized, and values that every grid represents."""
+    places = np.stack([*np.mgrid[0:32, 0:32]], -1).reshape(1024, 2)
+    tables = {
+        "anchors": np.concatenate([(places + 0.5) / 32, np.tile([[0.1, 0.7], [0.9, 0.3]], (512, 1))], 1).astype(np.float32),
+        "causal": np.triu(np.full((64, 64), -np.inf, np.float32), 1),
+        "onehot": np.eye(64, dtype=np.float32) / 3,
+        "words": laplace(500, 64),
+        "quantized": np.rint(laplace(500, 64) * 300) / np.float32(300),
+        "zeros": np.zeros((64, 64), np.float32),
+    }
+    reads = " ".join(f"{name}_y = Gather({name}, i)" for name in tables)
+    outputs = ", ".join(f"float[a, b] {name}_y" for name in tables)
+    view = find_weights(ModelGraph.of(parse(f"net (int64[a] i) => ({outputs}) {{ {reads} }}", **tables)))
+    assert {weight.name for weight in view.weights} == {"words", "quantized", "zeros"}
+
+
+@pytest.mark.parametrize("count", [64, 512, 1000, 4096])
+def test_the_step_of_coordinates_is_found_in_spite_of_float32(count: int) -> None:
+    """The smallest difference alone has a relative error that hundreds of steps multiply."""
+    grid = np.repeat(np.linspace(-1, 1, count, dtype=np.float32)[:, None], 8, 1)
+    model = parse(f"net (float[1, {count}, 8] x) => (float[a, b, c] y) {{ y = Add(x, grid) }}", grid=grid)
+    view = find_weights(ModelGraph.of(model))
+    assert not view.weights
+    assert f"in steps of {2 / (count - 1):.4g}"[:-1] in view.skipped[0].reason

@@ -9,7 +9,7 @@ import pytest
 from conftest import small_cnn
 
 from requant_onnx import Calibration, ConfigError, DataError, QuantConfig, load_images, quantize_model, validate
-from requant_onnx.inputs.image_folder import Pipeline
+from requant_onnx.inputs.image_folder import FolderImages, Pipeline
 
 image_module = pytest.importorskip("PIL.Image")
 
@@ -38,10 +38,68 @@ def test_labels_are_the_places_of_the_classes(tmp_path: Path) -> None:
     for k, name in enumerate(["dog/1.png", "cat/2.PNG", "dog/deep/3.png", "ape/0.png"]):
         write(tmp_path / name, seed=k)
     (tmp_path / "cow").mkdir()  # a class without images keeps its index
+    for k, name in enumerate([".ipynb_checkpoints/1.png", "dog/.ipynb_checkpoints/1.png", "dog/deep/.2.png"]):
+        write(tmp_path / name, seed=k)
+    for name in ("dog/._1.png", "._2.png"):  # which macOS makes on disks of other systems
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
     images = load_images(f"images:{tmp_path}")
     assert images.y is not None
     assert images.y.tolist() == [0, 1, 3, 3]
     assert images.first(2).y is not None
+
+
+def test_classes_are_in_the_order_of_names_with_upper_case_first(tmp_path: Path) -> None:
+    for name in ["a/1.png", "B/1.png", "a/C.png", "a/b.png"]:
+        write(tmp_path / name)
+    images = load_images(tmp_path)
+    assert isinstance(images.x, FolderImages)
+    assert [path.relative_to(tmp_path).as_posix() for path in images.x.paths] == ["B/1.png", "a/1.png", "a/C.png", "a/b.png"]
+
+
+RAMP = np.tile(np.arange(8) / 7, (8, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "white"),
+    [
+        ("a.png", (RAMP * 65535).astype(np.uint16), 255),
+        ("a.tif", (RAMP * 65535).astype(np.int32), 255),
+        ("a.tif", (RAMP * 255).astype(np.int32), 255),
+        ("a.tif", (RAMP * 255).astype(np.float32), 255),
+        ("a.tif", (RAMP * 0).astype(np.float32), 0),
+        ("a.png", (RAMP * 4095).astype(np.uint16), 15),  # 12 bits look like a dark image
+    ],
+)
+def test_deep_images_get_8_bits(tmp_path: Path, name: str, pixels: np.ndarray, white: int) -> None:
+    image_module.fromarray(pixels).save(tmp_path / name)
+    found = load_images(tmp_path).pixels
+    assert (found.min(), found.max()) == (0, white)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "text"),
+    [
+        (RAMP.astype(np.float32), "its pixels are floats up to 1 instead of 255"),
+        ((RAMP * 65535).astype(np.float32), "its pixels are floats up to 6.554e.04 instead of 255"),
+        (RAMP.astype(np.float32) + np.float32(np.nan), "its pixels are floats up to nan instead of 255"),
+        ((RAMP * (1 << 20)).astype(np.int32), "its pixels are numbers up to 1048576 instead of 65535"),
+    ],
+)
+def test_images_of_another_range_are_refused(tmp_path: Path, pixels: np.ndarray, text: str) -> None:
+    """They would be black, or white, without a word."""
+    image_module.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=text):
+        load_images(tmp_path)
+
+
+def test_an_error_without_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    write(tmp_path / "a.png")
+    monkeypatch.setattr(Pipeline, "apply", fail)
+    with pytest.raises(DataError, match=r"cannot read the image '.*a\.png' \(MemoryError\)"):
+        load_images(tmp_path)
 
 
 def test_gray_and_transparent_images_become_color(tmp_path: Path) -> None:

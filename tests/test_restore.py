@@ -124,6 +124,71 @@ def test_default_values_of_inputs_stay() -> None:
     assert {item.name for item in restored.graph.initializer} == {"w", "unread"}
 
 
+RELU = "net (float[n, 64] x) => (float[n, 64] y) {{ a = Add(x, x) {} y = MatMul(d, w) }}"
+PAIR = "q = QuantizeLinear(a, s, z) d = DequantizeLinear(q, s, z)"
+
+
+@pytest.mark.parametrize("kind", ["UINT8", "INT8", "UINT4", "UINT16"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_removed_relu_comes_back_for_every_type_of_codes(kind: str, dtype: type) -> None:
+    """In files of other tools, codes that begin at 0 replace a Relu."""
+    number = onnx.TensorProto.DataType.Value(kind)
+    text = RELU.format(PAIR) if dtype is np.float32 else RELU.format(PAIR).replace("float[", "float16[")
+    model = parse(text, opset=21, ir=10, w=laplace(64, 64).astype(dtype), s=dtype(0.01 if kind != "UINT4" else 0.2))
+    model.graph.initializer.append(onnx.helper.make_tensor("z", number, [], [-128 if kind == "INT8" else 0]))
+    x: np.ndarray = np.random.default_rng(0).normal(size=(4, 64)).astype(dtype)
+    restored, found = restore_model(model)
+    assert (found.activations, [node.op_type for node in restored.graph.node]) == (1, ["Add", "Clip", "MatMul"])
+    assert np.linalg.norm(run(restored, x) - run(model, x)) <= 0.1 * np.linalg.norm(run(model, x))
+
+
+@pytest.mark.parametrize(
+    ("codes", "constants"),
+    [
+        ("q = QuantizeLinear(a, s) d = DequantizeLinear(q, s)", {"s": np.float32(0.02)}),
+        ("s = Constant<value = float {0.02}>() z = Constant<value = uint8 {0}>() " + PAIR, {}),
+    ],
+)
+def test_a_removed_relu_comes_back_wherever_its_constants_are(codes: str, constants: dict[str, np.ndarray]) -> None:
+    model = parse(RELU.format(codes), opset=19, ir=9, w=laplace(64, 64), **constants)
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    restored, _ = restore_model(model)
+    assert [node.op_type for node in restored.graph.node] == ["Add", "Clip", "MatMul"]
+    assert np.linalg.norm(run(restored, x) - run(model, x)) <= 0.05 * np.linalg.norm(run(model, x))
+
+
+def test_activations_in_floats_of_8_bits_are_float_again() -> None:
+    model = parse(RELU.format(PAIR), opset=19, ir=9, w=laplace(64, 64), s=np.float32(0.1))
+    model.graph.initializer.append(onnx.helper.make_tensor("z", onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
+    restored, _ = restore_model(model)
+    assert [node.op_type for node in restored.graph.node] == ["Add", "MatMul"]
+
+
+def test_codes_that_pass_other_nodes_lose_their_types() -> None:
+    """Padding with code 50 means -1.5, and value_info of codes says uint8."""
+    text = """net (float16[n, 4, 4, 4] x) => (float16[n, c, h, w] y) {
+        a = Add(x, x) q = QuantizeLinear(a, s, z) p = Pad(q, pads, filling) m = MaxPool<kernel_shape = [2, 2]>(p)
+        y = DequantizeLinear(m, s, z) }"""
+    constants = {"z": np.uint8(200), "filling": np.uint8(50), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    model = onnx.shape_inference.infer_shapes(parse(text, opset=19, ir=9, s=np.float16(0.01), **constants))
+    x = np.random.default_rng(0).uniform(-0.9, 0.25, size=(2, 4, 4, 4)).astype(np.float16)
+    restored, _ = restore_model(model)
+    np.testing.assert_allclose(run(restored, x), run(model, x), atol=0.01)
+
+
+def test_codes_that_bodies_decode_are_float_again() -> None:
+    text = """net (float[n, 64] x) => (float[n, 64] y) {
+        r = Relu(x) q = QuantizeLinear(r, s, z) c = Constant<value = bool {1}>() y = If (c) <
+            then_branch = t () => (float[n, 64] o) { d = DequantizeLinear(q, s, z) o = MatMul(d, w) },
+            else_branch = e () => (float[n, 64] p) { d2 = DequantizeLinear(q, s, z) p = Relu(d2) }
+        > }"""
+    model = parse(text, opset=19, ir=9, w=laplace(64, 64), s=np.float32(0.02), z=np.uint8(0))
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    restored, found = restore_model(model)
+    assert (found.activations, found.left) == (1, ())
+    assert np.linalg.norm(run(restored, x) - run(model, x)) <= 0.05 * np.linalg.norm(run(model, x))
+
+
 def test_what_is_not_quantized_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing in the model is quantized"):
         restore_model(small_cnn())

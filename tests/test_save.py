@@ -12,7 +12,16 @@ import pytest
 from conftest import small_cnn
 from onnxruntime import InferenceSession
 
-from requant_onnx import ModelError, OutputError, explain, save_model
+from requant_onnx import (
+    ImageSet,
+    ModelError,
+    OutputError,
+    explain,
+    load_session,
+    quantize_model,
+    save_model,
+    validate,
+)
 from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import load_model
 
@@ -38,6 +47,35 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         write_atomically(tmp_path / "m.onnx", b"new")
     assert (tmp_path / "m.onnx").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("where", ["{}.onnx", "{}/model.onnx"])
+@pytest.mark.parametrize("external", [False, True])
+def test_a_path_that_is_no_unicode_text_is_read(tmp_path: Path, where: str, external: bool) -> None:
+    """Names of any bytes occur in archives of old systems; neither ONNX Runtime nor a model can contain them."""
+    path = tmp_path / where.format(os.fsdecode(b"caf\xe9"))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        onnx.save(small_cnn(), tmp_path / "a.onnx", save_as_external_data=external, location="data", size_threshold=0)
+        (tmp_path / "a.onnx").rename(path)
+        if external:
+            (tmp_path / "data").rename(path.parent / "data")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("the file system allows only names in Unicode")
+    assert len(explain(path).weights) == 4
+    made, report = quantize_model(path)
+    assert len(report.converted) == 4
+    images = ImageSet(np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8)).astype(np.uint8), None)
+    save_model(made, path.with_suffix(".small"))
+    assert validate(path, path.with_suffix(".small"), images, latency_batch=None).agreement == 1.0
+    assert len(load_session(path).get_inputs()) == 1
+
+
+@pytest.mark.parametrize("name", ["m" * 249, "\u6a21" * 80 + "m"], ids=["ascii", "chinese"])
+def test_a_long_name_is_written(tmp_path: Path, name: str) -> None:
+    """The name of the temporary file is longer, but file systems allow 255 bytes."""
+    save_model(small_cnn(), tmp_path / f"{name}.onnx")
+    assert os.listdir(tmp_path) == [f"{name}.onnx"]
 
 
 def test_an_invalid_model_is_never_written(tmp_path: Path) -> None:

@@ -137,6 +137,16 @@ def test_feeds_that_are_none_are_refused(source: list[dict[str, np.ndarray]], me
         Calibration.from_feeds(source)
 
 
+def test_strings_may_be_objects() -> None:
+    """As pandas and ONNX Runtime make them."""
+    text = "net (string[n] s, float[n, 64] x) => (float[n, 8] y, string[n] t) { y = MatMul(x, w) t = Identity(s) }"
+    rows = np.random.default_rng(0).normal(size=(20, 1, 64)).astype(np.float32)
+    feeds = [{"s": np.array(["word"], dtype=object), "x": row} for row in rows]
+    config = QuantConfig(4, edge_layers=EdgeLayers.PLAIN)
+    _, report = quantize_model(parse(text, w=laplace(64, 8)), config, calibration=Calibration.from_feeds(feeds))
+    assert len(report.converted[0].output_errors) > 1  # which only calibration compares
+
+
 def test_feeds_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(DataError, match=r"given inputs are \['a'\], but the model takes \['a', 'b'\]"):
         quantized(two_inputs(), Calibration.from_feeds([{"a": np.zeros((4, 16), np.float32)}]))

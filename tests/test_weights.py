@@ -12,6 +12,7 @@ from requant_onnx import Form, Granularity, QuantConfig, Transform
 from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.errors import ModelError
 from requant_onnx.graph.constants import ModelGraph
+from requant_onnx.graph.operands import is_fixed_kernel
 from requant_onnx.graph.weights import find_weights
 
 IO = "net (float[n, 4, 6, 6] x) => (float[n, c, h, w] y)"
@@ -133,6 +134,20 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
     w[1, 2, 0, 0] = value
     with pytest.raises(ModelError, match="the weight 'w' contains 1 NaN or infinite"):
         quantize_model(parse(IO + "{ y = Conv(x, w) }", w=w))
+
+
+@pytest.mark.parametrize(
+    ("counts", "divisor"),
+    [
+        ([1, 4, 7, 4, 1, 4, 16, 26, 16, 4, 7, 26, 41, 26, 7], 273),  # a Gaussian of 5 x 5, in part
+        ([1, 7, 30, 100], 255),
+        ([3, 10, 47], 7),
+    ],
+)
+def test_kernels_of_large_multiples_are_fixed_in_spite_of_float32(counts: list[int], divisor: int) -> None:
+    kernel = np.array(counts, np.float32) / np.float32(divisor)
+    assert is_fixed_kernel(kernel) is (counts[0] == 1)  # multiples of a number that is not among them are not recognized
+    assert not is_fixed_kernel(kernel * np.linspace(1, 1.001, len(counts), dtype=np.float32))
 
 
 def test_kernels_written_by_hand_stay_exact_and_are_no_last_layer() -> None:

@@ -104,7 +104,7 @@ def run_convert(args: argparse.Namespace) -> None:
             page = html_report(
                 args.input, args.output, **_page_inputs(args, calibration), conversion=report, settings=settings, progress=progress
             )
-        write_atomically(args.html, page.encode())
+        write_atomically(args.html, page.encode(errors="replace"))
     tables.print_conversion(console_for(args), report, sizes, downloads, whole=args.verbose)
     if args.verbose:
         tables.print_tried(console_for(args), report)
@@ -319,7 +319,7 @@ def run_report(args: argparse.Namespace) -> None:
             task=args.task,
             progress=progress,
         )
-    write_atomically(args.output, page.encode())
+    write_atomically(args.output, page.encode(errors="replace"))
     console_for(args).print(f"wrote {args.output}", markup=False, highlight=False)
 
 

@@ -16,6 +16,7 @@ from requant_onnx.files.load import is_large, materialize, opset_of
 from requant_onnx.graph.channel_means import channel_means
 from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.forms import FORMS, Target
+from requant_onnx.graph.edit import floats_to_tensors
 from requant_onnx.graph.float_constants import FloatConstant, float_constants
 from requant_onnx.graph.layers import find_layers, give_biases
 from requant_onnx.graph.prepare.fold_batchnorm import fold_batchnorm
@@ -101,6 +102,7 @@ def prepare(
     work.CopyFrom(source)
     if calibration is not None and not is_large(work):  # calibration runs the model from memory
         materialize(work)
+    floats_to_tensors(work)
     start = exposed(work, config.keep_inputs)
     given, view = start.graph, find_weights(start.graph)
     check_matches(config.rules, [(weight.names, weight.op) for weight in view.weights])

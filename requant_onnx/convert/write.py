@@ -103,14 +103,14 @@ class Vectors:
 def _halve_vectors(prepared: Prepared, names: set[str], errors: Mapping[str, float], constants: Constants) -> Vectors:
     """Store biases and other vectors as float16 where the settings say so.  Changes `prepared.model`.
 
-    names: constants of the model that may be vectors.  errors: weight -> squared error.
+    names: constants of the model that may be vectors; weights that the plan skips stay.  errors: weight -> squared error.
     """
     form, wanted = FORMS[prepared.config.form], prepared.config.biases
     if wanted is BiasType.FLOAT or (wanted is BiasType.AUTO and not (form.half_vectors and prepared.target.half)):
         return Vectors()
     layers = find_layers(prepared.graph, errors.keys())
     limits = {layer.bias: errors[layer.weight] for layer in layers if layer.can_correct}
-    vectors = halvable(prepared.model, names, limits)
+    vectors = halvable(prepared.model, names - {each.name for each in prepared.plan.skipped}, limits)
     decode = decode_vectors(DecodeWriter(constants), vectors)
     if decode is None:
         return Vectors()

@@ -19,6 +19,7 @@ from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from requant_onnx.errors import ConfigError, RequantError
+from requant_onnx.text import first_line
 
 K = TypeVar("K")
 PATIENCE = "20s"  # time limit for a scheduler to answer
@@ -171,8 +172,9 @@ def _dask_executor(address: str) -> Executor:
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"no Dask scheduler answers at '{address}' ({text}); start one with: dask scheduler") from None
+        raise ConfigError(
+            f"no Dask scheduler answers at '{address}' ({first_line(error)}); start one with: dask scheduler"
+        ) from None
     try:
         client.wait_for_workers(1, timeout=PATIENCE)
     except TimeoutError:

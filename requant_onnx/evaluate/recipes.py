@@ -30,7 +30,7 @@ from requant_onnx.files.compressed import download_sizes
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
-from requant_onnx.inputs.images import ImageSet, Normalization, batches
+from requant_onnx.inputs.images import ImageSet, Normalization, batches, for_channels
 from requant_onnx.numerics.arrays import Float32Array, Int64Array
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import open_classifier
@@ -290,7 +290,8 @@ def score_item(model: bytes, images: ImageSet | FeedSet, normalization: Normaliz
         return np.concatenate(rows)
     classifier = open_classifier(onnx.ModelProto.FromString(model), "the model", options)
     fixed = classifier.batch is not None
-    how = classifier.normalization(normalization or Normalization())
+    images, how = for_channels(images, normalization or Normalization(), classifier.channels)
+    how = classifier.normalization(how)
     parts = batches(images, how, classifier.batch or BATCH, fixed=fixed)
     return np.concatenate([classifier.scores(x)[: len(images) - start] for start, x in parts])
 

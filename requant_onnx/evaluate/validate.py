@@ -19,7 +19,7 @@ from requant_onnx.graph.constants import ModelGraph
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.feeds import Feed, FeedSet
-from requant_onnx.inputs.images import ImageSet, Normalization, batches
+from requant_onnx.inputs.images import ImageSet, Normalization, batches, for_channels
 from requant_onnx.numerics.arrays import Float32Array
 from requant_onnx.numerics.heads import head_of
 from requant_onnx.numerics.outputs import images_in
@@ -122,7 +122,8 @@ def _open(sources: tuple[Source, Source], images: ImageSet | FeedSet, normalizat
         feeds = ((k, 1, feed) for k, feed in enumerate(images.rows))
         return _Pair(fed, feeds, images.rows[0], images_in(images.rows[0].values())[1], normalization or Normalization())
     opened = (_classifier(sources[0], roles[0]), _classifier(sources[1], roles[1]))
-    how = _check_images(opened, images, normalization)
+    images, how = for_channels(images, normalization or Normalization(), opened[0].channels)
+    how = _check_images(opened, images, None if normalization is None else how)
     models = (_of_images(opened[0], sources[0]), _of_images(opened[1], sources[1]))
     free = _common_batch(opened, free=timed)
     once = next(batches(images.first(free), how, free, fixed=True))[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import IO
 
 from requant_onnx.errors import OutputError
 from requant_onnx.files.leftovers import claim, remove_unclaimed
+
+LONGEST_PREFIX = 200  # bytes of a name, of which most file systems allow 255
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -48,7 +51,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     path = Path(os.path.realpath(path))
     require_file(path)
-    prefix, suffix = f".{path.name}.", ".partial"
+    encoding, suffix = sys.getfilesystemencoding(), ".partial"
+    prefix = os.fsencode(f".{path.name}.")[:LONGEST_PREFIX].decode(encoding, "ignore")  # without half a character at the end
     remove_unclaimed(file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.name.endswith(suffix))
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     try:

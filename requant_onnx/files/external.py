@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 
 from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import stored_tensors
+from requant_onnx.text import is_unicode
 
 MAX_ELEMENTS = 1 << 40  # largest number of elements of a tensor
 CHUNK = 1 << 24  # bytes read at a time
@@ -57,18 +58,22 @@ def chunks_of(tensor: TensorProto) -> Iterator[bytes]:
     if not is_external(tensor):
         yield tensor.raw_data
         return
-    location, offset, left = _location(tensor), _offset(tensor), _length(tensor)
+    yield from _pieces(tensor.name, _location(tensor), _offset(tensor), _length(tensor))
+
+
+def _pieces(name: str, location: str, offset: int, left: int) -> Iterator[bytes]:
+    """The bytes of a data file from an offset, in pieces of at most CHUNK bytes.  name: tensor.  left: number of bytes."""
     try:
         with open(location, "rb") as file:
             file.seek(offset)
             while left:
                 piece = file.read(min(CHUNK, left))
                 if not piece:
-                    raise ModelError(f"the data file '{location}' of '{tensor.name}' became shorter; keep it while it is read")
+                    raise ModelError(f"the data file '{location}' of '{name}' became shorter; keep it while it is read")
                 left -= len(piece)
                 yield piece
     except OSError as error:
-        raise ModelError(f"cannot read the data file '{location}' of '{tensor.name}' ({error.strerror or error})") from None
+        raise ModelError(f"cannot read the data file '{location}' of '{name}' ({error.strerror or error})") from None
 
 
 def dense_values(sparse: onnx.SparseTensorProto) -> npt.NDArray[np.generic]:
@@ -88,9 +93,14 @@ def dense_values(sparse: onnx.SparseTensorProto) -> npt.NDArray[np.generic]:
 def fetch(tensor: TensorProto) -> None:
     """Read external data into the tensor, which then refers to no file.  Raises ModelError as `chunks_of`."""
     if is_external(tensor):
-        tensor.raw_data = b"".join(chunks_of(tensor))
-        tensor.ClearField("data_location")
-        del tensor.external_data[:]
+        _keep(tensor, b"".join(chunks_of(tensor)))
+
+
+def _keep(tensor: TensorProto, values: bytes) -> None:
+    """Store values in a tensor, which then refers to no data file."""
+    tensor.raw_data = values
+    tensor.ClearField("data_location")
+    del tensor.external_data[:]
 
 
 def resolve(model: onnx.ModelProto, model_path: Path, name: str) -> int:
@@ -102,12 +112,12 @@ def resolve(model: onnx.ModelProto, model_path: Path, name: str) -> int:
     total = 0
     for tensor in stored_tensors(model):
         if is_external(tensor):
-            _check_reference(tensor, model_path, name)
-            total += _length(tensor)
+            total += _check_reference(tensor, model_path, name)
     return total
 
 
-def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
+def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> int:
+    """Check one reference and make its path absolute; a path that a model cannot contain is read at once.  Returns the bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, label = entries.get("location", ""), f"the data of '{tensor.name}' in {name}"
     windows = PureWindowsPath(location)
@@ -133,9 +143,14 @@ def _check_reference(tensor: TensorProto, model_path: Path, name: str) -> None:
         raise ModelError(
             f"{label} has {length} bytes at {offset} in a file of {size}, which do not fit its shape; export the model again"
         )
-    del tensor.external_data[:]
-    for key, value in (("location", os.path.abspath(path)), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
+    location = os.path.abspath(path)
+    if is_unicode(location):
+        del tensor.external_data[:]
+        for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=value)
+    else:
+        _keep(tensor, b"".join(_pieces(tensor.name, location, offset, length)))
+    return length
 
 
 def _trusted_folders(model_path: Path) -> tuple[Path, ...]:

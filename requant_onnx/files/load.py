@@ -16,7 +16,7 @@ from requant_onnx.errors import ModelError
 from requant_onnx.files.external import check_tensors, check_texts, fetch, is_external, resolve, stored_bytes
 from requant_onnx.files.walk import stored_tensors
 from requant_onnx.files.wire import has_more_parts
-from requant_onnx.text import first_line
+from requant_onnx.text import first_line, is_unicode
 
 Source: TypeAlias = "onnx.ModelProto | str | PathLike[str]"
 ModelLike: TypeAlias = "Source | bytes | IO[bytes]"
@@ -90,7 +90,7 @@ def load_checked(source: ModelLike, runs: Runs | None = None) -> tuple[onnx.Mode
     complaint = ""
     if not stays and not is_large(model):
         complaint = _complaint(model)
-    elif path is not None:  # a model that is too large to be passed is read by the checker, which also checks its data files
+    elif path is not None and is_unicode(str(path)):  # a model that is too large is read by the checker, with its data files
         complaint = _complaint(str(path))
     if complaint and not (runs is not None and runs(source)):
         raise ModelError(f"{name} is not valid ONNX ({complaint}); export it again")

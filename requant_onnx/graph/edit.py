@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from requant_onnx.files.walk import all_graphs, reads_in
-from requant_onnx.graph.constants import PASS_THROUGH
+from requant_onnx.graph.constants import PASS_THROUGH, is_standard_proto
 from requant_onnx.numerics.arrays import GenericArray, UInt8Array
 
 VARINTS = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))  # integer types whose values are mostly small
@@ -44,6 +44,18 @@ def proto_of_4_bits(values: UInt8Array, name: str, *, signed: bool) -> onnx.Tens
     packed = flat[0::2] | flat[1::2] << 4
     kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
     return helper.make_tensor(name, kind, values.shape, packed.astype(np.uint8).tobytes(), raw=True)
+
+
+def floats_to_tensors(model: onnx.ModelProto) -> None:
+    """Write floats that Constant nodes have as attributes of their own as tensors, as most exporters do.  Changes the model."""
+    for holder in (*all_graphs(model.graph), *model.functions):
+        for node in holder.node:
+            if node.op_type != "Constant" or not is_standard_proto(node):
+                continue
+            for attribute in node.attribute:
+                if attribute.name in ("value_float", "value_floats") and not attribute.ref_attr_name:
+                    values = np.array(attribute.f if attribute.name == "value_float" else attribute.floats, np.float32)
+                    attribute.CopyFrom(helper.make_attribute("value", tensor_proto(values, "")))
 
 
 def set_initializer(graph: onnx.GraphProto, values: GenericArray, name: str) -> None:

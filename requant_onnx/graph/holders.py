@@ -10,7 +10,7 @@
     Add, Sub, Mul                a table of at least two axes       index of the last axis
 
 A table that an elementwise operator reads reaches the result directly, not through a sum of many products.  It is stored at 8
-bits, and skipped if it contains exact numbers (coordinates, masks).
+bits, and skipped if it contains exact numbers (coordinates, masks), as a table of which entries are looked up is.
 https://onnx.ai/onnx/operators/ and https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 

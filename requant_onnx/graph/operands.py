@@ -12,7 +12,7 @@ from requant_onnx.graph.constants import ModelGraph, find_root, from_constants, 
 from requant_onnx.graph.operators import OPERATORS, Operator
 from requant_onnx.numerics.arrays import GenericArray
 
-LARGEST_FIXED, LARGEST_COUNT, EXACTLY = 1024, 127, 1e-6  # elements, multiples and error of a handwritten kernel
+LARGEST_FIXED, LARGEST_COUNT, EXACTLY = 1024, 127, 1e-6  # elements, multiples and relative error of a handwritten kernel
 
 
 def operator_of(node: gs.Node) -> Operator | None:
@@ -52,7 +52,7 @@ def is_fixed_kernel(values: GenericArray) -> bool:
     if not sizes.size or not np.isfinite(sizes).all():
         return False
     counts = sizes / sizes[0]
-    return bool(counts[-1] <= LARGEST_COUNT and np.abs(counts - np.rint(counts)).max() < EXACTLY)
+    return bool(counts[-1] <= LARGEST_COUNT and (np.abs(counts - np.rint(counts)) < EXACTLY * counts).all())
 
 
 def _is_trained(node: gs.Node) -> bool:

@@ -16,12 +16,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from requant_onnx.files.walk import all_graphs, subgraphs_of
-from requant_onnx.graph.constants import is_random, is_standard_proto
+from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
+from requant_onnx.graph.constants import is_random, is_standard_proto, value_of
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.graph.edit import delete_where, drop_stale_types, rename_reads, set_initializer
 from requant_onnx.graph.integer.plan import MOVES
 from requant_onnx.graph.names import FreshNames
+from requant_onnx.numerics.arrays import GenericArray
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 PREFIX = "int8."  # of the names that our int8 form generates
@@ -29,6 +30,13 @@ NARROW = frozenset(
     kind for name, kind in TensorProto.DataType.items() if name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 )
 """Types in which codes are stored."""
+ENDS = {
+    kind: (0, 2**bits - 1) if name.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    for name, kind in TensorProto.DataType.items()
+    for bits in (2, 4, 8, 16)
+    if name in (f"INT{bits}", f"UINT{bits}")
+}
+"""The smallest and the largest code of each integer type."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +73,53 @@ def constants_of(graph: onnx.GraphProto) -> Constants:
 def restore_activations(model: onnx.ModelProto) -> int:
     """Make quantized activations floats, except those that integer kernels read; return their number.  Changes the model."""
     graph = model.graph
+    _decode_outside_bodies(model)
     constant = constants_of(graph)
     known = constant.tensors | {item.name for item in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for each in all_graphs(graph):
-        for node in each.node:
-            for name in node.input:
-                readers.setdefault(name, []).append(node)
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
     outputs = {item.name for item in graph.output}
+    visible = outputs.union(*(reads_in(body) for node in graph.node for body in subgraphs_of(node)))
     sources = [node for node in graph.node if _is(node, QUANTIZE) and node.input[0] not in known]
-    groups = [(source, found) for source in sources if (found := _behind(source.output[0], readers, outputs)) is not None]
+    groups = [(source, found) for source in sources if (found := _behind(source.output[0], readers, visible)) is not None]
     _drop_codes(model, groups, outputs)
     return len(groups)
+
+
+def _decode_outside_bodies(model: onnx.ModelProto) -> None:
+    """Decode activations in the main graph where bodies of If, Loop and Scan decode them.  Changes the model."""
+    graph, names = model.graph, FreshNames(model)
+    sources = {node.output[0]: node for node in graph.node if _is(node, QUANTIZE)}
+    decodes: dict[str, onnx.NodeProto] = {}  # by the codes
+    for node in (node for body in all_graphs(graph) if body is not graph for node in body.node):
+        source = sources.get(node.input[0]) if _is(node, DEQUANTIZE) else None
+        if source is None or node.input[1:] != source.input[1:]:
+            continue
+        if source.output[0] not in decodes:
+            decode = decodes[source.output[0]] = onnx.NodeProto.FromString(node.SerializeToString())
+            decode.output[0] = names.take(f"{source.output[0]}_decoded")
+        node.op_type = "Identity"
+        node.input[:] = [decodes[source.output[0]].output[0]]
+        del node.attribute[:]
+    for codes, decode in decodes.items():
+        graph.node.insert(list(graph.node).index(sources[codes]) + 1, decode)
 
 
 def _is(node: onnx.NodeProto, op: str) -> bool:
     return node.op_type == op and is_standard_proto(node)
 
 
-def _behind(codes: str, readers: dict[str, list[onnx.NodeProto]], outputs: set[str]) -> list[onnx.NodeProto] | None:
-    """The nodes from these codes up to where they are decoded; None if any other node reads them."""
+def _behind(codes: str, readers: dict[str, list[onnx.NodeProto]], visible: set[str]) -> list[onnx.NodeProto] | None:
+    """The nodes from these codes up to where they are decoded; None if any other node reads them.
+
+    readers: nodes of the main graph by what they read.  visible: outputs of the model, and tensors that bodies read.
+    """
     found, left = [], [codes]
     while left:
         name = left.pop()
-        if name in outputs:
+        if name in visible:
             return None
         for node in readers.get(name, ()):
             if not is_standard_proto(node) or node.input[0] != name or node.op_type not in (DEQUANTIZE, *MOVES):
@@ -101,13 +132,14 @@ def _behind(codes: str, readers: dict[str, list[onnx.NodeProto]], outputs: set[s
 def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[onnx.NodeProto]]], outputs: set[str]) -> None:
     graph, names = model.graph, FreshNames(model)
     makers = {name: node for node in graph.node for name in node.output}
+    stored = _stored(graph)
     ours = settings_of(model) is not None
     made = set(makers)
     renamed: dict[str, str] = {}  # old name -> the tensor that replaces it
     final: dict[str, str] = {}  # float tensor -> its final name
     doomed, copies = [], []
     for source, behind in groups:
-        bounds = None if ours else _rectified(graph, source, makers.get(source.input[0]))
+        bounds = None if ours else _rectified(stored, source, makers.get(source.input[0]))
         if bounds is None:
             doomed.append(source)
             renamed[source.output[0]] = source.input[0]
@@ -126,33 +158,67 @@ def _drop_codes(model: onnx.ModelProto, groups: list[tuple[onnx.NodeProto, list[
                 else:
                     renamed[after] = tensor
             elif node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
-                zero = names.take(f"{node.output[0]}_zero")
-                set_initializer(graph, np.zeros((), np.float32), zero)
-                node.input[2] = zero
+                filling = names.take(f"{node.output[0]}_filling")
+                set_initializer(graph, _decoded(stored, source, node.input[2]), filling)
+                node.input[2] = filling
     gone = {id(node) for node in doomed}
     delete_where(graph.node, [k for k, node in enumerate(graph.node) if id(node) in gone])
     for node in graph.node:
         node.output[:] = [final.get(name, name) for name in node.output]
     rename_reads(graph, {**final, **{old: final.get(new, new) for old, new in renamed.items()}})
     graph.node.extend(copies)
-    drop_stale_types(graph, [*renamed, *(name for node in doomed for name in (*node.input, *node.output))])
+    drop_stale_types(
+        graph, [*renamed, *(name for _, behind in groups for node in behind for name in (*node.input[:1], *node.output))]
+    )
 
 
-def _rectified(graph: onnx.GraphProto, source: onnx.NodeProto, maker: onnx.NodeProto | None) -> tuple[float, float] | None:
-    """The range of codes that replace a Relu or Clip: it begins at 0, and no Relu or Clip is before the codes."""
-    stored = {item.name: item for item in graph.initializer}
-    scale, zero = (stored.get(name) for name in source.input[1:3]) if len(source.input) > 2 else (None, None)
-    if maker is None or maker.op_type in ("Relu", "Clip") or scale is None or zero is None:
+def _stored(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The initializers and the values of Constant nodes, by name."""
+    values = {node.output[0]: value for node in graph.node if (value := value_of(node)) is not None}
+    return {**{item.name: item for item in graph.initializer}, **values}
+
+
+def _grid(stored: dict[str, onnx.TensorProto], source: onnx.NodeProto) -> tuple[GenericArray, int, int] | None:
+    """The scale, the zero point and the type of the codes of a QuantizeLinear; None if they are not constant."""
+    scale, *zeros = (stored.get(name) for name in source.input[1:3] if name)
+    if scale is None or None in zeros:
         return None
-    low, zero_point = np.iinfo(numpy_helper.to_array(zero).dtype), int(numpy_helper.to_array(zero).ravel()[0])
-    return (0.0, float(numpy_helper.to_array(scale).ravel()[0]) * (low.max - low.min)) if zero_point == low.min else None
+    if zeros and zeros[0] is not None:
+        return numpy_helper.to_array(scale), int(numpy_helper.to_array(zeros[0]).ravel()[0]), zeros[0].data_type
+    kind = next((item.i for item in source.attribute if item.name == "output_dtype" and item.i), TensorProto.UINT8)
+    return numpy_helper.to_array(scale), 0, kind
 
 
-def _clip(graph: onnx.GraphProto, source: onnx.NodeProto, bounds: tuple[float, float], names: FreshNames) -> None:
+def _decoded(stored: dict[str, onnx.TensorProto], source: onnx.NodeProto, code: str) -> GenericArray:
+    """The float that a constant code stands for, in the type of the activations; 0 if it is not known."""
+    grid, value = _grid(stored, source), stored.get(code)
+    if grid is None:
+        return np.zeros((), np.float32)
+    scale, zero, _ = grid
+    difference = 0 if value is None else int(numpy_helper.to_array(value).ravel()[0]) - zero
+    return np.asarray(float(scale.ravel()[0]) * difference).astype(scale.dtype)
+
+
+def _rectified(
+    stored: dict[str, onnx.TensorProto], source: onnx.NodeProto, maker: onnx.NodeProto | None
+) -> tuple[GenericArray, GenericArray] | None:
+    """The range of codes that replace a Relu or Clip: it begins at 0, and no Relu or Clip is before the codes."""
+    grid = _grid(stored, source)
+    if maker is None or maker.op_type in ("Relu", "Clip") or grid is None:
+        return None
+    scale, zero, kind = grid
+    low, high = ENDS.get(kind, (None, 0))  # codes of other types are floats, which have no smallest one
+    if zero != low:
+        return None
+    with np.errstate(over="ignore"):  # infinity is no limit, as it should be
+        return np.zeros((), scale.dtype), np.asarray(float(scale.max()) * (high - zero)).astype(scale.dtype)
+
+
+def _clip(graph: onnx.GraphProto, source: onnx.NodeProto, bounds: tuple[GenericArray, GenericArray], names: FreshNames) -> None:
     """Turn a QuantizeLinear into a Clip."""
     limits = [names.take(f"{source.output[0]}_{end}") for end in ("low", "high")]
     for name, value in zip(limits, bounds, strict=True):
-        set_initializer(graph, np.asarray(value, np.float32), name)
+        set_initializer(graph, value, name)
     source.op_type = "Clip"
     source.input[1:] = limits
     del source.attribute[:]

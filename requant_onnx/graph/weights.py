@@ -28,9 +28,11 @@ from requant_onnx.graph.constants import (
 from requant_onnx.graph.holders import Holder, holder_of
 from requant_onnx.graph.operands import LARGEST_FIXED, edge_nodes, is_fixed_kernel, operator_of, weight_operand
 from requant_onnx.graph.operators import KERNELS, OPERATORS
-from requant_onnx.numerics.arrays import Float32Array
+from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray
 
 LATTICE, LATTICE_POINTS = 1e-3, 1 << 14  # tolerance, in steps, of multiples of a step in float32, and their maximum number
+PIECE, LARGEST_TABLE = 1 << 18, 1 << 26  # values compared at a time; elements of a table that is not read, as it has words
+MASK_VALUES, SIMILAR = 3, 1 / 2  # distinct values of a mask; squared difference of neighbors as a share of that of any two
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def _held_by(node: gs.Node, holder: Holder, interface: _Interface) -> Iterator[t
         seen = None if root is None else seen_shape(root)
         if root is None or not holder.may_hold(operand, root.shape if seen is None else seen):
             continue
-        reason = _refusal(root, interface) or (_why_exact(root) if holder.is_table else None)
+        reason = _refusal(root, interface) or _why_exact(root, holder)
         if reason is not None:
             yield SkippedWeight(root.name, node.op, root.shape, reason), tensor
             continue
@@ -251,18 +253,59 @@ def _weight(root: Root, node: gs.Node, axis: int | None) -> Weight:
     )
 
 
-def _why_exact(root: Root) -> str | None:
-    """Why values that reach results directly must stay exact; None if they need not."""
-    values = np.unique(root.load().astype(np.float64))
-    if not np.isfinite(values).all():
+def _why_exact(root: Root, holder: Holder) -> str | None:
+    """Why values that reach results directly, or are looked up, must stay exact; None if they need not."""
+    if not (holder.is_table or (holder.looks_up and math.prod(root.shape) <= LARGEST_TABLE)):
+        return None
+    loaded = root.load()
+    if not np.isfinite(loaded).all():
         return "contains infinite values or NaN, as masks do"
-    if values.size == 1:
-        return "has the same value everywhere"
-    step = float(np.diff(values).min())
-    counts = (values - values[0]) / step
-    if counts[-1] < LATTICE_POINTS and abs(counts - np.rint(counts)).max() < LATTICE:
-        return f"has values in steps of {step:.6g}, as coordinates and masks do, which must stay exact"
-    return None
+    values = _few_values(loaded.ravel())
+    if values is None:
+        return None
+    if values.size == 1:  # which a table of any bits represents exactly
+        return None if holder.looks_up else "has the same value everywhere"
+    step = step_of(values)
+    if step is None or (holder.looks_up and _has_words(loaded.astype(np.float64), values)):
+        return None
+    return f"has values in steps of {step:.6g}, as coordinates and masks do, which must stay exact"
+
+
+def _few_values(loaded: GenericArray) -> Float64Array | None:
+    """The distinct values, ascending; None where they are many, as in a table of words, which is not sorted as a whole."""
+    seen = np.zeros(0)
+    for start in range(0, loaded.size, PIECE):
+        seen = np.union1d(seen, loaded[start : start + PIECE].astype(np.float64))
+        if seen.size > LATTICE_POINTS:
+            return None
+    return seen
+
+
+def _has_words(table: Float64Array, values: Float64Array) -> bool:
+    """Whether a table in steps is one of words that another tool quantized: neighbors differ as much as any two entries.
+
+    values: its distinct values.
+    """
+    if values.size <= MASK_VALUES or (values == np.rint(values)).all():
+        return False
+    axis = int(np.argmax(table.shape))
+    variance, differences = table.var(axis), np.square(np.diff(table, axis=axis)).mean(axis) / 2
+    return not (differences < SIMILAR * variance).any()
+
+
+def step_of(values: Float64Array) -> float | None:
+    """The step of which all differences of these ascending values are multiples; None if they have none.
+
+    It is the mean step, because the smallest difference has the largest relative error in float32.
+
+    >>> step_of(np.array([0.0, 0.5, 2.0])), step_of(np.array([0.0, 0.3, 1.0]))
+    (0.5, None)
+    """
+    gaps = np.diff(values)
+    counts = np.rint(gaps / gaps.min()).cumsum()
+    step = float((values[-1] - values[0]) / counts[-1])
+    fits = counts[-1] < LATTICE_POINTS and abs(values[1:] - values[0] - counts * step).max() < LATTICE * step
+    return step if fits else None
 
 
 def _why_fixed(root: Root) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.inputs.feeds import Feed
 from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.numerics.arrays import AnyArray
 
 DEFAULT_COUNT = 256
 DEFAULT_MEMORY = 1 << 28
@@ -114,13 +115,18 @@ class Calibration:
 def _checked(feed: object) -> Feed:
     if not isinstance(feed, Mapping) or not feed:
         raise DataError(f"calibration inputs must be dictionaries from the names of inputs to arrays, not {type(feed).__name__}")
-    arrays = {str(name): np.asarray(values) for name, values in feed.items()}
+    arrays = {str(name): _of_strings(np.asarray(values)) for name, values in feed.items()}
     for name, values in arrays.items():
         if values.dtype.kind not in "biufU":
             raise DataError(f"the calibration input '{name}' must be an array of numbers or strings, not of {values.dtype}")
         if values.dtype.kind != "U" and not np.isfinite(values).all():
             raise DataError(f"the calibration input '{name}' contains NaN or infinity; remove these values")
     return arrays
+
+
+def _of_strings(values: AnyArray) -> AnyArray:
+    """An array of objects that are all strings, as pandas and ONNX Runtime make them, as an array of strings; others unchanged."""
+    return values.astype(str) if values.dtype == object and all(isinstance(text, str) for text in values.ravel()) else values
 
 
 def _is_whole(value: object) -> bool:

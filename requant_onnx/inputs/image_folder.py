@@ -15,12 +15,14 @@ import numpy as np
 
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.numerics.arrays import Int64Array, UInt8Array
+from requant_onnx.text import first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 UNREADABLE = 0.01  # largest share of damaged images, which are skipped
 END_OF_JPEG, TAIL = b"\xff\xd9", 1 << 12
 DEEP = 1 << 8  # 16-bit levels per 8-bit level
+BRIGHTEST, BRIGHTEST_DEEP = 255, (1 << 16) - 1  # largest values of pixels with 8 and 16 bits
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images that behave like an array of uint8 pixels, (n, 3, h, w).
+    """Images that behave like an array of uint8 pixels, (n, 3, h, w), or (n, 1, h, w) in gray.
 
     size: (h, w) of every image.  unreadable: files that were skipped.  classes: number of subdirectories that give the labels.
     """
@@ -71,12 +73,13 @@ class FolderImages:
     size: tuple[int, int]
     unreadable: tuple[Path, ...] = ()
     classes: int = 0
+    gray: bool = False
     dtype = np.dtype(np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """The shape (n, 3, h, w)."""
-        return (len(self.paths), 3, *self.size)
+        """The shape (n, 3, h, w), or (n, 1, h, w)."""
+        return (len(self.paths), 1 if self.gray else 3, *self.size)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,10 +96,10 @@ class FolderImages:
     def fingerprint(self) -> bytes:
         """Bytes that identify the images: the pipeline, and names, sizes and times of the files."""
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-        return repr((self.pipeline, self.size, stats)).encode("utf-8", "surrogateescape")
+        return repr((self.pipeline, self.size, self.gray, stats)).encode("utf-8", "surrogateescape")
 
     def _pixels(self, path: Path) -> UInt8Array:
-        pixels = _decoded(path, self.pipeline)
+        pixels = _decoded(path, self.pipeline, self.gray)
         if pixels.shape[:2] != self.size:
             raise DataError(
                 f"the image '{path}' is {_listed(pixels.shape)}, but '{self.paths[0].name}' is {_listed(self.size)}; "
@@ -109,12 +112,14 @@ def open_folder(folder: Path, pipeline: Pipeline) -> tuple[FolderImages, Int64Ar
     """Open the images of a directory: (images, labels).
 
     As in torchvision's ImageFolder, each subdirectory is a class, in the order of names; images in the directory itself have no
-    labels.  Raises DataError when there is no image, a directory has both images and subdirectories of images, or more than a
-    share UNREADABLE of the images is damaged; an image whose damage shows only in decoding raises it then.
+    labels.  Names that begin with a dot are hidden files and directories, which other programs make.
+    Raises DataError when there is no image, a directory has both images and subdirectories of images, or more than a share
+    UNREADABLE of the images is damaged; an image whose damage shows only in decoding raises it then.
     """
     try:
-        unlabeled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
-        classes = [_images_below(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+        seen = sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
+        unlabeled = [path for path in seen if path.is_file() and path.suffix.lower() in SUFFIXES]
+        classes = [_images_below(each) for each in seen if each.is_dir()]
     except OSError as error:
         raise DataError(f"cannot read the directory '{folder}' ({error.strerror or error}); give a directory of images") from None
     labeled = [(path, label) for label, paths in enumerate(classes) for path in paths]
@@ -143,7 +148,7 @@ def size_of(path: Path) -> tuple[int, int]:
         with pillow.Image.open(path) as image:
             return int(image.width), int(image.height)
     except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image '{path}' ({str(error).splitlines()[0]}); repair or remove it") from None
+        raise DataError(f"cannot read the image '{path}' ({first_line(error)}); repair or remove it") from None
 
 
 def _is_whole(path: Path) -> bool:
@@ -167,24 +172,40 @@ def _tail(path: Path) -> bytes:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The images in a directory and its subdirectories, without hidden ones, in the order of names (Windows would ignore case)."""
+    found = {path.relative_to(folder).parts: path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+    shown = sorted(parts for parts in found if not any(name.startswith(".") for name in parts))
+    return [found[parts] for parts in shown if found[parts].is_file()]
 
 
-def _decoded(path: Path, pipeline: Pipeline) -> UInt8Array:
-    """The pixels of a file, (h, w, 3)."""
+def _decoded(path: Path, pipeline: Pipeline, gray: bool = False) -> UInt8Array:
+    """The pixels of a file, (h, w, 3), or (h, w, 1) in gray."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:
-            return np.asarray(pipeline.apply(_of_8_bits(image).convert("RGB")), np.uint8)
+            pixels = np.asarray(pipeline.apply(_of_8_bits(image).convert("L" if gray else "RGB")), np.uint8)
+            return pixels[:, :, None] if gray else pixels
     except (OSError, ValueError, SyntaxError, MemoryError, pillow.Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image '{path}' ({str(error).splitlines()[0]}); repair or remove it") from None
+        raise DataError(f"cannot read the image '{path}' ({first_line(error)}); repair or remove it") from None
 
 
 def _of_8_bits(image: Any) -> Any:
-    """A 16-bit image scaled to 8 bits; Pillow would clip it at 255."""
-    if not image.mode.startswith("I"):
+    """An image with 8 bits; Pillow would clip deeper ones at 255.  Raises ValueError where the range of pixels is not known.
+
+    Pixels of 16 bits are scaled.  Those of 32 bits are, unless 8 bits are enough for them.  Pixels of 12 bits that are stored in
+    16 cannot be told from dark ones.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
         return image
-    return _pillow().Image.fromarray((np.asarray(image, np.int64) // DEEP).clip(0, 255).astype(np.uint8))
+    pixels = np.asarray(image)
+    brightest = float(pixels.max())
+    if image.mode == "F" and not (brightest <= 0 or 1 < brightest <= BRIGHTEST):
+        raise ValueError(f"its pixels are floats up to {brightest:.4g} instead of {BRIGHTEST}")
+    if brightest > BRIGHTEST_DEEP:
+        raise ValueError(f"its pixels are numbers up to {brightest:.0f} instead of {BRIGHTEST_DEEP}")
+    if image.mode == "F" or (image.mode == "I" and brightest <= BRIGHTEST):
+        return _pillow().Image.fromarray(pixels.clip(0, BRIGHTEST).astype(np.uint8))
+    return _pillow().Image.fromarray((pixels.astype(np.int64) // DEEP).clip(0, BRIGHTEST).astype(np.uint8))
 
 
 def _pillow() -> ModuleType:

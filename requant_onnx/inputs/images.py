@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -135,6 +135,17 @@ class Normalization:
                 )
         mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
         return np.asarray((x.astype(np.float32) / np.float32(255) - mean) / std, np.float32)
+
+
+def for_channels(images: ImageSet, normalization: Normalization, channels: int | None) -> tuple[ImageSet, Normalization]:
+    """Images and normalization for a model with so many channels; None if their number is free.
+
+    Images of a directory become gray for a model with one channel, which then gets the averages of mean and std.
+    """
+    if channels != 1 or not isinstance(images.x, FolderImages):
+        return images, normalization
+    mean, std = (float(np.mean(values)) for values in (normalization.mean, normalization.std))
+    return replace(images, x=replace(images.x, gray=True)), Normalization((mean,), (std,))
 
 
 def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, Float32Array]]:

@@ -56,6 +56,12 @@ class ImageInput:
         height, width = (fixed or (size and size[k]) for k, fixed in enumerate(sizes))
         return (channels, height, width) if channels and height and width else None
 
+    @property
+    def channels(self) -> int | None:
+        """The number of channels of its images, None if it is free."""
+        image = self.image_shape((1, 1))
+        return None if image is None else image[0]
+
     def accepts(self, image: tuple[int, ...]) -> bool:
         """Whether an image of shape (c, h, w) fits, unchanged or as (h, w, c)."""
         return _fits(image, self.shape[1:]) or self._wants_channels_last(image)
@@ -141,9 +147,9 @@ def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:
     if not classifier.accepts(image):
         wanted = "x".join("?" if n is None else str(n) for n in classifier.shape[1:])
         given = "x".join(map(str, image))
-        raise DataError(
-            f"the images are {given}, but {classifier.name} takes {wanted}; give images of that size (for a directory, use --fit)"
-        )
+        other = classifier.channels not in (None, image[0])
+        advice = "give an .npz file with so many channels" if other else "give images of that size (for a directory, use --fit)"
+        raise DataError(f"the images are {given}, but {classifier.name} takes {wanted}; {advice}")
 
 
 def _fits(image: tuple[int, ...], shape: Shape) -> bool:

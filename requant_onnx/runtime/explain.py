@@ -222,7 +222,7 @@ def _why_decoded(node: gs.Node, tensor: gs.Tensor, decoder: str) -> str:
     if _producer(node.inputs[0]) == "DequantizeLinear":
         codes = tensor.inputs[0].inputs[0]
         quantized = any(result.outputs and result.outputs[0].op == "QuantizeLinear" for result in _results(node))
-        if not quantized and not OPERATORS[node.op].float_results:
+        if not quantized and not (node.op in OPERATORS and OPERATORS[node.op].float_results):
             return "its output is not quantized, so no integer kernel can be used"
         kind = onnx.TensorProto.DataType.Name(codes.dtype).lower() if isinstance(codes.dtype, int) else codes.dtype
         if kind is not None and str(kind) not in ("int8", "uint8"):

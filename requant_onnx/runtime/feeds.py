@@ -17,7 +17,7 @@ from requant_onnx.errors import DataError, ModelError
 from requant_onnx.files.load import Source
 from requant_onnx.inputs.calibration import GRAY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import Feed
-from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches
+from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches, for_channels
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.numerics.arrays import AnyArray, Float32Array
@@ -241,15 +241,16 @@ def calibration_images(model: Source, calibration: Calibration) -> tuple[ImageSe
 
 def _normalization(calibration: Calibration, images: ImageSet) -> Normalization:
     if calibration.normalization is not None or calibration.images is not None:
-        return calibration.normalization or Normalization()
+        return for_channels(images, calibration.normalization or Normalization(), images.x.shape[1])[1]
     return NATURAL if images.x.shape[1] == len(NATURAL.mean) else GRAY
 
 
 def _images_for(classifier: Classifier, calibration: Calibration) -> ImageSet:
     """The given images, if they fit, or noise of the size that the model takes."""
     if calibration.images is not None:
-        require_image(classifier, calibration.images.x.shape[1:])
-        return calibration.images.drawn(calibration.count, calibration.seed)
+        images, _ = for_channels(calibration.images, Normalization(), classifier.channels)
+        require_image(classifier, images.x.shape[1:])
+        return images.drawn(calibration.count, calibration.seed)
     image = classifier.image_shape(calibration.size)
     if image is not None and calibration.size not in (None, image[1:]):
         raise DataError(f"the model takes images of {image[1]}x{image[2]}, so noise cannot have another size; drop the size")

@@ -14,13 +14,13 @@ import onnxruntime
 
 from requant_onnx.choices import Form, Int8Levels
 from requant_onnx.errors import ConfigError, LoadError, ModelError
-from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_skeleton, source_of
+from requant_onnx.files.load import LoadedModel, ModelLike, is_large, load_checked, load_skeleton, source_of, whole
 from requant_onnx.graph.decode.forms import FORMS
 from requant_onnx.graph.decode.replace import settings_of
 from requant_onnx.numerics.arrays import GenericArray
 from requant_onnx.runtime.cpu import adds_exactly
 from requant_onnx.runtime.version import runtime_version
-from requant_onnx.text import first_line
+from requant_onnx.text import first_line, is_unicode
 
 Session: TypeAlias = onnxruntime.InferenceSession
 CUSTOM_OPS = "REQUANT_CUSTOM_OPS"  # environment variable, inherited by child processes: paths of libraries
@@ -171,9 +171,14 @@ def start_session(
 
 
 def serialized(model: onnx.ModelProto | str | os.PathLike[str], name: str) -> bytes | str:
-    """The `source` of `start_session`.  Raises ModelError for a ModelProto above 2 GB."""
+    """The `source` of `start_session`.  Raises ModelError for a ModelProto above 2 GB.
+
+    ONNX Runtime opens only paths that are Unicode text, so a file with another path is read here, with its external data.
+    """
     if not isinstance(model, onnx.ModelProto):
-        return str(model)
+        if is_unicode(str(model)):
+            return str(model)
+        model = whole(load_checked(model, lambda _: True)[0])
     if is_large(model):
         raise ModelError(f"{name} is larger than 2 GB, more than ONNX Runtime can load from memory; save it and give its path")
     data: bytes = model.SerializeToString()

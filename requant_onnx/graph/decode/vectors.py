@@ -19,6 +19,7 @@ from requant_onnx.graph.decode.writer import Decode, DecodeWriter
 from requant_onnx.graph.holders import NORMALIZATIONS
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.reshapes import RESHAPING
+from requant_onnx.graph.weights import step_of
 from requant_onnx.numerics.arrays import Float32Array
 
 PART = 1 / 16  # largest share of a layer's squared weight error that rounding its bias may add
@@ -27,6 +28,30 @@ HEADER, MIN_RESHAPED = 8, 64  # bytes around name and values of an initializer; 
 RECURRENT = frozenset(("LSTM", "GRU", "RNN"))  # their biases are (directions, n)
 READERS = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "Mul", "PRelu", "STFT", *NORMALIZATIONS)) | RECURRENT
 """The operators that add or multiply by a vector and do not need it in its stored form."""
+SUMMING = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "STFT")) | RECURRENT
+"""The operators that add the values of a vector to others, or sum products with them, so that small values matter less."""
+BIAS, MEAN = 2, 3  # inputs of a normalization that are only added
+FEWEST_STEPS = 8  # distinct values that are not in steps by chance
+TO_ANGLES = frozenset(
+    (
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Neg",
+        "MatMul",
+        "Einsum",
+        "Concat",
+        "Slice",
+        "Split",
+        "Gather",
+        "Expand",
+        "Tile",
+        "Cast",
+        "Identity",
+    )
+) | {*RESHAPING}
+"""The operators through which an angle may pass on its way to Sin or Cos."""
 
 
 def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float]) -> dict[str, Float32Array]:
@@ -36,7 +61,7 @@ def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float
     power 1.
     """
     graph = model.graph
-    readers = _readers(graph)
+    readers, angles = _readers(graph), _angles(graph)
     fixed = {item.name for each in all_graphs(graph) for item in each.output} | {item.name for item in graph.input}
     values = {node.output[0]: value_of(node) for node in graph.node if node.output}
     stored = {
@@ -44,17 +69,20 @@ def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float
         **{name: value for name, value in values.items() if value is not None},
     }
     vectors = {}
-    for name in sorted(names & stored.keys() - fixed):
+    for name in sorted(names & stored.keys() - fixed - angles):
         read_by, tensor = readers.get(name, frozenset({""})), stored[name]
         if tensor.data_type == onnx.TensorProto.FLOAT and read_by <= READERS and _is_vector(tensor.dims, read_by <= RECURRENT):
             numbers = load_proto(tensor).astype(np.float32)
-            if _fits(numbers, errors.get(name)):
+            if _fits(numbers, errors.get(name), summed=read_by <= SUMMING):
                 vectors[name] = numbers
     return vectors
 
 
 def _readers(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
-    """The operators that read each tensor, also through nodes that change no value; "" for one of another domain."""
+    """The operators that read each tensor, also through nodes that change no value.
+
+    "" stands for an operator of another domain, and "Add" also for a normalization that adds the tensor.
+    """
     direct: dict[str, list[onnx.NodeProto]] = {}
     nodes = [node for each in all_graphs(graph) for node in each.node]
     for node in nodes:
@@ -65,9 +93,25 @@ def _readers(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
         ops: set[str] = set()
         for node in direct.get(name, ()):
             through = is_standard_proto(node) and node.op_type in (*RESHAPING, "Identity") and node.input[0] == name
-            ops |= found.get(node.output[0], {""}) if through else {node.op_type if is_standard_proto(node) else ""}
+            ops |= found.get(node.output[0], {""}) if through else {_role(node, name)}
         found[name] = frozenset(ops or {""})
     return found
+
+
+def _role(node: onnx.NodeProto, name: str) -> str:
+    if not is_standard_proto(node):
+        return ""
+    added = node.op_type in NORMALIZATIONS and all(k in (BIAS, MEAN) for k, read in enumerate(node.input) if read == name)
+    return "Add" if added else node.op_type
+
+
+def _angles(graph: onnx.GraphProto) -> set[str]:
+    """The tensors from which angles are computed.  Large positions multiply the errors of the frequencies of a rotary embedding."""
+    angles: set[str] = set()
+    for node in reversed([node for each in all_graphs(graph) for node in each.node]):
+        if node.op_type in ("Sin", "Cos") or (node.op_type in TO_ANGLES and not angles.isdisjoint(node.output)):
+            angles.update(node.input)
+    return angles
 
 
 def _is_vector(dims: Sequence[int], recurrent: bool) -> bool:
@@ -76,13 +120,25 @@ def _is_vector(dims: Sequence[int], recurrent: bool) -> bool:
     return sum(n > 1 for n in dims) == 1 and min(dims) > 0 and (len(dims) == 1 or max(dims) >= MIN_RESHAPED)
 
 
-def _fits(values: Float32Array, error: float | None) -> bool:
+def _fits(values: Float32Array, error: float | None, *, summed: bool) -> bool:
+    """Whether float16 is precise enough.
+
+    error: see `halvable`; None for a vector that may contain positions.  summed: whether small values matter less than large ones.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
-        difference = values - values.astype(np.float16).astype(np.float32)
+        difference = np.abs(values - values.astype(np.float16).astype(np.float32))
     added = float(np.square(difference, dtype=np.float64).sum())
     if not added <= SAFE**2 * float(np.square(values, dtype=np.float64).sum()):  # infinite, or NaN
         return False
-    return error is None or added <= PART * error
+    if not summed and (difference > SAFE * np.abs(values)).any():
+        return False
+    return added == 0.0 or (added <= PART * error if error is not None else not _in_steps(values))
+
+
+def _in_steps(values: Float32Array) -> bool:
+    """Whether all values are whole numbers, or in steps of one size, as positions and indices are, which may be compared."""
+    distinct = np.unique(values.astype(np.float64))
+    return bool((distinct == np.rint(distinct)).all()) or (distinct.size >= FEWEST_STEPS and step_of(distinct) is not None)
 
 
 def decode_vectors(writer: DecodeWriter, vectors: Mapping[str, Float32Array]) -> Decode | None:
