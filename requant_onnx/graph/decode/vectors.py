@@ -32,8 +32,9 @@ SUMMING = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "STFT")) | R
 """The operators that add the values of a vector to others, or sum products with them, so that small values matter less."""
 BIAS, MEAN = 2, 3  # inputs of a normalization that are only added
 FEWEST_STEPS = 8  # distinct values that are not in steps by chance
-TO_ANGLES = frozenset(
-    (
+OF_ANGLES = frozenset(["Sin", "Cos"])
+TO_ANGLES = frozenset(RESHAPING) | frozenset(
+    [
         "Add",
         "Sub",
         "Mul",
@@ -49,9 +50,9 @@ TO_ANGLES = frozenset(
         "Tile",
         "Cast",
         "Identity",
-    )
-) | {*RESHAPING}
-"""The operators through which an angle may pass on its way to Sin or Cos."""
+    ]
+)
+"""The operators through which an angle may pass on its way to one of OF_ANGLES."""
 
 
 def halvable(model: onnx.ModelProto, names: set[str], errors: Mapping[str, float]) -> dict[str, Float32Array]:
@@ -109,7 +110,7 @@ def _angles(graph: onnx.GraphProto) -> set[str]:
     """The tensors from which angles are computed.  Large positions multiply the errors of the frequencies of a rotary embedding."""
     angles: set[str] = set()
     for node in reversed([node for each in all_graphs(graph) for node in each.node]):
-        if node.op_type in ("Sin", "Cos") or (node.op_type in TO_ANGLES and not angles.isdisjoint(node.output)):
+        if node.op_type in OF_ANGLES or (node.op_type in TO_ANGLES and not angles.isdisjoint(node.output)):
             angles.update(node.input)
     return angles
 
