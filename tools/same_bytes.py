@@ -53,7 +53,7 @@ FEEDS, SAMPLES = 32, 512
 FORMS, BITS = ("qdq", "folded", "int8"), ("8", "4", "3")
 SIZE_PERCENT = 15
 SHOWN = 3  # number of facts shown per difference
-REFUSED = 2
+REFUSED = (2, 3)  # exit codes of errors in a sentence, and of results that are not written
 
 
 class ComparisonError(Exception):
@@ -299,7 +299,7 @@ def convert(version: Version, case: Case, work: Path, outputs: Path) -> Outcome:
 
 def judge(case: Case, old: Outcome, new: Outcome, expected: Sequence[Expected]) -> Verdict:
     """Compare both outcomes of a case.  REFUSED means that both report an error in a sentence; if both crash, they differ."""
-    if old.code == new.code == REFUSED:
+    if old.code == new.code and new.code in REFUSED:
         later = "" if old.said == new.said else f"; now: {new.said}"
         return Verdict(case, Kind.REFUSED, f"refused by both: {old.said}{later}")
     if old.code == new.code == 0 and _sha256(old.path) == _sha256(new.path):

@@ -49,7 +49,7 @@ class Operator:
     bias_factor: attribute by which the bias is multiplied, "" if there is none.
     channels_second: whether its output is (images, channels, ...), so that a BatchNormalization after it can be folded into it.
     kernel: integer kernel that its int8 form is fused into, None if there is none.  float_results: whether that kernel can output
-    floats.  refusal: why it cannot be fused with such attributes (a sentence without its subject), "" where it can.
+    floats.  refusal: (attributes, has a bias, rank of the weight) -> why it cannot be fused (a sentence without its subject), "" if it can.
     fused: its names in ONNX Runtime after it has absorbed an activation.
     reads_blocks: whether it is fused into MatMulNBits if DequantizeLinear reads the codes of its weight directly.
     """
@@ -65,7 +65,7 @@ class Operator:
     channels_second: bool = False
     kernel: str | None = None
     float_results: bool = True
-    refusal: Callable[[Attributes, bool], str] = lambda attributes, has_bias: ""
+    refusal: Callable[[Attributes, bool, int], str] = lambda attributes, has_bias, rank: ""
     fused: tuple[str, ...] = ()
     reads_blocks: Callable[[Attributes], bool] = lambda attributes: False
 
@@ -107,9 +107,14 @@ def _is_plain_gemm(attributes: Attributes, shape: Shape) -> bool:
     return not attributes.get("transA", 0) and attributes.get("alpha", 1.0) == 1.0
 
 
-def _gemm_refusal(attributes: Attributes, has_bias: bool) -> str:
+def _gemm_refusal(attributes: Attributes, has_bias: bool, _: int) -> str:
     scaled = attributes.get("alpha", 1.0) != 1.0 or (has_bias and attributes.get("beta", 1.0) != 1.0)
     return "is read by a Gemm with alpha, beta or transA" if scaled or attributes.get("transA", 0) else ""
+
+
+def _matmul_refusal(_: Attributes, __: bool, rank: int) -> str:
+    why = "has more than two dimensions, for which ONNX Runtime's integer kernel takes no scale per channel"
+    return why if rank != 2 else ""
 
 
 CONV = Operator(
@@ -157,6 +162,7 @@ MATMUL = Operator(
     product=lambda attributes, shape: DenseProduct(shape, attributes),
     is_product=lambda attributes, shape: math.prod(shape[:-2]) == 1,
     kernel="QLinearMatMul",
+    refusal=_matmul_refusal,
     fused=("FusedMatMul",),
     reads_blocks=lambda attributes: True,
 )

@@ -171,12 +171,10 @@ def _why_not_weighted(model: ModelGraph, node: gs.Node, operand: int, rank: int)
         return f"is read by {node.op}, for which ONNX Runtime has no integer kernel"
     if weight_operand(node) != operand or operand != 1:
         return f"is not the second operand of {node.op}"
-    if node.op == "MatMul" and rank != 2:
-        return "has more than two dimensions, for which ONNX Runtime's integer kernel takes no scale per channel"
     if from_constants(node.inputs[0]):
         return "is multiplied with a constant"
     bias = bias_input(node)
-    refusal = operator.refusal(node.attrs, bias is not None)
+    refusal = operator.refusal(node.attrs, bias is not None, rank)
     if refusal:
         return refusal
     return "is added to a bias that is not a constant vector" if bias is not None and not _is_vector(model, bias, node) else None
