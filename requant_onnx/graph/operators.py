@@ -49,7 +49,8 @@ class Operator:
     bias_factor: attribute by which the bias is multiplied, "" if there is none.
     channels_second: whether its output is (images, channels, ...), so that a BatchNormalization after it can be folded into it.
     kernel: integer kernel that its int8 form is fused into, None if there is none.  float_results: whether that kernel can output
-    floats.  refusal: (attributes, has a bias, rank of the weight) -> why it cannot be fused (a sentence without its subject), "" if it can.
+    floats.  refusal: (attributes, whether there is a bias, rank of the weight) -> why it cannot be fused (a sentence without its
+    subject), "" if it can.
     fused: its names in ONNX Runtime after it has absorbed an activation.
     reads_blocks: whether it is fused into MatMulNBits if DequantizeLinear reads the codes of its weight directly.
     """
