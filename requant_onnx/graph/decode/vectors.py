@@ -33,24 +33,10 @@ SUMMING = frozenset(("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "STFT")) | R
 BIAS, MEAN = 2, 3  # inputs of a normalization that are only added
 FEWEST_STEPS = 8  # distinct values that are not in steps by chance
 OF_ANGLES = frozenset(["Sin", "Cos"])
-TO_ANGLES = frozenset(RESHAPING) | frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Neg",
-        "MatMul",
-        "Einsum",
-        "Concat",
-        "Slice",
-        "Split",
-        "Gather",
-        "Expand",
-        "Tile",
-        "Cast",
-        "Identity",
-    ]
+TO_ANGLES = (
+    frozenset(RESHAPING)
+    | frozenset(("Add", "Sub", "Mul", "Div", "Neg", "MatMul", "Einsum"))
+    | frozenset(("Concat", "Slice", "Split", "Gather", "Expand", "Tile", "Cast", "Identity"))
 )
 """The operators through which an angle may pass on its way to one of OF_ANGLES."""
 
