@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import OWN_MODEL, laplace, parse, small_cnn
 
-from requant_onnx import Calibration, EdgeLayers, Form, ImageSet, QuantConfig, quantize_model, save_model
+from requant_onnx import Calibration, EdgeLayers, Form, ImageSet, Int8Speed, QuantConfig, quantize_model, save_model
 from requant_onnx.cli.main import main
 from requant_onnx.convert.selfcheck import COUNT, check_without_inputs, self_check
 from requant_onnx.errors import QualityError
@@ -148,3 +148,18 @@ def test_without_inputs_a_result_may_not_require_more_of_them() -> None:
     check_without_inputs(made, source, loads=False)
     with pytest.raises(QualityError, match="the converted model requires the input 's', which the model does not"):
         check_without_inputs(source, made, loads=False)
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_nan_of_the_float_model_is_no_fault_of_a_conversion(form: Form) -> None:
+    """An output with a logarithm of negative numbers says nothing about the weights, and infinities in both models are equal."""
+    text = """net (float[n, 3, 4, 4] x) => (float[n, b] y, float[n, b] l, float[n, b] m) {
+        f = Flatten(x) y = MatMul(f, w) l = Log(y) m = Where(mask, y, low) }"""
+    constants = {"w": laplace(48, 20), "mask": np.arange(20) > 2, "low": np.float32(-np.inf)}
+    model = parse(text, **constants)
+    config = QuantConfig(form=form, int8_speed=Int8Speed.ALL)
+    report = quantize_model(model, config, calibration=Calibration(count=8))[1]
+    assert report.check is not None
+    assert [each.name for each in report.check.outputs] == ["y", "m"]
+    assert report.check.is_good
+    assert {weight.form for weight in report.converted} == {form.value}

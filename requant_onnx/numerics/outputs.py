@@ -97,7 +97,7 @@ class OutputTally:
             return
         a, b = reference.astype(np.float64), candidate.astype(np.float64)
         same = np.isinf(a) & (a == b)  # equal infinities, such as log 0, have no error, and do not count as power
-        x, y = np.where(same, 0.0, a), np.where(same, 0.0, b)
+        x, y = (np.where(same, 0.0, a), np.where(same, 0.0, b)) if same.any() else (a, b)
         with np.errstate(invalid="ignore", over="ignore"):
             self._power += float((x * x).sum())
             self._other += float((y * y).sum())

@@ -58,11 +58,23 @@ def numbers_in(outputs: Sequence[Any]) -> list[Float64Array]:
 def relative_error(exact: Outputs, others: Outputs) -> float:
     """The squared error divided by the squared values, each summed over all chunks, averaged over the outputs.
 
-    An output whose shape changed (such as one with a row per box found) has the error of an output of zeros.
+    An output whose shape changed (such as one with a row per box found) has the error of an output of zeros.  An output that has
+    NaN in `exact` says nothing and is left out; the same infinity in both is no error.
     """
     ratios = []
     for outputs, changed in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):
-        power = sum(float((y**2).sum()) for y in outputs)
-        error = sum(float(((y - z if y.shape == z.shape else y) ** 2).sum()) for y, z in zip(outputs, changed, strict=True))
+        if any(np.isnan(y).any() for y in outputs):
+            continue
+        pairs = [_comparable(y, z) for y, z in zip(outputs, changed, strict=True)]
+        power = sum(float((y**2).sum()) for y, _ in pairs)
+        error = sum(float(((y - z) ** 2).sum()) for y, z in pairs)
         ratios.append(error / power if power > 0.0 else 0.0)
     return float(np.mean(ratios)) if ratios else 0.0
+
+
+def _comparable(y: Float64Array, z: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """Both with 0 where both have the same infinity, such as log 0; zeros for z if its shape is another."""
+    if y.shape != z.shape:
+        return y, np.zeros_like(y)
+    same = np.isinf(y) & (y == z)
+    return (np.where(same, 0.0, y), np.where(same, 0.0, z)) if same.any() else (y, z)
