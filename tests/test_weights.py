@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import laplace, parse, skipped_weights, small_cnn
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from requant_onnx import Form, Granularity, QuantConfig, Transform
 from requant_onnx.convert.pipeline import quantize_model
@@ -125,6 +125,22 @@ def test_weights_listed_as_inputs_by_ir_3_are_converted_and_delisted() -> None:
     )
     converted, report = quantize_model(model)
     assert [weight.name for weight in report.converted] == ["w"]
+    assert [item.name for item in converted.graph.input] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "nodes"),
+    [("float[64, 1] g", "m = Mul(v, g) w = Transpose(m)"), ("int64[2] s", "w = Reshape(v, s)")],
+)
+def test_matrices_in_constants_do_not_hide_that_all_weights_are_listed(listed: str, nodes: str) -> None:
+    """Old exporters list all initializers as inputs, but write a literal matrix, such as a mask, as a node."""
+    inputs = f"float[n, 40] x, float[64, 40] v, {listed}"
+    values = {"g": np.ones((64, 1), np.float32)} if listed.endswith("g") else {"s": np.array([40, 64])}
+    model = parse(f"net ({inputs}) => (float[n, 64] y) {{ {nodes} r = MatMul(x, w) y = Add(r, k) }}", v=laplace(64, 40), **values)
+    mask = numpy_helper.from_array(np.ones((1, 64), np.float32))
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], value=mask))
+    converted, report = quantize_model(model)
+    assert len(report.converted) == 1
     assert [item.name for item in converted.graph.input] == ["x"]
 
 

@@ -60,6 +60,8 @@ class _Values:
                 sources.update((name, behind) for name in node.output if name)
         inputs = frozenset(item.name for item in graph.input) & stored.keys()
         constants = {node.output[0]: value for node in graph.node if (value := value_of(node)) is not None}
+        operands = {name for node in graph.node if node.op_type in OPERATORS for name in node.input}
+        constants = {name: value for name, value in constants.items() if name in operands}  # no exporter lists others
         matrices = {name for name, value in {**stored, **constants}.items() if len(value.dims) > 1 and value.data_type in FLOATS}
         producers = {output: node for node in graph.node for output in node.output if output}
         return cls(stored, inputs, producers, sources, matrices <= inputs)
@@ -68,8 +70,12 @@ class _Values:
         """The inputs of the model that are weights or other parameters of a node."""
         for operand in self._parameters(node):
             name = node.input[operand] if operand < len(node.input) else ""
-            behind = self.sources.get(name, frozenset()) if self.all_listed else {self._root(name)}
+            behind = self.sources.get(name, frozenset()) if self.all_listed else self._chain(name)
             yield from (each for each in behind & self.inputs if 0 not in self.stored[each].dims)
+
+    def _chain(self, name: str) -> set[str]:
+        """The root of a tensor, and the shapes and axes on the way from there."""
+        return {self._root(name), *(other for step in nodes_behind(name, self.producers) for other in step.input[1:])}
 
     def _root(self, name: str) -> str:
         steps = list(nodes_behind(name, self.producers))
