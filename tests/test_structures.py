@@ -250,6 +250,8 @@ def test_functions_without_weights_are_inlined_where_the_opset_is_converted() ->
     model.functions[0].opset_import[0].version = 10
     with pytest.raises(ModelError, match="the function 'act' needs another opset"):
         raise_opset(model, 19)
+    model.graph.node[-1].op_type, model.graph.node[-1].domain = "Relu", ""  # now nothing calls it
+    assert not raise_opset(model, 19).functions
 
 
 @pytest.mark.parametrize("in_node", [False, True])

@@ -93,9 +93,11 @@ def _readable(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
     """
     if model.functions:
         model = inlined(model)
-    if model.functions:
+    called = {(node.domain, node.op_type) for graph in all_graphs(model.graph) for node in graph.node}
+    left = [function.name for function in model.functions if (function.domain, function.name) in called]
+    if left:
         raise ModelError(
-            f"the function '{model.functions[0].name}' needs another opset than the model, so the opset cannot be raised; "
+            f"the function '{left[0]}' needs another opset than the model, so the opset cannot be raised; "
             f"export the model with opset {target} or above"
         )
     others = [(entry.domain, entry.version) for entry in model.opset_import if entry.domain not in ("", "ai.onnx")]
