@@ -23,7 +23,7 @@ from requant_onnx import (
     validate,
 )
 from requant_onnx.files.atomic import write_atomically
-from requant_onnx.files.load import load_model
+from requant_onnx.files.load import data_files, load_model
 
 
 def test_saved_models_load_and_carry_ordinary_permissions(tmp_path: Path) -> None:
@@ -127,6 +127,23 @@ def test_data_that_another_model_reads_stays(tmp_path: Path, external_data: bool
     renamed.unlink()
     save_model(small_cnn(), path, external_data=external_data)
     assert not data.exists()
+
+
+def test_models_without_the_name_of_a_data_file_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory of many models, that would take longer than saving one."""
+    for k in range(3):
+        save_model(small_cnn(), tmp_path / f"other{k}.onnx")
+    (tmp_path / "empty.onnx").touch()
+    parsed: list[Path] = []
+
+    def noted(path: Path) -> list[Path]:
+        parsed.append(path)
+        return data_files(path)
+
+    monkeypatch.setattr("requant_onnx.files.save.data_files", noted)
+    for _ in range(2):
+        save_model(small_cnn(), tmp_path / "m.onnx", external_data=True)
+    assert set(parsed) == {tmp_path / "m.onnx"}
 
 
 def test_failing_with_external_data_keeps_the_old_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

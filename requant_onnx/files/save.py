@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -152,9 +153,19 @@ def _data_pattern(path: Path) -> re.Pattern[str]:
 
 def unshared(files: Collection[Path], path: Path) -> list[Path]:
     """The data files that no other model in the directory of `path` reads, such as a copy of the model or one that was renamed."""
-    others = [other for other in path.parent.glob("*.onnx") if other != path] if files else []
+    names = [os.fsencode(file.name) for file in files]
+    others = [other for other in path.parent.glob("*.onnx") if other != path and _has_one_of(other, names)] if files else []
     needed = {os.path.normpath(data) for other in others for data in data_files(other)}
     return [file for file in files if os.path.normpath(file) not in needed]
+
+
+def _has_one_of(path: Path, names: Collection[bytes]) -> bool:
+    """Whether a file has one of these bytes anywhere, which takes much less time and memory than parsing it."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return any(data.find(name) >= 0 for name in names)
+    except (OSError, ValueError):  # ValueError: an empty file
+        return False
 
 
 def _delete(files: Iterable[Path]) -> None:
