@@ -266,7 +266,7 @@ def _why_exact(root: Root, holder: Holder) -> str | None:
     if values.size == 1:  # which a table of any bits represents exactly
         return None if holder.looks_up else "has the same value everywhere"
     step = step_of(values)
-    if step is None or (holder.looks_up and _has_words(loaded.astype(np.float64), values)):
+    if step is None or (holder.looks_up and _has_words(loaded, values)):
         return None
     return f"has values in steps of {step:.6g}, as coordinates and masks do, which must stay exact"
 
@@ -281,15 +281,16 @@ def _few_values(loaded: GenericArray) -> Float64Array | None:
     return seen
 
 
-def _has_words(table: Float64Array, values: Float64Array) -> bool:
+def _has_words(table: GenericArray, values: Float64Array) -> bool:
     """Whether a table in steps is one of words that another tool quantized: neighbors differ as much as any two entries.
 
-    values: its distinct values.
+    values: its distinct values.  About PIECE elements are compared.
     """
     if values.size <= MASK_VALUES or (values == np.rint(values)).all():
         return False
-    axis = int(np.argmax(table.shape))
-    variance, differences = table.var(axis), np.square(np.diff(table, axis=axis)).mean(axis) / 2
+    rows = np.moveaxis(table, int(np.argmax(table.shape)), 0)
+    rows = rows[: max(2, len(rows) * PIECE // rows.size)].astype(np.float64)
+    variance, differences = rows.var(0), np.square(np.diff(rows, axis=0)).mean(0) / 2
     return not (differences < SIMILAR * variance).any()
 
 
