@@ -21,9 +21,11 @@ import onnx
 import pytest
 from conftest import laplace, parse, small_cnn
 from rich.console import Console
+from test_image_folder import write
 
 from requant_onnx import Calibration, ConfigError, DataError, Form, ImageSet, QuantConfig, RequantError, quantize_model, validate
-from requant_onnx.cli.commands import _as_csv
+from requant_onnx.choices import Runtime
+from requant_onnx.cli.commands import USUAL_BITS, _as_csv, _usual_bits
 from requant_onnx.cli.main import main
 from requant_onnx.cli.tables import print_comparison
 from requant_onnx.evaluate.cache import Cache, key_of
@@ -350,6 +352,20 @@ def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, ca
     ):
         assert main([*command, *options]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_options_of_the_data_need_no_calibration(tmp_path: Path) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    for k in range(2):
+        write(tmp_path / "images" / f"{k}.png", 9, 9, seed=k)
+    command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1", "--calibrate", "none"]
+    given = ["--data", f"images:{tmp_path / 'images'}", "--fit", "--mean", "0.5", "--std", "0.5"]
+    assert main([*command, "--recipes", "max", *given]) == 0
+
+
+def test_the_usual_widths_are_those_that_the_form_has() -> None:
+    assert _usual_bits(Form.INT8, Runtime.TENSORRT) == [8]
+    assert _usual_bits(Form.QDQ, Runtime.ORT) == list(USUAL_BITS)
 
 
 @pytest.mark.slow

@@ -105,6 +105,10 @@ def test_a_directory_of_data_is_identified_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "a/1.png").write_bytes(b"1")
     first = _data_digest(f"images:{tmp_path}")
     assert first == _data_digest(str(tmp_path))
+    for hidden in (".DS_Store", "a/.DS_Store", "a/.thumbs/1.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"3")
+    assert first == _data_digest(str(tmp_path))
     (tmp_path / "a/2.png").write_bytes(b"2")
     assert first != _data_digest(str(tmp_path))
     assert {_data_digest(spec) for spec in (None, "none", "auto", "noise", "noise:8x8", "images:")} == {""}

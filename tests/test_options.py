@@ -253,6 +253,21 @@ def test_options_without_any_effect_may_be_in_a_file(model: Path) -> None:
     assert main([*command, "--calibrate", "none", "--refinement", "bias"]) == 0  # which the means of channels allow
 
 
+def test_the_command_line_overrides_a_target_of_a_file(model: Path) -> None:
+    written = config(model.parent, "max-drop = 0.5\n")
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--config", written, "--force"]
+    assert main([*command, "--bits", "4", "--calibrate", "none"]) == 0
+    assert main([*command, "--bits", "auto", "--target-sqnr", "10", "--calibrate", "noise", "--calibrate-limit", "8"]) == 0
+
+
+def test_a_recipe_of_a_file_does_not_apply_to_downloads(model: Path) -> None:
+    report = model.with_name("r.json")
+    command = ["convert", str(model), str(model.with_name("out.onnx")), "--optimize-for", "download:gz", "--form", "folded"]
+    command += ["--config", config(model.parent, "recipe = 'paper'\n"), "--calibrate-limit", "8", "--json", str(report)]
+    assert main(command) == 0
+    assert json.loads(report.read_text())["config"]["biases"] == "auto"  # which the recipe sets to float32
+
+
 def _commands() -> dict[str, argparse.ArgumentParser]:
     from requant_onnx.cli.options import parser_of  # noqa: PLC0415
     from requant_onnx.cli.parser import commands_of  # noqa: PLC0415

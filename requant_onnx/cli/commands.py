@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import onnx
 from rich.markup import escape
 
-from requant_onnx.choices import Runtime
+from requant_onnx.choices import Form, Runtime
 from requant_onnx.cli import tables
 from requant_onnx.cli.goals import GOALS, dtype_of, lines_of, place_for_transformers_js
 from requant_onnx.cli.paths import check_apart, check_cache, check_json, check_new, check_output, check_page, read_by, write_json
@@ -361,9 +362,8 @@ def run_compare(args: argparse.Namespace) -> None:
     if args.cache is not None:
         check_cache(args.cache)
     runtime = Runtime.ORT if args.runtime is None else args.runtime
-    read_bits, forms = RUNTIMES[runtime].bits, RUNTIMES[runtime].forms
-    widths = [bits for bits in USUAL_BITS if bits in read_bits] if args.bits is None else [*map(bits_of, list_of(args.bits))]
-    form = forms[0] if args.form is None else args.form
+    form = RUNTIMES[runtime].forms[0] if args.form is None else args.form
+    widths = _usual_bits(form, runtime) if args.bits is None else [*map(bits_of, list_of(args.bits))]
     args.calibrate = args.calibrate or "noise"
     calibration = calibration_of(args)
     model = _whole_file(args.model)
@@ -427,6 +427,16 @@ def _whole_file(path: Path) -> bytes:
         raise ModelError(f"'{path}' is larger than 2 GB, more than one work item can hold; use requant convert for it")
     data: bytes = model.SerializeToString() if data_files(path) else path.read_bytes()
     return data
+
+
+def _usual_bits(form: Form, runtime: Runtime) -> list[float]:
+    """The USUAL_BITS that the runtime reads in this form."""
+    found: list[float] = []
+    for bits in USUAL_BITS:
+        with contextlib.suppress(ConfigError):
+            QuantConfig(bits, form=form, runtime=runtime)
+            found.append(bits)
+    return found
 
 
 def _as_csv(comparison: Comparison) -> str:

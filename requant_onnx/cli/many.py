@@ -121,8 +121,12 @@ def _data_digest(spec: str | None) -> str:
         return _digest([path])
     if not path.is_dir() or path == Path():
         return ""
-    found = [(str(file.relative_to(path)), file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    found = [(str(file.relative_to(path)), file.stat()) for file in sorted(path.rglob("*")) if _is_shown(file, path)]
     return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
+
+
+def _is_shown(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(name.startswith(".") for name in file.relative_to(folder).parts)
 
 
 def _is_there(line: Line, model: Path, settings: str, folder: Path) -> bool:

@@ -26,8 +26,14 @@ INTEGERS = "integer kernels, for --form int8"
 RUNNING = "where and how models run"
 HIDDEN = (METHOD, REFINING, INTEGERS, RUNNING)
 """Titles of groups that only --help-all shows."""
-RIVALS = {"size": "target_sqnr", "target_sqnr": "size", "max_drop": "min_agreement", "min_agreement": "max_drop"}
-"""Options of which only one may be given, by name."""
+CHOSEN = frozenset(("bits", "target_sqnr", "time_limit"))
+RIVALS: dict[str, frozenset[str]] = {
+    "size": frozenset(["target_sqnr"]),
+    "target_sqnr": frozenset(["size"]),
+    "max_drop": CHOSEN | {"min_agreement"},
+    "min_agreement": CHOSEN | {"max_drop"},
+}
+"""For each option, those with which it cannot be given, by name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +119,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 def _without_rivals(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The options, by name, without those that exclude one that was given where it counts more."""
-    return {name: value for name, value in options.items() if RIVALS.get(name) not in given}
+    return {name: value for name, value in options.items() if RIVALS.get(name, frozenset()).isdisjoint(given)}
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

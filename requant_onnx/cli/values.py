@@ -48,12 +48,12 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     if args.recipe not in (None, "paper"):
         raise ConfigError(f"--recipe '{args.recipe}' is unknown; the only recipe is 'paper'")
     bits = _bits(args)
-    base = QuantConfig.paper() if args.recipe == "paper" else QuantConfig()
     given: dict[str, Any] = {}
     if args.transform is not None:
         given["transform"] = Transform.parse(args.transform, "--transform")
     given.update((name, getattr(args, name)) for name in ENUMS if getattr(args, name) is not None)
     _check_download(args, given)
+    base = QuantConfig.paper() if args.recipe == "paper" else QuantConfig()
     given.setdefault("form", RUNTIMES[given.get("runtime", base.runtime)].forms[0])
     if args.int8_min_sqnr is not None:
         none = args.int8_min_sqnr == "none"
@@ -76,7 +76,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
 def _check_download(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Refuse settings of levels for downloads, whose levels are all one step apart, and remove those that come from a file.
 
-    given: settings by name, which this changes.
+    given: settings by name, which this changes, as it does the recipe in `args`.
     """
     aim = given.get("optimize_for", OptimizeFor.FILE)
     if not aim.compresses:
@@ -88,8 +88,8 @@ def _check_download(args: argparse.Namespace, given: dict[str, Any]) -> None:
     refuse(args, unused, why)
     for name in unused:
         given.pop(name, None)
-    if args.recipe is not None:
-        raise ConfigError(f"--recipe {why} drop --recipe")
+    refuse(args, ("recipe",), why)
+    args.recipe = None
 
 
 def _listed(given: str | list[str] | None) -> list[str]:
@@ -186,7 +186,7 @@ def calibration_of(args: argparse.Namespace) -> Calibration | None:
     """The calibration that --calibrate asks for.  Raises ConfigError, DataError."""
     spec = args.calibrate
     if spec in (None, "none"):
-        unused = ["calibrate_limit", "memory", "seed", "mean", "std", *SIZES]
+        unused = ["calibrate_limit", "memory", "seed", *(() if getattr(args, "data", None) else ("mean", "std", *SIZES))]
         if spec == "none":  # otherwise, an option may apply to other models, of convert-many
             refined = getattr(args, "refinement", None) in (Refinement.FEEDBACK, Refinement.DESCENT)
             unused += ["time_limit", *(["refinement"] if refined else [])]
