@@ -24,6 +24,7 @@ from requant_onnx import (
 )
 from requant_onnx.files.atomic import write_atomically
 from requant_onnx.files.load import data_files, load_model
+from requant_onnx.files.planes import save_progressive
 
 
 def test_saved_models_load_and_carry_ordinary_permissions(tmp_path: Path) -> None:
@@ -174,3 +175,15 @@ def test_a_model_above_2_gb_needs_external_data(tmp_path: Path, monkeypatch: pyt
     assert explain(tmp_path / "m.onnx").weights
     with pytest.raises(ModelError, match="more than ONNX Runtime can load from memory"):
         explain(small_cnn())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_the_name_of_a_data_file_is_unicode(tmp_path: Path) -> None:
+    """The model contains it as text."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.onnx")
+    with pytest.raises(OutputError, match="is not Unicode, as the name of a data file must be; give another name"):
+        save_model(small_cnn(), path, external_data=True)
+    with pytest.raises(OutputError, match="is not Unicode"):
+        save_progressive([(8, small_cnn(), None)], path)
+    save_model(small_cnn(), path)
+    assert load_model(path) == small_cnn()

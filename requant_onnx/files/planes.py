@@ -26,7 +26,7 @@ import onnx
 from requant_onnx.errors import ModelError
 from requant_onnx.files.atomic import replacing, reporting_errors
 from requant_onnx.files.load import data_files, is_large
-from requant_onnx.files.save import EXTERNAL_BYTES, check_valid, unshared
+from requant_onnx.files.save import EXTERNAL_BYTES, check_data_name, check_valid, unshared
 from requant_onnx.files.wire import copy_fields
 
 ALIGNMENT = 4  # alignment of tensors in the data file, in bytes
@@ -67,6 +67,7 @@ def save_progressive(
     Raises ModelError if a model is invalid or above 2 GB; OutputError if a file cannot be written.
     """
     path = Path(os.path.realpath(path))
+    check_data_name(path)
     models = [model for _, model, _ in stages]
     if any(is_large(model) for model in models):
         raise ModelError(f"the model for '{path}' is larger than 2 GB, more than progressive files can hold")

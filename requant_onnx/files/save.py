@@ -12,12 +12,12 @@ from pathlib import Path
 
 import onnx
 
-from requant_onnx.errors import ModelError
+from requant_onnx.errors import ModelError, OutputError
 from requant_onnx.files.atomic import replacing, reporting_errors
 from requant_onnx.files.external import chunks_of, fetch, stored_bytes
 from requant_onnx.files.load import data_files, is_large
 from requant_onnx.files.wire import copy_fields, pieces_of
-from requant_onnx.text import first_line
+from requant_onnx.text import first_line, is_unicode
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay in the model
 MAGIC = b"requant_onnx\0\0\0\0"  # first bytes of our data files, by which those of a killed run are recognized
@@ -74,8 +74,15 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
     return slim
 
 
+def check_data_name(path: Path) -> None:
+    """Raise OutputError if the name of a model is not Unicode.  Its data file is named like it, and a model holds that as text."""
+    if not is_unicode(path.name):
+        raise OutputError(f"'{path}' is not Unicode, as the name of a data file must be; give another name")
+
+
 def _save_externally(model: onnx.ModelProto, path: Path, check: bool) -> int:
     """Write the data under a new name, then the model, so that no model ever refers to wrong data.  Returns the size of both."""
+    check_data_name(path)
     former = _data_files(path)
     location = next(name for name in _data_names(path) if not (path.parent / name).exists())
     skeleton, outside = _without_data(model, location)
