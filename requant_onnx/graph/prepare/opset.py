@@ -108,7 +108,7 @@ def _readable(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
         graph.initializer.extend(tensor_proto(load_proto(item), item.values.name) for item in graph.sparse_initializer)
         del graph.sparse_initializer[:]
         for node in filter(is_standard_proto, graph.node):
-            node.domain = ""
+            node.ClearField("domain")  # an empty text would take two bytes
             _fill_constant(node)
     return model
 
