@@ -18,6 +18,7 @@ from requant_onnx.convert.pipeline import quantize_model
 from requant_onnx.convert.report import QuantReport
 from requant_onnx.convert.selfcheck import self_check
 from requant_onnx.errors import ConfigError, RequantError
+from requant_onnx.evaluate.gate import SLACK
 from requant_onnx.evaluate.validate import validate
 from requant_onnx.files.load import ModelLike, load_model
 from requant_onnx.inputs.calibration import Calibration
@@ -28,7 +29,6 @@ from requant_onnx.runtimes import RUNTIMES
 
 CONFIDENT = 1.645  # standard errors: 95 % on one side
 MIXED_TRIES = 3
-SLACK = 1e-9  # for the rounding of 100 * (a - b)
 Evaluate = Callable[[onnx.ModelProto], float]
 
 
