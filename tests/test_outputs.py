@@ -282,6 +282,26 @@ def test_equal_infinities_are_no_error() -> None:
     assert math.isnan(other.sqnr_db)
 
 
+def test_an_output_whose_shape_changes_is_not_skipped_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """
+        g (float[1, 4] t) => (float[1, 4] y, int64[2, n] where)
+        { y = Relu (t)  large = Greater (t, edge)  where = NonZero (large) }
+    """
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for path, edge in zip(paths, (0.5, 0.9), strict=True):
+        onnx.save(parse(text, edge=np.array([edge], np.float32)), path)
+    rows = np.linspace(0, 1, 40, dtype=np.float32).reshape(10, 1, 4)
+    np.savez(tmp_path / "rows.npz", t=rows[:, 0])
+    arguments = ["validate", *map(str, paths), "--data", str(tmp_path / "rows.npz"), "--no-latency"]
+    assert main([*arguments, "--fail-below", "worst-sqnr=20", "--json", str(tmp_path / "r.json")]) == 4
+    printed = capsys.readouterr()
+    assert "the lowest SQNR of all outputs in dB was not measured" in printed.err
+    assert "note: output 'where' changes its shape for some inputs, so it was not compared" in " ".join(printed.out.split())
+    assert [output["same_shape"] for output in json.loads((tmp_path / "r.json").read_text())["outputs"]] == [True, False]
+    report = validate(*paths, FeedSet(tuple({"t": row} for row in rows)), latency_batch=None)
+    assert any("The output where changes its shape" in reason.text for reason in judge(report, FileSizes(1000, 200)).reasons)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_an_output_of_nan_is_the_worst_in_any_order(order: tuple[int, int]) -> None:
     outputs = [replace(REPORT.outputs[0], sqnr_db=40.0), replace(REPORT.outputs[0], sqnr_db=math.nan)]

@@ -177,7 +177,7 @@ def print_validation(console: Console, report: ValidationReport, downloads: Mapp
         answers.append(f"{report.agreement_of} agreement {report.agreement:.2%}, standard error {report.agreement_error:.2%}")
     if report.sqnr_db is not None:
         answers.append(f"output SQNR {decibels(report.sqnr_db)}")
-    console.print("; ".join(answers) or "no output is a tensor of numbers")
+    console.print("; ".join(answers) or "no output could be compared as numbers")
     if len(report.outputs) > 1:
         _print_outputs(console, report.outputs)
     for note in report.notes:

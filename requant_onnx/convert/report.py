@@ -262,6 +262,13 @@ class ValidationReport:
     ap50: Compared | None = None
     latency_ratio_error: float | None = None
 
+    @property
+    def reshaped(self) -> tuple[str, ...]:
+        """Names of the outputs that have no figures because their shape changed; none if they were compared as detections."""
+        if any(output.kind == "detections" for output in self.outputs):
+            return ()
+        return tuple(output.name for output in self.outputs if not output.same_shape)
+
     def __repr__(self) -> str:
         """Short: all fields are in to_dict()."""
         return f"<ValidationReport: {', '.join(f'{name} {value}' for name, value in self._rows())}>"

@@ -24,7 +24,7 @@ class Figure(NamedTuple):
 
 
 def _worst(report: ValidationReport) -> float | None:
-    return worst(output.sqnr_db for output in report.outputs)
+    return None if report.reshaped else worst(output.sqnr_db for output in report.outputs)
 
 
 def _found(report: ValidationReport) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ class Tally:
         first: OutputReport | None = answered[0] if answered else None
         right = [np.array(each, bool) for each in self._right]
         latency = timed.latency
-        return ValidationReport(
+        report = ValidationReport(
             images=len(self._images),
             top1=Compared(*(float(each.mean()) for each in right)) if len(right[0]) else None,
             top1_error=_paired_error(*right) if len(right[0]) else None,
@@ -162,6 +162,8 @@ class Tally:
             mean_ap_error=None if precision is None else precision.error,
             ap50=None if precision is None else precision.ap50,
         )
+        reshaped = [f"output '{name}' changes its shape for some inputs, so it was not compared" for name in report.reshaped]
+        return replace(report, notes=(*notes, *reshaped))
 
 
 def _paired_error(reference: AnyArray, candidate: AnyArray) -> float:

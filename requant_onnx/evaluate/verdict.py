@@ -65,6 +65,8 @@ def judge(validation: ValidationReport | None, sizes: FileSizes, doubts: tuple[s
         return Verdict((*reasons, Reason(Level.DOUBTFUL, "The answers were not compared.")))
     found = (_accuracy(validation), _precision(validation), _agreement(validation))
     reasons += [reason for reason in found if reason is not None]
+    for name in validation.reshaped:
+        reasons.append(Reason(Level.DOUBTFUL, f"The output {name} changes its shape for some inputs, so it was not compared."))
     reasons += [*_outputs(validation), *_latency(validation)]
     return Verdict(tuple(reasons))
 
@@ -100,7 +102,8 @@ def _agreement(report: ValidationReport) -> Reason | None:
 def _outputs(report: ValidationReport) -> list[Reason]:
     known = [(output.sqnr_db, output.name) for output in report.outputs if output.sqnr_db is not None]
     if not known:
-        return [] if report.agreement is not None else [Reason(Level.DOUBTFUL, "No output is a tensor of numbers.")]
+        is_said = report.agreement is not None or report.reshaped
+        return [] if is_said else [Reason(Level.DOUBTFUL, "No output is a tensor of numbers.")]
     least, name = min(known, key=lambda each: (not math.isnan(each[0]), each[0]))  # NaN is the worst
     text = f"The output SQNR is {decibels(least)}" + (f" for the worst of {len(known)} outputs, {name}." if len(known) > 1 else ".")
     if not least >= LEAST_DB:  # NaN too

@@ -46,6 +46,7 @@ class OutputReport:
     kind: see above.  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or the shapes differ.
     largest: largest difference.  agreement: share of identical answers, 0..1; None if there are no answers.
     what: kind of the answers, for example "top-1" or "pixels".  count: number of compared answers.  extra: other figures, by name.
+    same_shape: False if the candidate gave another shape for an input, so that nothing could be compared.
     """
 
     name: str
@@ -58,6 +59,7 @@ class OutputReport:
     what: str = ""
     count: int = 0
     extra: dict[str, float] = field(default_factory=dict)
+    same_shape: bool = True
 
     @property
     def standard_error(self) -> float:
@@ -75,7 +77,7 @@ class OutputTally:
         self._kind = ""
         self._shape: tuple[int, ...] = ()
         self._power = self._error = self._dot = self._other = self._largest = 0.0
-        self._odd = False
+        self._odd = self._reshaped = False
         self._same = self._count = self._five = 0
         self._edge: float | None = None  # of masks with one channel: probabilities or logits, as in the first batch
         self._union: Float64Array | None = None
@@ -89,7 +91,7 @@ class OutputTally:
         if not self._kind:
             self._kind, self._shape = kind_of(reference, images, size), reference.shape
         if reference.shape != candidate.shape:
-            self._odd = True
+            self._odd = self._reshaped = True
             return
         if reference.dtype.kind in "OSU":
             self._count += reference.size
@@ -162,6 +164,7 @@ class OutputTally:
             what=what if answers else "",
             count=self._count if answers else 0,
             extra=extra if answers else {},
+            same_shape=not self._reshaped,
         )
 
 
