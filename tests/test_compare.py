@@ -354,6 +354,17 @@ def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, ca
         assert said in capsys.readouterr().err
 
 
+def test_calibrate_auto_is_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    command = ["compare", str(tmp_path / "in.onnx"), "--bits", "4", "--no-cache", "--jobs", "1", "--limit", "8"]
+    printed = []
+    for options in ([], ["--calibrate", "auto"]):
+        assert main([*command, *options]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "recipe" in printed[0]
+
+
 def test_options_of_the_data_need_no_calibration(tmp_path: Path) -> None:
     onnx.save(small_cnn(), tmp_path / "in.onnx")
     for k in range(2):

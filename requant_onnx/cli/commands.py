@@ -364,7 +364,7 @@ def run_compare(args: argparse.Namespace) -> None:
     runtime = Runtime.ORT if args.runtime is None else args.runtime
     form = RUNTIMES[runtime].forms[0] if args.form is None else args.form
     widths = _usual_bits(form, runtime) if args.bits is None else [*map(bits_of, list_of(args.bits))]
-    args.calibrate = args.calibrate or "noise"
+    args.calibrate = "noise" if args.calibrate in (None, "auto") else args.calibrate
     calibration = calibration_of(args)
     model = _whole_file(args.model)
     images: ImageSet | FeedSet

@@ -335,7 +335,7 @@ def _add_compare(run: Command, parser: Parser) -> None:
     inputs.add_argument(
         "--calibrate",
         metavar="SPEC",
-        help="calibration inputs for the recipe best and for --form int8, as in convert, or none (default: noise)",
+        help="calibration inputs for the recipe best and for --form int8, as in convert (default: auto, which is noise)",
     )
     inputs.add_argument(
         "--calibrate-limit", metavar="N", help=f"number of calibration inputs, which are drawn at random (default: {DEFAULT_COUNT})"
