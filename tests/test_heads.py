@@ -12,6 +12,7 @@ from requant_onnx import ConfigError, DataError, ImageSet, validate
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, JUDGED, MOST, Candidates, Detections
 from requant_onnx.numerics.heads import HEADS, find_candidates, head_of
+from requant_onnx.numerics.outputs import DetectionTally
 
 SIZE = (64, 32)  # 32 cells of stride 8, 8 of 16, 2 of 32
 ANCHORS = 42
@@ -40,6 +41,9 @@ SWAPPED = LISTED[:, [0, 1, 2, 3, 5, 4]]
 BY_CLASS = np.array([[[0.1, 0.9, 0.2], [0.0, 0.0, 0.1]]], np.float32)
 BOXES = LISTED[None, :, :4]
 IN_CENTER = np.array([[CENTERED, [2.5, 2.5, 5, 5]]], np.float32)
+RELATIVE = IN_CENTER / np.array([32, 64, 32, 64], np.float32)
+SIGMOID = np.log(BY_CLASS.clip(1e-9) / (1 - BY_CLASS.clip(1e-9)))
+SOFTMAX = np.log(np.array([[[0.02, 0.9, 0.01, 0.07], [1e-9, 1e-9, 1e-9, 1.0]]], np.float32)) + 3.0
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,42 @@ def test_heads_by_hand(head: str | None, outputs: list[np.ndarray]) -> None:
     np.testing.assert_allclose(each.boxes, [CORNERS])
     np.testing.assert_allclose(each.scores, [0.9], rtol=1e-6)
     assert each.classes.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("head", "logits"),
+    [("rtdetr", SIGMOID), ("rtdetr-ids", SIGMOID), ("detr", SOFTMAX), ("detr-ids", SOFTMAX), (None, SIGMOID), (None, SOFTMAX)],
+)
+def test_queries_by_hand(head: str | None, logits: np.ndarray) -> None:
+    each = found(head, logits, RELATIVE)
+    np.testing.assert_allclose(each.boxes, [np.divide(CORNERS, [32, 64, 32, 64])], rtol=1e-6)
+    np.testing.assert_allclose(each.scores, [0.9], rtol=1e-6)
+    assert each.classes.tolist() == [1]
+    assert HEADS[head or "detr"].ids == str(head).endswith("-ids")
+
+
+@pytest.mark.parametrize(
+    "outputs", [[V8.swapaxes(1, 2)], [V5], [LISTED], [BOXES, LABELS, SCORES], [SIGMOID, RELATIVE], [SOFTMAX, RELATIVE]]
+)
+def test_an_unchanged_model_finds_all_its_detections_again(outputs: list[np.ndarray]) -> None:
+    tally = DetectionTally()
+    tally.add(outputs, outputs, 1, SIZE)
+    report = tally.report()
+    assert report is not None
+    assert (report.agreement, report.count, report.extra["more"]) == (1.0, 1, 0.0)
+
+
+def test_queries_of_a_corrupt_model_are_read() -> None:
+    for head, logits in (("rtdetr", SIGMOID), ("detr", SOFTMAX)):
+        for value in (math.nan, math.inf, -math.inf, 1e30):
+            odd = logits.copy()
+            odd[0, 1] = value
+            assert found(head, odd, RELATIVE).classes[:1].tolist() in ([1], [0])
+
+
+def test_centers_and_logits_are_not_recognized_as_corners_and_scores() -> None:
+    for outputs in ([BY_CLASS, IN_CENTER], [SIGMOID, BOXES], [SIGMOID, IN_CENTER]):
+        assert find_candidates(outputs, 1, SIZE) is None
 
 
 def test_cells_of_yolox_by_hand() -> None:
@@ -108,7 +148,15 @@ def test_only_what_can_hardly_be_anything_else_is_recognized() -> None:
     for outputs in ([V8[:, :10]], [np.zeros((1, 10))], [LISTED, LISTED], [SWAPPED], [BOXES], [V8.swapaxes(1, 2), np.array(["a"])]):
         assert find_candidates(outputs, 1, SIZE) is None
     assert anchors_of(*SIZE) >= {ANCHORS, 3 * ANCHORS}
-    assert {name for name, head in HEADS.items() if head.is_recognized} == {"yolov8", "yolox", "yolov5", "nms", "boxes"}
+    assert {name for name, head in HEADS.items() if head.is_recognized} == {
+        "yolov8",
+        "yolox",
+        "yolov5",
+        "nms",
+        "boxes",
+        "rtdetr",
+        "detr",
+    }
 
 
 def test_sizes_that_are_logarithms_tell_that_a_head_is_not_decoded() -> None:

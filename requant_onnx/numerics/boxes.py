@@ -2,6 +2,8 @@
 
 N anchors: the cells of strides 8, 16 and 32, once or three times (P6 nets add 64).
 Cells of YOLOX (Ge et al. 2021, arXiv 2107.08430): center (t + cell) * stride, size exp(t) * stride.
+Queries of DETR: logits of a softmax whose last class means no object (Carion et al. 2020, arXiv 2005.12872), or of one sigmoid per
+class (Zhu et al. 2020, arXiv 2010.04159).
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from requant_onnx.numerics.detections import Candidates
 
 STRIDES = (8, 16, 32, 64)
 LONGEST = 30.0  # limit on the logarithms of sizes, so that exp of a corrupt one stays finite
+ORDERED = 0.9  # least share of boxes whose second corner is not above or left of the first, if they are corners
+NO_OBJECT = 3.0  # least excess of the mean logit of the class for no object, because most queries find none
+POSITIVE = 0.1  # least share of queries with a positive logit of that class; a sigmoid has one only for an object
 
 
 class Batch(NamedTuple):
@@ -85,8 +90,8 @@ def _corners(boxes: Float64Array) -> Float64Array:
     return np.concatenate([center - half, center + half], 1)
 
 
-def _best(boxes: Float64Array, scores: Float64Array) -> Candidates:
-    return Candidates(boxes, scores.max(1), scores.argmax(1).astype(np.int64), True)
+def _best(boxes: Float64Array, scores: Float64Array, doubled: bool = True) -> Candidates:
+    return Candidates(boxes, scores.max(1), scores.argmax(1).astype(np.int64), doubled)
 
 
 def listed(score: int, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
@@ -115,23 +120,58 @@ def _parts(rows: Float64Array, images: int) -> list[Float64Array] | None:
 
 def boxes(order: Sequence[int], centered: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
     """Read an output of boxes and one of scores, with or without one of labels.  order: columns of x, y, x, y."""
-    found = [output for output in outputs if output.ndim in (2, 3) and output.shape[-1] == 4]
+    found = _four_columns(outputs, batch)
     if len(found) != 1:
         return None
-    places, n = found[0].shape[:-1], batch.images
-    if (len(places) == 1 and n != 1) or (len(places) == 2 and places[0] != n):
-        return None
-    rows = found[0].reshape(n, -1, 4).astype(np.float64)[..., list(order)]
+    output = found[0]
+    rows = output.reshape(batch.images, -1, 4).astype(np.float64)[..., list(order)]
     corners = [_corners(each) if centered else each for each in rows]
-    named = _scores_and_labels([output for output in outputs if output.shape == places])
-    by_class = [output for output in outputs if output.shape[:-1] == places and output.shape[-1] > 1 and output is not found[0]]
+    named = _scores_and_labels([each for each in outputs if each.shape == output.shape[:-1]])
     if named is not None:
-        scores, labels = (each.reshape(n, -1).astype(np.float64) for each in named)
+        scores, labels = (each.reshape(batch.images, -1).astype(np.float64) for each in named)
         return [Candidates(*each, False) for each in zip(corners, scores, np.rint(labels).astype(np.int64), strict=True)]
-    if len(by_class) == 1:
-        shape = (n, -1, by_class[0].shape[-1])
-        return [_best(*each) for each in zip(corners, by_class[0].astype(np.float64).reshape(shape), strict=True)]
-    return None
+    by_class = _by_class(outputs, output, batch)
+    if by_class is None or not (batch.told or _are_corners(rows, by_class)):
+        return None
+    return [_best(*each) for each in zip(corners, by_class, strict=True)]
+
+
+def _four_columns(outputs: Sequence[AnyArray], batch: Batch) -> list[AnyArray]:
+    """The outputs that may have a box in each row, (n, k, 4), or (k, 4) for one image."""
+    found = [output for output in outputs if output.ndim in (2, 3) and output.shape[-1] == 4]
+    return [output for output in found if batch.images == (1 if output.ndim == 2 else len(output))]
+
+
+def _by_class(outputs: Sequence[AnyArray], boxes: AnyArray, batch: Batch) -> Float64Array | None:
+    """The only output with a value for each box and class, (n, k, classes)."""
+    found = [each for each in outputs if each.shape[:-1] == boxes.shape[:-1] and each.shape[-1] > 1 and each is not boxes]
+    return found[0].astype(np.float64).reshape(batch.images, -1, found[0].shape[-1]) if len(found) == 1 else None
+
+
+def _are_corners(boxes: Float64Array, scores: Float64Array) -> bool:
+    """Whether boxes may be corners, (n, k, 4), and values their scores, 0..1, not logits."""
+    ordered = (boxes[..., 2:] >= boxes[..., :2]).all(-1)
+    return not scores.size or bool(ordered.mean() >= ORDERED and scores.min() >= 0.0 and scores.max() <= 1.0 + 1e-3)
+
+
+def detr(softmax: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """Read centers and sizes relative to the image, and logits of classes.  softmax: whether the last class means no object."""
+    found = _four_columns(outputs, batch)
+    output = max(found, key=lambda y: float(y.min(initial=0.0)), default=None)  # logits of three classes have four columns too
+    logits = None if output is None else _by_class(outputs, output, batch)
+    if output is None or logits is None or not logits.size:
+        return None
+    rows = output.reshape(batch.images, -1, 4).astype(np.float64)
+    if not batch.told:
+        last = logits[..., -1]
+        has_none = last.mean() - logits[..., :-1].mean() > NO_OBJECT and (last > 0.0).mean() >= POSITIVE
+        if not (rows.min() >= 0.0 and rows.max() <= 1.0 and logits.min() < 0.0 and has_none == softmax):
+            return None
+    with np.errstate(invalid="ignore"):  # a corrupt model may give infinity
+        relative = logits - logits.max(-1, keepdims=True) if softmax else np.clip(logits, -LONGEST, LONGEST)
+        odds = np.exp(relative)
+    scores = (odds / odds.sum(-1, keepdims=True))[..., :-1] if softmax else odds / (1.0 + odds)
+    return [_best(_corners(each), scores[k], doubled=False) for k, each in enumerate(rows)]
 
 
 def _scores_and_labels(pair: Sequence[AnyArray]) -> tuple[AnyArray, AnyArray] | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.numerics.arrays import AnyArray
-from requant_onnx.numerics.boxes import Batch, boxes, listed, yolo, yolox
+from requant_onnx.numerics.boxes import Batch, boxes, detr, listed, yolo, yolox
 from requant_onnx.numerics.detections import Candidates
 
 TASK = "detect:"
@@ -54,6 +54,16 @@ HEADS = {
     "boxes-ids": Head("like boxes, where the labels are category ids; torchvision", partial(boxes, XYXY, False), ids=True),
     "boxes-center": Head("like boxes, with center and size instead of corners", partial(boxes, XYXY, True)),
     "tf-boxes": Head("like boxes-ids, in the order y, x, y, x; TensorFlow", partial(boxes, YXYX, False), ids=True),
+    "rtdetr": Head(
+        "(n, k, 4): center, size, relative to the image; logits (n, k, classes) of a sigmoid; RT-DETR, D-FINE",
+        partial(detr, False),
+        is_recognized=True,
+    ),
+    "rtdetr-ids": Head("like rtdetr, where the classes are category ids; RF-DETR", partial(detr, False), ids=True),
+    "detr": Head(
+        "like rtdetr, of a softmax whose last class means no object; DETR, YOLOS", partial(detr, True), is_recognized=True
+    ),
+    "detr-ids": Head("like detr, where the classes are category ids; DETR on COCO", partial(detr, True), ids=True),
 }
 """The heads by name, in the order in which they are tried."""
 
@@ -66,7 +76,7 @@ def head_of(task: str) -> str:
     """
     name = task.removeprefix(TASK)
     if name == task or name not in HEADS:
-        near = difflib.get_close_matches(name, HEADS, 1)
+        near = [] if name in TASK else difflib.get_close_matches(name, HEADS, 1)
         hint = f"did you mean '{TASK}{near[0]}'?" if near else f"give {TASK}HEAD, with one of {', '.join(HEADS)}"
         raise ConfigError(f"the task '{task}' is unknown; {hint}")
     return name
