@@ -18,6 +18,7 @@ from requant_onnx.numerics.detections import Candidates
 
 STRIDES = (8, 16, 32, 64)
 LONGEST = 30.0  # limit on the logarithms of sizes, so that exp of a corrupt one stays finite
+HIGHEST = 1.001  # score, with the rounding of a softmax
 ORDERED = 0.9  # least share of boxes whose second corner is not above or left of the first, if they are corners
 NO_OBJECT = 3.0  # least excess of the mean logit of the class for no object, because most queries find none
 POSITIVE = 0.1  # least share of queries with a positive logit of that class; a sigmoid has one only for an object
@@ -56,7 +57,7 @@ def _anchor_rows(outputs: Sequence[AnyArray], batch: Batch, axis: int, fewest: i
 def yolo(axis: int, objectness: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
     """Read decoded centers, sizes and scores.  axis: axis of the anchors.  objectness: whether it precedes the scores."""
     rows = _anchor_rows(outputs, batch, axis, 6 if objectness else 5)
-    return None if rows is None else [_of_rows(each, objectness) for each in rows]
+    return None if rows is None else _of_rows(rows, objectness)
 
 
 def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
@@ -69,7 +70,7 @@ def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
         if len(cells) == rows.shape[1]:
             stride = cells[:, 2:]
             center, size = (rows[..., :2] + cells[:, :2]) * stride, np.exp(np.minimum(rows[..., 2:4], LONGEST)) * stride
-            return [_of_rows(each, True) for each in np.concatenate([center, size, rows[..., 4:]], -1)]
+            return _of_rows(np.concatenate([center, size, rows[..., 4:]], -1), True)
     return None
 
 
@@ -79,10 +80,21 @@ def _cells(height: int, width: int, stride: int) -> Float64Array:
     return np.stack([x.ravel(), y.ravel(), np.full(x.size, stride)], 1).astype(np.float64)
 
 
-def _of_rows(rows: Float64Array, objectness: bool) -> Candidates:
-    """The candidates in rows of center, size and scores, one per anchor, each with its best class."""
-    scores = rows[:, 5:] * rows[:, 4:5] if objectness else rows[:, 4:]
-    return _best(_corners(rows[:, :4]), scores)
+def _of_rows(rows: Float64Array, objectness: bool) -> list[Candidates]:
+    """The candidates of each image in rows of center, size and scores, (n, N, values), each with its best class."""
+    first = 5 if objectness else 4
+    scores = rows[..., first : first + _count_scores(rows[..., first:])]
+    scores = scores * rows[..., 4:5] if objectness else scores
+    return [_best(_corners(each[:, :4]), scores[k]) for k, each in enumerate(rows)]
+
+
+def _count_scores(values: Float64Array) -> int:
+    """The number of columns before the first that is not within 0..1, such as coefficients of masks, keypoints and angles.
+
+    If the first is not, all columns are scores.
+    """
+    inside = ((values >= 0.0) & (values <= HIGHEST)).all((0, 1))
+    return int(np.logical_and.accumulate(inside).sum()) or values.shape[-1]
 
 
 def _corners(boxes: Float64Array) -> Float64Array:
@@ -151,7 +163,7 @@ def _by_class(outputs: Sequence[AnyArray], boxes: AnyArray, batch: Batch) -> Flo
 def _are_corners(boxes: Float64Array, scores: Float64Array) -> bool:
     """Whether boxes may be corners, (n, k, 4), and values their scores, 0..1, not logits."""
     ordered = (boxes[..., 2:] >= boxes[..., :2]).all(-1)
-    return not scores.size or bool(ordered.mean() >= ORDERED and scores.min() >= 0.0 and scores.max() <= 1.0 + 1e-3)
+    return not scores.size or bool(ordered.mean() >= ORDERED and scores.min() >= 0.0 and scores.max() <= HIGHEST)
 
 
 def detr(softmax: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:

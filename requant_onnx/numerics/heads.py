@@ -37,7 +37,11 @@ class Head:
 
 XYXY, YXYX = (0, 1, 2, 3), (1, 0, 3, 2)
 HEADS = {
-    "yolov8": Head("(n, 4 + classes, N): center, size, scores; YOLOv8, v9, v11", partial(yolo, 2, False), is_recognized=True),
+    "yolov8": Head(
+        "(n, 4 + classes, N): center, size, scores; YOLOv8, v9, v11 (masks, keypoints or angles may follow)",
+        partial(yolo, 2, False),
+        is_recognized=True,
+    ),
     "yolox": Head("like yolov5, but in grid cells (strides 8, 16, 32), with sizes as logarithms", yolox, is_recognized=True),
     "yolov5": Head("(n, N, 5 + classes): center, size, objectness, scores; YOLOv5, v7", partial(yolo, 1, True), is_recognized=True),
     "nms": Head(
