@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import parse
+from conftest import laplace, parse
 
-from requant_onnx import ConfigError, DataError, ImageSet, validate
+from requant_onnx import ConfigError, DataError, ImageSet, html_report, validate
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, JUDGED, MOST, Candidates, Detections
-from requant_onnx.numerics.heads import HEADS, find_candidates, head_of
+from requant_onnx.numerics.heads import HEADS, find_candidates, task_of
 from requant_onnx.numerics.outputs import DetectionTally
 
 SIZE = (64, 32)  # 32 cells of stride 8, 8 of 16, 2 of 32
@@ -201,15 +202,30 @@ def test_weak_doubled_and_broken_ones_are_dropped() -> None:
     ("task", "message"),
     [
         ("detect:yolovx", "did you mean 'detect:yolox'?"),
-        ("detect:qqq", "give detect:HEAD, with one of yolov8, yolox, yolov5, nms"),
-        ("detect", "give detect:HEAD"),
+        ("detect:qqq", "give values, or detect:HEAD, with one of yolov8, yolox, yolov5, nms"),
+        ("detect", "give values, or detect:HEAD"),
+        ("value", "did you mean 'values'?"),
         ("yolov8", "did you mean 'detect:yolov8'?"),
         ("segment:yolov8", "the task 'segment:yolov8' is unknown"),
     ],
 )
 def test_unknown_tasks(task: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        head_of(task)
+        task_of(task)
+
+
+def test_outputs_without_answers_are_compared_by_their_values() -> None:
+    """Scores, unless the task is `values`; rows of length 1 are embeddings in any case."""
+    text = "net (float[n, 3, 4, 4] x) => (float[n, 9] y) { f = Flatten (x) s = MatMul (f, w) y = TAIL (s) }"
+    images = ImageSet(np.random.default_rng(0).integers(0, 255, (6, 3, 4, 4)).astype(np.uint8), np.arange(6))
+    for tail, task, is_answer in (("Identity", None, True), ("Identity", "values", False), ("LpNormalization", None, False)):
+        model = parse(text.replace("TAIL", tail), w=laplace(48, 9))
+        other = parse(text.replace("TAIL", tail), w=laplace(48, 9, seed=1))
+        report = validate(model, other, replace(images, y=None if tail != "Identity" else images.y), latency_batch=None, task=task)
+        assert (report.agreement is not None, report.outputs[0].kind == "scores", report.top1 is not None) == (is_answer,) * 3
+        assert report.sqnr_db is not None
+        page = html_report(model, other, replace(images, y=None), task=task)
+        assert ("of the top-1 answers agree" in page) == is_answer
 
 
 def test_a_told_head_is_compared() -> None:

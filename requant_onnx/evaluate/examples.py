@@ -13,7 +13,7 @@ import numpy as np
 from requant_onnx.convert.report import sqnr_db
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import ALIKE, Candidates
-from requant_onnx.numerics.heads import find_in_both
+from requant_onnx.numerics.heads import Task, find_in_both
 from requant_onnx.numerics.outputs import kind_of, strings_of
 
 WORST = 8  # examples kept
@@ -56,20 +56,23 @@ class _Answers(NamedTuple):
 class Examples:
     """A collector of examples from the outputs of two models, batch by batch."""
 
-    def __init__(self, labels: Int64Array | None, size: tuple[int, int] | None, head: str | None = None) -> None:
+    def __init__(self, labels: Int64Array | None, size: tuple[int, int] | None, task: Task | None = None) -> None:
         """labels: labels of all inputs, if known.  size: height and width of the images, if the models take images.
 
-        head: head of detectors, a key of HEADS, if it was named.
+        task: None to recognize it.
         """
-        self._labels, self._size, self._head = labels, size, head
+        self._task = task or Task()
+        self._labels, self._size = labels if self._task.has_answers else None, size
         self._worst: list[Example] = []
         self._changes: Counter[tuple[str, str, str]] = Counter()
 
     def add(self, start: int, count: int, first: Sequence[Any], second: Sequence[Any]) -> None:
         """Add a batch.  start: index of its first input.  count: number of inputs.  first, second: outputs of the two models."""
-        found = find_in_both(first, second, count, self._size, self._head)
+        has_answers = self._task.has_answers
+        found = find_in_both(first, second, count, self._size, self._task.head) if has_answers else None
         if found is None:
-            one, other = (_answers(outputs, count, self._size) for outputs in (first, second))
+            kind = _kind_of_first(first, count, self._size) if has_answers else ""
+            one, other = (_answers(outputs[0], kind, count) for outputs in (first, second))
         else:
             one, other = (_detected(candidates) for candidates in found)
         for k, sqnr in enumerate(_sqnr(first, second, count)):
@@ -113,15 +116,20 @@ def _detected(found: Sequence[Candidates]) -> _Answers:
     return _Answers([_listed(classes) for classes in each], list(each))
 
 
-def _answers(outputs: Sequence[Any], count: int, size: tuple[int, int] | None) -> _Answers:
-    arrays = [values for values in outputs if isinstance(values, np.ndarray) and values.dtype.kind in "fiu"]
-    kind = kind_of(arrays[0], count, size) if arrays and arrays[0] is outputs[0] else ""
+def _kind_of_first(outputs: Sequence[Any], count: int, size: tuple[int, int] | None) -> str:
+    """The kind of the first output, "" if it is not an array of numbers."""
+    output = outputs[0]
+    return kind_of(output, count, size) if isinstance(output, np.ndarray) and output.dtype.kind in "fiu" else ""
+
+
+def _answers(output: Any, kind: str, count: int) -> _Answers:
+    """The answers in an output of this kind."""
     if kind == "scores":
-        scores = np.asarray(arrays[0], np.float64).reshape(count, -1)
+        scores = np.asarray(output, np.float64).reshape(count, -1)
         tops, shares = scores.argmax(1).tolist(), _shares(scores).max(1).tolist()
         return _Answers([f"class {top} ({share:.0%})" for top, share in zip(tops, shares, strict=True)], tops, True)
     if kind == "text":
-        texts = strings_of(np.asarray(arrays[0], np.float64), count)
+        texts = strings_of(np.asarray(output, np.float64), count)
         return _Answers([" ".join(map(str, text)) or "(nothing)" for text in texts], list(texts))
     return _Answers([""] * count, [0] * count)
 

@@ -25,7 +25,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import UInt8Array
-from requant_onnx.numerics.heads import head_of
+from requant_onnx.numerics.heads import task_of
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.explain import Explanation, explain
 from requant_onnx.runtime.feeds import calibration_images
@@ -167,8 +167,7 @@ def _answers(
     progress: Progress | None,
 ) -> Answers | None:
     """The answers, or None and a note if the outputs cannot be compared; the weights still can."""
-    head = None if asked.task is None else head_of(asked.task)
-    examples = Examples(data.y, None if isinstance(data, FeedSet) else data.x.shape[2:], head)
+    examples = Examples(data.y, None if isinstance(data, FeedSet) else data.x.shape[2:], task_of(asked.task))
     try:
         report = validate(*models, data, normalization, task=asked.task, progress=progress, watch=examples.add)
     except ModelError as error:

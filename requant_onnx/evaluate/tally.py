@@ -15,7 +15,7 @@ from requant_onnx.evaluate.mean_ap import Precision, PrecisionTally
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
 from requant_onnx.numerics.arrays import AnyArray, Int64Array
-from requant_onnx.numerics.heads import HEADS
+from requant_onnx.numerics.heads import HEADS, Task
 from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in, top_classes, without_padding
 
 CHANCE = 3.0  # standard errors above chance; an accuracy below suggests a mistake in the inputs
@@ -38,12 +38,13 @@ class Tally:
         names: tuple[list[str], list[str]],
         images: ImageSet | FeedSet,
         size: tuple[int, int] | None,
-        head: str | None = None,
+        task: Task | None = None,
     ) -> None:
         """names: names of the outputs of the two models.  size: height and width of the images, if there are any.
 
-        head: head of detectors, a key of HEADS, if it was named.
+        task: None to recognize it.
         """
+        self._task = task = task or Task()
         self._images, self._size = images, size
         if set(names[0]) != set(names[1]) and len(names[0]) != len(names[1]):
             text = f"the reference has the outputs {names[0]}, but the candidate has {names[1]}"
@@ -51,10 +52,10 @@ class Tally:
         others = iter([k for k, name in enumerate(names[1]) if name not in names[0]])
         self._order = [names[1].index(name) if name in names[1] else next(others) for name in names[0]]
         self._outputs = [OutputTally(name) for name in names[0]]
-        self._detections = DetectionTally(head)
+        self._detections = DetectionTally(task)
         self._precision: PrecisionTally | None = None
         if isinstance(images, ImageSet) and images.objects is not None and size is not None:
-            self._precision = PrecisionTally(images.objects, size, ids=head is not None and HEADS[head].ids)
+            self._precision = PrecisionTally(images.objects, size, ids=task.head is not None and HEADS[task.head].ids)
         self._broken = [0, 0]
         self._right: list[list[bool]] = [[], []]
         self._classes = 0
@@ -84,7 +85,7 @@ class Tally:
                 f"the reference gives {np.shape(first[0])[1]} scores per image, but the candidate {np.shape(second[0])[1]}; "
                 "compare models with the same classes"
             )
-        if self._images.y is not None:
+        if self._images.y is not None and self._task.has_answers:
             self._label(np.asarray(first[0]), np.asarray(second[0]), self._images.y[start : start + count])
         return first, second
 
@@ -135,7 +136,8 @@ class Tally:
     def report(self, sizes: FileSizes, timed: Timed, notes: tuple[str, ...], precision: Precision | None) -> ValidationReport:
         """The figures computed from the sums."""
         detections = self._detections.report()
-        outputs = [tally.report(answers=detections is None) for tally in self._outputs]
+        answers = detections is None and self._task.has_answers
+        outputs = [tally.report(answers=answers) for tally in self._outputs]
         answered = [output for output in ([detections] if detections else outputs) if output.agreement is not None]
         numbers = [output for output in outputs if output.sqnr_db is not None]
         first: OutputReport | None = answered[0] if answered else None

@@ -21,7 +21,7 @@ from requant_onnx.graph.operands import matmuls_with_int8_activations
 from requant_onnx.inputs.feeds import Feed, FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization, batches, for_channels
 from requant_onnx.numerics.arrays import Float32Array
-from requant_onnx.numerics.heads import head_of
+from requant_onnx.numerics.heads import task_of
 from requant_onnx.numerics.outputs import images_in
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.classifier import Classifier, open_classifier, require_image
@@ -72,13 +72,14 @@ def validate(
     normalization: normalization of uint8 images (default: pixel / 255); float images are used unchanged.
     latency_batch: number of images in a timed run (inputs by name are timed one by one); None for no timing.
     threads: number of threads of ONNX Runtime in timed runs (default: its own choice).
-    task: detect:HEAD names the head of detectors if it is not recognized (numerics/heads.py lists the heads).
+    task: detect:HEAD names the head of detectors if it is not recognized (numerics/heads.py lists the heads); values means that
+    the outputs hold no answers, such as the embeddings of faces, so that only their values are compared.
     progress: callback for progress.  watch: callback after each batch, with the index of its first input, the number of its inputs,
     and the outputs of both models in the same order.
     Raises ModelError if a model cannot be loaded or run; DataError if images, labels or head do not fit; ConfigError for an unknown
     task.
     """
-    head = None if task is None else head_of(task)
+    asked = task_of(task)
     if latency_batch is not None and latency_batch < 1:
         raise DataError(f"latency_batch must be 1 or more, not {latency_batch}")
     reference, candidate = load_runnable(reference), load_runnable(candidate)  # its errors are clearer than ONNX Runtime's
@@ -86,7 +87,7 @@ def validate(
         raise DataError(f"there are no {'inputs' if isinstance(images, FeedSet) else 'images'}; give at least one")
     opened = _open((reference.source, candidate.source), images, normalization, latency_batch or 1)
     names = [[item.name for item in model.session.get_outputs()] for model in opened.models]
-    tally = Tally((names[0], names[1]), images, opened.size, head)
+    tally = Tally((names[0], names[1]), images, opened.size, asked)
     for start, count, batch in opened.batches:
         outputs = tally.add(batch, opened.models[0].run(batch), opened.models[1].run(batch), start, count)
         if watch is not None:

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from requant_onnx.numerics.arrays import AnyArray
 from requant_onnx.numerics.boxes import Batch, boxes, detr, listed, yolo, yolox
 from requant_onnx.numerics.detections import Candidates
 
-TASK = "detect:"
+DETECT, VALUES = "detect:", "values"
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,28 @@ HEADS = {
 """The heads by name, in the order in which they are tried."""
 
 
-def head_of(task: str) -> str:
-    """The head that a task names, a key of HEADS.  Raises ConfigError.
+class Task(NamedTuple):
+    """What the outputs are.  head: a key of HEADS, None to recognize it.  has_answers: False to compare only values."""
 
-    >>> head_of("detect:yolox")
-    'yolox'
+    head: str | None = None
+    has_answers: bool = True
+
+
+def task_of(text: str | None) -> Task:
+    """Parse a task.  text: None for the default.  Raises ConfigError.
+
+    >>> task_of("detect:yolox")
+    Task(head='yolox', has_answers=True)
     """
-    name = task.removeprefix(TASK)
-    if name == task or name not in HEADS:
-        near = [] if name in TASK else difflib.get_close_matches(name, HEADS, 1)
-        hint = f"did you mean '{TASK}{near[0]}'?" if near else f"give {TASK}HEAD, with one of {', '.join(HEADS)}"
-        raise ConfigError(f"the task '{task}' is unknown; {hint}")
-    return name
+    if text is None or text == VALUES:
+        return Task(has_answers=text is None)
+    name = text.removeprefix(DETECT)
+    if name == text or name not in HEADS:
+        near = [] if name in DETECT else difflib.get_close_matches(name, (*HEADS, VALUES), 1)
+        kind = "" if VALUES in near else DETECT
+        hint = f"did you mean '{kind}{near[0]}'?" if near else f"give {VALUES}, or {DETECT}HEAD, with one of {', '.join(HEADS)}"
+        raise ConfigError(f"the task '{text}' is unknown; {hint}")
+    return Task(name)
 
 
 def find_candidates(

@@ -1,6 +1,6 @@
 """The similarity of the outputs of two models: the errors of every output, and the answers of outputs of a known kind.
 
-scores        (n, classes), also (n, classes, 1, 1): the same largest score; among the five largest
+scores        (n, classes), also (n, classes, 1, 1), unless all rows have length 1: the same largest score; among the five largest
 mask          (n, classes, h, w) with at least a quarter of the image's h and w: the same class at a pixel, mean IoU;
               (n, 1, h, w): the same side of 1/2 if all values of the reference are in 0..1, else of 0
 text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC decoding with class 0 as blank
@@ -20,11 +20,12 @@ import numpy as np
 
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import ALIKE, OVERLAPS, Candidates, matched
-from requant_onnx.numerics.heads import find_in_both
+from requant_onnx.numerics.heads import Task, find_in_both
 
 SCALES = 4  # a mask is at most this many times smaller than the image along each axis
 CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
 MOST_CLASSES = 1 << 12  # largest number of classes of a mask
+UNIT = 1e-2  # difference of the length of an embedding from 1, with the rounding of float16
 FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
 NO_CLASS = -1  # the answer of a row of scores with NaN, which equals no label
 
@@ -171,10 +172,11 @@ class OutputTally:
 class DetectionTally:
     """Running sums over the detections of all images."""
 
-    def __init__(self, head: str | None = None) -> None:
-        """head: a key of HEADS; None to recognize it."""
-        self.recognized = True
-        self._head = head
+    def __init__(self, task: Task | None = None) -> None:
+        """task: None to recognize the head."""
+        task = task or Task()
+        self.recognized = task.has_answers
+        self._head = task.head
         self._reference = self._candidate = 0
         self._found = dict.fromkeys(OVERLAPS, 0)
 
@@ -245,7 +247,7 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
     while (len(shape) > 2 and shape[-1] == 1 and len(shape) != 4) or (len(shape) == 4 and shape[2:] == (1, 1)):
         shape = shape[:-1]
     if len(shape) == 2 and shape[0] == images and shape[1] > 1:
-        return "scores"
+        return "values" if _is_embedding(output.reshape(shape)) else "scores"
     if len(shape) == 4 and shape[0] == images and size is not None and shape[1] <= MOST_CLASSES:
         fits = all(want <= SCALES * have and want % have == 0 for have, want in zip(shape[2:], size, strict=True))
         return "mask" if fits else "values"
@@ -255,6 +257,12 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
         if steps >= FEWEST_STEPS and images in shape[:2] and (sums_to_one or shape[1] == 1):
             return "text"
     return "values"
+
+
+def _is_embedding(rows: AnyArray) -> bool:
+    """Whether rows are vectors of length 1, (n, size), as of faces or sentences, and not scores."""
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
+    return bool((abs(lengths - 1.0) < UNIT).all() and rows.min(initial=0.0) < 0.0)
 
 
 def _classes(mask: Float64Array, edge: float) -> Int64Array:

@@ -36,7 +36,7 @@ def html_report(
     calibration: other inputs instead of images, such as inputs by name or noise of a given size.  Without both, noise is used if
     the model takes images of a known size.
     data: name of the inputs on the page.  used: whether the conversion also used them, which the page then states.
-    task: detect:HEAD, as in `validate`.  conversion: report of the conversion, if there was one.
+    task: detect:HEAD or values, as in `validate`.  conversion: report of the conversion, if there was one.
     settings: (title, text) pairs with the settings that made the file.  progress: callback for progress.
     Raises ModelError and DataError as `validate`; ConfigError if the extra `report` is not installed.
     """
