@@ -103,7 +103,7 @@ def test_an_unchanged_model_finds_all_its_detections_again(outputs: list[np.ndar
 @pytest.mark.parametrize("more", [[-0.3, 1.5], [14.0, 22.0, 0.9], [-0.7]], ids=["masks", "keypoints", "angles"])
 @pytest.mark.parametrize(("rows", "axis"), [(V8, 2), (V5, 1)], ids=["yolov8", "yolov5"])
 def test_other_values_after_the_scores_are_no_classes(rows: np.ndarray, axis: int, more: list[float]) -> None:
-    head = np.concatenate([rows, np.broadcast_to(np.float32(more), (*rows.shape[:2], len(more)))], -1)
+    head = np.concatenate([rows, np.broadcast_to(np.array(more, np.float32), (*rows.shape[:2], len(more)))], -1)
     each = found(None, head.swapaxes(1, 2) if axis == 2 else head)
     assert (each.boxes.tolist(), each.classes.tolist()) == ([CORNERS], [1])
     np.testing.assert_allclose(each.scores, [0.9], rtol=1e-6)

@@ -298,7 +298,7 @@ def test_an_output_whose_shape_changes_is_not_skipped_in_silence(tmp_path: Path,
     assert "the lowest SQNR of all outputs in dB was not measured" in printed.err
     assert "note: output 'where' changes its shape for some inputs, so it was not compared" in " ".join(printed.out.split())
     assert [output["same_shape"] for output in json.loads((tmp_path / "r.json").read_text())["outputs"]] == [True, False]
-    report = validate(*paths, FeedSet(tuple({"t": row} for row in rows)), latency_batch=None)
+    report = validate(paths[0], paths[1], FeedSet(tuple({"t": row} for row in rows)), latency_batch=None)
     assert any("The output where changes its shape" in reason.text for reason in judge(report, FileSizes(1000, 200)).reasons)
 
 
