@@ -59,6 +59,26 @@ def test_kinds_of_outputs(shape: tuple[int, ...], images: int, size: tuple[int, 
     assert kind_of(np.full(shape, -1.0, np.float32), images, size) == kind
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "channels", "kind"),
+    [
+        (0, 1, 3, "values"),  # an autoencoder
+        (-1, 1, 3, "values"),  # a generator with tanh
+        (0, 255, 3, "values"),
+        (-5, 5, 3, "mask"),  # logits of three classes
+        (0.1, 80, 1, "values"),  # depths
+        (0, 1, 1, "mask"),
+        (-9, -1, 1, "mask"),  # logits of an image without an object
+        (-9, 9, 1, "mask"),
+    ],
+)
+def test_pictures_and_depths_are_no_masks(low: float, high: float, channels: int, kind: str) -> None:
+    output = np.random.default_rng(0).uniform(low, high, (2, channels, 8, 8)).astype(np.float32)
+    assert kind_of(output, 2, (8, 8)) == kind
+    shares = np.exp(output / abs(output).max())
+    assert kind_of(shares / shares.sum(1, keepdims=True), 2, (8, 8)) == "mask"
+
+
 def test_errors_by_hand() -> None:
     report = tallied(np.array([[3.0, 4.0]]), np.array([[3.0, 5.0]]), 1).report()
     assert report.sqnr_db == pytest.approx(10 * math.log10(25 / 1))
@@ -86,7 +106,8 @@ def test_texts_follow_the_rule_of_ctc() -> None:
     assert (same.kind, same.agreement) == ("text", 1.0)
     assert tallied(path(0, 3, 3, 0, 3, 5), path(3, 3, 3, 3, 3, 5), 1).report().agreement == 0.0
     logits = -np.ones((6, 1, 12))
-    assert tallied(logits, logits, 1).report().kind == "text"
+    assert tallied(logits, logits, 1, (32, 100)).report().kind == "text"
+    assert tallied(logits, logits, 1).report().kind == "values"  # states of an LSTM
 
 
 def test_strings_and_shapes_that_differ() -> None:

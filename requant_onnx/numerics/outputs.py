@@ -2,8 +2,10 @@
 
 scores        (n, classes), also (n, classes, 1, 1), unless all rows have length 1: the same largest score; among the five largest
 mask          (n, classes, h, w) with at least a quarter of the image's h and w: the same class at a pixel, mean IoU;
-              (n, 1, h, w): the same side of 1/2 if all values of the reference are in 0..1, else of 0
-text          (n, steps, classes) that sum to 1, or (steps, 1, classes): the same string after CTC decoding with class 0 as blank
+              (n, 1, h, w): the same side of 1/2 if all values of the reference are in 0..1, else of 0;
+              not pictures (n, 3, h, w) in -1..1 or above 0, nor depths (n, 1, h, w) above 0
+text          (n, steps, classes) that sum to 1, or (steps, 1, classes) for an image: the same string after CTC decoding, with class
+              0 as blank
 detections    see heads.py: detections of the reference that the candidate also has, and the number of additional ones
 texts         arrays of strings: equal strings
 values        all others: errors only
@@ -26,6 +28,7 @@ SCALES = 4  # a mask is at most this many times smaller than the image along eac
 CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
 MOST_CLASSES = 1 << 12  # largest number of classes of a mask
 UNIT = 1e-2  # difference of the length of an embedding from 1, with the rounding of float16
+HIGHEST, SHARES = 1.001, 1e-2  # highest share of a class; largest difference of the sum of all from 1
 FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
 NO_CLASS = -1  # the answer of a row of scores with NaN, which equals no label
 
@@ -250,11 +253,12 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
         return "values" if _is_embedding(output.reshape(shape)) else "scores"
     if len(shape) == 4 and shape[0] == images and size is not None and shape[1] <= MOST_CLASSES:
         fits = all(want <= SCALES * have and want % have == 0 for have, want in zip(shape[2:], size, strict=True))
-        return "mask" if fits else "values"
+        return "mask" if fits and not _is_picture(output) else "values"
     if len(shape) == 3 and shape[2] >= ALPHABET and output.dtype.kind == "f" and output.size:
         steps = shape[1] if shape[0] == images else shape[0]
-        sums_to_one = abs(output.sum(-1) - 1.0).max() < 1e-2 and output.min() >= 0.0
-        if steps >= FEWEST_STEPS and images in shape[:2] and (sums_to_one or shape[1] == 1):
+        sums_to_one = abs(output.sum(-1) - 1.0).max() < SHARES and output.min() >= 0.0
+        is_column = shape[1] == 1 and size is not None  # logits of a text in an image
+        if steps >= FEWEST_STEPS and images in shape[:2] and (sums_to_one or is_column):
             return "text"
     return "values"
 
@@ -263,6 +267,17 @@ def _is_embedding(rows: AnyArray) -> bool:
     """Whether rows are vectors of length 1, (n, size), as of faces or sentences, and not scores."""
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     return bool((abs(lengths - 1.0) < UNIT).all() and rows.min(initial=0.0) < 0.0)
+
+
+def _is_picture(output: AnyArray) -> bool:
+    """Whether an output is a picture or a map of depths, (n, 3 or 1, h, w), not a mask, whose values are logits or shares."""
+    if output.shape[1] not in (1, 3) or not output.size:
+        return False
+    low, high = output.min(), output.max()
+    if output.shape[1] == 1:
+        return bool(low > 0 and high > HIGHEST)
+    is_bounded = low >= 0 or (low >= -HIGHEST and high <= HIGHEST)
+    return bool(is_bounded and abs(output.sum(1, dtype=np.float64) - 1.0).max() > SHARES)
 
 
 def _classes(mask: Float64Array, edge: float) -> Int64Array:
