@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import OWN_MODEL, laplace, parse
+from onnxruntime import InferenceSession
 
 from requant_onnx import ImageSet, QuantConfig, ValidationReport, quantize_model, save_model, validate
 from requant_onnx.cli.main import main
@@ -77,6 +78,51 @@ def test_pictures_and_depths_are_no_masks(low: float, high: float, channels: int
     assert kind_of(output, 2, (8, 8)) == kind
     shares = np.exp(output / abs(output).max())
     assert kind_of(shares / shares.sum(1, keepdims=True), 2, (8, 8)) == "mask"
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "kind"),
+    [
+        ((4,), 1000, "classes"),
+        ((4, 1), 1000, "classes"),
+        ((4, 5), 1000, "values"),  # of the five best, perhaps
+        ((4, 32, 32), 20, "mask"),
+        ((4, 1, 16, 16), 20, "mask"),
+        ((4, 1, 32, 32), 256, "values"),  # a gray picture
+        ((), 5, "values"),
+    ],
+)
+def test_integers_are_classes(shape: tuple[int, ...], most: int, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, most, shape) for _ in range(2))
+    assert kind_of(first, 4, (32, 32)) == kind
+    report = tallied(first, np.where(rng.random(shape) < 0.25, second, first), 4, (32, 32)).report()
+    assert (report.sqnr_db is None) == (report.agreement is not None) == (kind != "values")
+    if report.agreement is not None:
+        assert report.agreement >= 0.5
+
+
+def test_masks_of_integers_by_hand() -> None:
+    """Classes that appear only in a later batch count too."""
+    tally = OutputTally("y")
+    tally.add(np.array([[[0, 1], [0, 1]]]), np.array([[[0, 1], [1, 1]]]), 1, (2, 2))
+    tally.add(np.array([[[7, 7], [0, 0]]]), np.array([[[7, 7], [0, -1]]]), 1, (2, 2))
+    report = tally.report()
+    assert (report.kind, report.agreement, report.sqnr_db) == ("mask", 7 / 8, None)
+    assert report.extra["mean_iou"] == pytest.approx((3 / 4 + 2 / 3 + 1) / 3)
+
+
+def test_a_model_that_returns_classes_is_validated() -> None:
+    text = "net (float[n, 3, 4, 4] x) => (int64[n] y) { f = Flatten (x) s = MatMul (f, w) y = ArgMax <axis = 1, keepdims = 0> (s) }"
+    model, other = (parse(text, w=laplace(48, 9, seed=k)) for k in range(2))
+    images = ImageSet(np.random.default_rng(0).integers(0, 255, (8, 3, 4, 4)).astype(np.uint8), None)
+    session = InferenceSession(model.SerializeToString())
+    labels = session.run(None, {"x": (images.x[:] / np.float32(255)).astype(np.float32)})[0]
+    report = validate(model, other, replace(images, y=labels), latency_batch=None)
+    assert report.top1 is not None
+    assert (report.top1.reference, report.agreement_of, report.sqnr_db) == (1.0, "top-1", None)
+    assert report.top1.candidate == report.agreement
+    assert report.agreement != 1.0
 
 
 def test_errors_by_hand() -> None:

@@ -119,7 +119,7 @@ def _detected(found: Sequence[Candidates]) -> _Answers:
 def _kind_of_first(outputs: Sequence[Any], count: int, size: tuple[int, int] | None) -> str:
     """The kind of the first output, "" if it is not an array of numbers."""
     output = outputs[0]
-    return kind_of(output, count, size) if isinstance(output, np.ndarray) and output.dtype.kind in "fiu" else ""
+    return kind_of(output, count, size) if isinstance(output, np.ndarray) and output.dtype.kind in "fiub" else ""
 
 
 def _answers(output: Any, kind: str, count: int) -> _Answers:
@@ -128,6 +128,9 @@ def _answers(output: Any, kind: str, count: int) -> _Answers:
         scores = np.asarray(output, np.float64).reshape(count, -1)
         tops, shares = scores.argmax(1).tolist(), _shares(scores).max(1).tolist()
         return _Answers([f"class {top} ({share:.0%})" for top, share in zip(tops, shares, strict=True)], tops, True)
+    if kind == "classes":
+        classes = np.asarray(output).reshape(-1).tolist()
+        return _Answers([f"class {each:d}" for each in classes], classes, True)
     if kind == "text":
         texts = strings_of(np.asarray(output, np.float64), count)
         return _Answers([" ".join(map(str, text)) or "(nothing)" for text in texts], list(texts))

@@ -80,7 +80,7 @@ class Tally:
                 raise DataError(f"{text}; name it with --task detect:HEAD, or drop the labels")
             self._precision.add(found)
         self._broken = [n + _broken(outputs, images) for n, outputs in zip(self._broken, (first, second), strict=True)]
-        if self._outputs[0].is_scores and np.shape(first[0]) != np.shape(second[0]):
+        if self._outputs[0].kind == "scores" and np.shape(first[0]) != np.shape(second[0]):
             raise DataError(
                 f"the reference gives {np.shape(first[0])[1]} scores per image, but the candidate {np.shape(second[0])[1]}; "
                 "compare models with the same classes"
@@ -90,10 +90,15 @@ class Tally:
         return first, second
 
     def _label(self, first: AnyArray, second: AnyArray, labels: Int64Array) -> None:
-        if not self._outputs[0].is_scores:
+        if self._outputs[0].kind == "classes":
+            self._classes = max(self._classes, int(labels.max()) + 1)
+            for right, y in zip(self._right, (first, second), strict=True):
+                right.extend((y.reshape(-1) == labels).tolist() if y.size == len(labels) else [False] * len(labels))
+            return
+        if self._outputs[0].kind != "scores":
             raise DataError(
-                f"the images have labels, but the first output of the models, of shape {first.shape}, is not one row of scores per "
-                "image; give images without labels to compare only the outputs"
+                f"the images have labels, but the first output of the models, of shape {first.shape}, is not one row of scores or "
+                "one class per image; give images without labels to compare only the outputs"
             )
         scores = [y.reshape(len(labels), -1) for y in (first, second)]
         self._classes = scores[0].shape[1]
@@ -119,7 +124,8 @@ class Tally:
                 f"normalization (mean {listed})"
             )
         directories = getattr(self._images.x, "classes", 0) if isinstance(self._images, ImageSet) else 0
-        if self._right[0] and directories and directories != self._classes:
+        has_scores = self._outputs[0].kind == "scores"
+        if self._right[0] and has_scores and directories and directories != self._classes:
             notes.append(
                 f"the models give {self._classes:,} scores, but the images are in {directories:,} subdirectories, so the labels "
                 "are probably wrong: the k-th subdirectory, by name, counts as class k"

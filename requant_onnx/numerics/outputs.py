@@ -1,8 +1,10 @@
 """The similarity of the outputs of two models: the errors of every output, and the answers of outputs of a known kind.
 
 scores        (n, classes), also (n, classes, 1, 1), unless all rows have length 1: the same largest score; among the five largest
+classes       (n,) or (n, 1), integers: the same class
 mask          (n, classes, h, w) with at least a quarter of the image's h and w: the same class at a pixel, mean IoU;
               (n, 1, h, w): the same side of 1/2 if all values of the reference are in 0..1, else of 0;
+              (n, h, w) or (n, 1, h, w), integers: the same class;
               not pictures (n, 3, h, w) in -1..1 or above 0, nor depths (n, 1, h, w) above 0
 text          (n, steps, classes) that sum to 1, or (steps, 1, classes) for an image: the same string after CTC decoding, with class
               0 as blank
@@ -26,7 +28,8 @@ from requant_onnx.numerics.heads import Task, find_in_both
 
 SCALES = 4  # a mask is at most this many times smaller than the image along each axis
 CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
-MOST_CLASSES = 1 << 12  # largest number of classes of a mask
+MOST_CLASSES, MOST_PRESENT = 1 << 12, 64  # largest numbers of classes of a mask, and of those that are present in its pixels
+WHOLE = "iub"  # kinds of types of classes
 UNIT = 1e-2  # difference of the length of an embedding from 1, with the rounding of float16
 HIGHEST, SHARES = 1.001, 1e-2  # highest share of a class; largest difference of the sum of all from 1
 FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
@@ -47,7 +50,7 @@ SAME = {
 class OutputReport:
     """The similarity of one output of two models.
 
-    kind: see above.  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or the shapes differ.
+    kind: see above.  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or of classes, or the shapes differ.
     largest: largest difference.  agreement: share of identical answers, 0..1; None if there are no answers.
     what: kind of the answers, for example "top-1" or "pixels".  count: number of compared answers.  extra: other figures, by name.
     same_shape: False if the candidate gave another shape for an input, so that nothing could be compared.
@@ -81,11 +84,10 @@ class OutputTally:
         self._kind = ""
         self._shape: tuple[int, ...] = ()
         self._power = self._error = self._dot = self._other = self._largest = 0.0
-        self._odd = self._reshaped = False
+        self._odd = self._reshaped = self._discrete = False
         self._same = self._count = self._five = 0
         self._edge: float | None = None  # of masks with one channel: probabilities or logits, as in the first batch
-        self._union: Float64Array | None = None
-        self._common: Float64Array | None = None
+        self._union = self._common = np.zeros(0)  # pixels of each class in either model, and in both
 
     def add(self, reference: Any, candidate: Any, images: int, size: tuple[int, int] | None) -> None:
         """Compare a batch.  images: number of images in it.  size: their height and width."""
@@ -94,10 +96,11 @@ class OutputTally:
             return
         if not self._kind:
             self._kind, self._shape = kind_of(reference, images, size), reference.shape
+            self._discrete = self._kind in ("texts", "classes") or (self._kind == "mask" and reference.dtype.kind in WHOLE)
         if reference.shape != candidate.shape:
             self._odd = self._reshaped = True
             return
-        if reference.dtype.kind in "OSU":
+        if self._kind in ("texts", "classes"):
             self._count += reference.size
             self._same += int((reference == candidate).sum())
             return
@@ -113,7 +116,7 @@ class OutputTally:
         if self._kind == "scores":
             self._add_scores(a.reshape(images, -1), b.reshape(images, -1))
         elif self._kind == "mask":
-            self._add_mask(a, b)
+            self._add_mask(*((reference, candidate) if self._discrete else (a, b)))
         elif self._kind == "text":
             self._count += images
             self._same += sum(x == y for x, y in zip(strings_of(a, images), strings_of(b, images), strict=True))
@@ -126,41 +129,41 @@ class OutputTally:
         five = np.argsort(-b, 1, kind="stable")[:, :5]
         self._five += int(((five == tops[:, None]).any(1) & answered & ~np.isnan(b).any(1)).sum())
 
-    def _add_mask(self, a: Float64Array, b: Float64Array) -> None:
+    def _add_mask(self, a: AnyArray, b: AnyArray) -> None:
         if self._edge is None:
             self._edge = 0.5 if a.min(initial=0.0) >= 0.0 and a.max(initial=0.0) <= 1.0 else 0.0
         first, second = _classes(a, self._edge), _classes(b, self._edge)
         self._count += first.size
         self._same += int((first == second).sum())
-        count = max(2, a.shape[1])
+        count = max(2, int(first.max(initial=0)) + 1, int(second.max(initial=0)) + 1, len(self._union))
         both = np.bincount(first[first == second], minlength=count)
         each = [np.bincount(x.ravel(), minlength=count) for x in (first, second)]
-        union = (each[0] + each[1] - both).astype(np.float64)
-        self._union = union if self._union is None else self._union + union
-        self._common = both.astype(np.float64) if self._common is None else self._common + both
+        longer = (0, count - len(self._union))
+        self._union = np.pad(self._union, longer) + (each[0] + each[1] - both)
+        self._common = np.pad(self._common, longer) + both
 
     @property
-    def is_scores(self) -> bool:
-        """Whether the output is a row of scores for each image."""
-        return self._kind == "scores"
+    def kind(self) -> str:
+        """The kind of the output, decided by the first batch."""
+        return self._kind
 
     def report(self, *, answers: bool = True) -> OutputReport:
         """The figures computed from the sums.  answers: whether its values are answers, not part of detections."""
-        numbers = not self._odd and self._kind not in ("texts", "other")
+        numbers = not self._odd and not self._discrete
         sqnr = math.inf if self._error == 0.0 else 10 * math.log10(self._power / self._error) if self._power > 0.0 else -math.inf
         sqnr = sqnr if math.isfinite(self._power + self._error) else math.nan
         norm = math.sqrt(self._power * self._other)
-        what = {"scores": "top-1", "mask": "pixels", "text": "strings", "texts": "texts"}.get(self._kind, "")
+        what = {"scores": "top-1", "mask": "pixels", "text": "strings", "texts": "texts", "classes": "top-1"}.get(self._kind, "")
         extra = {}
         if self._kind == "scores" and self._count:
             extra["top5"] = self._five / self._count
-        if self._union is not None and self._common is not None:
+        if self._union.any():
             present = self._union > 0
             extra["mean_iou"] = float((self._common[present] / self._union[present]).mean())
         return OutputReport(
             name=self.name,
             shape=self._shape,
-            kind=self._kind if self._kind in ("texts", "other") or (answers and not self._odd) else "values",
+            kind=self._kind if self._kind in ("texts", "other", "classes") or (answers and not self._odd) else "values",
             sqnr_db=sqnr if numbers else None,
             cosine=(self._dot / norm if norm != 0.0 else float(self._power == self._other)) if numbers else None,
             largest=self._largest if numbers else None,
@@ -246,14 +249,15 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
     """The kind of an output.  images: number in the batch.  size: height and width of the images, if the model takes images."""
     if output.dtype.kind in "OSU":
         return "texts"
+    if output.dtype.kind in WHOLE:
+        return _kind_of_integers(output, images, size)
     shape = output.shape
     while (len(shape) > 2 and shape[-1] == 1 and len(shape) != 4) or (len(shape) == 4 and shape[2:] == (1, 1)):
         shape = shape[:-1]
     if len(shape) == 2 and shape[0] == images and shape[1] > 1:
         return "values" if _is_embedding(output.reshape(shape)) else "scores"
-    if len(shape) == 4 and shape[0] == images and size is not None and shape[1] <= MOST_CLASSES:
-        fits = all(want <= SCALES * have and want % have == 0 for have, want in zip(shape[2:], size, strict=True))
-        return "mask" if fits and not _is_picture(output) else "values"
+    if len(shape) == 4 and shape[0] == images and shape[1] <= MOST_CLASSES:
+        return "mask" if _covers(shape[2:], size) and not _is_picture(output) else "values"
     if len(shape) == 3 and shape[2] >= ALPHABET and output.dtype.kind == "f" and output.size:
         steps = shape[1] if shape[0] == images else shape[0]
         sums_to_one = abs(output.sum(-1) - 1.0).max() < SHARES and output.min() >= 0.0
@@ -261,6 +265,25 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
         if steps >= FEWEST_STEPS and images in shape[:2] and (sums_to_one or is_column):
             return "text"
     return "values"
+
+
+def _kind_of_integers(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
+    """The kind of an output of integers or truth values: the results of ArgMax, or others."""
+    shape = output.shape
+    if not shape or shape[0] != images:
+        return "values"
+    if output.size == images:
+        return "classes"
+    places = shape[2:] if len(shape) == 4 and shape[1] == 1 else shape[1:]
+    few = output.min(initial=0) >= 0 and len(np.unique(output)) <= MOST_PRESENT
+    return "mask" if len(places) == 2 and _covers(places, size) and few else "values"
+
+
+def _covers(places: tuple[int, ...], size: tuple[int, int] | None) -> bool:
+    """Whether an output has at least a value for SCALES x SCALES pixels of an image.  places: its height and width."""
+    if size is None or 0 in places:
+        return False
+    return all(want <= SCALES * have and want % have == 0 for have, want in zip(places, size, strict=True))
 
 
 def _is_embedding(rows: AnyArray) -> bool:
@@ -280,8 +303,10 @@ def _is_picture(output: AnyArray) -> bool:
     return bool(is_bounded and abs(output.sum(1, dtype=np.float64) - 1.0).max() > SHARES)
 
 
-def _classes(mask: Float64Array, edge: float) -> Int64Array:
-    """The class of each pixel.  edge: least value of the class 1, if there is one channel."""
+def _classes(mask: AnyArray, edge: float) -> Int64Array:
+    """The class of each pixel.  edge: least value of the class 1, if there is one channel that is not of integers."""
+    if mask.dtype.kind in WHOLE:
+        return np.maximum(mask.astype(np.int64), 0)
     if mask.shape[1] > 1:
         return np.asarray(mask.argmax(1))
     return np.asarray(mask[:, 0] > edge, np.int64)
