@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import socket
@@ -352,6 +353,22 @@ def test_without_calibration_only_what_needs_none_is_compared(tmp_path: Path, ca
     ):
         assert main([*command, *options]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_model_that_returns_classes_has_an_accuracy() -> None:
+    text = "net (float[n, 3, 4, 4] x) => (int64[n] y) { f = Flatten (x) s = MatMul (f, w) y = ArgMax <axis = 1, keepdims = 0> (s) }"
+    model = parse(text, w=laplace(48, 9)).SerializeToString()
+    images = ImageSet(np.random.default_rng(0).integers(0, 255, (40, 3, 4, 4)).astype(np.uint8), np.arange(40) % 9)
+    with open_executor(1, None) as executor:
+        found = compare(model, [2, 3], ["max", "channel"], images, None, None, executor)
+    assert found.top1 is not None
+    assert [trial.bits for trial in found.trials] == [3, 3, 2, 2]
+    for trial in found.trials:
+        assert trial.top1 is not None
+        assert trial.change == pytest.approx(trial.top1 - found.top1)
+        assert math.isnan(trial.sqnr_db)
+    for better, worse in (found.trials[:2], found.trials[2:]):
+        assert (better.agreement or 0) >= (worse.agreement or 0)
 
 
 def test_calibrate_auto_is_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,9 @@ def compare(
     if not has_scores:
         judged = work.judgments(model, made, images, normalization)
         trials = [replace(judged[case], recipe=case[0], bits=case[1]) for case in cases]
-        return Comparison(len(model), None, len(images), _sorted(trials, made))
+        labeled = next(((trial.top1, trial.change) for trial in trials if trial.top1 is not None), None)
+        top1 = None if labeled is None or labeled[1] is None else labeled[0] - labeled[1]
+        return Comparison(len(model), top1, len(images), _sorted(trials, made))
     scores = work.scores({FLOAT: model, **made}, shards, normalization)
     exact = scores[FLOAT]
     hits = _hits(exact, images)
@@ -142,9 +144,14 @@ def compare(
 
 
 def _sorted(trials: Sequence[Trial], made: Mapping[Case, bytes]) -> tuple[Trial, ...]:
-    """The trials with their compressed sizes, sorted by bits, then by output SQNR."""
+    """The trials with their compressed sizes, sorted by bits, then by output SQNR, or agreement for outputs without one."""
     complete = [replace(trial, downloads=download_sizes(made[trial.recipe, trial.bits])) for trial in trials]
-    return tuple(sorted(complete, key=lambda trial: (-trial.bits, -trial.sqnr_db)))
+
+    def rank(trial: Trial) -> tuple[float, bool, float, float]:
+        is_odd = math.isnan(trial.sqnr_db)
+        return -trial.bits, is_odd, 0.0 if is_odd else -trial.sqnr_db, -(trial.agreement or 0.0)
+
+    return tuple(sorted(complete, key=rank))
 
 
 def _check(recipes: Sequence[str]) -> None:
@@ -302,7 +309,8 @@ def judge_item(model: bytes, candidate: bytes, images: ImageSet | FeedSet, norma
     found = validate(reference, made, images, normalization, latency_batch=None)
     sqnr = math.nan if found.sqnr_db is None else found.sqnr_db
     size = len(candidate)
-    return json.dumps([size, len(model) / size, None, None, found.agreement, sqnr, found.agreement_of]).encode()
+    top1, change = (None, None) if found.top1 is None else (found.top1.candidate, found.top1.candidate - found.top1.reference)
+    return json.dumps([size, len(model) / size, top1, change, found.agreement, sqnr, found.agreement_of]).encode()
 
 
 def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:
