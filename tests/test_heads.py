@@ -12,7 +12,7 @@ from conftest import laplace, parse
 from requant_onnx import ConfigError, DataError, ImageSet, html_report, validate
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, JUDGED, MOST, Candidates, Detections
-from requant_onnx.numerics.heads import HEADS, find_candidates, task_of
+from requant_onnx.numerics.heads import HEADS, find_candidates, find_in_both, task_of
 from requant_onnx.numerics.outputs import DetectionTally
 
 SIZE = (64, 32)  # 32 cells of stride 8, 8 of 16, 2 of 32
@@ -107,6 +107,17 @@ def test_other_values_after_the_scores_are_no_classes(rows: np.ndarray, axis: in
     each = found(None, head.swapaxes(1, 2) if axis == 2 else head)
     assert (each.boxes.tolist(), each.classes.tolist()) == ([CORNERS], [1])
     np.testing.assert_allclose(each.scores, [0.9], rtol=1e-6)
+
+
+def test_the_reference_decides_which_columns_are_scores() -> None:
+    """A candidate with rounded activations may have a score slightly above 1."""
+    head = np.concatenate([V8, np.broadcast_to(np.array([-0.3], np.float32), (1, ANCHORS, 1))], -1)
+    rounded = head.copy()
+    rounded[0, 5, 4] = 1.01
+    for name in (None, "yolov8"):
+        pair = find_in_both([head.swapaxes(1, 2)], [rounded.swapaxes(1, 2)], 1, SIZE, name)
+        assert pair is not None
+        assert [part[0].columns for part in pair] == [3, 3]
 
 
 def test_queries_of_a_corrupt_model_are_read() -> None:

@@ -25,11 +25,15 @@ POSITIVE = 0.1  # least share of queries with a positive logit of that class; a 
 
 
 class Batch(NamedTuple):
-    """A batch.  images: number of images.  size: their height and width, None without images.  told: whether the head is named."""
+    """A batch.  images: number of images.  size: their height and width, None without images.  told: whether the head is named.
+
+    columns: number of classes with a score for each box, 0 if it is not known.
+    """
 
     images: int
     size: tuple[int, int] | None
     told: bool
+    columns: int = 0
 
 
 def anchors_of(height: int, width: int) -> set[int]:
@@ -57,7 +61,7 @@ def _anchor_rows(outputs: Sequence[AnyArray], batch: Batch, axis: int, fewest: i
 def yolo(axis: int, objectness: bool, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
     """Read decoded centers, sizes and scores.  axis: axis of the anchors.  objectness: whether it precedes the scores."""
     rows = _anchor_rows(outputs, batch, axis, 6 if objectness else 5)
-    return None if rows is None else _of_rows(rows, objectness)
+    return None if rows is None else _of_rows(rows, objectness, batch)
 
 
 def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
@@ -70,7 +74,7 @@ def yolox(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
         if len(cells) == rows.shape[1]:
             stride = cells[:, 2:]
             center, size = (rows[..., :2] + cells[:, :2]) * stride, np.exp(np.minimum(rows[..., 2:4], LONGEST)) * stride
-            return _of_rows(np.concatenate([center, size, rows[..., 4:]], -1), True)
+            return _of_rows(np.concatenate([center, size, rows[..., 4:]], -1), True, batch)
     return None
 
 
@@ -80,10 +84,10 @@ def _cells(height: int, width: int, stride: int) -> Float64Array:
     return np.stack([x.ravel(), y.ravel(), np.full(x.size, stride)], 1).astype(np.float64)
 
 
-def _of_rows(rows: Float64Array, objectness: bool) -> list[Candidates]:
+def _of_rows(rows: Float64Array, objectness: bool, batch: Batch) -> list[Candidates]:
     """The candidates of each image in rows of center, size and scores, (n, N, values), each with its best class."""
     first = 5 if objectness else 4
-    scores = rows[..., first : first + _count_scores(rows[..., first:])]
+    scores = rows[..., first : first + (batch.columns or _count_scores(rows[..., first:]))]
     scores = scores * rows[..., 4:5] if objectness else scores
     return [_best(_corners(each[:, :4]), scores[k]) for k, each in enumerate(rows)]
 
@@ -103,7 +107,7 @@ def _corners(boxes: Float64Array) -> Float64Array:
 
 
 def _best(boxes: Float64Array, scores: Float64Array, doubled: bool = True) -> Candidates:
-    return Candidates(boxes, scores.max(1), scores.argmax(1).astype(np.int64), doubled)
+    return Candidates(boxes, scores.max(1), scores.argmax(1).astype(np.int64), doubled, scores.shape[1])
 
 
 def listed(score: int, outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:

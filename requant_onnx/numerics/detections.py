@@ -39,12 +39,16 @@ class Detections:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All detections of a head in one image, including weak ones.  doubled: whether the head outputs duplicates."""
+    """All detections of a head in one image, including weak ones.  doubled: whether the head outputs duplicates.
+
+    columns: number of classes with a score for each box; 0 if each box has one class.
+    """
 
     boxes: Float64Array
     scores: Float64Array
     classes: Int64Array
     doubled: bool
+    columns: int = 0
 
     def above(self, limits: Limits) -> Detections:
         """The strongest candidates, at most MOST, in descending order of score; without duplicates if `doubled`."""

@@ -97,17 +97,18 @@ def task_of(text: str | None) -> Task:
 
 
 def find_candidates(
-    outputs: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None
+    outputs: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None, columns: int = 0
 ) -> list[Candidates] | None:
     """The detections in each image; None if the outputs are not those of a recognized head.
 
     outputs: outputs of the model, in order.  images: number of images in the batch.  size: (height, width) of the images, or None.
-    head: a key of HEADS, None to recognize it.  Raises DataError if the outputs cannot be those of that head.
+    head: a key of HEADS, None to recognize it.  columns: number of classes with a score for each box, 0 if it is not known.
+    Raises DataError if the outputs cannot be those of that head.
     """
     if head is None:
         recognized = _recognized(outputs, images, size)
         return None if recognized is None else recognized[1]
-    found = HEADS[head].read(_arrays(outputs), Batch(images, size, True))
+    found = HEADS[head].read(_arrays(outputs), Batch(images, size, True, columns))
     if found is None:
         shapes = ", ".join("x".join(map(str, np.shape(y))) or "()" for y in outputs)
         of = "" if size is None else f" on images of {size[0]}x{size[1]}"
@@ -120,17 +121,24 @@ def find_in_both(
 ) -> tuple[list[Candidates], list[Candidates]] | None:
     """The detections of two models; None if the outputs of one of them are not those of a recognized head.
 
-    Recognition looks at values, which differ between the models, so only the reference decides on the head.  Parameters and errors
-    as of `find_candidates`.
+    Recognition looks at values, which differ between the models, so only the reference decides on the head and on the columns of
+    scores.  Parameters and errors as of `find_candidates`.
     """
     if head is None:
         recognized = _recognized(reference, images, size)
         if recognized is None:
             return None
-        other = HEADS[recognized[0]].read(_arrays(candidate), Batch(images, size, True))
-        return None if other is None else (recognized[1], other)
-    first, second = (find_candidates(outputs, images, size, head) for outputs in (reference, candidate))
-    return None if first is None or second is None else (first, second)
+        name, first = recognized
+        second = HEADS[name].read(_arrays(candidate), Batch(images, size, True, _columns(first)))
+    else:
+        found = find_candidates(reference, images, size, head)
+        assert found is not None
+        first, second = found, find_candidates(candidate, images, size, head, _columns(found))
+    return None if second is None else (first, second)
+
+
+def _columns(found: Sequence[Candidates]) -> int:
+    return found[0].columns if found else 0
 
 
 def _arrays(outputs: Sequence[Any]) -> list[AnyArray]:
