@@ -59,6 +59,8 @@ SOFTMAX = np.log(np.array([[[0.02, 0.9, 0.01, 0.07], [1e-9, 1e-9, 1e-9, 1.0]]], 
         ("nms", [np.zeros((1, 3), np.float32), LISTED[None]]),  # among other outputs
         ("nms", [np.insert(LISTED, 0, 0, 1)]),
         ("nms-class-first", [np.insert(SWAPPED, 0, 0, 1)]),
+        ("nms-counts", [LISTED[:, [5, 4, 0, 1, 2, 3]], np.array([2], np.int32)]),
+        ("dets", [LISTED[None, :, :5], LABELS.astype(np.int64)]),
         ("boxes", [BOXES, SCORES, LABELS]),
         ("boxes", [BY_CLASS, BOXES]),
         ("boxes-ids", [LABELS.astype(np.int64), SCORES, BOXES]),
@@ -67,6 +69,8 @@ SOFTMAX = np.log(np.array([[[0.02, 0.9, 0.01, 0.07], [1e-9, 1e-9, 1e-9, 1.0]]], 
         (None, [V8.swapaxes(1, 2)]),
         (None, [V5]),
         (None, [LISTED]),
+        (None, [LISTED[:, [5, 4, 0, 1, 2, 3]], np.array([2], np.int32)]),
+        (None, [LISTED[None, :, :5], LABELS.astype(np.int64)]),
         (None, [BOXES, LABELS, SCORES]),
     ],
 )
@@ -90,7 +94,16 @@ def test_queries_by_hand(head: str | None, logits: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "outputs", [[V8.swapaxes(1, 2)], [V5], [LISTED], [BOXES, LABELS, SCORES], [SIGMOID, RELATIVE], [SOFTMAX, RELATIVE]]
+    "outputs",
+    [
+        [V8.swapaxes(1, 2)],
+        [V5],
+        [LISTED],
+        [LISTED[None, :, :5], LABELS.astype(int)],
+        [BOXES, LABELS, SCORES],
+        [SIGMOID, RELATIVE],
+        [SOFTMAX, RELATIVE],
+    ],
 )
 def test_an_unchanged_model_finds_all_its_detections_again(outputs: list[np.ndarray]) -> None:
     tally = DetectionTally()
@@ -154,6 +167,9 @@ def test_what_a_told_head_cannot_be_is_refused() -> None:
         ("nms", [V5], "1x42x8"),
         ("nms", [LISTED + 0.5], "2x6"),  # classes that are not integers
         ("nms-class-first", [LISTED], "do not match the head 'nms-class-first'"),
+        ("nms-counts", [LISTED, np.array([3])], "2x6, 1 on"),  # another number of boxes
+        ("nms-counts", [LISTED + 0.5, np.array([2])], "2x6, 1 on"),
+        ("dets", [LISTED[None, :, :5], LABELS], "1x2x5, 1x2 on"),
         ("boxes", [BOXES, BOXES], "1x2x4, 1x2x4"),
         ("tf-boxes", [BOXES], "1x2x4"),
         ("boxes", [BOXES, SCORES, SCORES * 0.5], "1x2x4, 1x2, 1x2"),
@@ -174,6 +190,8 @@ def test_only_what_can_hardly_be_anything_else_is_recognized() -> None:
         "yolox",
         "yolov5",
         "nms",
+        "nms-counts",
+        "dets",
         "boxes",
         "rtdetr",
         "detr",

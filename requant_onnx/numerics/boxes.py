@@ -125,6 +125,26 @@ def listed(score: int, outputs: Sequence[AnyArray], batch: Batch) -> list[Candid
     return None
 
 
+def scored(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """Read an output of corners and score, (n, k, 5), and one of integer labels, (n, k)."""
+    rows = [output for output in outputs if output.ndim == 3 and output.shape[-1] == 5 and len(output) == batch.images]
+    labels = [output for output in outputs if output.dtype.kind in "iu" and output.shape in {row.shape[:-1] for row in rows}]
+    if len(rows) != 1 or len(labels) != 1:
+        return None
+    pairs = zip(rows[0].astype(np.float64), labels[0].astype(np.int64), strict=True)
+    return [Candidates(part[:, :4], part[:, 4], classes, False) for part, classes in pairs]
+
+
+def numbered(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | None:
+    """Read an output of class, score and corners, (all boxes, 6), and the number of boxes in each image, (n,)."""
+    rows = next((output for output in outputs if output.ndim == 2 and output.shape[-1] == 6), None)
+    counts = next((output for output in outputs if output.dtype.kind in "iu" and output.shape == (batch.images,)), None)
+    if rows is None or counts is None or counts.sum() != len(rows) or not (rows[:, 0] == np.rint(rows[:, 0])).all():
+        return None
+    parts = np.split(rows.astype(np.float64), np.cumsum(counts)[:-1])
+    return [Candidates(part[:, 2:], part[:, 1], part[:, 0].astype(np.int64), False) for part in parts]
+
+
 def _parts(rows: Float64Array, images: int) -> list[Float64Array] | None:
     """The six columns of a list, for each image."""
     if rows.ndim == 3 and rows.shape[-1] == 6 and len(rows) == images:

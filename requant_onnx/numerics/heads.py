@@ -16,7 +16,7 @@ import numpy as np
 
 from requant_onnx.errors import ConfigError, DataError
 from requant_onnx.numerics.arrays import AnyArray
-from requant_onnx.numerics.boxes import Batch, boxes, detr, listed, yolo, yolox
+from requant_onnx.numerics.boxes import Batch, boxes, detr, listed, numbered, scored, yolo, yolox
 from requant_onnx.numerics.detections import Candidates
 
 DETECT, VALUES = "detect:", "values"
@@ -50,6 +50,10 @@ HEADS = {
         is_recognized=True,
     ),
     "nms-class-first": Head("like nms, with the class before the score; YOLOv7 with built-in NMS", partial(listed, 5)),
+    "nms-counts": Head(
+        "(all boxes, 6): class, score, corners; numbers of boxes (n), integers; PaddleDetection", numbered, is_recognized=True
+    ),
+    "dets": Head("(n, k, 5): corners, score; labels (n, k), integers; MMDetection", scored, is_recognized=True),
     "boxes": Head(
         "corners (n, k, 4), with scores and labels (n, k), or with scores (n, k, classes)",
         partial(boxes, XYXY, False),
