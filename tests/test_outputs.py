@@ -23,10 +23,11 @@ from requant_onnx.evaluate.gate import FIGURES, check_gate
 from requant_onnx.evaluate.latency import compare_latency
 from requant_onnx.evaluate.verdict import Level, judge
 from requant_onnx.inputs.feeds import FeedSet
+from requant_onnx.numerics.answers import NO_CLASS, kind_of, top_classes
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, Detections, matched, overlaps
 from requant_onnx.numerics.heads import find_candidates, find_in_both
-from requant_onnx.numerics.outputs import NO_CLASS, OutputReport, OutputTally, kind_of, top_classes
+from requant_onnx.numerics.outputs import OutputReport, OutputTally
 
 REPORT = ValidationReport(
     images=1000, top1=Compared(0.92, 0.918), top1_error=0.003, agreement=0.985, agreement_error=0.004, agreement_of="top-1",
@@ -50,6 +51,9 @@ def tallied(reference: np.ndarray, candidate: np.ndarray, images: int, size: tup
         ((10,), 1, None, "values"),
         ((2, 21, 32, 32), 2, (32, 32), "mask"),
         ((2, 1, 16, 16), 2, (64, 64), "mask"),
+        ((2, 32, 32, 21), 2, (32, 32), "mask"),
+        ((2, 16, 16, 1), 2, (64, 64), "mask"),
+        ((2, 32, 32), 2, (32, 32), "mask"),
         ((2, 64, 8, 8), 2, (64, 64), "values"),
         ((2, 21, 32, 32), 2, None, "values"),
         ((1, 84, 8400), 1, (640, 640), "values"),
@@ -142,6 +146,17 @@ def test_masks_agree_by_pixels_and_classes() -> None:
     assert report.extra["mean_iou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     one = tallied(np.array([[[[0.9, 0.1]]]]), np.array([[[[0.4, 0.1]]]]), 1, (1, 2)).report()
     assert one.agreement == 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_the_classes_of_a_mask_may_be_the_last_axis(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    pair = [rng.integers(-3, 4, (2, 5, 8, 8)).astype(np.float32) for _ in range(2)]
+    pair = [each.argmax(1)[:, None] for each in pair] if dtype is np.int64 else pair
+    first = tallied(pair[0], pair[1], 2, (8, 8)).report()
+    last = tallied(np.moveaxis(pair[0], 1, 3), np.moveaxis(pair[1], 1, 3), 2, (8, 8)).report()
+    assert (last.kind, last.agreement, last.extra) == (first.kind, first.agreement, first.extra)
+    assert first.kind == "mask"
 
 
 def test_texts_follow_the_rule_of_ctc() -> None:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from requant_onnx.convert.report import sqnr_db
+from requant_onnx.numerics.answers import kind_of, strings_of
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import ALIKE, Candidates
 from requant_onnx.numerics.heads import Task, find_in_both
-from requant_onnx.numerics.outputs import kind_of, strings_of
 
 WORST = 8  # examples kept
 CHANGES = 12  # pairs of answers listed

@@ -14,9 +14,10 @@ from requant_onnx.evaluate.latency import Latency
 from requant_onnx.evaluate.mean_ap import Precision, PrecisionTally
 from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.inputs.images import ImageSet, Normalization
+from requant_onnx.numerics.answers import top_classes
 from requant_onnx.numerics.arrays import AnyArray, Int64Array
 from requant_onnx.numerics.heads import HEADS, Task
-from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in, top_classes, without_padding
+from requant_onnx.numerics.outputs import DetectionTally, OutputReport, OutputTally, images_in, without_padding
 
 CHANCE = 3.0  # standard errors above chance; an accuracy below suggests a mistake in the inputs
 POOR = 0.05  # AP50 of the reference; a value below suggests wrong labels or a wrong head

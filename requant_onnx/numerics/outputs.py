@@ -1,16 +1,9 @@
-"""The similarity of the outputs of two models: the errors of every output, and the answers of outputs of a known kind.
+"""The similarity of the outputs of two models: the errors of every output, and the agreement of answers, by kind (answers.py).
 
-scores        (n, classes), also (n, classes, 1, 1), unless all rows have length 1: the same largest score; among the five largest
-classes       (n,) or (n, 1), integers: the same class
-mask          (n, classes, h, w) with at least a quarter of the image's h and w: the same class at a pixel, mean IoU;
-              (n, 1, h, w): the same side of 1/2 if all values of the reference are in 0..1, else of 0;
-              (n, h, w) or (n, 1, h, w), integers: the same class;
-              not pictures (n, 3, h, w) in -1..1 or above 0, nor depths (n, 1, h, w) above 0
-text          (n, steps, classes) that sum to 1, or (steps, 1, classes) for an image: the same string after CTC decoding, with class
-              0 as blank
+scores        the same largest score; among the five largest
+mask          the same class at a pixel; mean intersection over union
 detections    see heads.py: detections of the reference that the candidate also has, and the number of additional ones
-texts         arrays of strings: equal strings
-values        all others: errors only
+others        the same answer; values have only errors
 """
 
 from __future__ import annotations
@@ -22,18 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
+from requant_onnx.numerics.answers import (
+    NO_CLASS,
+    WHOLE,
+    channels_first,
+    class_axis,
+    edge_of,
+    kind_of,
+    pixel_classes,
+    strings_of,
+    top_classes,
+)
+from requant_onnx.numerics.arrays import AnyArray, Float64Array
 from requant_onnx.numerics.detections import ALIKE, OVERLAPS, Candidates, matched
 from requant_onnx.numerics.heads import Task, find_in_both
 
-SCALES = 4  # a mask is at most this many times smaller than the image along each axis
 CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
-MOST_CLASSES, MOST_PRESENT = 1 << 12, 64  # largest numbers of classes of a mask, and of those that are present in its pixels
-WHOLE = "iub"  # kinds of types of classes
-UNIT = 1e-2  # difference of the length of an embedding from 1, with the rounding of float16
-HIGHEST, SHARES = 1.001, 1e-2  # highest share of a class; largest difference of the sum of all from 1
-FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
-NO_CLASS = -1  # the answer of a row of scores with NaN, which equals no label
 
 
 SAME = {
@@ -50,7 +47,8 @@ SAME = {
 class OutputReport:
     """The similarity of one output of two models.
 
-    kind: see above.  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or of classes, or the shapes differ.
+    kind: see answers.py, or "detections" or "other".  sqnr_db (in dB), cosine: None if it is not a tensor of numbers, or one of
+    classes, or the shapes differ.
     largest: largest difference.  agreement: share of identical answers, 0..1; None if there are no answers.
     what: kind of the answers, for example "top-1" or "pixels".  count: number of compared answers.  extra: other figures, by name.
     same_shape: False if the candidate gave another shape for an input, so that nothing could be compared.
@@ -86,6 +84,7 @@ class OutputTally:
         self._power = self._error = self._dot = self._other = self._largest = 0.0
         self._odd = self._reshaped = self._discrete = False
         self._same = self._count = self._five = 0
+        self._axis = 0  # of the classes of a mask
         self._edge: float | None = None  # of masks with one channel: probabilities or logits, as in the first batch
         self._union = self._common = np.zeros(0)  # pixels of each class in either model, and in both
 
@@ -96,6 +95,7 @@ class OutputTally:
             return
         if not self._kind:
             self._kind, self._shape = kind_of(reference, images, size), reference.shape
+            self._axis = class_axis(reference, size) or 0
             self._discrete = self._kind in ("texts", "classes") or (self._kind == "mask" and reference.dtype.kind in WHOLE)
         if reference.shape != candidate.shape:
             self._odd = self._reshaped = True
@@ -130,9 +130,10 @@ class OutputTally:
         self._five += int(((five == tops[:, None]).any(1) & answered & ~np.isnan(b).any(1)).sum())
 
     def _add_mask(self, a: AnyArray, b: AnyArray) -> None:
+        a, b = (channels_first(each, self._axis) for each in (a, b))
         if self._edge is None:
-            self._edge = 0.5 if a.min(initial=0.0) >= 0.0 and a.max(initial=0.0) <= 1.0 else 0.0
-        first, second = _classes(a, self._edge), _classes(b, self._edge)
+            self._edge = edge_of(a)
+        first, second = pixel_classes(a, self._edge), pixel_classes(b, self._edge)
         self._count += first.size
         self._same += int((first == second).sum())
         count = max(2, int(first.max(initial=0)) + 1, int(second.max(initial=0)) + 1, len(self._union))
@@ -217,11 +218,6 @@ def worst(values: Iterable[float | None]) -> float | None:
     return float(np.min(known)) if known else None
 
 
-def top_classes(scores: AnyArray) -> Int64Array:
-    """The class of the largest score of each row, (n, classes) -> (n,); NO_CLASS for a row with NaN."""
-    return np.where(np.isnan(scores).any(1), NO_CLASS, scores.argmax(1))
-
-
 def without_padding(output: Any, padded: int, images: int) -> Any:
     """The rows of an output that belong to images.  padded: size of the batch.  images: how many of them are not padding."""
     is_padded = isinstance(output, np.ndarray) and output.ndim > 0 and len(output) == padded
@@ -243,80 +239,3 @@ def images_in(inputs: Collection[AnyArray]) -> tuple[int, tuple[int, int] | None
         return count, None
     last = shape[3] in CHANNELS and shape[1] not in CHANNELS
     return count, (shape[1], shape[2]) if last else (shape[2], shape[3])
-
-
-def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
-    """The kind of an output.  images: number in the batch.  size: height and width of the images, if the model takes images."""
-    if output.dtype.kind in "OSU":
-        return "texts"
-    if output.dtype.kind in WHOLE:
-        return _kind_of_integers(output, images, size)
-    shape = output.shape
-    while (len(shape) > 2 and shape[-1] == 1 and len(shape) != 4) or (len(shape) == 4 and shape[2:] == (1, 1)):
-        shape = shape[:-1]
-    if len(shape) == 2 and shape[0] == images and shape[1] > 1:
-        return "values" if _is_embedding(output.reshape(shape)) else "scores"
-    if len(shape) == 4 and shape[0] == images and shape[1] <= MOST_CLASSES:
-        return "mask" if _covers(shape[2:], size) and not _is_picture(output) else "values"
-    if len(shape) == 3 and shape[2] >= ALPHABET and output.dtype.kind == "f" and output.size:
-        steps = shape[1] if shape[0] == images else shape[0]
-        sums_to_one = abs(output.sum(-1) - 1.0).max() < SHARES and output.min() >= 0.0
-        is_column = shape[1] == 1 and size is not None  # logits of a text in an image
-        if steps >= FEWEST_STEPS and images in shape[:2] and (sums_to_one or is_column):
-            return "text"
-    return "values"
-
-
-def _kind_of_integers(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
-    """The kind of an output of integers or truth values: the results of ArgMax, or others."""
-    shape = output.shape
-    if not shape or shape[0] != images:
-        return "values"
-    if output.size == images:
-        return "classes"
-    places = shape[2:] if len(shape) == 4 and shape[1] == 1 else shape[1:]
-    few = output.min(initial=0) >= 0 and len(np.unique(output)) <= MOST_PRESENT
-    return "mask" if len(places) == 2 and _covers(places, size) and few else "values"
-
-
-def _covers(places: tuple[int, ...], size: tuple[int, int] | None) -> bool:
-    """Whether an output has at least a value for SCALES x SCALES pixels of an image.  places: its height and width."""
-    if size is None or 0 in places:
-        return False
-    return all(want <= SCALES * have and want % have == 0 for have, want in zip(places, size, strict=True))
-
-
-def _is_embedding(rows: AnyArray) -> bool:
-    """Whether rows are vectors of length 1, (n, size), as of faces or sentences, and not scores."""
-    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
-    return bool((abs(lengths - 1.0) < UNIT).all() and rows.min(initial=0.0) < 0.0)
-
-
-def _is_picture(output: AnyArray) -> bool:
-    """Whether an output is a picture or a map of depths, (n, 3 or 1, h, w), not a mask, whose values are logits or shares."""
-    if output.shape[1] not in (1, 3) or not output.size:
-        return False
-    low, high = output.min(), output.max()
-    if output.shape[1] == 1:
-        return bool(low > 0 and high > HIGHEST)
-    is_bounded = low >= 0 or (low >= -HIGHEST and high <= HIGHEST)
-    return bool(is_bounded and abs(output.sum(1, dtype=np.float64) - 1.0).max() > SHARES)
-
-
-def _classes(mask: AnyArray, edge: float) -> Int64Array:
-    """The class of each pixel.  edge: least value of the class 1, if there is one channel that is not of integers."""
-    if mask.dtype.kind in WHOLE:
-        return np.maximum(mask.astype(np.int64), 0)
-    if mask.shape[1] > 1:
-        return np.asarray(mask.argmax(1))
-    return np.asarray(mask[:, 0] > edge, np.int64)
-
-
-def strings_of(output: Float64Array, images: int) -> list[tuple[int, ...]]:
-    """The best path of each image by CTC's rule: repeats joined, then blanks dropped (Graves et al. 2006)."""
-    rows = output if output.shape[0] == images else output.swapaxes(0, 1)[:images]  # without the padding of a batch
-    strings = []
-    for path in rows.argmax(-1):
-        joined = path[np.concatenate([[True], np.diff(path) != 0])]
-        strings.append(tuple(joined[joined != 0].tolist()))
-    return strings
