@@ -21,7 +21,7 @@ from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.quantize import Grid
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
-from requant_onnx.runtime.sensitivity import outputs_of, relative_error
+from requant_onnx.runtime.sensitivity import output_error_against
 from requant_onnx.runtime.stream import Chunk
 
 IMAGES = 64  # calibration inputs on which sensitivities are measured
@@ -112,8 +112,8 @@ class _Search:
         if not chunks:
             return found[0]
         found += self._uniform_file(*found[0], size)
-        exact = outputs_of(self.prepared.model, chunks)
-        return min(found, key=lambda each: relative_error(exact, outputs_of(each[1][0], chunks)))
+        error = output_error_against(self.prepared.model, chunks)
+        return min(found, key=lambda each: error(each[1][0]))
 
     def _small_enough(self, size: int) -> tuple[Picks, Built]:
         """The file with the least output error by the additive model, and its picks.  Raises ConfigError if none is found."""
@@ -138,7 +138,7 @@ class _Search:
 
     def good_enough(self, sqnr_db: float, chunks: Sequence[Chunk]) -> tuple[Picks, Built]:
         """The smallest file tried with this output SQNR in dB on `chunks`, and its picks.  Raises ConfigError if there is none."""
-        exact = outputs_of(self.prepared.model, chunks)
+        error = output_error_against(self.prepared.model, chunks)
         best: tuple[Picks, Built] | None = None
         reached, reaches, misses = -math.inf, -math.inf, math.inf  # best SQNR; largest aim that met it, least that missed
         aim, seen = -sqnr_db, set()
@@ -148,7 +148,7 @@ class _Search:
                 break
             seen.add(picks)
             built = self._built(picks)
-            sqnr = _decibels(relative_error(exact, outputs_of(built[0], chunks)))
+            sqnr = _decibels(error(built[0]))
             reached = max(reached, sqnr)
             if sqnr >= sqnr_db:
                 reaches = max(reaches, aim)

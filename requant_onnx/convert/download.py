@@ -20,7 +20,7 @@ from requant_onnx.files.wire import pieces_of
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.progress import Progress
 from requant_onnx.runtime.feeds import calibration_chunks
-from requant_onnx.runtime.sensitivity import outputs_of, relative_error
+from requant_onnx.runtime.sensitivity import output_error_against
 from requant_onnx.runtime.stream import Chunk
 
 IMAGES = 64  # calibration inputs on which sensitivities are measured
@@ -111,10 +111,10 @@ class _Search:
 
         Raises ConfigError if none does.
         """
-        exact = outputs_of(self.prepared.model, chunks)
+        error = output_error_against(self.prepared.model, chunks)
 
         def measure(built: Built) -> float:
-            return decibels(1.0, relative_error(exact, outputs_of(built[0], chunks)))
+            return decibels(1.0, error(built[0]))
 
         tries = self._tried(
             sqnr_db / DB_A_BIT * self.count, measure, sqnr_db + CLOSE_DB / 2, CLOSE_DB / 2, DB_A_BIT / max(1, self.count)

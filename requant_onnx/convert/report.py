@@ -112,7 +112,8 @@ LEAST_DB = 5.0  # below this limit, the command line writes a file only with --f
 class SelfCheck:
     """The difference between the outputs of both models, if possible on inputs that the conversion did not use.
 
-    inputs: description of these inputs.  outputs: comparison of each output."""
+    inputs: description of these inputs.  outputs: comparison of each output; instead of outputs that are selected, such as lists of
+    boxes, of the tensors from which they are selected."""
 
     inputs: str
     outputs: tuple[OutputReport, ...]

@@ -13,8 +13,9 @@ import onnx
 from requant_onnx.convert.report import SelfCheck
 from requant_onnx.errors import DataError, ModelError, QualityError
 from requant_onnx.files.load import is_large, whole
+from requant_onnx.graph.selections import compared_tensors, has_tensors, with_outputs
 from requant_onnx.inputs.calibration import Calibration
-from requant_onnx.numerics.outputs import OutputTally, images_in, without_padding
+from requant_onnx.numerics.outputs import OutputReport, OutputTally, images_in, without_padding
 from requant_onnx.runtime.feeds import calibration_chunks, counts_in
 from requant_onnx.runtime.sessions import load_session, open_session, run_session, runs
 
@@ -30,18 +31,20 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
     if is_large(source) or is_large(made):
         return "the model is larger than 2 GB"
     unseen, words = _unseen(calibration)
-    reference = whole(source)
+    reference, outputs = whole(source), [item.name for item in source.graph.output]
+    compared = compared_tensors(reference.graph)
+    compared = compared if has_tensors(made.graph, compared) else outputs
+    names = list(dict.fromkeys([*outputs, *compared]))
     try:
         chunks = calibration_chunks(reference, unseen)
-        session = open_session(reference, "the model")
-        names = [item.name for item in session.get_outputs()]
+        session = open_session(with_outputs(reference, names), "the model")
         exact = [run_session(session, "the model", names, chunk) for chunk in chunks]
     except (DataError, ModelError) as error:
         return f"there are no inputs for the model ({error})"
     try:
-        candidate = load_session(whole(made))
-        if {item.name for item in candidate.get_outputs()} != set(names):
+        if {item.name for item in made.graph.output} != set(outputs):
             return "the outputs of the converted model have different names"
+        candidate = load_session(with_outputs(whole(made), names))
         tallies = [OutputTally(name) for name in names]
         for chunk, images, expected in zip(chunks, counts_in(chunks), exact, strict=True):
             found = run_session(candidate, "the converted model", names, chunk)
@@ -53,8 +56,14 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
         raise QualityError(
             f"ONNX Runtime runs the model, but not the converted model ({error}); please report this, and choose another --form"
         ) from None
-    judged = [tally for k, tally in enumerate(tallies) if not any(_has_nan(outputs[k]) for outputs in exact)]
-    return SelfCheck(words, tuple(tally.report() for tally in judged))
+    judged = [tally for k, tally in enumerate(tallies) if not any(_has_nan(values[k]) for values in exact)]
+    reports = [tally.report(answers=tally.name in outputs) for tally in judged]
+    return SelfCheck(words, tuple(each for each in reports if each.name in compared or _is_class(each)))
+
+
+def _is_class(report: OutputReport) -> bool:
+    """Whether an output holds answers without an error, as ArgMax selects them."""
+    return report.agreement is not None and report.sqnr_db is None
 
 
 def _has_nan(output: Any) -> bool:

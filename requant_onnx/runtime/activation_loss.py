@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.activation import ActivationGrid
-from requant_onnx.runtime.sensitivity import outputs_of, relative_error
+from requant_onnx.runtime.sensitivity import output_error_against
 from requant_onnx.runtime.stream import Chunk
 
 
@@ -18,8 +18,8 @@ def activation_loss(
     model: onnx.ModelProto, grids: Mapping[str, ActivationGrid], chunks: Sequence[Chunk]
 ) -> Callable[[Collection[str]], float]:
     """A function that returns the output error, relative to output power, with the given tensors of the main graph at 8 bits."""
-    exact = outputs_of(model, chunks)
-    return lambda tensors: relative_error(exact, outputs_of(_rounded(model, {name: grids[name] for name in tensors}), chunks))
+    error = output_error_against(model, chunks)
+    return lambda tensors: error(_rounded(model, {name: grids[name] for name in tensors}))
 
 
 def _rounded(model: onnx.ModelProto, grids: Mapping[str, ActivationGrid]) -> onnx.ModelProto:

@@ -1,8 +1,11 @@
-"""The effect of errors in the weights on the outputs of a model, measured in ONNX Runtime on a few calibration inputs."""
+"""The effect of errors in the weights on the outputs of a model, measured in ONNX Runtime on a few calibration inputs.
+
+Outputs that are selected, such as lists of boxes, count by the tensors that they are selected from (graph/selections.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import onnx
 
 from requant_onnx.graph.constants import load_proto
 from requant_onnx.graph.edit import delete_where
+from requant_onnx.graph.selections import compared_tensors, has_tensors, with_outputs
 from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArray
 from requant_onnx.runtime.sessions import open_session, run_session
 from requant_onnx.runtime.stream import Chunk, constants_to_initializers
@@ -22,8 +26,7 @@ def output_errors(
     model: onnx.ModelProto, replacements: Iterable[Mapping[str, Float32Array]], names: Collection[str], chunks: Sequence[Chunk]
 ) -> Iterator[float]:
     """The output error, relative to output power, for each set of replaced tensors.  names: all tensors in the sets."""
-    work = onnx.ModelProto()
-    work.CopyFrom(model)
+    work = with_outputs(model, compared_tensors(model.graph))
     constants_to_initializers(work)
     stored: Chunk = {}
     for initializer in work.graph.initializer:
@@ -41,6 +44,27 @@ def output_errors(
     for replaced in replacements:
         others = {name: values.astype(stored[name].dtype) for name, values in replaced.items()}
         yield relative_error(exact, run({**stored, **others}))
+
+
+def output_error_against(reference: onnx.ModelProto, chunks: Sequence[Chunk]) -> Callable[[onnx.ModelProto], float]:
+    """A function that returns the output error of another model, relative to output power.
+
+    The other model has the same outputs; the tensors from which they are selected count if it has them, too.
+    """
+    outputs = tuple(item.name for item in reference.graph.output)
+    compared = tuple(compared_tensors(reference.graph))
+    exact: dict[tuple[str, ...], Outputs] = {}
+
+    def run(model: onnx.ModelProto, names: tuple[str, ...]) -> Outputs:
+        return outputs_of(model if names == outputs else with_outputs(model, names), chunks)
+
+    def error(model: onnx.ModelProto) -> float:
+        names = compared if has_tensors(model.graph, compared) else outputs
+        if names not in exact:
+            exact[names] = run(reference, names)
+        return relative_error(exact[names], run(model, names))
+
+    return error
 
 
 def outputs_of(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> Outputs:
