@@ -63,6 +63,8 @@ def test_lists_are_selected_from_all_boxes() -> None:
         # nothing was computed before the selection, or the outputs do not depend on it
         ("(float[n, 48] x) => (float[n, 1] y) { y, b = TopK (x, k) }", ["y"]),
         ("(float[n, 48] x) => (float[n, 9] y) { s = Shape (x)  a = ArgMax (s)  y = MatMul (x, w) }", ["y"]),
+        # a threshold
+        ("(float[n, 48] x) => (int64[2, m] y) { s = MatMul (x, w)  b = Greater (s, t)  y = NonZero (b) }", ["s"]),
         (
             "(float[n, 48] x, bool c) => (int64[m] y) { s = MatMul (x, w)  y = If (c) <"
             "then_branch = a () => (int64[m] p) { z = NonZero (s)  p = Squeeze (z) },"
@@ -72,7 +74,7 @@ def test_lists_are_selected_from_all_boxes() -> None:
     ],
 )
 def test_what_is_compared(graph: str, expected: list[str]) -> None:
-    model = parse(f"net {graph}", w=laplace(48, 9), v=laplace(1, 64), k=np.array([1]))
+    model = parse(f"net {graph}", w=laplace(48, 9), v=laplace(1, 64), k=np.array([1]), t=np.zeros(1, np.float32))
     assert compared_tensors(model.graph) == expected
 
 

@@ -30,6 +30,10 @@ SELECTIONS = frozenset(
         "Unique",
     )
 )
+DECISIONS = frozenset(
+    ("And", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Round", "Sign", "Xor")
+)
+"""Operators that prepare a selection by comparing values, such as with a threshold."""
 SHAPES = frozenset(("Shape", "Size"))  # operators whose results do not depend on the values
 SMALLEST = 64  # number of elements of a weight; smaller ones convert corners of boxes, for example
 
@@ -69,6 +73,7 @@ class _Flow:
         sizes = {name: math.prod(value.dims) for name, value in stored_values}
         self._inputs = {item.name for item in graph.input} - stored
         self._reads = [[*filter(None, node.input), *_captured(node)] for node in nodes]
+        self._decided = {name for node in nodes if node.op_type in DECISIONS for name in node.output}
         self._producers = {name: k for k, node in enumerate(nodes) for name in node.output if name}
         self._computed = set(self._inputs)  # tensors that depend on the inputs
         for node, reads in zip(nodes, self._reads, strict=True):
@@ -99,7 +104,7 @@ class _Flow:
                 if name in seen or name not in self._computed or name in self._inputs:
                     continue
                 seen.add(name)
-                if name in self.selected:
+                if name in self.selected or name in self._decided:
                     waiting.append(name)
                 else:
                     yield name
