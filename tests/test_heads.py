@@ -12,7 +12,7 @@ from conftest import laplace, parse
 from requant_onnx import ConfigError, DataError, ImageSet, html_report, validate
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, JUDGED, MOST, Candidates, Detections
-from requant_onnx.numerics.heads import HEADS, find_candidates, find_in_both, task_of
+from requant_onnx.numerics.heads import HEADS, PairReader, find_candidates, task_of
 from requant_onnx.numerics.outputs import DetectionTally
 
 SIZE = (64, 32)  # 32 cells of stride 8, 8 of 16, 2 of 32
@@ -128,9 +128,30 @@ def test_the_reference_decides_which_columns_are_scores() -> None:
     rounded = head.copy()
     rounded[0, 5, 4] = 1.01
     for name in (None, "yolov8"):
-        pair = find_in_both([head.swapaxes(1, 2)], [rounded.swapaxes(1, 2)], 1, SIZE, name)
+        pair = PairReader(name).read([head.swapaxes(1, 2)], [rounded.swapaxes(1, 2)], 1, SIZE)
         assert pair is not None
         assert [part[0].columns for part in pair] == [3, 3]
+
+
+def test_the_first_batch_decides_on_the_head() -> None:
+    """With more objects than queries without one, the logits of a DETR look like those of sigmoids."""
+    rng = np.random.default_rng(0)
+    tally = DetectionTally()
+    for objects in (5, 60, 5):
+        logits = rng.normal(-6, 1, (1, 100, 4))
+        logits[0, :objects, 1], logits[0, objects:, 3] = 5, 5
+        boxes = np.concatenate([rng.uniform(0.2, 0.8, (1, 100, 2)), rng.uniform(0.01, 0.1, (1, 100, 2))], -1)
+        tally.add([logits, boxes], [logits, boxes], 1, SIZE)
+    report = tally.report()
+    assert report is not None
+    assert (report.count, report.agreement) == (70, 1.0)
+
+
+def test_boxes_of_padding_are_dropped() -> None:
+    rows = LISTED[:, [5, 4, 0, 1, 2, 3]]
+    each = find_candidates([np.concatenate([rows, rows]), np.array([2])], 1, SIZE)
+    assert each is not None
+    assert [len(part.scores) for part in each] == [2]
 
 
 def test_queries_of_a_corrupt_model_are_read() -> None:
@@ -245,11 +266,11 @@ def test_unknown_tasks(task: str, message: str) -> None:
 
 def test_outputs_without_answers_are_compared_by_their_values() -> None:
     """Scores, unless the task is `values`; rows of length 1 are embeddings in any case."""
-    text = "net (float[n, 3, 4, 4] x) => (float[n, 9] y) { f = Flatten (x) s = MatMul (f, w) y = TAIL (s) }"
+    text = "net (float[n, 3, 4, 4] x) => (float[n, 16] y) { f = Flatten (x) s = MatMul (f, w) y = TAIL (s) }"
     images = ImageSet(np.random.default_rng(0).integers(0, 255, (6, 3, 4, 4)).astype(np.uint8), np.arange(6))
     for tail, task, is_answer in (("Identity", None, True), ("Identity", "values", False), ("LpNormalization", None, False)):
-        model = parse(text.replace("TAIL", tail), w=laplace(48, 9))
-        other = parse(text.replace("TAIL", tail), w=laplace(48, 9, seed=1))
+        model = parse(text.replace("TAIL", tail), w=laplace(48, 16))
+        other = parse(text.replace("TAIL", tail), w=laplace(48, 16, seed=1))
         report = validate(model, other, replace(images, y=None if tail != "Identity" else images.y), latency_batch=None, task=task)
         assert (report.agreement is not None, report.outputs[0].kind == "scores", report.top1 is not None) == (is_answer,) * 3
         assert report.sqnr_db is not None

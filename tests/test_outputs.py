@@ -26,7 +26,7 @@ from requant_onnx.inputs.feeds import FeedSet
 from requant_onnx.numerics.answers import NO_CLASS, kind_of, top_classes
 from requant_onnx.numerics.boxes import anchors_of
 from requant_onnx.numerics.detections import ALIKE, Detections, matched, overlaps
-from requant_onnx.numerics.heads import find_candidates, find_in_both
+from requant_onnx.numerics.heads import PairReader, find_candidates
 from requant_onnx.numerics.outputs import OutputReport, OutputTally
 
 REPORT = ValidationReport(
@@ -72,6 +72,7 @@ def test_kinds_of_outputs(shape: tuple[int, ...], images: int, size: tuple[int, 
         (0, 255, 3, "values"),
         (-5, 5, 3, "mask"),  # logits of three classes
         (0.1, 80, 1, "values"),  # depths
+        (0, 80, 1, "values"),  # depths behind a Relu
         (0, 1, 1, "mask"),
         (-9, -1, 1, "mask"),  # logits of an image without an object
         (-9, 9, 1, "mask"),
@@ -106,14 +107,40 @@ def test_integers_are_classes(shape: tuple[int, ...], most: int, kind: str) -> N
         assert report.agreement >= 0.5
 
 
+def test_quantized_scores_are_scores() -> None:
+    """Those of models whose outputs are uint8."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (4, 10)).astype(np.uint8)
+    assert tallied(rows, rows, 4).report().extra == {"top5": 1.0}
+    mask = rng.integers(0, 256, (2, 5, 8, 8)).astype(np.uint8)
+    report = tallied(mask, mask, 2, (8, 8)).report()
+    assert (report.kind, report.agreement, report.sqnr_db) == ("mask", 1.0, math.inf)
+    assert tallied(rows.astype(np.int64), rows.astype(np.int64), 4).report().kind == "values"
+
+
+def test_two_scores_are_no_embedding() -> None:
+    assert kind_of(np.array([[0.8, -0.6]]), 1, None) == "scores"
+
+
+def test_masks_of_other_types_and_of_nan() -> None:
+    classes = np.arange(16).reshape(1, 4, 4) % 3
+    assert tallied(classes, classes.astype(np.float32), 1, (4, 4)).report().agreement == 1.0
+    odd = classes.astype(np.float32)
+    odd[0, 0] = math.nan
+    assert tallied(classes, odd, 1, (4, 4)).report().agreement == 0.75
+    mask = -np.ones((1, 1, 4, 4))
+    assert tallied(mask, mask * math.nan, 1, (4, 4)).report().agreement == 0.0
+    assert kind_of(np.zeros((1, 0, 4, 4)), 1, (4, 4)) == "values"
+
+
 def test_masks_of_integers_by_hand() -> None:
     """Classes that appear only in a later batch count too."""
     tally = OutputTally("y")
     tally.add(np.array([[[0, 1], [0, 1]]]), np.array([[[0, 1], [1, 1]]]), 1, (2, 2))
     tally.add(np.array([[[7, 7], [0, 0]]]), np.array([[[7, 7], [0, -1]]]), 1, (2, 2))
     report = tally.report()
-    assert (report.kind, report.agreement, report.sqnr_db) == ("mask", 7 / 8, None)
-    assert report.extra["mean_iou"] == pytest.approx((3 / 4 + 2 / 3 + 1) / 3)
+    assert (report.kind, report.agreement, report.sqnr_db) == ("mask", 6 / 8, None)
+    assert report.extra["mean_iou"] == pytest.approx((2 / 4 + 2 / 3 + 1) / 3)
 
 
 def test_a_model_that_returns_classes_is_validated() -> None:
@@ -384,6 +411,14 @@ def test_an_output_whose_shape_changes_is_not_skipped_in_silence(tmp_path: Path,
     assert any("The output where changes its shape" in reason.text for reason in judge(report, FileSizes(1000, 200)).reasons)
 
 
+def test_no_other_output_stands_in_for_a_first_one_whose_shape_changes() -> None:
+    first = replace(REPORT.outputs[0], same_shape=False, sqnr_db=None, agreement=None)
+    report = replace(REPORT, outputs=(first, replace(REPORT.outputs[0], name="z")))
+    for bound in ({"agreement": 50.0}, {"sqnr": 5.0}, {"worst-sqnr": 5.0}):
+        with pytest.raises(QualityError, match="was not measured"):
+            check_gate(report, bound)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_an_output_of_nan_is_the_worst_in_any_order(order: tuple[int, int]) -> None:
     outputs = [replace(REPORT.outputs[0], sqnr_db=40.0), replace(REPORT.outputs[0], sqnr_db=math.nan)]
@@ -416,7 +451,7 @@ def test_the_reference_decides_on_the_head() -> None:
     yolo[0, 4, :9] = 0.9
     worse = yolo.copy()
     worse[0, 2, 100] = -1e-4
-    pair = find_in_both([yolo], [worse], 1, (640, 640))
+    pair = PairReader().read([yolo], [worse], 1, (640, 640))
     assert pair is not None
     assert len(pair[0][0].above(ALIKE).scores) == len(pair[1][0].above(ALIKE).scores) > 0
 

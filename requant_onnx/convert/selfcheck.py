@@ -13,10 +13,11 @@ import onnx
 from requant_onnx.convert.report import SelfCheck
 from requant_onnx.errors import DataError, ModelError, QualityError
 from requant_onnx.files.load import is_large, whole
-from requant_onnx.graph.selections import compared_tensors, has_tensors, with_outputs
+from requant_onnx.graph.selections import has_tensors, with_outputs
 from requant_onnx.inputs.calibration import Calibration
 from requant_onnx.numerics.outputs import OutputReport, OutputTally, images_in, without_padding
 from requant_onnx.runtime.feeds import calibration_chunks, counts_in
+from requant_onnx.runtime.sensitivity import names_to_compare
 from requant_onnx.runtime.sessions import load_session, open_session, run_session, runs
 
 COUNT = 32  # number of inputs
@@ -32,11 +33,11 @@ def self_check(source: onnx.ModelProto, made: onnx.ModelProto, calibration: Cali
         return "the model is larger than 2 GB"
     unseen, words = _unseen(calibration)
     reference, outputs = whole(source), [item.name for item in source.graph.output]
-    compared = compared_tensors(reference.graph)
-    compared = compared if has_tensors(made.graph, compared) else outputs
-    names = list(dict.fromkeys([*outputs, *compared]))
     try:
         chunks = calibration_chunks(reference, unseen)
+        compared = names_to_compare(reference, chunks)
+        compared = compared if has_tensors(made, compared) else outputs
+        names = list(dict.fromkeys([*outputs, *compared]))
         session = open_session(with_outputs(reference, names), "the model")
         exact = [run_session(session, "the model", names, chunk) for chunk in chunks]
     except (DataError, ModelError) as error:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from requant_onnx.convert.report import sqnr_db
-from requant_onnx.numerics.answers import kind_of, strings_of
+from requant_onnx.numerics.answers import NO_CLASS, kind_of, strings_of
 from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 from requant_onnx.numerics.detections import ALIKE, Candidates
-from requant_onnx.numerics.heads import Task, find_in_both
+from requant_onnx.numerics.heads import PairReader, Task
 
 WORST = 8  # examples kept
 CHANGES = 12  # pairs of answers listed
@@ -62,6 +62,7 @@ class Examples:
         task: None to recognize it.
         """
         self._task = task or Task()
+        self._reader = PairReader(self._task.head)
         self._labels, self._size = labels if self._task.has_answers else None, size
         self._worst: list[Example] = []
         self._changes: Counter[tuple[str, str, str]] = Counter()
@@ -69,7 +70,7 @@ class Examples:
     def add(self, start: int, count: int, first: Sequence[Any], second: Sequence[Any]) -> None:
         """Add a batch.  start: index of its first input.  count: number of inputs.  first, second: outputs of the two models."""
         has_answers = self._task.has_answers
-        found = find_in_both(first, second, count, self._size, self._task.head) if has_answers else None
+        found = self._reader.read(first, second, count, self._size) if has_answers else None
         if found is None:
             kind = _kind_of_first(first, count, self._size) if has_answers else ""
             one, other = (_answers(outputs[0], kind, count) for outputs in (first, second))
@@ -129,8 +130,13 @@ def _answers(output: Any, kind: str, count: int) -> _Answers:
         tops, shares = scores.argmax(1).tolist(), _shares(scores).max(1).tolist()
         return _Answers([f"class {top} ({share:.0%})" for top, share in zip(tops, shares, strict=True)], tops, True)
     if kind == "classes":
-        classes = np.asarray(output).reshape(-1).tolist()
-        return _Answers([f"class {each:d}" for each in classes], classes, True)
+        values = np.asarray(output)
+        classes = (
+            [int(each) if math.isfinite(each) else NO_CLASS for each in values.reshape(-1)]
+            if values.size == count
+            else [NO_CLASS] * count
+        )
+        return _Answers([f"class {each}" for each in classes], classes, True)
     if kind == "text":
         texts = strings_of(np.asarray(output, np.float64), count)
         return _Answers([" ".join(map(str, text)) or "(nothing)" for text in texts], list(texts))

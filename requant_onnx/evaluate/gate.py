@@ -23,6 +23,15 @@ class Figure(NamedTuple):
     is_most: bool
 
 
+def _is_first_reshaped(report: ValidationReport) -> bool:
+    """Whether the first output, on which most figures are, changed its shape."""
+    return bool(report.outputs) and report.outputs[0].name in report.reshaped
+
+
+def _agreement(report: ValidationReport) -> float | None:
+    return None if report.agreement is None or _is_first_reshaped(report) else 100 * report.agreement
+
+
 def _worst(report: ValidationReport) -> float | None:
     return None if report.reshaped else worst(output.sqnr_db for output in report.outputs)
 
@@ -37,10 +46,10 @@ def _map_drop(report: ValidationReport) -> float | None:
 
 
 FIGURES: dict[str, Figure] = {
-    "agreement": Figure("the agreement in percent", lambda r: None if r.agreement is None else 100 * r.agreement, False),
+    "agreement": Figure("the agreement in percent", _agreement, False),
     "top1": Figure("the top-1 accuracy in percent", lambda r: None if r.top1 is None else 100 * r.top1[1], False),
     "top1-drop": Figure("the top-1 drop in points", lambda r: None if r.top1 is None else 100 * (r.top1[0] - r.top1[1]), True),
-    "sqnr": Figure("the output SQNR in dB", lambda r: r.sqnr_db, False),
+    "sqnr": Figure("the output SQNR in dB", lambda r: None if _is_first_reshaped(r) else r.sqnr_db, False),
     "worst-sqnr": Figure("the lowest SQNR of all outputs in dB", _worst, False),
     "latency": Figure("the latency relative to the reference", lambda r: r.latency_ratio, True),
     "ratio": Figure("the size of the reference relative to the candidate", lambda r: r.bytes[0] / max(1, r.bytes[1]), False),

@@ -4,7 +4,7 @@ scores        (n, classes), also (n, classes, 1, 1), unless all rows have length
 classes       (n,) or (n, 1), integers: the class
 mask          (n, classes, h, w), (n, h, w, classes) with at least a quarter of the image's h and w: the class of each pixel;
               one class, or (n, h, w): the same for the sides of 1/2 if all values are in 0..1, else of 0; integers are classes;
-              not pictures of three channels in -1..1 or above 0, nor depths above 0
+              not pictures of three channels in -1..1 or from 0, nor depths from 0
 text          (n, steps, classes) that sum to 1, or (steps, 1, classes) for an image: the string after CTC decoding, with class 0 as
               blank
 texts         arrays of strings
@@ -20,6 +20,8 @@ from requant_onnx.numerics.arrays import AnyArray, Float64Array, Int64Array
 SCALES = 4  # a mask is at most this many times smaller than the image along each axis
 MOST_CLASSES, MOST_PRESENT = 1 << 12, 64  # largest numbers of classes of a mask, and of those that are present in its pixels
 WHOLE = "iub"  # kinds of types of classes
+CODES = (np.uint8, np.int8)  # types of quantized scores, also of classes
+FEWEST_PARTS = 16  # least size of an embedding
 UNIT = 1e-2  # difference of the length of an embedding from 1, with the rounding of float16
 HIGHEST, SHARES = 1.001, 1e-2  # highest share of a class; largest difference of the sum of all from 1
 FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
@@ -32,11 +34,12 @@ def kind_of(output: AnyArray, images: int, size: tuple[int, int] | None) -> str:
         return "texts"
     shape = output.shape
     is_whole = output.dtype.kind in WHOLE
+    has_scores = not is_whole or output.dtype in CODES
     if is_whole and shape and shape[0] == images == output.size:
         return "classes"
     while (len(shape) > 2 and shape[-1] == 1 and len(shape) != 4) or (len(shape) == 4 and shape[2:] == (1, 1)):
         shape = shape[:-1]
-    if len(shape) == 2 and shape[0] == images and shape[1] > 1 and not is_whole:
+    if len(shape) == 2 and shape[0] == images and shape[1] > 1 and has_scores:
         return "values" if _is_embedding(output.reshape(shape)) else "scores"
     if _is_text(output, images, size):
         return "text"
@@ -65,10 +68,10 @@ def channels_first(mask: AnyArray, axis: int) -> AnyArray:
 
 def pixel_classes(mask: AnyArray, edge: float) -> Int64Array:
     """The class of each pixel, (n, classes, h, w) -> (n, h, w).  edge: least value of class 1 in a single channel of floats."""
-    if mask.dtype.kind in WHOLE:
-        return np.maximum(mask[:, 0].astype(np.int64), 0)
     if mask.shape[1] > 1:
         return np.asarray(mask.argmax(1))
+    if mask.dtype.kind in WHOLE:
+        return np.maximum(mask[:, 0].astype(np.int64), 0)
     return np.asarray(mask[:, 0] > edge, np.int64)
 
 
@@ -97,19 +100,21 @@ def _covers(places: tuple[int, ...], size: tuple[int, int] | None) -> bool:
 def _has_classes(mask: AnyArray) -> bool:
     """Whether a mask, (n, classes, h, w), has classes, and is neither a picture nor a map of depths."""
     channels = mask.shape[1]
-    if mask.dtype.kind in WHOLE:
+    if mask.dtype.kind in WHOLE and (channels == 1 or mask.dtype not in CODES):
         return channels == 1 and bool(mask.min(initial=0) >= 0) and len(np.unique(mask)) <= MOST_PRESENT
     if channels not in (1, 3) or not mask.size:
-        return bool(channels <= MOST_CLASSES)
+        return bool(0 < channels <= MOST_CLASSES)
     low, high = mask.min(), mask.max()
     if channels == 1:
-        return bool(low <= 0 or high <= HIGHEST)
+        return bool(low < 0 or high <= HIGHEST)
     is_bounded = bool(low >= 0) or (low >= -HIGHEST and high <= HIGHEST)
     return not is_bounded or bool(abs(mask.sum(1, dtype=np.float64) - 1.0).max() <= SHARES)
 
 
 def _is_embedding(rows: AnyArray) -> bool:
     """Whether rows are vectors of length 1, (n, size), as of faces or sentences, and not scores."""
+    if rows.shape[1] < FEWEST_PARTS or rows.dtype.kind != "f":
+        return False
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     return bool((abs(lengths - 1.0) < UNIT).all() and rows.min(initial=0.0) < 0.0)
 

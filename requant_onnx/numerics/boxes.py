@@ -139,9 +139,9 @@ def numbered(outputs: Sequence[AnyArray], batch: Batch) -> list[Candidates] | No
     """Read an output of class, score and corners, (all boxes, 6), and the number of boxes in each image, (n,)."""
     rows = next((output for output in outputs if output.ndim == 2 and output.shape[-1] == 6), None)
     counts = next((output for output in outputs if output.dtype.kind in "iu" and output.shape == (batch.images,)), None)
-    if rows is None or counts is None or counts.sum() != len(rows) or not (rows[:, 0] == np.rint(rows[:, 0])).all():
+    if rows is None or counts is None or counts.sum() > len(rows) or not (rows[:, 0] == np.rint(rows[:, 0])).all():
         return None
-    parts = np.split(rows.astype(np.float64), np.cumsum(counts)[:-1])
+    parts = np.split(rows.astype(np.float64), np.cumsum(counts))[:-1]  # without those of the padding of a batch
     return [Candidates(part[:, 2:], part[:, 1], part[:, 0].astype(np.int64), False) for part in parts]
 
 

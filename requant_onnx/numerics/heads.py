@@ -120,25 +120,39 @@ def find_candidates(
     return found
 
 
-def find_in_both(
-    reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None, head: str | None = None
-) -> tuple[list[Candidates], list[Candidates]] | None:
-    """The detections of two models; None if the outputs of one of them are not those of a recognized head.
+class PairReader:
+    """A reader of the detections of two models, batch by batch.
 
-    Recognition looks at values, which differ between the models, so only the reference decides on the head and on the columns of
-    scores.  Parameters and errors as of `find_candidates`.
+    Recognition looks at values, so the first batch of the reference decides on the head and on the columns of scores.
     """
-    if head is None:
-        recognized = _recognized(reference, images, size)
-        if recognized is None:
-            return None
-        name, first = recognized
-        second = HEADS[name].read(_arrays(candidate), Batch(images, size, True, _columns(first)))
-    else:
-        found = find_candidates(reference, images, size, head)
-        assert found is not None
-        first, second = found, find_candidates(candidate, images, size, head, _columns(found))
-    return None if second is None else (first, second)
+
+    def __init__(self, head: str | None = None) -> None:
+        """head: a key of HEADS, None to recognize it."""
+        self._is_named, self._head, self._columns = head is not None, head, 0
+
+    def read(
+        self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None
+    ) -> tuple[list[Candidates], list[Candidates]] | None:
+        """The detections of both models; None if the outputs of one of them are not those of a recognized head.
+
+        Parameters and errors as of `find_candidates`.
+        """
+        if self._head is None:
+            recognized = _recognized(reference, images, size)
+            if recognized is None:
+                return None
+            self._head = recognized[0]
+        found = []
+        for outputs in (reference, candidate):
+            if self._is_named:
+                each = find_candidates(outputs, images, size, self._head, self._columns)
+            else:
+                each = HEADS[self._head].read(_arrays(outputs), Batch(images, size, True, self._columns))
+            if each is None:
+                return None
+            self._columns = self._columns or _columns(each)
+            found.append(each)
+        return found[0], found[1]
 
 
 def _columns(found: Sequence[Candidates]) -> int:

@@ -28,7 +28,7 @@ from requant_onnx.numerics.answers import (
 )
 from requant_onnx.numerics.arrays import AnyArray, Float64Array
 from requant_onnx.numerics.detections import ALIKE, OVERLAPS, Candidates, matched
-from requant_onnx.numerics.heads import Task, find_in_both
+from requant_onnx.numerics.heads import PairReader, Task
 
 CHANNELS = (1, 3, 4)  # possible numbers of channels of an image
 
@@ -96,7 +96,10 @@ class OutputTally:
         if not self._kind:
             self._kind, self._shape = kind_of(reference, images, size), reference.shape
             self._axis = class_axis(reference, size) or 0
-            self._discrete = self._kind in ("texts", "classes") or (self._kind == "mask" and reference.dtype.kind in WHOLE)
+            is_index = (
+                self._kind == "mask" and reference.dtype.kind in WHOLE and channels_first(reference, self._axis).shape[1] == 1
+            )
+            self._discrete = is_index or self._kind in ("texts", "classes")
         if reference.shape != candidate.shape:
             self._odd = self._reshaped = True
             return
@@ -116,7 +119,7 @@ class OutputTally:
         if self._kind == "scores":
             self._add_scores(a.reshape(images, -1), b.reshape(images, -1))
         elif self._kind == "mask":
-            self._add_mask(*((reference, candidate) if self._discrete else (a, b)))
+            self._add_mask(*((np.nan_to_num(y, nan=-1.0).astype(np.int64) for y in (a, b)) if self._discrete else (a, b)))
         elif self._kind == "text":
             self._count += images
             self._same += sum(x == y for x, y in zip(strings_of(a, images), strings_of(b, images), strict=True))
@@ -134,11 +137,13 @@ class OutputTally:
         if self._edge is None:
             self._edge = edge_of(a)
         first, second = pixel_classes(a, self._edge), pixel_classes(b, self._edge)
+        is_class = b[:, 0] >= 0 if self._discrete else ~np.isnan(b).any(1)
+        same = (first == second) & is_class
         self._count += first.size
-        self._same += int((first == second).sum())
+        self._same += int(same.sum())
         count = max(2, int(first.max(initial=0)) + 1, int(second.max(initial=0)) + 1, len(self._union))
-        both = np.bincount(first[first == second], minlength=count)
-        each = [np.bincount(x.ravel(), minlength=count) for x in (first, second)]
+        both = np.bincount(first[same], minlength=count)
+        each = [np.bincount(x.ravel(), minlength=count) for x in (first, second[is_class])]
         longer = (0, count - len(self._union))
         self._union = np.pad(self._union, longer) + (each[0] + each[1] - both)
         self._common = np.pad(self._common, longer) + both
@@ -183,7 +188,7 @@ class DetectionTally:
         """task: None to recognize the head."""
         task = task or Task()
         self.recognized = task.has_answers
-        self._head = task.head
+        self._reader = PairReader(task.head)
         self._reference = self._candidate = 0
         self._found = dict.fromkeys(OVERLAPS, 0)
 
@@ -191,7 +196,7 @@ class DetectionTally:
         self, reference: Sequence[Any], candidate: Sequence[Any], images: int, size: tuple[int, int] | None
     ) -> tuple[list[Candidates], list[Candidates]] | None:
         """Compare a batch.  reference, candidate: all outputs.  Returns the candidates in each image, None without known head."""
-        pair = find_in_both(reference, candidate, images, size, self._head) if self.recognized else None
+        pair = self._reader.read(reference, candidate, images, size) if self.recognized else None
         if pair is None:
             self.recognized = False
             return None

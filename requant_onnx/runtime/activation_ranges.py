@@ -14,10 +14,10 @@ from functools import partial
 import numpy as np
 import onnx
 
-from requant_onnx.graph.selections import compared_tensors, with_outputs
+from requant_onnx.graph.selections import with_outputs
 from requant_onnx.numerics.activation import ActivationGrid
 from requant_onnx.numerics.arrays import Float32Array
-from requant_onnx.runtime.sensitivity import Outputs, numbers_in, relative_error
+from requant_onnx.runtime.sensitivity import Outputs, names_to_compare, numbers_in, relative_error
 from requant_onnx.runtime.stream import Chunk, Stream, constants_to_initializers
 
 STEP = 0.85  # from one alpha to the next
@@ -39,7 +39,7 @@ def alphas_by_output(
     whether biases will compensate for the mean error of each channel.  goes_on: called before each tensor with the numbers of
     finished and of all tensors; once it returns False, the remaining tensors keep their start.
     """
-    work = with_outputs(model, compared_tensors(model.graph))
+    work = with_outputs(model, names_to_compare(model, chunks))
     constants_to_initializers(work)
     stream = Stream(work, chunks)
     exact = [numbers_in(outputs) for outputs in map(stream.rest(), stream.values)]

@@ -18,6 +18,7 @@ from requant_onnx.numerics.arrays import Float32Array, Float64Array, GenericArra
 from requant_onnx.runtime.sessions import open_session, run_session
 from requant_onnx.runtime.stream import Chunk, constants_to_initializers
 
+MOST_BYTES = 1 << 30  # of tensors from which outputs are selected, for all chunks
 Outputs = list[list[Float64Array]]
 """The outputs for each chunk of inputs."""
 
@@ -26,7 +27,7 @@ def output_errors(
     model: onnx.ModelProto, replacements: Iterable[Mapping[str, Float32Array]], names: Collection[str], chunks: Sequence[Chunk]
 ) -> Iterator[float]:
     """The output error, relative to output power, for each set of replaced tensors.  names: all tensors in the sets."""
-    work = with_outputs(model, compared_tensors(model.graph))
+    work = with_outputs(model, names_to_compare(model, chunks))
     constants_to_initializers(work)
     stored: Chunk = {}
     for initializer in work.graph.initializer:
@@ -46,23 +47,35 @@ def output_errors(
         yield relative_error(exact, run({**stored, **others}))
 
 
+def names_to_compare(model: onnx.ModelProto, chunks: Sequence[Chunk]) -> list[str]:
+    """The tensors on which models are compared: the outputs, or those from which they are selected, unless these are very large.
+
+    chunks: the inputs, as many as will be compared.
+    """
+    outputs, compared = [item.name for item in model.graph.output], compared_tensors(model)
+    if compared != outputs and len(chunks) > 0:
+        first = outputs_of(with_outputs(model, compared), chunks[:1])[0]
+        if len(chunks) * sum(y.nbytes for y in first) > MOST_BYTES:
+            return outputs
+    return compared
+
+
 def output_error_against(reference: onnx.ModelProto, chunks: Sequence[Chunk]) -> Callable[[onnx.ModelProto], float]:
     """A function that returns the output error of another model, relative to output power.
 
     The other model has the same outputs; the tensors from which they are selected count if it has them, too.
     """
-    outputs = tuple(item.name for item in reference.graph.output)
-    compared = tuple(compared_tensors(reference.graph))
-    exact: dict[tuple[str, ...], Outputs] = {}
-
-    def run(model: onnx.ModelProto, names: tuple[str, ...]) -> Outputs:
-        return outputs_of(model if names == outputs else with_outputs(model, names), chunks)
+    outputs = [item.name for item in reference.graph.output]
+    compared = names_to_compare(reference, chunks)
+    exact: dict[bool, Outputs] = {}
 
     def error(model: onnx.ModelProto) -> float:
-        names = compared if has_tensors(model.graph, compared) else outputs
-        if names not in exact:
-            exact[names] = run(reference, names)
-        return relative_error(exact[names], run(model, names))
+        has_all = has_tensors(model, compared)
+        names = compared if has_all else outputs
+        first, second = (each if names == outputs else with_outputs(each, names) for each in (reference, model))
+        if has_all not in exact:
+            exact[has_all] = outputs_of(first, chunks)
+        return relative_error(exact[has_all], outputs_of(second, chunks))
 
     return error
 
