@@ -10,6 +10,9 @@ from conftest import laplace, parse
 from requant_onnx import Budget, Calibration, Form, ImageSet, QuantConfig, quantize_model
 from requant_onnx.graph.selections import compared_tensors
 from requant_onnx.inputs.synthetic import noise_images
+from requant_onnx.numerics.arrays import AnyArray
+from requant_onnx.runtime import sensitivity
+from requant_onnx.runtime.sensitivity import names_to_compare
 
 SIDE, BOXES, KEPT, CLASSES = 16, 16, 6, 5
 HEAD = """
@@ -118,6 +121,17 @@ def test_what_is_compared(graph: str, expected: list[str]) -> None:
         f"net {graph}", w=laplace(48, 9), v=laplace(1, 64), k=np.array([1]), t=np.zeros(1, np.float32), zero=np.array([0]), **TABLES
     )
     assert compared_tensors(model) == expected
+
+
+def test_very_large_sources_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of all classes of a mask take many times the memory of the mask."""
+    chunks: list[dict[str, AnyArray]] = [{"x": np.zeros((1, 3, SIDE, SIDE), np.float32)}] * 2
+    assert "boxes" in names_to_compare(detector(), chunks)
+    size = 8 * (BOXES * (4 + CLASSES + 1) + KEPT)  # of the float64 values for an input
+    monkeypatch.setattr(sensitivity, "MOST_BYTES", 2 * size - 1)
+    assert names_to_compare(detector(), chunks) == ["found", "best", "label"]
+    monkeypatch.setattr(sensitivity, "MOST_BYTES", 2 * size)
+    assert "boxes" in names_to_compare(detector(), chunks)
 
 
 @pytest.mark.parametrize("form", [Form.QDQ, Form.FOLDED, Form.INT8])
