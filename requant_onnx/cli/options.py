@@ -296,9 +296,9 @@ def _add_detection(data: Container) -> None:
     labels.complete = shtab.FILE  # type: ignore[attr-defined]
     data.add_argument(
         "--task",
-        metavar="detect:HEAD|values",
-        help="head of the detectors, if it is not recognized (requant validate --help lists the heads), or values if the outputs "
-        "are no classes, such as embeddings of faces",
+        metavar="TASK",
+        help="detect:HEAD, if the head of the detectors is not recognized (requant validate --help lists the heads), or values, if "
+        "the outputs are no classes, such as embeddings of faces",
     )
 
 

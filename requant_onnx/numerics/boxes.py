@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from requant_onnx.numerics.answers import HIGHEST
 from requant_onnx.numerics.arrays import AnyArray, Float64Array
 from requant_onnx.numerics.detections import Candidates
 
 STRIDES = (8, 16, 32, 64)
 LONGEST = 30.0  # limit on the logarithms of sizes, so that exp of a corrupt one stays finite
-HIGHEST = 1.001  # score, with the rounding of a softmax
 ORDERED = 0.9  # least share of boxes whose second corner is not above or left of the first, if they are corners
 NO_OBJECT = 3.0  # least excess of the mean logit of the class for no object, because most queries find none
 POSITIVE = 0.1  # least share of queries with a positive logit of that class; a sigmoid has one only for an object
