@@ -70,6 +70,7 @@ def test_kinds_of_outputs(shape: tuple[int, ...], images: int, size: tuple[int, 
         (0, 1, 3, "values"),  # an autoencoder
         (-1, 1, 3, "values"),  # a generator with tanh
         (0, 255, 3, "values"),
+        (-0.02, 1.03, 3, "values"),  # super-resolution, which overshoots at edges
         (-5, 5, 3, "mask"),  # logits of three classes
         (0.1, 80, 1, "values"),  # depths
         (0, 80, 1, "values"),  # depths behind a Relu

@@ -23,6 +23,7 @@ WHOLE = "iub"  # kinds of types of classes
 CODES = (np.uint8, np.int8)  # types of quantized scores, also of classes
 FEWEST_PARTS = 16  # least size of an embedding
 UNIT = 1e-2  # difference of the length of an embedding from 1, with the rounding of float16
+BRIGHTEST = 1.25  # value of a picture in -1..1 or 0..1, with some overshoot at edges; logits of classes are larger
 HIGHEST, SHARES = 1.001, 1e-2  # highest share of a class; largest difference of the sum of all from 1
 FEWEST_STEPS, ALPHABET = 4, 10  # least numbers of steps and of classes of a text
 NO_CLASS = -1  # the answer of a row of scores with NaN, which equals no label
@@ -107,7 +108,7 @@ def _has_classes(mask: AnyArray) -> bool:
     low, high = mask.min(), mask.max()
     if channels == 1:
         return bool(low < 0 or high <= HIGHEST)
-    is_bounded = bool(low >= 0) or (low >= -HIGHEST and high <= HIGHEST)
+    is_bounded = bool(low >= 0) or (low >= -BRIGHTEST and high <= BRIGHTEST)
     return not is_bounded or bool(abs(mask.sum(1, dtype=np.float64) - 1.0).max() <= SHARES)
 
 
