@@ -124,6 +124,33 @@ def test_default_values_of_inputs_stay() -> None:
     assert {item.name for item in restored.graph.initializer} == {"w", "unread"}
 
 
+@pytest.mark.parametrize("ir_version", [3, 10])
+def test_codes_that_are_listed_as_inputs_are_float_again(ir_version: int) -> None:
+    text = "net (float[2, 24] x) => (float[2, 40] y) { w = DequantizeLinear(q, s, z) y = MatMul(x, w) }"
+    codes = np.random.default_rng(0).integers(-99, 99, (24, 40)).astype(np.int8)
+    model = parse(text, q=codes, s=np.float32(0.01), z=np.int8(3), opset=13, ir=ir_version)
+    for name, kind, shape in (
+        ("q", onnx.TensorProto.INT8, (24, 40)),
+        ("s", onnx.TensorProto.FLOAT, ()),
+        ("z", onnx.TensorProto.INT8, ()),
+    ):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    restored, report = restore_model(model)
+    assert report.constants == 1
+    assert [item.name for item in restored.graph.input] == ["x"]
+    x = np.random.default_rng(1).normal(size=(2, 24)).astype(np.float32)
+    assert run(restored, x) == pytest.approx(x @ ((codes.astype(np.float32) - 3) * np.float32(0.01)), rel=1e-5, abs=1e-5)
+
+
+def test_an_input_with_a_default_value_is_not_quantized_away() -> None:
+    text = """net (float[2, 24] x) => (float[2, 40] y) {
+        d = QuantizeLinear(x, s, z) a = DequantizeLinear(d, s, z) w = DequantizeLinear(q, s, z) y = MatMul(a, w) }"""
+    codes = np.random.default_rng(0).integers(-99, 99, (24, 40)).astype(np.int8)
+    restored, _ = restore_model(parse(text, q=codes, s=np.float32(0.01), z=np.int8(0), x=np.ones((2, 24), np.float32)))
+    assert [item.name for item in restored.graph.input] == ["x"]
+    assert "x" in {item.name for item in restored.graph.initializer}
+
+
 RELU = "net (float[n, 64] x) => (float[n, 64] y) {{ a = Add(x, x) {} y = MatMul(d, w) }}"
 PAIR = "q = QuantizeLinear(a, s, z) d = DequantizeLinear(q, s, z)"
 

@@ -13,7 +13,7 @@ from requant_onnx.files.load import ModelLike, is_large, materialize
 from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.edit import delete_where, drop_stale_types, set_initializer
 from requant_onnx.graph.readers import constant_part
-from requant_onnx.graph.restore import constants_of, restore_activations, restore_lookups
+from requant_onnx.graph.restore import constants_of, fix_grids, restore_activations, restore_lookups
 from requant_onnx.runtime.sessions import load_runnable, open_cpu_session, run_session
 
 
@@ -44,6 +44,7 @@ def restore_model(model: ModelLike) -> tuple[onnx.ModelProto, RestoreReport]:
     is quantized.
     """
     restored = materialize(load_runnable(model).copy())
+    fix_grids(restored)
     activations = restore_activations(restored)
     restore_lookups(restored)
     constants = _restore_constants(restored)

@@ -16,6 +16,14 @@ VARINTS = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))  # integer
 SMALL_BYTES = 1024  # size up to which saving a few bytes matters
 
 
+def list_only_inputs(model: onnx.ModelProto) -> None:
+    """Remove initializers from the list of inputs, where IR 3 required them.  Changes `model`, also to IR 4."""
+    if model.ir_version < 4:
+        stored = {item.name for item in model.graph.initializer}
+        delete_where(model.graph.input, [k for k, item in enumerate(model.graph.input) if item.name in stored])
+        model.ir_version = 4
+
+
 def tensor_proto(values: GenericArray, name: str) -> onnx.TensorProto:
     """A TensorProto with raw data (the varints of typed fields are mostly larger), or the shorter one that `compact` makes."""
     return compact(numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name))

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.constants import is_random, is_standard_proto, value_of
 from requant_onnx.graph.decode.replace import settings_of
-from requant_onnx.graph.edit import delete_where, drop_stale_types, rename_reads, set_initializer
+from requant_onnx.graph.edit import delete_where, drop_stale_types, list_only_inputs, rename_reads, set_initializer
 from requant_onnx.graph.integer.plan import MOVES
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.numerics.arrays import GenericArray
@@ -49,6 +49,16 @@ class Constants:
     nodes: frozenset[int]
     tensors: frozenset[str]
     decodes: frozenset[str]
+
+
+def fix_grids(model: onnx.ModelProto) -> None:
+    """Make codes, scales and zero points constant that are also inputs, as some exporters list them.  Changes the model."""
+    list_only_inputs(model)
+    graph = model.graph
+    stored = {item.name for item in graph.initializer}
+    pairs = [node for node in graph.node if _is(node, DEQUANTIZE) or _is(node, QUANTIZE)]
+    fixed = stored & {name for node in pairs for name in node.input[node.op_type == QUANTIZE :]}
+    delete_where(graph.input, [k for k, item in enumerate(graph.input) if item.name in fixed])
 
 
 def constants_of(graph: onnx.GraphProto) -> Constants:

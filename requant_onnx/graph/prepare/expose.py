@@ -21,7 +21,7 @@ from onnx import inliner
 from requant_onnx.errors import ModelError
 from requant_onnx.files.walk import all_graphs, reads_in, subgraphs_of
 from requant_onnx.graph.constants import FLOATS, PASS_THROUGH, is_standard_proto, load_proto, value_of
-from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, rename_reads, tensor_proto
+from requant_onnx.graph.edit import delete_where, drop_stale_types, drop_unread, list_only_inputs, rename_reads, tensor_proto
 from requant_onnx.graph.holders import holder_of
 from requant_onnx.graph.names import FreshNames
 from requant_onnx.graph.operators import OPERATORS
@@ -39,10 +39,7 @@ def expose_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises ModelError when its functions cannot be inlined.
     """
-    if model.ir_version < 4:
-        stored = {item.name for item in model.graph.initializer}
-        delete_where(model.graph.input, [k for k, item in enumerate(model.graph.input) if item.name in stored])
-        model.ir_version = 4
+    list_only_inputs(model)
     model = _inline(model)
     _fill_sparse(model.graph)
     for graph in all_graphs(model.graph):
