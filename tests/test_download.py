@@ -231,6 +231,14 @@ def test_rules_keep_their_grids() -> None:
     assert "w1" not in {weight.name for weight in report.converted}
 
 
+def test_a_rule_without_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'w3' sets a granularity, which has no effect with --optimize-for download:gz"):
+        QuantConfig(3, form=Form.FOLDED, optimize_for=OptimizeFor.GZIP, overrides=("w3=granularity:per-tensor",))
+    rule = ("w3=granularity:per-tensor,bits:4",)
+    _, report = convert(QuantConfig(3, form=Form.FOLDED, optimize_for=OptimizeFor.GZIP, overrides=rule))
+    assert {weight.name: weight.axis for weight in report.converted}["w3"] is None
+
+
 def test_what_the_outputs_do_not_notice_gets_few_bits() -> None:
     text = """net (float[n, 3, 8, 8] x) => (float[n, 24, 8, 8] y) {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1) b = Conv<pads = [1, 1, 1, 1]>(x, w2) c = Mul(b, little) y = Add(a, c) }"""
