@@ -222,7 +222,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         packed = [f"{trial.downloads[name]:,}" if name in trial.downloads else "" for name in packers]
         cells = [trial.recipe, str(trial.bits), f"{trial.bytes:,}", f"{trial.ratio:.2f}", *packed, *accuracy]
         agreement = "" if trial.agreement is None else f"{trial.agreement:.2%}"
-        table.add_row(*cells, agreement, decibels(trial.sqnr_db, ""))
+        table.add_row(*cells, agreement, "" if trial.sqnr_db is None else decibels(trial.sqnr_db, ""))
     table.show(console)
     console.print(f"{comparison.images:,} images" + ("" if labeled else " without labels: the table shows agreement, not accuracy"))
 

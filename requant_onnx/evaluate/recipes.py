@@ -71,7 +71,7 @@ class Trial:
     bytes: size of the file.  ratio: size of the float file, relative to it.
     top1, change: accuracy, 0..1, and its difference to the float model; None without labels.
     agreement: share of answers (agreement_of) that agree with the float model; None if the outputs are not answers.
-    sqnr_db: SQNR of the first output that is a tensor of numbers, in dB; NaN if there is none.
+    sqnr_db: SQNR of the first output that is a tensor of numbers, in dB; None if there is none, NaN if values are not finite.
     downloads: compressed sizes of the file in bytes, by compressor (files/compressed.py).
     """
 
@@ -82,7 +82,7 @@ class Trial:
     top1: float | None
     change: float | None
     agreement: float | None
-    sqnr_db: float
+    sqnr_db: float | None
     agreement_of: str = "top-1"
     downloads: dict[str, int] = field(default_factory=dict)
 
@@ -148,8 +148,9 @@ def _sorted(trials: Sequence[Trial], made: Mapping[Case, bytes]) -> tuple[Trial,
     complete = [replace(trial, downloads=download_sizes(made[trial.recipe, trial.bits])) for trial in trials]
 
     def rank(trial: Trial) -> tuple[float, bool, float, float]:
-        is_odd = math.isnan(trial.sqnr_db)
-        return -trial.bits, is_odd, 0.0 if is_odd else -trial.sqnr_db, -(trial.agreement or 0.0)
+        sqnr = trial.sqnr_db
+        is_odd = sqnr is None or math.isnan(sqnr)
+        return -trial.bits, is_odd, 0.0 if sqnr is None or is_odd else -sqnr, -(trial.agreement or 0.0)
 
     return tuple(sorted(complete, key=rank))
 
@@ -307,10 +308,9 @@ def judge_item(model: bytes, candidate: bytes, images: ImageSet | FeedSet, norma
     """Work item: the fields of a Trial after recipe and bits, as JSON."""
     reference, made = (onnx.ModelProto.FromString(data) for data in (model, candidate))
     found = validate(reference, made, images, normalization, latency_batch=None)
-    sqnr = math.nan if found.sqnr_db is None else found.sqnr_db
     size = len(candidate)
     top1, change = (None, None) if found.top1 is None else (found.top1.candidate, found.top1.candidate - found.top1.reference)
-    return json.dumps([size, len(model) / size, top1, change, found.agreement, sqnr, found.agreement_of]).encode()
+    return json.dumps([size, len(model) / size, top1, change, found.agreement, found.sqnr_db, found.agreement_of]).encode()
 
 
 def _conversion_key(model: bytes, config: QuantConfig, calibration: Calibration | None) -> str:

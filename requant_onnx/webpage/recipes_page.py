@@ -18,7 +18,8 @@ def render_comparison(comparison: Comparison, name: str, settings: Sequence[tupl
     cards.append(("images", f"{comparison.images:,}", "" if labeled else "without labels"))
     cards += [("top-1 accuracy", f"{comparison.top1:.2%}", "")] if comparison.top1 is not None else []
     answered = all(trial.agreement is not None for trial in comparison.trials)
-    measures = ["sqnr_db", *(["top1"] if labeled else ["agreement"] if answered else [])]
+    has_errors = all(trial.sqnr_db is not None for trial in comparison.trials)
+    measures = [*(["sqnr_db"] if has_errors else []), *(["top1"] if labeled else ["agreement"] if answered else [])]
     titles = ["recipe", "bits", "bytes", "x smaller", *(["top-1", "change, points"] if labeled else []), "agreement", "SQNR, dB"]
     return fill(
         "comparison.html",
@@ -39,5 +40,6 @@ def _row(number: int, trial: Any, labeled: bool) -> dict[str, Any]:
     if labeled:
         cells += [Cell(f"{trial.top1:.2%}", trial.top1), Cell(f"{trial.change * 100:+.2f}", trial.change)]
     agreement = Cell("", -1.0) if trial.agreement is None else Cell(f"{trial.agreement:.2%}", trial.agreement)
-    cells += [agreement, Cell(decibels(trial.sqnr_db, ""), min(trial.sqnr_db, 1e9))]
+    sqnr = Cell("", -1e9) if trial.sqnr_db is None else Cell(decibels(trial.sqnr_db, ""), min(trial.sqnr_db, 1e9))
+    cells += [agreement, sqnr]
     return {"order": number, "cells": cells}
