@@ -14,7 +14,7 @@ from requant_onnx import Calibration, DataError, ImageSet, Normalization, QuantC
 from requant_onnx.cli.main import main
 from requant_onnx.files.load import input_shapes
 from requant_onnx.inputs.feeds import holds_images, load_feeds
-from requant_onnx.runtime.feeds import calibration_chunks
+from requant_onnx.runtime.feeds import calibration_chunks, counts_in
 
 image_module = pytest.importorskip("PIL.Image")
 Net = tuple[str, dict[str, np.ndarray]]
@@ -34,6 +34,18 @@ def test_noise_is_normalized_whatever_its_channels(channels: int) -> None:
     assert x.min() < -1.5
     assert x.max() > 2
     assert abs(x.mean()) < 0.5
+
+
+@pytest.mark.parametrize(("count", "batch"), [(9, 8), (3, 8), (16, 8), (17, 5), (1, 4), (33, 32)])
+def test_all_images_count_about_equally_in_fixed_batches(count: int, batch: int) -> None:
+    text = f"net (float[{batch}, 1, 2, 2] x) => (float[{batch}, 8] y) {{ f = Flatten(x) y = MatMul(f, w) }}"
+    images = ImageSet(np.repeat(np.arange(count, dtype=np.float32), 4).reshape(count, 1, 2, 2), None)
+    chunks = calibration_chunks(parse(text, w=laplace(4, 8)), Calibration(images, count=count))
+    given = np.bincount(np.concatenate([chunk["x"][:, 0, 0, 0] for chunk in chunks]).astype(int))
+    assert len(given) == count
+    assert given.max() - given.min() <= 1
+    assert given.sum() % batch == 0
+    assert sum(counts_in(chunks)) == count
 
 
 def test_a_model_with_one_channel_gets_gray_images(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_batches_and_layouts(text: str) -> None:
     assert (report.top1, report.agreement, report.sqnr_db, report.latency_batch) == ((1.0, 1.0), 1.0, math.inf, 1)
 
 
-def test_a_fixed_batch_is_padded() -> None:
+def test_a_fixed_batch_is_filled() -> None:
     model = scorer(MEANS.replace("n,", "2,"), 1, 1, 1)
     assert validate(model, model, pictures(0, 1, 2, labels=(0, 1, 2))).images == 3
 

@@ -149,17 +149,25 @@ def for_channels(images: ImageSet, normalization: Normalization, channels: int |
 
 
 def batches(images: ImageSet, normalization: Normalization, size: int, *, fixed: bool) -> Iterator[tuple[int, Float32Array]]:
-    """Batches (start, x) of `size` images; the last is smaller, or, if the size is fixed, padded with copies of its last image.
+    """Batches (start, x) of `size` images; the last is smaller, or, if the size is fixed, filled with the first images again.
 
     Raises DataError if a fixed size does not fit in memory.
     """
-    if fixed and size * math.prod(images.x.shape[1:]) > MAX_VALUES:
-        raise DataError(f"the model takes batches of {size} images, too many for the memory; export it with a smaller batch")
     for start in range(0, len(images), size):
-        x = images.x[start : start + size]
-        if len(x) < size and fixed:
-            x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-        yield start, normalization.apply(x)
+        yield start, normalization.apply(images_from(images, start, size) if fixed else images.x[start : start + size])
+
+
+def images_from(images: ImageSet, start: int, size: int) -> UInt8Array | Float32Array:
+    """The images of a batch of fixed size, from `start` on; after the last image, the first ones follow again.
+
+    Raises DataError if the batch does not fit in memory.
+    """
+    if size * math.prod(images.x.shape[1:]) > MAX_VALUES:
+        raise DataError(f"the model takes batches of {size} images, too many for the memory; export it with a smaller batch")
+    x = images.x[start : start + size]
+    while len(x) < size:
+        x = np.concatenate([x, images.x[: size - len(x)]])
+    return x
 
 
 def load_images(

@@ -17,7 +17,7 @@ from requant_onnx.errors import DataError, ModelError
 from requant_onnx.files.load import Source
 from requant_onnx.inputs.calibration import GRAY, NATURAL, Calibration
 from requant_onnx.inputs.feeds import Feed
-from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches, for_channels
+from requant_onnx.inputs.images import MAX_VALUES, ImageSet, Normalization, batches, for_channels, images_from
 from requant_onnx.inputs.synthetic import noise_images
 from requant_onnx.numerics.activation import Histogram
 from requant_onnx.numerics.arrays import AnyArray, Float32Array
@@ -84,7 +84,7 @@ def calibration_chunks(model: onnx.ModelProto, calibration: Calibration) -> Sequ
 
 
 def counts_in(chunks: Sequence[dict[str, AnyArray]]) -> list[int]:
-    """The number of inputs in each chunk of `calibration_chunks`, without the copies that fill a fixed batch."""
+    """The number of inputs in each chunk of `calibration_chunks`, without those that fill a fixed batch."""
     if isinstance(chunks, _ImageChunks):
         return [min(chunks.size, len(chunks.images) - start) for start in chunks.starts]
     return [images_in(chunk.values())[0] for chunk in chunks]
@@ -111,9 +111,9 @@ class _ImageChunks(Sequence[dict[str, AnyArray]]):
         if isinstance(index, slice):
             return replace(self, starts=self.starts[index])
         start = self.starts[index]
-        part = ImageSet(self.images.x[start : start + self.size], None)
-        _, x = next(batches(part, self.normalization, self.size, fixed=self.taken.batch is not None))
-        return {self.taken.input: self.taken.fit(x)}
+        is_fixed = self.taken.batch is not None
+        x = images_from(self.images, start, self.size) if is_fixed else self.images.x[start : start + self.size]
+        return {self.taken.input: self.taken.fit(self.normalization.apply(x))}
 
 
 def _chunk_size(images: ImageSet) -> int:
