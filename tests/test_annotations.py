@@ -33,6 +33,9 @@ def objects(boxes: Any, categories: Any, crowds: Any = None) -> Objects:
         (Pipeline(crop=(100, 16)), (16, 100), None),  # the center, at 20, is beyond the right edge
         (Pipeline(crop=(120, 220)), (200, 100), [20, 30, 40, 70]),  # with a black border
         (Pipeline(resize=99), (201, 100), [10 * 198 / 201, 20 * 0.99, 30 * 198 / 201, 60 * 0.99]),  # 198x99
+        (Pipeline(letterbox=(100, 100)), (200, 100), [5, 10 + 25, 15, 30 + 25]),  # 100x50, below a border of 25
+        (Pipeline(letterbox=(400, 600)), (100, 200), [20 + 200, 40, 60 + 200, 120]),  # 200x400, beside a border of 200
+        (Pipeline(stretch=(50, 400)), (200, 100), [20, 10, 60, 30]),
     ],
 )
 def test_boxes_follow_their_image(pipeline: Pipeline, size: tuple[int, int], expected: list[float] | None) -> None:
@@ -41,13 +44,16 @@ def test_boxes_follow_their_image(pipeline: Pipeline, size: tuple[int, int], exp
     assert len(each.categories) == len(each.crowds) == len(each.boxes)
 
 
-def test_boxes_lie_where_the_pixels_are(tmp_path: Path) -> None:
-    """The box of a white rectangle covers the bright pixels after resizing and cropping."""
+@pytest.mark.parametrize(
+    "pipeline", [Pipeline(60, (48, 64)), Pipeline(letterbox=(64, 64)), Pipeline(letterbox=(200, 180)), Pipeline(stretch=(70, 50))]
+)
+def test_boxes_lie_where_the_pixels_are(tmp_path: Path, pipeline: Pipeline) -> None:
+    """The box of a white rectangle covers the bright pixels after every pipeline."""
     pixels = np.zeros((90, 150, 3), np.uint8)
     pixels[30:60, 60:100] = 255
     image_module.fromarray(pixels).save(tmp_path / "a.png")
     labels = coco(tmp_path / "labels.json", {"a.png": [[60, 30, 40, 30]]})
-    images = load_images(f"images:{tmp_path}", pipeline=Pipeline(60, (48, 64)), labels=labels)
+    images = load_images(f"images:{tmp_path}", pipeline=pipeline, labels=labels)
     assert images.objects is not None
     y, x = np.nonzero(images.pixels[0, 0] > 127)
     expected = [x.min(), y.min(), x.max() + 1, y.max() + 1]

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, small_cnn
+from conftest import ROOT, laplace, small_cnn
+from conftest import parse as parse_model
 from pages import Block, anchors, blocks, inline_code, links, pages
 from test_image_folder import write
 from write_options import PAGE, commands, page, whole_parser
@@ -169,8 +170,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             item.input[:] = [KEPT if name == "w4" else name for name in item.input]
         elif item.name == "w4":
             item.name = KEPT
-    for name in ("net", "yolo"):
-        onnx.save(model, tmp_path / f"{name}.onnx")
+    onnx.save(model, tmp_path / "net.onnx")
+    text = "net (float[1, 3, 640, 640] x) => (float[1, 6, 20, 20] y) { y = Conv<strides = [32, 32]>(x, w) }"
+    onnx.save(parse_model(text, w=laplace(6, 3, 32, 32)), tmp_path / "yolo.onnx")
     (tmp_path / "zoo").mkdir()
     shutil.copy(tmp_path / "net.onnx", tmp_path / "zoo")
     for k in range(8):

@@ -189,12 +189,30 @@ def test_a_bare_folder_that_fits_itself_to_the_model(tmp_path: Path, capsys: pyt
     images = str(folder(tmp_path / "images", 12))
     command = ["convert", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--calibrate", images]
     assert main(command) == 2
-    assert "for a directory, use --fit" in capsys.readouterr().err
+    assert "for a directory, use --fit or --letterbox" in capsys.readouterr().err
     assert main([*command, "--fit"]) == 0
     validate = ["validate", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--data", images, "--fit"]
     assert main(validate) == 0
     assert main([*validate, "--crop", "8"]) == 2
-    assert "--fit chooses --resize and --crop" in capsys.readouterr().err
+    assert "--fit chooses the size and the crop; drop --fit, or --crop" in capsys.readouterr().err
+
+
+def test_the_command_line_replaces_how_a_file_fits_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small_cnn(), tmp_path / "in.onnx")
+    (tmp_path / "file.toml").write_text("resize = 20\ncrop = 16\n")
+    command = [
+        "convert",
+        str(tmp_path / "in.onnx"),
+        str(tmp_path / "out.onnx"),
+        "--calibrate",
+        str(folder(tmp_path / "images", 12)),
+    ]
+    assert main([*command, "--config", str(tmp_path / "file.toml")]) == 2
+    assert "the images are 3x16x16" in capsys.readouterr().err
+    for how in (["--letterbox", "8"], ["--stretch", "8x8"], ["--fit"]):
+        assert main([*command, "--config", str(tmp_path / "file.toml"), "--force", *how]) == 0
+        assert main([*command, "--force", "--resize", "8", *how]) == 2
+        assert "drop" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [100, 500])

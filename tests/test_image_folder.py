@@ -142,11 +142,41 @@ def test_fit_does_not_touch_images_of_the_right_size() -> None:
     assert Pipeline(9, (8, 6)).places((6, 8))[0] == (9, 12)
 
 
+@pytest.mark.parametrize(("height", "width"), [(9, 12), (12, 9), (16, 16), (3, 40), (90, 120)])
+@pytest.mark.parametrize("gray", [False, True])
+def test_a_letterbox_shows_the_whole_image_in_gray(height: int, width: int, gray: bool) -> None:
+    """As LetterBox of Ultralytics: the same scale in both directions, in the center of a border of 114."""
+    image = image_module.new("L" if gray else "RGB", (width, height), 255 if gray else (255, 255, 255))
+    pixels = np.asarray(Pipeline(letterbox=(24, 32)).apply(image)).reshape(24, 32, -1)
+    assert set(np.unique(pixels)) <= {114, 255}
+    y, x, _ = np.nonzero(pixels == 255)
+    tall, wide = np.ptp(y) + 1, np.ptp(x) + 1
+    assert tall == 24 or wide == 32
+    assert abs(tall / height - wide / width) * min(height, width) <= 1  # in pixels
+    assert abs(y.min() - (24 - tall) / 2) <= 0.5
+    assert abs(x.min() - (32 - wide) / 2) <= 0.5
+
+
+def test_images_are_stretched_to_a_size() -> None:
+    image = image_module.fromarray(np.arange(8, dtype=np.uint8).repeat(6).reshape(8, 6) * 30)
+    pixels = np.asarray(Pipeline(stretch=(16, 4)).apply(image))
+    assert pixels.shape == (16, 4)
+    assert (pixels[0] == 0).all()
+    assert (pixels[-1] == 210).all()
+
+
+def test_only_one_way_to_a_size_is_given() -> None:
+    with pytest.raises(ConfigError, match="--resize and --letterbox exclude each other; drop all but one"):
+        Pipeline(8, letterbox=(8, 8))
+    with pytest.raises(ConfigError, match="--letterbox and --stretch exclude each other"):
+        Pipeline(letterbox=(8, 8), stretch=(8, 8))
+
+
 def test_images_of_several_sizes_need_a_pipeline(tmp_path: Path) -> None:
     write(tmp_path / "a.png", 8, 8)
     write(tmp_path / "b.png", 16, 8)
     images = load_images(f"images:{tmp_path}")
-    with pytest.raises(DataError, match=r"b\.png' is 16x8, but 'a\.png' is 8x8; give --fit, or --resize and --crop"):
+    with pytest.raises(DataError, match=r"b\.png' is 16x8, but 'a\.png' is 8x8; give --fit, --letterbox, --stretch, or"):
         images.pixels  # noqa: B018
     assert load_images(f"images:{tmp_path}", pipeline=Pipeline(8, (8, 8))).pixels.shape == (2, 3, 8, 8)
 
@@ -170,7 +200,9 @@ def test_damaged_images_and_missing_folders_are_refused(tmp_path: Path) -> None:
             load_images(f"images:{tmp_path}")
 
 
-@pytest.mark.parametrize("pipeline", [{"resize": 0}, {"crop": (0, 3)}, {"resize": 1 << 20}, {"crop": (-1, 3)}])
+@pytest.mark.parametrize(
+    "pipeline", [{"resize": 0}, {"crop": (0, 3)}, {"resize": 1 << 20}, {"crop": (-1, 3)}, {"letterbox": (8, 0)}]
+)
 def test_sizes_out_of_range_are_refused(pipeline: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"1 to 16384"):
         Pipeline(**pipeline)  # type: ignore[arg-type]

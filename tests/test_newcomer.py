@@ -60,7 +60,7 @@ def test_the_report_says_what_the_model_was_calibrated_on(model: Path, capsys: p
 @pytest.mark.parametrize(("given", "used"), [(1, 1), (7, 7), (8, 7), (200, 175), (1000, 256)])
 def test_some_of_few_images_are_held_out_for_the_check(model: Path, given: int, used: int) -> None:
     np.savez(model.with_name("x.npz"), x=np.zeros((given, 8, 8, 3), np.uint8))
-    names = ("calibrate_limit", "memory", "seed", "mean", "std", "resize", "crop", "fit")
+    names = ("calibrate_limit", "memory", "seed", "mean", "std", "resize", "crop", "fit", "letterbox", "stretch")
     args = argparse.Namespace(input=model, calibrate=str(model.with_name("x.npz")), from_file=(), **dict.fromkeys(names))
     calibration = calibration_of(args)
     assert calibration is not None

@@ -41,8 +41,8 @@ OUT_DIR/requant.jsonl gets one line of JSON for each model; repeating an interru
   requant validate net.onnx net8.onnx --data images.npz --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
   requant validate net.onnx net8.onnx --data images:imagenet/val --resize 256 --crop 224
   requant validate net.onnx net8.onnx --data inputs.npz --fail-below agreement=99,sqnr=20,latency=1.1
-  requant validate yolo.onnx yolo8.onnx --data images:val2017 --fit --labels instances_val2017.json --mean 0 --std 1
-  requant validate yolox.onnx yolox8.onnx --data images:photos --fit --task detect:yolox --mean 0 --std 0.00392156862745098
+  requant validate yolo.onnx yolo8.onnx --data images:val2017 --letterbox 640 --labels instances_val2017.json --mean 0 --std 1
+  requant validate yolox.onnx yolox8.onnx --data images:val --letterbox 640 --task detect:yolox --mean 0 --std 0.00392156862745098
 each pixel becomes (pixel / 255 - mean) / std; for a model that takes raw values of 0..255: --mean 0 --std 0.00392156862745098
 heads of detectors for --task detect:HEAD (r: recognized automatically):
 """

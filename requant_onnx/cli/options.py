@@ -409,6 +409,18 @@ def _add_images(group: Container, whose: str) -> None:
         help="for images:DIR: resize the shorter side to 8/7 of the size that the model takes, then crop the center to that size; "
         "images that have this size already stay unchanged",
     )
+    group.add_argument(
+        "--letterbox",
+        metavar="N",
+        help="for images:DIR: resize the whole image into N pixels or HxW, and add a gray border that keeps its proportions, as "
+        "YOLO does (default: no border)",
+    )
+    group.add_argument(
+        "--stretch",
+        metavar="N",
+        help="for images:DIR: resize the whole image to N pixels or to HxW, whatever its proportions, as SSD and RT-DETR do "
+        "(default: no resizing)",
+    )
 
 
 def _add_file(parser: Parser, name: str, metavar: str, what: str) -> None:

@@ -27,11 +27,13 @@ RUNNING = "where and how models run"
 HIDDEN = (METHOD, REFINING, INTEGERS, RUNNING)
 """Titles of groups that only --help-all shows."""
 CHOSEN = frozenset(("bits", "target_sqnr", "time_limit"))
+FRAMES = (frozenset(["resize", "crop"]), frozenset(["fit"]), frozenset(["letterbox"]), frozenset(["stretch"]))
 RIVALS: dict[str, frozenset[str]] = {
     "size": frozenset(["target_sqnr"]),
     "target_sqnr": frozenset(["size"]),
     "max_drop": CHOSEN | {"min_agreement"},
     "min_agreement": CHOSEN | {"max_drop"},
+    **{name: frozenset[str]().union(*FRAMES) - own for own in FRAMES for name in own},
 }
 """For each option, those with which it cannot be given, by name."""
 

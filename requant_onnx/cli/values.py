@@ -36,7 +36,7 @@ from requant_onnx.rules import LayerRule
 from requant_onnx.runtimes import RUNTIMES
 from requant_onnx.text import first_line
 
-SIZES = ("resize", "crop", "fit")
+SIZES = ("resize", "crop", "fit", "letterbox", "stretch")
 FINE_BITS, FEW_IMAGES, SOME_IMAGES = 7, 16, 64  # --calibrate auto: from this width on, few images suffice
 LARGEST_MEAN, LARGEST_STD = 2.0, 10.0  # larger values are in units of 0..255
 CHECKED, SHARE_CHECKED = 32, 8  # images held out for the self-check, but at most one in 8 of all
@@ -275,12 +275,14 @@ def model_of(args: argparse.Namespace) -> Path:
 
 def _pipeline(args: argparse.Namespace) -> Pipeline:
     if args.fit:
-        if args.resize is not None or args.crop is not None:
-            raise ConfigError("--fit chooses --resize and --crop; drop --fit, or these two")
+        others = " and ".join(f"--{name}" for name in SIZES if name != "fit" and getattr(args, name) is not None)
+        if others:
+            raise ConfigError(f"--fit chooses the size and the crop; drop --fit, or {others}")
         size = _image_size(model_of(args))
         return Pipeline(round(max(size) * RESIZE), size, only_others=True)
     resize = None if args.resize is None else whole_of(args.resize, "--resize")
-    return Pipeline(resize, None if args.crop is None else _crop(args.crop))
+    crop, letterbox, stretch = (_image(getattr(args, name), f"--{name}") for name in ("crop", "letterbox", "stretch"))
+    return Pipeline(resize, crop, letterbox=letterbox, stretch=stretch)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
@@ -288,7 +290,9 @@ def _image_size(path: Path) -> tuple[int, int]:
     shape = next(iter(input_shapes(path).values()), ())
     sizes = (shape[1:3] if shape[3] in CHANNELS and shape[1] not in CHANNELS else shape[2:]) if len(shape) == 4 else ()
     if len(sizes) != 2 or None in sizes:
-        raise ConfigError(f"'{path}' does not state the size of its images, so --fit cannot be used; give --resize and --crop")
+        raise ConfigError(
+            f"'{path}' does not state the size of its images, so --fit cannot be used; give --resize and --crop, or --letterbox"
+        )
     return int(sizes[0] or 0), int(sizes[1] or 0)
 
 
@@ -358,10 +362,12 @@ def _size(text: str) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def _crop(text: str) -> tuple[int, int]:
+def _image(text: str | None, option: str) -> tuple[int, int] | None:
+    if text is None:
+        return None
     height, cross, width = text.partition("x")
     if not (height.isdecimal() and (width.isdecimal() or not cross)):
-        raise ConfigError(f"--crop '{text}' is not a size; write it as 224 or 224x224, height first")
+        raise ConfigError(f"{option} '{text}' is not a size; write it as 224 or 224x224, height first")
     return int(height), int(width or height)
 
 

@@ -1,7 +1,7 @@
 """Labels for detectors: boxes from a file in COCO format, in the coordinates of the images that a model takes.
 
 https://cocodataset.org/#format-data: images with id and file_name; annotations with image_id, category_id, bbox [x, y, w, h]
-and, if the box holds a crowd, iscrowd = 1; categories with id.  Boxes are resized and cropped with their image; those
+and, if the box holds a crowd, iscrowd = 1; categories with id.  Boxes are resized and moved with their image; those
 whose center is cropped away are dropped, and the others are clipped at the edge.
 """
 
@@ -105,7 +105,7 @@ def mapped(objects: Objects, pipeline: Pipeline, size: tuple[int, int]) -> Objec
     resized, left, top = pipeline.places(size)
     scale = np.array(resized) / np.array(size)
     boxes = objects.boxes * np.tile(scale, 2) - np.array([left, top, left, top])
-    edge = np.array(resized if pipeline.crop is None else pipeline.crop[::-1])
+    edge = np.array(pipeline.frame(resized))
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     seen = ((center >= 0) & (center <= edge)).all(1)
     return Objects(np.clip(boxes[seen], 0, np.tile(edge, 2)), objects.categories[seen], objects.crowds[seen])

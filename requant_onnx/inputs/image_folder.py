@@ -1,6 +1,7 @@
-"""Images in a directory, decoded on demand, with the usual torchvision steps: resize and center crop.
+"""Images in a directory, decoded on demand, with the usual steps of classifiers (resize and center crop) or of detectors.
 
 https://docs.pytorch.org/vision/stable/transforms.html: Resize(n) (bilinear, antialiased, on the shorter side), CenterCrop(n).
+https://docs.ultralytics.com/reference/data/augment/: LetterBox, whose border is gray.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from requant_onnx.text import first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+LARGEST = 1 << 14  # size of images, in pixels
 UNREADABLE = 0.01  # largest share of damaged images, which are skipped
 END_OF_JPEG, TAIL = b"\xff\xd9", 1 << 12
 DEEP = 1 << 8  # 16-bit levels per 8-bit level
+BORDER = 114  # gray of the border around a letterboxed image, as in YOLO
 BRIGHTEST, BRIGHTEST_DEEP = 255, (1 << 16) - 1  # largest values of pixels with 8 and 16 bits
 
 
@@ -31,33 +34,55 @@ class Pipeline:
 
     resize: length of the shorter side, in pixels, or None.  crop: (height, width) of the center, in pixels, or None.
     only_others: whether images that have the size of the crop already stay unchanged.
+    letterbox: (height, width) into which the whole image is resized, with a gray border around it that keeps its proportions.
+    stretch: (height, width) to which the whole image is resized, whatever its proportions.
+    Raises ConfigError if a size is out of range, or there is more than one of crop (or resize), letterbox and stretch.
     """
 
     resize: int | None = None
     crop: tuple[int, int] | None = None
     only_others: bool = False
+    letterbox: tuple[int, int] | None = None
+    stretch: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        sizes = [value for value in (self.resize, *(self.crop or ())) if value is not None]
-        if not all(isinstance(value, int) and 0 < value <= 1 << 14 for value in sizes):
-            raise ConfigError(f"the resize length {self.resize} and the crop {self.crop} must be 1 to 16384 pixels")
+        given = {name: value for name in ("resize", "crop", "letterbox", "stretch") if (value := getattr(self, name)) is not None}
+        for name, value in given.items():
+            sizes = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(size, int) and 0 < size <= LARGEST for size in sizes):
+                raise ConfigError(f"the size {value} of --{name} must be 1 to {LARGEST} pixels")
+        if len(given) > 1 and given.keys() != {"resize", "crop"}:
+            raise ConfigError(f"{' and '.join(f'--{name}' for name in given)} exclude each other; drop all but one")
 
     def apply(self, image: Any) -> Any:
-        """Resize and crop a Pillow image."""
+        """Resize a Pillow image (RGB or gray), and crop it or add a border."""
         size, left, top = self.places(image.size)
         if size != image.size:
             image = image.resize(size, _pillow().Image.Resampling.BILINEAR)
-        if self.crop is not None:
-            height, width = self.crop
-            image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
-        return image
+        frame = self.frame(size)
+        if frame == size:
+            return image
+        border = BORDER if self.letterbox else 0
+        framed = _pillow().Image.new(image.mode, frame, border if image.mode == "L" else (border,) * 3)
+        framed.paste(image, (-left, -top))
+        return framed
+
+    def frame(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) of the result.  size: (width, height) after resizing."""
+        height, width = self.crop or self.letterbox or size[::-1]
+        return width, height
 
     def places(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
-        """The geometry: (width, height) after resizing, and left and top of the crop in it.  size: (width, height) before."""
-        if self.resize is not None and not (self.only_others and size[::-1] == self.crop):
+        """The geometry: (width, height) after resizing, and left and top of the result in it.  size: (width, height) before."""
+        if self.stretch is not None:
+            size = self.stretch[::-1]
+        elif self.letterbox is not None:
+            scale = min(self.letterbox[1] / size[0], self.letterbox[0] / size[1])
+            size = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        elif self.resize is not None and not (self.only_others and size[::-1] == self.crop):
             other = int(self.resize * max(size) / min(size))
             size = (self.resize, other) if size[0] <= size[1] else (other, self.resize)
-        height, width = self.crop or (size[1], size[0])
+        width, height = self.frame(size)
         return size, round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
 
 
@@ -103,7 +128,7 @@ class FolderImages:
         if pixels.shape[:2] != self.size:
             raise DataError(
                 f"the image '{path}' is {_listed(pixels.shape)}, but '{self.paths[0].name}' is {_listed(self.size)}; "
-                "give --fit, or --resize and --crop, to make all sizes equal"
+                "give --fit, --letterbox, --stretch, or --resize and --crop, to make all sizes equal"
             )
         return pixels
 

@@ -180,7 +180,7 @@ def load_images(
 
     spec: `cifar10:DIR`, `cifar100:DIR`, `FILE.npz` (`x`, optionally `y`), `images:DIR` or just `DIR`; in a directory, images have
     labels if each class has a subdirectory.
-    split: "train" or "test", for CIFAR.  pipeline: resize and crop steps, for a directory.
+    split: "train" or "test", for CIFAR.  pipeline: steps that give all images one size, for a directory.
     labels: path of a file of boxes in COCO format, for a directory.
     Raises DataError if the files are missing, damaged, empty or of the wrong shape.
     """

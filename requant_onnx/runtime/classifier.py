@@ -148,7 +148,11 @@ def require_image(classifier: Classifier, image: tuple[int, ...]) -> None:
         wanted = "x".join("?" if n is None else str(n) for n in classifier.shape[1:])
         given = "x".join(map(str, image))
         other = classifier.channels not in (None, image[0])
-        advice = "give an .npz file with so many channels" if other else "give images of that size (for a directory, use --fit)"
+        advice = (
+            "give an .npz file with so many channels"
+            if other
+            else "give images of that size (for a directory, use --fit or --letterbox)"
+        )
         raise DataError(f"the images are {given}, but {classifier.name} takes {wanted}; {advice}")
 
 
