@@ -19,3 +19,14 @@ def test_resnets_have_the_published_size_and_run(depth: int, parameters: int) ->
     scores = session.run(None, {"x": np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)})[0]
     assert np.asarray(scores).shape == (2, 10)
     assert 0.01 < np.abs(scores).max() < 100  # activations keep their magnitude
+
+
+def test_the_verdicts_on_the_paper_are_counted() -> None:
+    from reproduce import summary_of  # noqa: PLC0415
+
+    lines = [
+        "- net_cifar10, 4 bits: refuted (-2.00 points)",
+        "- net_cifar10, 3 bits: confirmed (+3 points)",
+        "- a, 2 bits: undecided ()",
+    ]
+    assert summary_of(lines) == "confirmed in 1 of 3 cases, refuted in 1, and undecided in 1"
