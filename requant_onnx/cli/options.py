@@ -412,8 +412,8 @@ def _add_images(group: Container, whose: str) -> None:
     group.add_argument(
         "--letterbox",
         metavar="N",
-        help="for images:DIR: resize the whole image into N pixels or HxW, and add a gray border that keeps its proportions, as "
-        "YOLO does (default: no border)",
+        help="for images:DIR: resize the whole image, with its proportions, to fit into N pixels or HxW, and fill the rest with "
+        "gray, as YOLO does (default: no resizing)",
     )
     group.add_argument(
         "--stretch",

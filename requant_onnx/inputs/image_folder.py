@@ -34,7 +34,7 @@ class Pipeline:
 
     resize: length of the shorter side, in pixels, or None.  crop: (height, width) of the center, in pixels, or None.
     only_others: whether images that have the size of the crop already stay unchanged.
-    letterbox: (height, width) into which the whole image is resized, with a gray border around it that keeps its proportions.
+    letterbox: (height, width) into which the whole image is resized with its proportions; the rest is gray.
     stretch: (height, width) to which the whole image is resized, whatever its proportions.
     Raises ConfigError if a size is out of range, or there is more than one of crop (or resize), letterbox and stretch.
     """

@@ -165,9 +165,8 @@ def images_from(images: ImageSet, start: int, size: int) -> UInt8Array | Float32
     if size * math.prod(images.x.shape[1:]) > MAX_VALUES:
         raise DataError(f"the model takes batches of {size} images, too many for the memory; export it with a smaller batch")
     x = images.x[start : start + size]
-    while len(x) < size:
-        x = np.concatenate([x, images.x[: size - len(x)]])
-    return x
+    missing = size - len(x)
+    return x if not missing else np.concatenate([x, np.resize(images.x[:missing], (missing, *x.shape[1:]))])  # repeats them
 
 
 def load_images(
