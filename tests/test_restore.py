@@ -124,11 +124,14 @@ def test_default_values_of_inputs_stay() -> None:
     assert {item.name for item in restored.graph.initializer} == {"w", "unread"}
 
 
-@pytest.mark.parametrize("ir_version", [3, 10])
-def test_codes_that_are_listed_as_inputs_are_float_again(ir_version: int) -> None:
+@pytest.mark.parametrize(("ir_version", "domain"), [(3, ""), (10, ""), (10, "com.microsoft")])
+def test_codes_that_are_listed_as_inputs_are_float_again(ir_version: int, domain: str) -> None:
     text = "net (float[2, 24] x) => (float[2, 40] y) { w = DequantizeLinear(q, s, z) y = MatMul(x, w) }"
     codes = np.random.default_rng(0).integers(-99, 99, (24, 40)).astype(np.int8)
     model = parse(text, q=codes, s=np.float32(0.01), z=np.int8(3), opset=13, ir=ir_version)
+    model.graph.node[0].domain = domain
+    if domain:
+        model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
     for name, kind, shape in (
         ("q", onnx.TensorProto.INT8, (24, 40)),
         ("s", onnx.TensorProto.FLOAT, ()),
@@ -149,6 +152,17 @@ def test_an_input_with_a_default_value_is_not_quantized_away() -> None:
     restored, _ = restore_model(parse(text, q=codes, s=np.float32(0.01), z=np.int8(0), x=np.ones((2, 24), np.float32)))
     assert [item.name for item in restored.graph.input] == ["x"]
     assert "x" in {item.name for item in restored.graph.initializer}
+
+
+def test_codes_with_a_default_value_remain_the_only_input() -> None:
+    text = (
+        "net (int8[2, 24] x) => (float[2, 40] y) { a = DequantizeLinear(x, s, z) w = DequantizeLinear(q, s, z) y = MatMul(a, w) }"
+    )
+    codes = np.random.default_rng(0).integers(-99, 99, (24, 40)).astype(np.int8)
+    stored = {"q": codes, "s": np.float32(0.01), "z": np.int8(0), "x": np.ones((2, 24), np.int8)}
+    restored, _ = restore_model(parse(text, **stored))
+    assert [item.name for item in restored.graph.input] == ["x"]
+    assert {node.op_type for node in restored.graph.node} == {"DequantizeLinear", "MatMul"}
 
 
 RELU = "net (float[n, 64] x) => (float[n, 64] y) {{ a = Add(x, x) {} y = MatMul(d, w) }}"

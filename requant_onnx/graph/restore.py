@@ -52,12 +52,19 @@ class Constants:
 
 
 def fix_grids(model: onnx.ModelProto) -> None:
-    """Make codes, scales and zero points constant that are also inputs, as some exporters list them.  Changes the model."""
+    """Make codes, scales and zero points constant that are also inputs, as some exporters list them.  Changes the model.
+
+    Where every input has a stored value, codes may be data with a default value, and remain inputs.
+    """
     list_only_inputs(model)
     graph = model.graph
     stored = {item.name for item in graph.initializer}
-    pairs = [node for node in graph.node if _is(node, DEQUANTIZE) or _is(node, QUANTIZE)]
-    fixed = stored & {name for node in pairs for name in node.input[node.op_type == QUANTIZE :]}
+    has_data = any(item.name not in stored for item in graph.input)
+    fixed = set()
+    for node in graph.node:
+        if node.op_type in (QUANTIZE, DEQUANTIZE):  # also those of com.microsoft
+            fixed.update(node.input[0 if node.op_type == DEQUANTIZE and has_data else 1 :])
+    fixed &= stored
     delete_where(graph.input, [k for k, item in enumerate(graph.input) if item.name in fixed])
 
 
