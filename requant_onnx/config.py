@@ -170,11 +170,6 @@ class QuantConfig:
             if not rule.keep:
                 changed = {name: value for name in ("bits", "form") if (value := getattr(rule, name)) is not None}
                 replace(self, overrides=(), **changed)  # raises where the runtime does not read it
-            if self.optimize_for.compresses and rule.granularity is not None and rule.bits is None and rule.transform is None:
-                raise ConfigError(
-                    f"the layer rule for '{rule.pattern}' sets a granularity, which has no effect with --optimize-for "
-                    f"{self.optimize_for}, which chooses a step for each weight; set its bits too, or drop the granularity"
-                )
         if self.optimize_for.compresses and self.form is Form.INT8:
             raise ConfigError(
                 f"the int8 form cannot be optimized for downloads; drop --optimize-for {self.optimize_for}, or --form int8"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,11 +233,12 @@ def test_rules_keep_their_grids() -> None:
 
 
 def test_a_rule_without_effect_is_refused() -> None:
+    config = QuantConfig(3, form=Form.FOLDED, optimize_for=OptimizeFor.GZIP)
     with pytest.raises(ConfigError, match="'w3' sets a granularity, which has no effect with --optimize-for download:gz"):
-        QuantConfig(3, form=Form.FOLDED, optimize_for=OptimizeFor.GZIP, overrides=("w3=granularity:per-tensor",))
-    rule = ("w3=granularity:per-tensor,bits:4",)
-    _, report = convert(QuantConfig(3, form=Form.FOLDED, optimize_for=OptimizeFor.GZIP, overrides=rule))
-    assert {weight.name: weight.axis for weight in report.converted}["w3"] is None
+        convert(replace(config, overrides=("w3=granularity:per-tensor", "w2=bits:4")))
+    for rules in (("w3=granularity:per-tensor,bits:4",), ("w*=granularity:per-tensor", "w3=bits:4")):
+        _, report = convert(replace(config, overrides=rules))
+        assert {weight.name: weight.axis for weight in report.converted}["w3"] is None
 
 
 def test_what_the_outputs_do_not_notice_gets_few_bits() -> None:

@@ -45,12 +45,13 @@ def write_for_download(
 ) -> Built:
     """Choose a step for each weight, quantize and write; with a budget, repeat this until the compressed file meets it.
 
-    Raises ConfigError if no file tried meets the budget, or the model is above 2 GB.
+    Raises ConfigError if no file tried meets the budget, the model is above 2 GB, or a layer rule has no effect.
     """
     if is_large(prepared.model):
         raise ConfigError("a model above 2 GB cannot be compressed as a whole; drop --optimize-for")
     config, chunks = prepared.config, list[Chunk]()
     free = [item for item in prepared.plan.planned if _is_free(item, prepared)]
+    _check_rules(prepared, free)
     if calibration is not None and free:
         chunks = list(calibration_chunks(prepared.model, replace(calibration, count=min(calibration.count, IMAGES))))
     search = _Search(prepared, rate_weights(prepared, free, chunks, progress), progress, threads)
@@ -68,6 +69,17 @@ def _is_free(item: PlannedWeight, prepared: Prepared) -> bool:
     weight = item.weight
     asked = [rule for rule in prepared.config.rules if rule.matches(weight.names, weight.op)]
     return not weight.is_table and all(rule.bits is None and rule.transform is None for rule in asked)
+
+
+def _check_rules(prepared: Prepared, free: list[PlannedWeight]) -> None:
+    """Raise ConfigError if a layer rule sets a granularity, and the step is chosen for all weights that it matches."""
+    for rule in (rule for rule in prepared.config.rules if rule.granularity is not None):
+        matched = [item for item in prepared.plan.planned if rule.matches(item.weight.names, item.weight.op)]
+        if matched and all(item in free for item in matched):
+            raise ConfigError(
+                f"the layer rule for '{rule.pattern}' sets a granularity, which has no effect with --optimize-for "
+                f"{prepared.config.optimize_for}, which chooses a step for each weight; set its bits too, or drop the granularity"
+            )
 
 
 @dataclass(frozen=True)
