@@ -166,7 +166,10 @@ def images_from(images: ImageSet, start: int, size: int) -> UInt8Array | Float32
         raise DataError(f"the model takes batches of {size} images, too many for the memory; export it with a smaller batch")
     x = images.x[start : start + size]
     missing = size - len(x)
-    return x if not missing else np.concatenate([x, np.resize(images.x[:missing], (missing, *x.shape[1:]))])  # repeats them
+    if not missing:
+        return x
+    first = x if start == 0 else images.x[:missing]  # images of a directory are decoded at each access
+    return np.concatenate([x, np.resize(first, (missing, *x.shape[1:]))])  # repeats them
 
 
 def load_images(
