@@ -208,6 +208,13 @@ def test_sizes_out_of_range_are_refused(pipeline: dict[str, object]) -> None:
         Pipeline(**pipeline)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pipeline", [{"letterbox": 640}, {"crop": (8,)}, {"stretch": "8x8"}])
+def test_sizes_must_be_pairs(pipeline: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="must be a pair of a height and a width"):
+        Pipeline(**pipeline)  # type: ignore[arg-type]
+    assert Pipeline(crop=[8, 6]) == Pipeline(crop=(8, 6))  # type: ignore[arg-type]
+
+
 def test_a_folder_calibrates_and_validates(tmp_path: Path) -> None:
     for k in range(12):
         write(tmp_path / f"{'ab'[k % 2]}/{k:02}.png", 10, 14, seed=k)

@@ -48,11 +48,15 @@ class Pipeline:
     def __post_init__(self) -> None:
         given = {name: value for name in ("resize", "crop", "letterbox", "stretch") if (value := getattr(self, name)) is not None}
         for name, value in given.items():
-            sizes = value if isinstance(value, tuple) else (value,)
+            sizes = (value,) if name == "resize" else tuple(value) if isinstance(value, tuple | list) else ()
+            if len(sizes) != (1 if name == "resize" else 2):
+                raise ConfigError(f"the size {value} of --{name} must be a pair of a height and a width, in pixels")
+            object.__setattr__(self, name, sizes[0] if name == "resize" else sizes)
             if not all(isinstance(size, int) and 0 < size <= LARGEST for size in sizes):
                 raise ConfigError(f"the size {value} of --{name} must be 1 to {LARGEST} pixels")
         if len(given) > 1 and given.keys() != {"resize", "crop"}:
-            raise ConfigError(f"{' and '.join(f'--{name}' for name in given)} exclude each other; drop all but one")
+            together = " and ".join(f"--{name}" for name in given)
+            raise ConfigError(f"{together} exclude each other; drop all but one, or all but --resize and --crop")
 
     def apply(self, image: Any) -> Any:
         """Resize a Pillow image (RGB or gray), and crop it or add a border."""
