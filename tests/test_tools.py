@@ -26,7 +26,33 @@ def test_the_verdicts_on_the_paper_are_counted() -> None:
 
     lines = [
         "- net_cifar10, 4 bits: refuted (-2.00 points)",
-        "- net_cifar10, 3 bits: confirmed (+3 points)",
-        "- a, 2 bits: undecided ()",
+        "- resnet18_cifar10, 3 bits: confirmed (+3 points)",
+        "- a_cifar10, 2 bits: undecided ()",
     ]
-    assert summary_of(lines) == "confirmed in 1 of 3 cases, refuted in 1, and undecided in 1"
+    theirs = "For ResNet-18, ResNet-50 and Inception-v3, the paper's networks, it is"
+    assert summary_of(lines) == (
+        f"confirmed in 1 of 3 cases, refuted in 1, and undecided in 1. {theirs} confirmed in 1 of 1 cases, refuted in 0, and "
+        "undecided in 0"
+    )
+
+
+def test_rows_of_other_networks_remain() -> None:
+    from reproduce import END, START, merged  # noqa: PLC0415
+
+    def lines(name: str, top1: str) -> list[str]:
+        return [f"| {name} | float | {top1} |", f"|  | 4 bits | {top1} |", f"- {name}, 4 bits: undecided ({top1})"]
+
+    page = f"before\n{START}\n{END}\nafter\n"
+    for name, top1 in (("b_cifar10", "1.00"), ("a_cifar100", "2.00"), ("b_cifar10", "3.00")):
+        page = merged(page, lines(name, top1), "today")
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+    kept = [line for line in page.splitlines() if "bits" in line and "undecided in" not in line and line[0] in "|-"]
+    assert kept[-4:] == [
+        "|  | 4 bits | 2.00 |",
+        "|  | 4 bits | 3.00 |",
+        *(lines(*each)[2] for each in (("a_cifar100", "2.00"), ("b_cifar10", "3.00"))),
+    ]
+    assert "1.00" not in page
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        merged("", [], "today")

@@ -5,8 +5,8 @@
 
 The sizes are those of the file and of its download (brotli, quality 11). Agreement with float and top-1 are on all test images.
 
-    max        full range, one scale per weight
-    paper      REQuant as published: square root, searched range, one scale per weight
+    max        full range, one scale per tensor
+    paper      REQuant as published: square root, searched range, one scale per tensor
     ort        ONNX Runtime's quantizer, 256 train images; it quantizes activations to 8 bits, too, and weights to 8 or 4
     refined    the default of this tool, folded, 256 train images
     download   the same with --optimize-for download:br
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first N test images")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "frontier.md", help="the table; the plot lies next to it")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantizer recommends steps already taken
     found: list[Point] = []
     for text in args.models or sorted(str(path) for path in (ROOT / "models").glob("*.onnx")):
         task = Task(text, args.data)

@@ -1,14 +1,15 @@
 """Repeat REQuant's experiments (arXiv 2510.04044) on given models, alongside the figures of the paper, as Markdown.
 
     python tools/reproduce.py --data DIR                                  # the models in models/, in tools/results.md
-    python tools/reproduce.py --data DIR models/*.onnx resnet18_cifar10.onnx other_cifar100.onnx=imagenet
+    python tools/reproduce.py --data DIR resnet18_cifar10.onnx other_cifar100.onnx=imagenet
 
 Weights have 8, 6, 4, 3 and 2 bits and one scale per tensor, also in the first and last layers, which have no transform;
 activations are float.  The table compares the full range, the searched range alone, the square root alone, and both, which is the
 method of the paper.  It also has ONNX Runtime's own quantizer with its usual settings (8 and 4 bits, one scale per channel, 8-bit
 activations), the default of this tool, refined on 256 train images, its int8 form, and its downloads.  Top-1 accuracy is measured
 on all test images.
-The name of a file gives its network and its data set: resnet18_cifar10.onnx.  Results are stored in the user's cache.
+The name of a file gives its network and its data set: resnet18_cifar10.onnx.  The rows of a model replace its earlier rows; those
+of other models remain.  Results are stored in the user's cache.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-from accuracy_table import NORMALIZATIONS, scores
+from accuracy_table import NORMALIZATIONS
 from bench_forms import Subject, quantize_with_onnxruntime
 from cifar import find_or_fetch
 
 from requant_onnx import Calibration, Form, ImageSet, Int8Speed, Normalization, QuantConfig, quantize_model
 from requant_onnx.choices import OptimizeFor
 from requant_onnx.evaluate.cache import Cache, default_folder, key_of
-from requant_onnx.evaluate.jobs import open_executor
-from requant_onnx.evaluate.recipes import Trial, compare
+from requant_onnx.evaluate.jobs import open_executor, run_all
+from requant_onnx.evaluate.recipes import Trial, compare, score_item
 from requant_onnx.files.compressed import compress
 from requant_onnx.inputs.images import CIFAR_MEAN_STD, load_cifar
 
@@ -63,21 +65,24 @@ PUBLISHED: dict[tuple[str, str], dict[tuple[str, int], float]] = {
 """The top-1 in percent published in the paper, for its own training runs."""
 
 START, END = "<!-- reproduce: written by python tools/reproduce.py, from here -->", "<!-- reproduce: to here -->"
+PAPER_NETWORKS = ("resnet18", "resnet50", "inception_v3")  # at any width
 SECTION = """{made}
 
 Top-1 accuracy in percent on the 10,000 test images. *Figures in italics, and only these, are from the paper (arXiv 2510.04044),
-from its own training runs of the same network; all others were measured here.* The first columns have one scale per weight and
-float activations, and the first and last layers have the same bits without the transform. ONNX Runtime's quantizer
-(`quantize_static`, QDQ, 256 images of the train split) has one scale per channel, and also quantizes activations to 8 bits; it
-has only 8 and 4 bits. The default of this tool has one scale per channel and 8 bits in the first and last layers, and is refined
-on 256 images of the train split. Its int8 form also quantizes activations to 8 bits, in all layers. Its download
-(`--optimize-for download`) has this many bits per weight after compression by brotli; kB are those of the compressed file.
+from its own training runs of the same network, so only changes can be compared with it; all others were measured here.* The
+first columns have one scale per tensor and float activations, and the first and last layers have the same bits without the
+transform. ONNX Runtime's quantizer (`quantize_static`, QDQ, 256 images of the train split) has one scale per channel, and also
+quantizes activations to 8 bits; it has only 8 and 4 bits. The default of this tool has one scale per channel and 8 bits in the
+first and last layers, and is refined on 256 images of the train split. Its int8 form also quantizes activations to 8 bits, in all
+layers. Its download (`--optimize-for download`) has about this many bits per weight after compression by brotli; kB are those of
+the whole compressed file.
 
 {table}
 
-### Does range and transform together beat either alone?
+### Do range and transform together beat either alone?
 
-The paper's ablation claims it. Here, by more than two standard errors of the difference, it is {summary}:
+The paper's ablation claims it. A case is decided if the difference exceeds two standard errors, which are upper bounds, from the
+share of answers that differ from those of the float model. The claim is {summary}.
 
 {verdicts}
 """
@@ -104,8 +109,7 @@ def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
     images = Calibration(task.train, how)  # for the last recipe
     found = compare(model, BITS, RECIPES, task.test, how, images, executor, form=Form.FOLDED, cache=cache)
     trials = {(trial.recipe, trial.bits): trial for trial in found.trials}
-    own = {bits: _by_onnxruntime(task, kind, cache) for bits, kind in OWN_KINDS.items()}
-    ours = {(form, bits): _by_us(task, form, bits, cache) for form in FORMS for bits in (BITS if form == "int8" else DOWNLOADS)}
+    done = _other_forms(task, executor, cache)
     published = PUBLISHED.get((task.network, task.dataset), {})
 
     def theirs(recipe: str, bits: int) -> str:
@@ -114,14 +118,23 @@ def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
     yield _row(task.path.stem, "float", _percent(found.top1), theirs("float", 32), *[""] * 10)
     for bits in BITS:
         full, searched, root, both, best = (_percent(trials[recipe, bits].top1) for recipe in RECIPES)
-        usual = _percent(own[bits]) if bits in own else ""
-        int8, small = _percent(ours["int8", bits][0]), ours.get(("download", bits))
+        usual = _percent(done["onnxruntime", bits]) if bits in OWN_KINDS else ""
+        int8, small = _percent(done["int8", bits][0]), done.get(("download", bits))
         download = "" if small is None else f"{_percent(small[0])}, {small[1] / 1000:,.1f} kB"
         found_ones = (full, theirs("max", bits), searched, root, both, theirs("paper", bits), usual, best, int8, download)
         yield _row("", f"{bits} bits", "", "", *found_ones)
     for bits in BITS:
         alone = (trials["range", bits], trials["transform", bits])
         yield f"- {task.path.stem}, {bits} bits: {verdict(*alone, trials['paper', bits], len(task.test))}"
+
+
+def _other_forms(task: Task, executor: Executor, cache: Cache) -> dict[tuple[str, int], Any]:
+    """By form and bits: the result of `_by_us`, and for the form "onnxruntime" that of `_by_onnxruntime`."""
+    items: dict[tuple[str, int], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    for form, widths in (("download", DOWNLOADS), ("int8", BITS)):
+        items |= {(form, bits): (_by_us, (task, form, bits, cache)) for bits in sorted(widths)}  # the slowest first
+    items |= {("onnxruntime", bits): (_by_onnxruntime, (task, kind, cache)) for bits, kind in OWN_KINDS.items()}
+    return run_all(executor, items, lambda key, _: print(f"{task.path.stem}: {key[0]}, {key[1]} bits", file=sys.stderr))
 
 
 def _row(*cells: str) -> str:
@@ -139,8 +152,9 @@ def verdict(range_only: Trial, transform_only: Trial, both: Trial, images: int) 
     assert both.agreement is not None
     assert best.agreement is not None
     error = sqrt((1 - both.agreement + 1 - best.agreement) / images)
+    name = {"range": "the searched range", "transform": "the square root"}[best.recipe]
     word = "confirmed" if gain > 2 * error else "refuted" if gain < -2 * error else "undecided"
-    return f"{word} ({gain * 100:+.2f} points against {best.recipe} alone, standard error at most {error * 100:.2f})"
+    return f"{word} ({gain * 100:+.2f} points against {name} alone, standard error at most {error * 100:.2f})"
 
 
 def _by_us(task: Task, form: str, bits: int, cache: Cache) -> tuple[float, int]:
@@ -151,7 +165,7 @@ def _by_us(task: Task, form: str, bits: int, cache: Cache) -> tuple[float, int]:
     kept = cache.get(key)
     if kept is None:
         images = Calibration(task.train, task.normalization)
-        model = quantize_model(task.path, config, calibration=images, check=False)[0]
+        model = quantize_model(task.path, config, calibration=images, threads=1, check=False)[0]
         top1 = float(np.mean(_answers(model, task.normalization, task.test) == task.test.y))
         kept = json.dumps([top1, len(compress(model.SerializeToString(), OptimizeFor.BROTLI))]).encode()
         cache.put(key, kept)
@@ -177,6 +191,7 @@ def _made_by_onnxruntime(task: Task, kind: str) -> float:
 
 def by_onnxruntime(task: Task, kind: str) -> onnx.ModelProto:
     """The model quantized by onnxruntime.quantization.quantize_static, with 256 train images.  kind: member of QuantType."""
+    logging.getLogger().setLevel(logging.ERROR)  # the quantizer recommends steps already taken
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "float.onnx", Path(folder) / "quantized.onnx"
         options = onnxruntime.SessionOptions()  # fold constants first, as its manual recommends
@@ -189,8 +204,7 @@ def by_onnxruntime(task: Task, kind: str) -> onnx.ModelProto:
 
 
 def _answers(model: onnx.ModelProto, how: Normalization, images: ImageSet) -> np.ndarray:
-    parts = [scores(model, how.apply(images.part(k, k + 1000).pixels)) for k in range(0, len(images), 1000)]
-    return np.asarray(np.concatenate(parts).argmax(1))
+    return np.asarray(score_item(model.SerializeToString(), images, how).argmax(1))
 
 
 def _percent(top1: float | None) -> str:
@@ -198,18 +212,44 @@ def _percent(top1: float | None) -> str:
     return f"{top1 * 100:.2f}"
 
 
-def section(lines: list[str], command: str) -> str:
-    """The section of results.md."""
-    table = [_row(*HEAD), "|---" * len(HEAD) + "|", *(line for line in lines if line[0] == "|")]
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("requant_onnx", "onnxruntime", "onnx", "numpy"))
-    made = f"Made on {today} by `{command}` with {packages}, Python {platform.python_version()}."
-    verdicts = [line for line in lines if line[0] == "-"]
-    return SECTION.format(made=made, table="\n".join(table), summary=summary_of(verdicts), verdicts="\n".join(verdicts))
+def merged(page: str, lines: list[str], now: str) -> str:
+    """The page with the given lines in its section, in place of earlier lines of the same models; models in alphabetic order.
+
+    now: what made these lines and when.
+    """
+    before, start, rest = page.partition(START)
+    earlier, end, after = rest.partition(END)
+    if not start or not end:
+        raise SystemExit(f"the page lacks the lines '{START}' and '{END}'")
+    by_model = _by_model(earlier.splitlines()) | _by_model(lines)
+    ordered = [line for name in sorted(by_model) for line in by_model[name]]
+    table = [_row(*HEAD), "|---" * len(HEAD) + "|", *(line for line in ordered if line[0] == "|")]
+    verdicts = [line for line in ordered if line[0] == "-"]
+    made = f"Measured network by network; the last run was {now}."
+    section = SECTION.format(made=made, table="\n".join(table), summary=summary_of(verdicts), verdicts="\n".join(verdicts))
+    return f"{before}{START}\n{section.strip()}\n{END}{after}"
+
+
+def _by_model(lines: list[str]) -> dict[str, list[str]]:
+    """The rows and verdicts of each model in a section."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in lines:
+        if row := re.match(r"\| (\S*_cifar\S*)? +\|", line):
+            name = row[1] or name
+            found.setdefault(name, []).append(line)
+        elif verdict_line := re.match(r"- (\S+_cifar\S*), \d+ bits: ", line):
+            found.setdefault(verdict_line[1], []).append(line)
+    return found
 
 
 def summary_of(verdicts: list[str]) -> str:
-    """The number of verdicts of each kind."""
+    """The number of verdicts of each kind, over all networks and over those of the paper."""
+    theirs = [line for line in verdicts if line.startswith(tuple(f"- {name}" for name in PAPER_NETWORKS))]
+    return f"{_counted(verdicts)}. For ResNet-18, ResNet-50 and Inception-v3, the paper's networks, it is {_counted(theirs)}"
+
+
+def _counted(verdicts: list[str]) -> str:
     words = Counter(line.partition(": ")[2].partition(" ")[0] for line in verdicts)
     confirmed, refuted, undecided = (words[word] for word in ("confirmed", "refuted", "undecided"))
     return f"confirmed in {confirmed} of {len(verdicts)} cases, refuted in {refuted}, and undecided in {undecided}"
@@ -223,7 +263,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="number of processes (default: one per core)")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results.md", help="page whose section is replaced")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.ERROR)  # its quantizer recommends steps already taken
     models = args.models or sorted(str(path) for path in (ROOT / "models").glob("*.onnx"))
     cache, lines = Cache(default_folder()), []
     with open_executor(args.jobs) as executor:
@@ -233,10 +272,14 @@ def main() -> None:
             for line in rows(task, executor, cache):
                 print(line, flush=True)
                 lines.append(line)
-    named = " ".join(Path(text).name for text in args.models)
-    before, _, rest = args.out.read_text("utf-8").partition(START)
-    made = section(lines, f"python tools/reproduce.py {named}".strip()).strip()
-    args.out.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}", "utf-8")
+    args.out.write_text(merged(args.out.read_text("utf-8"), lines, _now([Path(text).name for text in args.models])), "utf-8")
+
+
+def _now(models: list[str]) -> str:
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("requant_onnx", "onnxruntime", "onnx", "numpy"))
+    command = " ".join(("python tools/reproduce.py --data DIR", *models))
+    return f"on {today}, `{command}` with {packages}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":
