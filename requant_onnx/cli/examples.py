@@ -63,7 +63,7 @@ heads of detectors for --task detect:HEAD (r: recognized automatically):
   requant compare net.onnx --data cifar10:cifar-10-batches-bin
   requant compare net.onnx --bits 4,3 --recipes max,paper,best --data images:val --resize 256 --crop 224 --calibrate images:photos
   requant compare net.onnx --html net.html --csv net.csv --dask tcp://scheduler:8786
-recipes: max (one scale per weight, full range), range (searched range), transform (square root, full range), paper (REQuant: square
+recipes: max (one scale per tensor, full range), range (searched range), transform (square root, full range), paper (REQuant: square
 root and searched range), channel (one searched scale per channel), best (like channel, refined on calibration inputs)""",
     "explain": """example:
   requant explain net4.onnx

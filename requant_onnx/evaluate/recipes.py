@@ -58,7 +58,7 @@ RECIPES: dict[str, Callable[[float], QuantConfig]] = {
 }
 """The configurations by name, for a number of bits.
 
-max: one scale per weight over the full range; range: with a searched range; transform: with the square root over the full range;
+max: one scale per tensor over the full range; range: with a searched range; transform: with the square root over the full range;
 paper: with both (REQuant); channel: one searched scale per channel, with 8 bits in the first and last layers; best: the same,
 refined on calibration inputs.
 """
