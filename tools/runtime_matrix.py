@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -121,21 +123,28 @@ def subjects() -> Iterator[tuple[str, onnx.ModelProto, tuple[int, ...]]]:
 
 
 def write_cases(folder: Path, targets: set[Runtime]) -> list[Case]:
-    """Convert every subject for every target."""
+    """Convert every subject for every target, in two processes."""
+    for name, _, dims in subjects():
+        np.random.default_rng(1).normal(size=dims).astype(np.float32).tofile(folder / f"{name}.f32")
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(cases_of, folder, name, target) for name, *_ in subjects() for target in sorted(targets, key=str)]
+        return [case for job in jobs for case in job.result()]
+
+
+def cases_of(folder: Path, name: str, target: Runtime) -> list[Case]:
+    """Convert a subject for a target, in every form and width."""
+    model, dims = next((model, dims) for subject, model, dims in subjects() if subject == name)
+    x = np.fromfile(folder / f"{name}.f32", np.float32).reshape(dims)
     cases = []
-    for name, model, dims in subjects():
-        x = np.random.default_rng(1).normal(size=dims).astype(np.float32)
-        x.tofile(folder / f"{name}.f32")
-        for target in sorted(targets, key=str):
-            for form in RUNTIMES[target].forms:
-                for bits in (bits for bits in WIDTHS if name == FRACTIONS or bits % 1 == 0):
-                    path = folder / f"{name}-{target}-{form}-{bits}.onnx"
-                    calibration = Calibration(count=16) if form is Form.INT8 else None
-                    config = QuantConfig(bits, form=form, runtime=target, refinement=Refinement.NONE, int8_speed=Int8Speed.ALL)
-                    save_model(quantize_model(model, config, calibration=calibration)[0], path)
-                    session = load_session(path)
-                    scores = np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
-                    cases.append(Case(name, target, form, bits, path, folder / f"{name}.f32", dims, scores))
+    for form in RUNTIMES[target].forms:
+        for bits in (bits for bits in WIDTHS if name == FRACTIONS or bits % 1 == 0):
+            path = folder / f"{name}-{target}-{form}-{bits}.onnx"
+            calibration = Calibration(count=16) if form is Form.INT8 else None
+            config = QuantConfig(bits, form=form, runtime=target, refinement=Refinement.NONE, int8_speed=Int8Speed.ALL)
+            save_model(quantize_model(model, config, calibration=calibration)[0], path)
+            session = load_session(path)
+            scores = np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
+            cases.append(Case(name, target, form, bits, path, folder / f"{name}.f32", dims, scores))
     return cases
 
 
