@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import OWN_MODEL, ROOT
+from conftest import OWN_MODEL, ROOT, trained_model
 
 from requant_onnx import (
     Calibration,
@@ -47,7 +47,8 @@ def test_the_smallest_file_that_agrees() -> None:
 def test_bits_of_their_own_save_more() -> None:
     calibration = Calibration(sample().first(100), HOW, count=24)
     rest = ImageSet(sample().x[100:], None)
-    found = find_smallest(OWN_MODEL, FOLDED, Target(min_agreement=98), calibration=calibration, data=rest, normalization=HOW)
+    model = trained_model("resnet8_cifar10")
+    found = find_smallest(model, FOLDED, Target(min_agreement=98), calibration=calibration, data=rest, normalization=HOW)
     assert found.holds
     assert any(trial.bits == "auto" for trial in found.trials)
     plain = min(trial.bytes for trial in found.trials if trial.holds and trial.bits != "auto")
