@@ -73,9 +73,10 @@ def _is_free(item: PlannedWeight, prepared: Prepared) -> bool:
 
 def _check_rules(prepared: Prepared, free: list[PlannedWeight]) -> None:
     """Raise ConfigError if a layer rule sets a granularity, and the step is chosen for all weights that it matches."""
+    names = {item.weight.name for item in free}
     for rule in (rule for rule in prepared.config.rules if rule.granularity is not None):
         matched = [item for item in prepared.plan.planned if rule.matches(item.weight.names, item.weight.op)]
-        if matched and all(item in free for item in matched):
+        if matched and all(item.weight.name in names for item in matched):
             raise ConfigError(
                 f"the layer rule for '{rule.pattern}' sets a granularity, which has no effect with --optimize-for "
                 f"{prepared.config.optimize_for}, which chooses a step for each weight; set its bits too, or drop the granularity"
