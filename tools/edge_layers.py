@@ -26,14 +26,13 @@ from requant_onnx.evaluate.jobs import open_executor, run_all
 from requant_onnx.evaluate.recipes import RECIPES, score_item
 
 BITS = (4, 3)
-LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
 class Cell:
     """Shares of right answers: square root, square root with searched first and last layers, both.
 
-    gain: of the last over the second.  error: standard error of the gain.
+    gain: of both over the share before.  error: standard error of the gain.
     """
 
     root: float
@@ -46,29 +45,28 @@ class Cell:
 def measured(path: str, data: Path | None, bits: int) -> Cell:
     """Convert, restore, exchange the two layers, and count right answers."""
     task = Task(path, data)
-    root, both = (_decoded(task.path, recipe, bits) for recipe in ("transform", "paper"))
-    right = [_right(model, task) for model in (root, with_edges_of(root, both), both)]
+    (root, edges), (both, _) = (decoded(task.path, recipe, bits) for recipe in ("transform", "paper"))
+    right = [_right(model, task) for model in (root, with_weights_of(root, both, edges), both)]
     difference = right[2].astype(float) - right[1]
     error = float(difference.std()) / sqrt(len(difference))
     return Cell(float(right[0].mean()), float(right[1].mean()), float(right[2].mean()), float(difference.mean()), error)
 
 
-def _decoded(path: Path, recipe: str, bits: int) -> onnx.ModelProto:
-    """The model as a float model with the quantized values."""
-    made, _ = quantize_model(path, replace(RECIPES[recipe](bits), form=Form.FOLDED), threads=1, check=False)
-    return restore_model(made)[0]
+def decoded(path: Path, recipe: str, bits: int) -> tuple[onnx.ModelProto, set[str]]:
+    """The model as a float model with the quantized values, and the names of the weights without the transform."""
+    made, report = quantize_model(path, replace(RECIPES[recipe](bits), form=Form.FOLDED), threads=1, check=False)
+    return restore_model(made)[0], {weight.name for weight in report.converted if weight.transform == "none"}
 
 
-def with_edges_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the weights of another one in the first and last layers."""
-    names = [node.input[1] for node in model.graph.node if node.op_type in LAYERS]
-    theirs = {item.name: item for item in other.graph.initializer if item.name in (names[0], names[-1])}
+def with_weights_of(model: onnx.ModelProto, other: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
+    """The model with some weights of another one, which has them under the same names."""
+    theirs = {item.name: item for item in other.graph.initializer if item.name in names}
     made = onnx.ModelProto()
     made.CopyFrom(model)
     for item in made.graph.initializer:
         if item.name in theirs:
-            item.CopyFrom(theirs.pop(item.name))
-    assert not theirs
+            item.CopyFrom(theirs[item.name])
+    assert theirs.keys() == names
     return made
 
 
@@ -88,7 +86,7 @@ def main() -> None:
     }
     with open_executor(args.jobs) as executor:
         found = run_all(executor, items, lambda key, cell: print(*key, cell, flush=True))
-    print("\n| model | bits | square root | square root, first and last layers searched | both | gain of both over that |")
+    print("\n| model | bits | square root | square root, first and last layers searched | both | gain over the column before |")
     print("|---|---|---|---|---|---|")
     for text, bits in items:
         cell = found[text, bits]

@@ -18,7 +18,6 @@ import argparse
 import datetime
 import json
 import logging
-import platform
 import re
 import sys
 import tempfile
@@ -66,7 +65,8 @@ PUBLISHED: dict[tuple[str, str], dict[tuple[str, int], float]] = {
 
 START, END = "<!-- reproduce: written by python tools/reproduce.py, from here -->", "<!-- reproduce: to here -->"
 PAPER_NETWORKS = ("resnet18", "resnet50", "inception_v3")  # at any width
-SECTION = """{made}
+SECTION = """Measured network by network, on the date and with the versions in the row, by
+`python tools/reproduce.py --data DIR NETWORK_DATASET.onnx`.
 
 Top-1 accuracy in percent on the 10,000 test images. *Figures in italics, and only these, are from the paper (arXiv 2510.04044),
 from its own training runs of the same network, so only changes can be compared with it; all others were measured here.* The
@@ -115,7 +115,9 @@ def rows(task: Task, executor: Executor, cache: Cache) -> Iterator[str]:
     def theirs(recipe: str, bits: int) -> str:
         return f"*{published[recipe, bits]:.2f}*" if (recipe, bits) in published else ""
 
-    yield _row(task.path.stem, "float", _percent(found.top1), theirs("float", 32), *[""] * 10)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    versions = f"requant_onnx {version('requant_onnx')}, ONNX Runtime {onnxruntime.__version__}"
+    yield _row(f"{task.path.stem} ({today}, {versions})", "float", _percent(found.top1), theirs("float", 32), *[""] * 10)
     for bits in BITS:
         full, searched, root, both, best = (_percent(trials[recipe, bits].top1) for recipe in RECIPES)
         usual = _percent(done["onnxruntime", bits]) if bits in OWN_KINDS else ""
@@ -212,11 +214,8 @@ def _percent(top1: float | None) -> str:
     return f"{top1 * 100:.2f}"
 
 
-def merged(page: str, lines: list[str], now: str) -> str:
-    """The page with the given lines in its section, in place of earlier lines of the same models; models in alphabetic order.
-
-    now: what made these lines and when.
-    """
+def merged(page: str, lines: list[str]) -> str:
+    """The page with the given lines in its section, in place of earlier lines of the same models; models in alphabetical order."""
     before, start, rest = page.partition(START)
     earlier, end, after = rest.partition(END)
     if not start or not end:
@@ -225,8 +224,7 @@ def merged(page: str, lines: list[str], now: str) -> str:
     ordered = [line for name in sorted(by_model) for line in by_model[name]]
     table = [_row(*HEAD), "|---" * len(HEAD) + "|", *(line for line in ordered if line[0] == "|")]
     verdicts = [line for line in ordered if line[0] == "-"]
-    made = f"Measured network by network; the last run was {now}."
-    section = SECTION.format(made=made, table="\n".join(table), summary=summary_of(verdicts), verdicts="\n".join(verdicts))
+    section = SECTION.format(table="\n".join(table), summary=summary_of(verdicts), verdicts="\n".join(verdicts))
     return f"{before}{START}\n{section.strip()}\n{END}{after}"
 
 
@@ -235,7 +233,7 @@ def _by_model(lines: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     name = ""
     for line in lines:
-        if row := re.match(r"\| (\S*_cifar\S*)? +\|", line):
+        if row := re.match(r"\| (?:(\S+_cifar\S*) \(.*?\))? +\|", line):
             name = row[1] or name
             found.setdefault(name, []).append(line)
         elif verdict_line := re.match(r"- (\S+_cifar\S*), \d+ bits: ", line):
@@ -246,7 +244,8 @@ def _by_model(lines: list[str]) -> dict[str, list[str]]:
 def summary_of(verdicts: list[str]) -> str:
     """The number of verdicts of each kind, over all networks and over those of the paper."""
     theirs = [line for line in verdicts if line.startswith(tuple(f"- {name}" for name in PAPER_NETWORKS))]
-    return f"{_counted(verdicts)}. For ResNet-18, ResNet-50 and Inception-v3, the paper's networks, it is {_counted(theirs)}"
+    networks = "the paper's networks, ResNet-18, ResNet-50 and Inception-v3, at any width"
+    return f"{_counted(verdicts)}. For {networks}, it is {_counted(theirs)}"
 
 
 def _counted(verdicts: list[str]) -> str:
@@ -272,14 +271,7 @@ def main() -> None:
             for line in rows(task, executor, cache):
                 print(line, flush=True)
                 lines.append(line)
-    args.out.write_text(merged(args.out.read_text("utf-8"), lines, _now([Path(text).name for text in args.models])), "utf-8")
-
-
-def _now(models: list[str]) -> str:
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("requant_onnx", "onnxruntime", "onnx", "numpy"))
-    command = " ".join(("python tools/reproduce.py --data DIR", *models))
-    return f"on {today}, `{command}` with {packages}, Python {platform.python_version()}"
+    args.out.write_text(merged(args.out.read_text("utf-8"), lines), "utf-8")
 
 
 if __name__ == "__main__":

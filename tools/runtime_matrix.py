@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -32,6 +30,7 @@ import onnxruntime
 from onnx import parser
 
 from requant_onnx import Calibration, Form, Int8Speed, QuantConfig, Refinement, Runtime, load_session, quantize_model, save_model
+from requant_onnx.evaluate.jobs import open_executor
 from requant_onnx.runtimes import RUNTIMES
 
 ROOT = Path(__file__).parents[1]
@@ -123,11 +122,11 @@ def subjects() -> Iterator[tuple[str, onnx.ModelProto, tuple[int, ...]]]:
 
 
 def write_cases(folder: Path, targets: set[Runtime]) -> list[Case]:
-    """Convert every subject for every target, in two processes."""
+    """Convert every subject for every target, in a process per core."""
     for name, _, dims in subjects():
         np.random.default_rng(1).normal(size=dims).astype(np.float32).tofile(folder / f"{name}.f32")
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(cases_of, folder, name, target) for name, *_ in subjects() for target in sorted(targets, key=str)]
+    with open_executor() as executor:
+        jobs = [executor.submit(cases_of, folder, name, target) for name, *_ in subjects() for target in sorted(targets, key=str)]
         return [case for job in jobs for case in job.result()]
 
 

@@ -48,10 +48,11 @@ class Pipeline:
     def __post_init__(self) -> None:
         given = {name: value for name in ("resize", "crop", "letterbox", "stretch") if (value := getattr(self, name)) is not None}
         for name, value in given.items():
-            sizes = (value,) if name == "resize" else tuple(value) if isinstance(value, tuple | list) else ()
-            if len(sizes) != (1 if name == "resize" else 2):
-                raise ConfigError(f"the size {value} of --{name} must be a pair of a height and a width, in pixels")
-            object.__setattr__(self, name, sizes[0] if name == "resize" else sizes)
+            sizes = (value,) if name == "resize" else value
+            if name != "resize":
+                if not isinstance(value, tuple | list) or len(value) != 2:
+                    raise ConfigError(f"the size {value} of --{name} must be a pair of a height and a width, in pixels")
+                object.__setattr__(self, name, tuple(value))
             if not all(isinstance(size, int) and 0 < size <= LARGEST for size in sizes):
                 raise ConfigError(f"the size {value} of --{name} must be 1 to {LARGEST} pixels")
         if len(given) > 1 and given.keys() != {"resize", "crop"}:
